@@ -1,0 +1,25 @@
+"""The plugin ``sidestep``: everything that the product does, one file a behaviour.
+
+    model_treatment      which variant this model is, what follows from it, and saying so before the first step
+    timestep_sampling    the timesteps that the model's variant is trained with
+    cfg_dropout          condition dropout, for the models that are generated with guidance
+    adapter_metadata     what every saved adapter says about itself
+
+Nothing in here imports torch at import time, so that ``--help`` can list the options at once.
+"""
+
+from __future__ import annotations
+
+from .adapter_metadata import acestep_adapter_saved
+from .cfg_dropout import acestep_prepare_batch
+from .model_treatment import acestep_model_chosen, acestep_options, acestep_run_started
+from .timestep_sampling import acestep_sample_timesteps
+
+__all__ = [
+    "acestep_adapter_saved",
+    "acestep_model_chosen",
+    "acestep_options",
+    "acestep_prepare_batch",
+    "acestep_run_started",
+    "acestep_sample_timesteps",
+]

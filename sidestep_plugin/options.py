@@ -1,0 +1,54 @@
+"""Options that plugins add: their types, and their values whether they come from a command line or from Python."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from .errors import Refusal
+
+
+class FiniteFloat(click.FloatRange):
+    """A float range that also refuses NaN and infinity, which compare with nothing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return float(super().convert(number, param, ctx))
+
+
+def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check given values by the options' own types and fill in the defaults.
+
+    Args:
+        declared: the plugins' options.
+        given: values by option name. None means: the default.
+
+    Raises:
+        Refusal: a name that no plugin declares, or a value that its type refuses.
+    """
+    by_name = {option.name: option for option in declared if option.name}
+    for name in given:
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            known = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(by_name)) or 'none'}."
+            raise Refusal(f"No loaded plugin has an option {name!r}. {known}")
+    values: dict[str, Any] = {}
+    context = click.Context(click.Command("options"))
+    for name, option in by_name.items():
+        value = given.get(name)
+        if value is None:
+            value = option.get_default(context)
+        try:
+            values[name] = option.type_cast_value(context, value)
+        except click.UsageError as error:
+            raise Refusal(f"Option {name}: {error.message}") from None
+    return values

@@ -1,0 +1,147 @@
+"""What hooks are given: the model's facts, the run, the step, and an adapter that was saved."""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+AdapterType = Literal["lora", "lokr"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model without running it.
+
+    Attributes:
+        name: name of the model's folder, ``""`` when unknown. Never a path.
+        config: the live values. For a loaded model its ``config`` object, which also holds its class's defaults.
+        written: what the folder's ``config.json`` says itself, or None when there is no such file. The config class
+            of ACE-Step defaults ``model_version`` to "turbo" for every model, so only what is written is evidence.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    written: Mapping[str, Any] | None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelFacts:
+        """Facts of a model that is not loaded. Raises Refusal when config.json is missing or is not a JSON object."""
+        written = read_config(folder / "config.json")
+        # Not resolved: a link named acestep-v15-base into a download cache says more than what it points to.
+        return cls(name=folder.absolute().name, config=written, written=written)
+
+    @classmethod
+    def from_model(cls, model: Any) -> ModelFacts:
+        """Facts of a loaded model: its config object, and the file that it was loaded from if that is still there.
+
+        Raises Refusal when that file is there and is not a JSON object.
+        """
+        config = model.config
+        live: dict[str, Any] = dict(config.to_dict() if hasattr(config, "to_dict") else vars(config))
+        origin = str(getattr(config, "_name_or_path", "") or "")
+        file = Path(origin) / "config.json"
+        written = read_config(file) if origin and file.is_file() else None
+        # A path of the other operating system may be in there, so both separators count.
+        parts = [part for part in re.split(r"[\\/]", origin) if part not in ("", ".", "..")]
+        return cls(name=parts[-1] if parts else "", config=live, written=written)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a model's config.json. Raises Refusal when it is missing, unreadable, or not a JSON object in UTF-8."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"No config.json in {file.parent}. Expected the folder of an ACE-Step 1.5 model.") from None
+    except OSError as error:
+        raise Refusal(f"Cannot read {file}: {error.strerror or error}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
+    if not isinstance(config, dict):
+        raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")
+    return config
+
+
+@dataclass(eq=False)
+class Run:
+    """One training, from start to saved adapter.
+
+    Attributes:
+        adapter_type: "lora" or "lokr".
+        adapter_config: upstream's LoRAConfig or LoKRConfig.
+        training_config: upstream's TrainingConfig.
+        options: the plugins' options by name, as given or at their defaults.
+        tensor_dir: the folder of preprocessed songs, None when a step was run without upstream's trainer.
+        state: room for plugins to keep what they decided; by convention under the plugin's own name.
+        steps: training steps begun so far, validation not counted.
+    """
+
+    adapter_type: AdapterType
+    adapter_config: Any
+    training_config: Any
+    options: Mapping[str, Any]
+    tensor_dir: Path | None
+    # Weak, so that a run remembered for a model never keeps gigabytes alive after upstream dropped them.
+    model_ref: weakref.ref[Any]
+    module_ref: weakref.ref[Any] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def model(self) -> Any:
+        """The whole model (AceStepConditionGenerationModel), not only its decoder."""
+        model = self.model_ref()
+        if model is None:
+            raise Refusal("The model of this run was freed while the run went on.")
+        return model
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """One ``training_step``: training or validation.
+
+    Attributes:
+        run: the run that it belongs to.
+        module: upstream's PreprocessedLoRAModule or PreprocessedLoKRModule; ``module.training_losses[-1]`` is the
+            newest training loss as a float that upstream has already fetched from the device.
+        training: False in validation (no gradients, or upstream was told not to record the loss).
+        device: where the step computes.
+        dtype: floating type that the step computes in.
+        t: the timesteps that were used, shape [B], once a plugin has answered; None when upstream sampled by itself.
+        loss: what upstream's step returned, a scalar tensor on `device`; None until it has.
+    """
+
+    run: Run
+    module: Any
+    training: bool
+    device: torch.device
+    dtype: torch.dtype
+    t: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    sampler_called: bool = False
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that upstream has just written.
+
+    Attributes:
+        weights: the weights file.
+        adapter_type: "lora" or "lokr".
+        epoch: epochs done, when upstream's save was told.
+        global_step: optimizer steps done, when upstream's save was told.
+    """
+
+    weights: Path
+    adapter_type: AdapterType
+    epoch: int | None
+    global_step: int | None
