@@ -73,8 +73,8 @@ def acestep_run_started(run: Run) -> list[str]:
     treatment = _decide(ModelFacts.from_model(run.model), run.options)
     if treatment.cfg_ratio > 0.0 and getattr(run.model, "null_condition_emb", None) is None:
         raise Refusal(
-            f"{treatment.model_name or 'The model'} has no null_condition_emb, which condition dropout puts in place of "
-            "dropped conditions. Complete the model's weights, or train without dropout: --cfg-ratio 0."
+            f"{treatment.model_name or 'The model'} has no null_condition_emb, which condition dropout puts in the "
+            "place of dropped conditions. Complete the model's weights, or train without dropout: --cfg-ratio 0."
         )
     run.state[_STATE] = treatment
     return _statements(treatment, run.options)
@@ -96,9 +96,10 @@ def _decide(facts: ModelFacts, options: Mapping[str, Any]) -> Treatment:
 
 def _statements(treatment: Treatment, options: Mapping[str, Any]) -> list[str]:
     """What was decided, from what evidence, one statement a line."""
-    lines = [f"Model: {treatment.model_name or 'unnamed'}, variant {treatment.variant} ({treatment.decision.evidence})"]
-    if treatment.decision.note:
-        lines.append(f"Note: {treatment.decision.note}; --variant decides.")
+    decision = treatment.decision
+    lines = [f"Model: {treatment.model_name or 'unnamed'}, variant {decision.variant} ({decision.evidence})"]
+    if decision.note:
+        lines.append(f"Note: {decision.note}; --variant decides.")
     if treatment.timestep_mode == "continuous":
         law = f"continuous, maximum of two logit-normal draws, mu {treatment.mu}, sigma {treatment.sigma}"
         lines.append(f"Timesteps: {law} (the model's own training law)")
@@ -107,7 +108,7 @@ def _statements(treatment: Treatment, options: Mapping[str, Any]) -> list[str]:
         source = "upstream's own sampler" if treatment.is_upstreams_own else "the schedule of shift 1"
         lines.append(f"Timesteps: discrete, uniform over {values} ({source})")
     if treatment.cfg_ratio > 0.0:
-        lines.append(f"Condition dropout: {treatment.cfg_ratio:.4g} of the rows, in training only")
+        lines.append(f"Condition dropout: {100 * treatment.cfg_ratio:.4g} % of the rows, in training only")
     elif options["cfg_ratio"] > 0.0:
         lines.append("Condition dropout: none (turbo's 8 steps are generated without guidance)")
     else:

@@ -2,7 +2,7 @@
 
 base, sft (and turbo when asked for "continuous"): exactly the models' own ``sample_t_r`` with ``use_meanflow=False``:
 the maximum of two logit-normal draws, in that order, from torch's default generator. turbo: uniform over its 8
-inference steps; at shift 3 that is what upstream's sampler does, so upstream answers and its random numbers are its own.
+inference steps; at shift 3 that is what upstream's sampler does, so upstream itself answers.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -221,24 +221,22 @@ class Attachment:
             module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
             if kind in misfits:
                 # The other kind of adapter fits and may train; this one must fail before its first step.
-                replace(
-                    module_class, "training_step", lambda step, misfit=misfits[kind]: _refuser(step, misfit)
-                )
+                replace(module_class, "training_step", partial(_refuser, misfit=misfits[kind]))
                 continue
             trainer_class = getattr(trainer, upstream.TRAINER_CLASS[kind])
-            replace(module_class, "training_step", lambda step, kind=kind: self._wrap_step(step, kind))
+            replace(module_class, "training_step", partial(self._wrap_step, kind=kind))
             replace(
                 trainer_class,
                 "train_from_preprocessed",
-                lambda train, kind=kind: self._wrap_train(train, kind),
+                partial(self._wrap_train, kind=kind),
             )
 
             for name in upstream.SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and self.registry.implements("acestep_adapter_saved"):
-                    replace(trainer, name, lambda save, kind=kind: self._wrap_save(save, kind))
+                    replace(trainer, name, partial(self._wrap_save, kind=kind))
         if self.allowed_folders:
-            for module, guard in _guarded_modules(trainer):
-                replace(module, "safe_path", lambda _, guard=guard: _allowing(guard, self.allowed_folders))
+            for module in _guarded_modules(trainer):
+                replace(module, "safe_path", partial(_allowing, folders=self.allowed_folders))
         return planned
 
     # -- runs --------------------------------------------------------------------------------------------------------
@@ -272,9 +270,7 @@ class Attachment:
         """The run that a model or a LyCORIS network belongs to; None for one that was not trained under us."""
         for run in list(self._runs.values()):
             module = run.module_ref() if run.module_ref else None
-            if saved is run.model_ref() or (
-                module is not None and saved is getattr(module, "lycoris_net", None)
-            ):
+            if saved is run.model_ref() or (module is not None and saved is getattr(module, "lycoris_net", None)):
                 return run
         return None
 
@@ -351,9 +347,7 @@ class Attachment:
     def _prepare(self, step: Step, batch: Mapping[str, Any]) -> dict[str, Any]:
         prepared = dict(batch)
         for name, caller in self.registry.callers("acestep_prepare_batch"):
-            answers = self.registry.ask(
-                name, caller, "acestep_prepare_batch", {"step": step, "batch": prepared}
-            )
+            answers = self.registry.ask(name, caller, "acestep_prepare_batch", {"step": step, "batch": prepared})
             for replaced in answers:
                 for key, tensor in replaced.items():
                     _check_replaced(name, prepared, key, tensor)
@@ -439,9 +433,7 @@ def _check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any
     raise PluginError(f"Plugin {plugin!r} returned {found} from acestep_prepare_batch.")
 
 
-def _check_timesteps(
-    plugin: str, t: Any, batch_size: int, device: Any, dtype: torch.dtype, *, first: bool
-) -> None:
+def _check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: torch.dtype, *, first: bool) -> None:
     import torch
 
     wanted = torch.device(device)
@@ -465,9 +457,7 @@ def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is None:
         return f"a {type(value).__name__}"
-    return (
-        f"a tensor of shape {list(shape)}, {getattr(value, 'dtype', '?')} on {getattr(value, 'device', '?')}"
-    )
+    return f"a tensor of shape {list(shape)}, {getattr(value, 'dtype', '?')} on {getattr(value, 'device', '?')}"
 
 
 def _weights_in(folder: Path, function: str) -> Path:
@@ -479,15 +469,15 @@ def _weights_in(folder: Path, function: str) -> Path:
     raise UpstreamMismatch(f"{function} returned, but there are no adapter weights in {folder}.")
 
 
-def _guarded_modules(trainer: Any) -> Iterator[tuple[Any, Callable[..., str]]]:
-    """Upstream's modules that look up its path guard by name, with the guard. None in versions without it."""
+def _guarded_modules(trainer: Any) -> Iterator[Any]:
+    """Upstream's modules that look up its path guard by name; none in versions without one."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
     guard = getattr(sys.modules.get(f"{package}.path_safety"), "safe_path", None)
     if guard is None:
         return
     for name, module in sorted(sys.modules.items()):
         if (name == package or name.startswith(f"{package}.")) and vars(module).get("safe_path") is guard:
-            yield module, guard
+            yield module
 
 
 def _allowing(guard: Callable[..., str], folders: tuple[Path, ...]) -> Callable[..., str]:

@@ -63,7 +63,7 @@ def acestep_model_chosen(facts: ModelFacts, options: Mapping[str, Any]) -> None:
 
 
 @hookspec
-def acestep_run_started(run: Run) -> Sequence[str] | None:  # type: ignore[empty-body]
+def acestep_run_started(run: Run) -> Sequence[str] | None:
     """Decide what this run needs, refuse it if it cannot be had, and say in plain lines what was decided.
 
     When: once a run, after the model was loaded and before upstream changes anything: before the adapter is injected
@@ -81,9 +81,7 @@ def acestep_run_started(run: Run) -> Sequence[str] | None:  # type: ignore[empty
 
 
 @hookspec
-def acestep_prepare_batch(
-    step: Step, batch: Mapping[str, Any]
-) -> Mapping[str, torch.Tensor] | None:  # type: ignore[empty-body]
+def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, torch.Tensor] | None:
     """Return the entries of the batch to replace for this step.
 
     When: before upstream's ``training_step``, in training and in validation (``step.training`` tells), before any
@@ -106,7 +104,7 @@ def acestep_prepare_batch(
 @hookspec(firstresult=True)
 def acestep_sample_timesteps(
     step: Step, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor | None:  # type: ignore[empty-body]
+) -> torch.Tensor | None:
     """Return the timesteps of this step, in place of upstream's own sampler.
 
     When: in every step, in training and in validation, when upstream calls its sampler (after drawing the noise).

@@ -79,6 +79,15 @@ def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
     return file
 
 
+def read_training_config(folder: Path) -> dict[str, Any] | None:
+    """The facts in a folder; None when it has none that can be read."""
+    try:
+        facts = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
 def _training_settings(config: Any) -> dict[str, Any]:
     """Upstream's training settings that are numbers, switches or known words."""
     if not dataclasses.is_dataclass(config):

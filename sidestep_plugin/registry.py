@@ -210,9 +210,7 @@ def list_plugins() -> list[Listing]:
             options = [option.opts[0] for option in registry.declared_options()]
         except Refusal as refusal:
             error = str(refusal)
-        listings.append(
-            Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error)
-        )
+        listings.append(Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error))
     return listings
 
 

@@ -101,7 +101,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
             + (
                 "Use the Python environment in which ACE-Step runs, or install its requirements there."
                 if missing
-                else "This is not the plugin's doing: the same import fails without it. Try another version of ACE-Step."
+                else "The same import fails without any plugin. Try another version of ACE-Step."
             )
         ) from error
     found = Path(str(trainer.__file__)).resolve()
@@ -147,7 +147,13 @@ def examine(trainer: Any, adapter_type: AdapterType) -> list[Seam]:
 
 
 def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str], bool]) -> None:
-    """Check one kind of adapter's seams | given which hooks are in use | raises UpstreamMismatch naming the first misfit."""
+    """Check the seams of one kind of adapter. Raises UpstreamMismatch naming the first that does not fit.
+
+    Args:
+        trainer: upstream's trainer module.
+        adapter_type: the kind of adapter.
+        implements: tells whether a hook is in use; a seam that only serves other hooks may be missing.
+    """
     for seam in examine(trainer, adapter_type):
         if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
             raise UpstreamMismatch(

@@ -1,0 +1,49 @@
+"""``acestep-train``: parse, print, call the modules above. Nothing here imports torch before a training begins."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from sidestep_plugin import __version__
+
+from .commands import DefaultGroup
+from .demo import demo
+from .plugins import plugins
+from .train import train
+
+
+@click.group(
+    cls=DefaultGroup,
+    default="train",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="acestep-train")
+def cli() -> None:
+    """Train ACE-Step 1.5 adapters with ACE-Step's own trainer, each model the way it was trained.
+
+    \b
+    See the whole job on a stand-in, on a CPU, in seconds:
+        acestep-train demo
+    Train on your own preprocessed songs, from your ACE-Step folder:
+        acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR
+    All training options:
+        acestep-train --plugin sidestep --help
+
+    "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
+    """
+
+
+cli.add_command(train)
+cli.add_command(demo)
+cli.add_command(plugins)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # A console that cannot show a character should show a question mark, not end the training.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    cli(prog_name="acestep-train")

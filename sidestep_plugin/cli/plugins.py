@@ -1,0 +1,34 @@
+"""``acestep-train plugins``: what is installed, what loads, which hooks each implements, what failed and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from sidestep_plugin.registry import GROUP, list_plugins
+
+from .commands import echo_json
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plugins(as_json: bool) -> None:
+    """List the installed plugins and the hooks that each implements.
+
+    A plugin takes part in a training only when it is named: acestep-train --plugin NAME.
+    """
+    listings = list_plugins()
+    if as_json:
+        echo_json([dataclasses.asdict(listing) for listing in listings])
+        return
+    if not listings:
+        click.echo(f"No plugins are installed (entry-point group {GROUP}).")
+    for listing in listings:
+        click.echo(f"{listing.name} ({listing.distribution} {listing.version})")
+        if listing.error:
+            click.echo(f"    failed: {listing.error}")
+            continue
+        click.echo(f"    hooks:   {', '.join(listing.hooks)}")
+        if listing.options:
+            click.echo(f"    options: {', '.join(listing.options)}")

@@ -1,0 +1,96 @@
+"""Shows a training as it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from sidestep_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
+
+    from sidestep_plugin.run import Step
+
+_SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed curve
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Counts training steps, and shows epoch, step, smoothed loss, rate and time left. Itself a plugin.
+
+    Reads only the loss that upstream has fetched from the device anyway.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.loss: float | None = None
+        self._steps_per_epoch = 1
+        self._epochs = 1
+        self._bar: ProgressBar[int] | None = None
+        self._began = self._shown = time.monotonic()
+
+    def begin(self, steps_per_epoch: int, epochs: int) -> None:
+        """Start showing, now that it is known how much there is to do."""
+        self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
+        self._began = self._shown = time.monotonic()
+        if sys.stdout.isatty():
+            self._bar = click.progressbar(
+                length=self._steps_per_epoch * epochs,
+                label="Training",
+                show_pos=True,
+                item_show_func=lambda _: self._status(),
+                width=24,
+                update_min_steps=1,
+            )
+            self._bar.render_progress()
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            blank = " " * (shutil.get_terminal_size().columns - 1)
+            click.echo(f"\r{blank}\r{text}")
+            # click draws the bar only when its text changes.
+            self._bar._last_line = None
+            self._bar.render_progress()
+        else:
+            click.echo(text)
+
+    def end(self) -> None:
+        """Leave the bar as it stands and go on below it."""
+        if self._bar is not None:
+            self._bar.render_finish()
+            self._bar = None
+
+    @hookimpl
+    def acestep_step_finished(self, step: Step) -> None:
+        if not step.training:
+            return
+        newest = float(step.module.training_losses[-1])
+        self.step += 1
+        self.loss = newest if self.loss is None else _SMOOTHING * newest + (1.0 - _SMOOTHING) * self.loss
+        if self._bar is not None:
+            self._bar.update(1, self.step)
+            return
+        now = time.monotonic()
+        if self.step % self._steps_per_epoch == 0 or now - self._shown >= _SECONDS_BETWEEN_LINES:
+            self._shown = now
+            left = (self._steps_per_epoch * self._epochs - self.step) / max(self._rate(), 1e-9)
+            click.echo(f"{self._status()}, step {self.step}, {_duration(left)} left")
+
+    def _rate(self) -> float:
+        return self.step / max(time.monotonic() - self._began, 1e-9)
+
+    def _status(self) -> str:
+        epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)
+        loss = "-" if self.loss is None else f"{self.loss:.4f}"
+        return f"epoch {epoch}/{self._epochs}, loss {loss}, {self._rate():.2f} steps/s"
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

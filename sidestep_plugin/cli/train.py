@@ -1,0 +1,269 @@
+"""``acestep-train train``: one training, from the checks to the finished adapter."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import FiniteFloat
+
+from .commands import FAILED, INTERRUPTED, PluginCommand
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from sidestep_plugin.launch import Launch, Request
+
+FOLDER = click.Path(path_type=Path)
+
+
+def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
+    """auto, cpu, cuda, cuda:N, mps or xpu. Raises click.BadParameter."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu", value) is None:
+        raise click.BadParameter(f"{value!r} is not a device. Expected auto, cpu, cuda, cuda:0, mps or xpu.")
+    return value
+
+
+def adapter_and_training_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a training that have nothing to do with where things are: shared by train and demo."""
+    positive = click.IntRange(min=1)
+    for option in reversed(
+        [
+            click.option(
+                "--plugin",
+                multiple=True,
+                metavar="NAME",
+                help="Plugin to train with, may be given several times. Without one: exactly as ACE-Step trains.",
+            ),
+            click.option(
+                "--adapter-type",
+                type=click.Choice(["lora", "lokr"]),
+                default="lora",
+                show_default=True,
+                help="Kind of adapter.",
+            ),
+            click.option("--rank", type=positive, help="Rank of the adapter. [ACE-Step's default: LoRA 8, LoKr 64]"),
+            click.option(
+                "--alpha", type=positive, help="Strength, relative to the rank. [ACE-Step's default: twice the rank's]"
+            ),
+            click.option("--dropout", type=FiniteFloat(0.0, 1.0), help="LoRA dropout. [ACE-Step's default: 0.1]"),
+            click.option(
+                "--target-modules",
+                metavar="NAMES",
+                help="Layers to adapt, separated by commas. [ACE-Step's default: q_proj,k_proj,v_proj,o_proj]",
+            ),
+            click.option("--epochs", type=positive, help="Times that every song is seen. [ACE-Step's default: 100]"),
+            click.option("--batch-size", type=positive, help="Songs a step. [ACE-Step's default: 1]"),
+            click.option(
+                "--gradient-accumulation", type=positive, help="Steps an optimizer step. [ACE-Step's default: 4]"
+            ),
+            click.option("--learning-rate", type=FiniteFloat(0.0, min_open=True), help="[ACE-Step's default: 0.0001]"),
+            click.option("--warmup-steps", type=click.IntRange(min=0), help="[ACE-Step's default: 100]"),
+            click.option("--weight-decay", type=FiniteFloat(0.0), help="[ACE-Step's default: 0.01]"),
+            click.option("--max-grad-norm", type=FiniteFloat(0.0, min_open=True), help="[ACE-Step's default: 1.0]"),
+            click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Random seed. [ACE-Step's default: 42]"),
+            click.option("--save-every", type=positive, help="Epochs between checkpoints. [ACE-Step's default: 10]"),
+            click.option(
+                "--val-split",
+                type=FiniteFloat(0.0, 1.0, max_open=True),
+                help="Part of the songs to validate on. [ACE-Step's default: 0]",
+            ),
+            click.option("--num-workers", type=click.IntRange(min=0), help="Processes that load songs. [default: 0]"),
+            click.option(
+                "--log-every", type=positive, help="Optimizer steps between log entries. [ACE-Step's default: 10]"
+            ),
+            click.option("--debug", is_flag=True, help="Show ACE-Step's own log, and where an error came from."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def settings_from(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given. Raises Refusal for an empty list of target modules."""
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    if "target_modules" in settings:
+        settings["target_modules"] = [name.strip() for name in settings["target_modules"].split(",") if name.strip()]
+        if not settings["target_modules"]:
+            raise Refusal("--target-modules is empty. Expected names such as q_proj,k_proj,v_proj,o_proj.")
+    return settings
+
+
+@click.command(cls=PluginCommand)
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME|DIR",
+    help="Model to train for: base, sft, turbo, xl-base, ..., a folder's name under the checkpoint folder, or a path.",
+)
+@click.option("--dataset-dir", required=True, type=FOLDER, help="Folder of preprocessed songs (.pt files).")
+@click.option("--output-dir", required=True, type=FOLDER, help="Folder for checkpoints and the finished adapter.")
+@click.option(
+    "--acestep-root",
+    type=FOLDER,
+    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
+)
+@click.option(
+    "--checkpoint-dir",
+    type=FOLDER,
+    help="Folder of models. [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints in the checkout]",
+)
+@click.option(
+    "--device",
+    callback=check_device,
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cuda:N|mps|xpu",
+    help="Where to train.",
+)
+@click.option("--resume-from", type=FOLDER, help="Checkpoint folder to go on from (ACE-Step's own resume).")
+@adapter_and_training_options
+def train(
+    model: str,
+    dataset_dir: Path,
+    output_dir: Path,
+    acestep_root: Path | None,
+    checkpoint_dir: Path | None,
+    device: str,
+    resume_from: Path | None,
+    adapter_type: str,
+    plugins: tuple[str, ...],
+    options: dict[str, Any],
+    **settings: Any,
+) -> None:
+    """Train a LoRA or LoKr with ACE-Step's own trainer.
+
+    \b
+    Example:
+        acestep-train --plugin sidestep --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
+
+    Before the first step it prints what was decided for the model and from what evidence. Ctrl-C ends the training
+    after the step that is running and saves the adapter as it is.
+    """
+    from sidestep_plugin.launch import Request
+
+    run_training(
+        Request(
+            model=model,
+            dataset_dir=dataset_dir,
+            output_dir=output_dir,
+            adapter_type="lokr" if adapter_type == "lokr" else "lora",
+            acestep_root=acestep_root,
+            checkpoint_dir=checkpoint_dir,
+            settings=settings_from(settings),
+            plugins=plugins,
+            options=options,
+            device=device,
+            resume_from=resume_from,
+        )
+    )
+
+
+def run_training(request: Request) -> None:
+    """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
+    from sidestep_plugin.launch import prepare
+
+    debug = click.get_current_context().meta["debug"]
+    if not debug:
+        quiet_third_parties()
+        quiet_upstream()
+    progress = Progress()
+    launch = prepare(request, say=click.echo, extra_plugins=lambda: {"progress": progress})
+    failure: str | None = None
+    with launch.attachment, interruptible(launch, progress) as interrupted:
+        progress.begin(launch.steps_per_epoch, launch.epochs)
+        try:
+            for _, _, message in launch.messages():
+                if message.startswith("❌"):
+                    failure = message.removeprefix("❌").strip()
+                elif not message.startswith(("Epoch", "⏹")):  # steps are the bar's; stopping is told below
+                    progress.say(message)
+        finally:
+            progress.end()
+        if launch.attachment.refusal is not None:
+            raise launch.attachment.refusal
+        if failure is None and interrupted():
+            saved = launch.save_interrupted()
+            click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+            click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
+            sys.exit(INTERRUPTED)
+    adapter = launch.final_adapter
+    if failure is None and adapter is None:
+        failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
+    if failure is not None:
+        click.echo(f"Error: {failure}", err=True)
+        sys.exit(FAILED)
+    assert adapter is not None
+    click.echo(f"Adapter: {adapter}")
+    _say_how_to_generate(adapter)
+
+
+def _say_how_to_generate(adapter: Path) -> None:
+    from sidestep_plugin.metadata import read_training_config
+
+    facts = read_training_config(adapter)
+    if facts is not None:
+        guidance = "off" if facts.get("model_variant") == "turbo" else "on"
+        click.echo(
+            f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
+            f"{facts.get('num_inference_steps')} steps, CFG {guidance}."
+        )
+
+
+@contextmanager
+def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM end the training after the running step; a second one ends it at once."""
+    stopped = False
+
+    def stop(signum: int, _: Any) -> None:
+        nonlocal stopped
+        if stopped:
+            for number in previous:
+                signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        stopped = True
+        launch.state["should_stop"] = True
+        progress.say("Stopping after this step and saving. Once more to stop at once.")
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # only the main thread may set handlers
+            previous[number] = signal.signal(number, stop)
+    try:
+        yield lambda: stopped
+    except KeyboardInterrupt:
+        click.echo("Stopped at once. Checkpoints saved before are complete.", err=True)
+        sys.exit(INTERRUPTED)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def quiet_third_parties() -> None:
+    """Keep Lightning's greetings off the screen."""
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def quiet_upstream() -> None:
+    """Show upstream's warnings as single lines. Its errors arrive as messages, and its news are the progress bar's."""
+    try:
+        from loguru import logger
+    except ImportError:
+        return
+    logger.remove()
+    # A function instead of a format string keeps loguru from adding tracebacks.
+    logger.add(
+        lambda line: click.echo(line, nl=False, err=True),
+        level="WARNING",
+        filter=lambda record: record["level"].name == "WARNING",
+        format=lambda _: "ACE-Step: {message}\n",
+    )
