@@ -53,6 +53,7 @@ def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dic
         "target_modules": _names(getattr(adapter, "target_modules", None)),
         "epoch": saved.epoch,
         "global_step": saved.global_step,
+        "training_steps": run.steps,
         **_training_settings(run.training_config),
         **{f"{name.replace('-', '_')}_version": version for name, version in _versions().items()},
     }
