@@ -135,6 +135,7 @@ def test_one_model_after_the_other_in_one_process(train, equal_bits, kind):
 
 # PEFT warns of the adapter that upstream leaves on the model; training again in the app does just that.
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
 def test_a_second_training_of_the_same_model(train, load):
     """In the app the model stays loaded: every training of it is decided anew."""
     handler = load("base")
