@@ -349,6 +349,11 @@ class Attachment:
         for name, caller in self.registry.callers("acestep_prepare_batch"):
             answers = self.registry.ask(name, caller, "acestep_prepare_batch", {"step": step, "batch": prepared})
             for replaced in answers:
+                if not isinstance(replaced, Mapping):
+                    raise PluginError(
+                        f"Plugin {name!r} returned {_described(replaced)}, expected a mapping of batch entries, from "
+                        "acestep_prepare_batch."
+                    )
                 for key, tensor in replaced.items():
                     _check_replaced(name, prepared, key, tensor)
                 prepared = {**prepared, **replaced}
@@ -456,7 +461,8 @@ def _check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: t
 def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is None:
-        return f"a {type(value).__name__}"
+        kind = type(value).__name__
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     return f"a tensor of shape {list(shape)}, {getattr(value, 'dtype', '?')} on {getattr(value, 'device', '?')}"
 
 

@@ -7,11 +7,13 @@ every check has passed.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +187,8 @@ def prepare(
     registry.call("acestep_model_chosen", facts=facts, options=options)
     dataset_dir, output_dir = request.dataset_dir.absolute(), request.output_dir.absolute()
     check_writable(output_dir)
+    if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
+        raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
     if request.resume_from is not None:
         _check_resume(request)
     restrict_gpus(request.device)
@@ -220,10 +224,6 @@ def prepare(
         for name in dataset.missing:
             say(f"Note: manifest.json names {name}, which is not there; upstream leaves it out.")
         adapter_config, training_config = configs
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Refusal(f"Cannot make the output folder {output_dir}: {error.strerror or error}.") from None
         import torch
 
         # The first versions of upstream's trainer never seed, later ones seed again with the same number.
@@ -423,12 +423,19 @@ def _build(cls: Any, given: Mapping[str, Any], ours: Mapping[str, Any], names: M
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be written, without writing anything. Raises Refusal."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir():
-        raise Refusal(f"Cannot write to {folder}: {existing} is a file. Choose another --output-dir.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise Refusal(f"Cannot write to {folder}: no permission in {existing}. Choose another --output-dir.")
+    """Refuse a folder that cannot be written, by trying it and leaving no trace. Raises Refusal."""
+    made: list[Path] = []
+    try:
+        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+            place.mkdir()
+            made.append(place)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refusal(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from None
+    finally:
+        for place in reversed(made):
+            place.rmdir()
 
 
 def _check_resume(request: Request) -> None:

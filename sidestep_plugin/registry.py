@@ -162,7 +162,8 @@ class Registry:
             raise PluginError(f"Plugin {name!r} failed in {hook}: {type(error).__name__}: {error}") from error
         if answer is None:
             return []
-        return answer if isinstance(answer, list) else [answer]
+        # pluggy returns the one answer of an exclusive hook, and a list of all answers of any other.
+        return [answer] if hook in hookspecs.EXCLUSIVE else list(answer)
 
     def declared_options(self) -> list[click.Option]:
         """The options of all plugins. Raises PluginError when two declare the same name."""

@@ -172,7 +172,9 @@ def module_for(trainer: Any) -> Callable[..., Any]:
 
     def make(handler: Any, kind: str = "lora", **training: Any) -> Any:
         config_class = getattr(trainer, upstream.CONFIG_CLASS[kind])
-        config = config_class(r=4, alpha=8, dropout=0.0) if kind == "lora" else config_class(linear_dim=4, linear_alpha=8)
+        config = (
+            config_class(r=4, alpha=8, dropout=0.0) if kind == "lora" else config_class(linear_dim=4, linear_alpha=8)
+        )
         training_config = known_fields(trainer.TrainingConfig, training)
         module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
         return module_class(handler.model, config, training_config, handler.device, handler.dtype)

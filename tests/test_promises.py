@@ -75,9 +75,7 @@ def losses_of_both(trainer, handler, module, batch, seed, options=None):
 
 @pytest.mark.parametrize("name", ["base", "sft", "xl-base", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_that_of_the_models_own_forward(
-    trainer, load, module_for, batch_of, require_kind, kind, name
-):
+def test_the_loss_is_that_of_the_models_own_forward(trainer, load, module_for, batch_of, require_kind, kind, name):
     require_kind(kind)
     handler = load(name)
     module = module_for(handler, kind)

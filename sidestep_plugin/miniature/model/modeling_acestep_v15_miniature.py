@@ -187,32 +187,17 @@ class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyp
         self,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        text_hidden_states: Tensor | None = None,
-        text_attention_mask: Tensor | None = None,
-        lyric_hidden_states: Tensor | None = None,
-        lyric_attention_mask: Tensor | None = None,
-        refer_audio_acoustic_hidden_states_packed: Tensor | None = None,
-        refer_audio_order_mask: Tensor | None = None,
+        *,
         src_latents: Tensor | None = None,
-        chunk_masks: Tensor | None = None,
-        is_covers: Tensor | None = None,
-        silence_latent: Tensor | None = None,
         cfg_ratio: float = 0.15,
+        **conditions: Any,
     ) -> dict[str, Tensor]:
-        """The model's own training loss. It draws, in this order: dropped conditions, noise, times."""
+        """The model's own training loss. It draws, in this order: dropped conditions, noise, times.
+
+        `conditions` are the other arguments of `prepare_condition`.
+        """
         condition, condition_mask, context = self.prepare_condition(
-            text_hidden_states=text_hidden_states,
-            text_attention_mask=text_attention_mask,
-            lyric_hidden_states=lyric_hidden_states,
-            lyric_attention_mask=lyric_attention_mask,
-            refer_audio_acoustic_hidden_states_packed=refer_audio_acoustic_hidden_states_packed,
-            refer_audio_order_mask=refer_audio_order_mask,
-            hidden_states=src_latents,
-            attention_mask=attention_mask,
-            silence_latent=silence_latent,
-            src_latents=src_latents,
-            chunk_masks=chunk_masks,
-            is_covers=is_covers,
+            hidden_states=src_latents, src_latents=src_latents, attention_mask=attention_mask, **conditions
         )
         x0 = hidden_states
         rows, device, dtype = x0.shape[0], x0.device, x0.dtype

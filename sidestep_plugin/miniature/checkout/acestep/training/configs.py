@@ -54,6 +54,7 @@ class TrainingConfig:
 
     shift: float = 3.0
     num_inference_steps: int = 8
+    # the optimizer
     learning_rate: float = 1e-4
     batch_size: int = 1
     gradient_accumulation_steps: int = 4
@@ -62,16 +63,19 @@ class TrainingConfig:
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    # how it runs, and where to
     mixed_precision: str = "bf16"
     use_fp8: bool = False
     gradient_checkpointing: bool = False
     seed: int = 42
     output_dir: str = "./lora_output"
+    # the loaders
     num_workers: int = 4
     pin_memory: bool = True
     prefetch_factor: int = 2
     persistent_workers: bool = True
     pin_memory_device: str = ""
+    # what is looked at
     log_every_n_steps: int = 10
     val_split: float = 0.0
 

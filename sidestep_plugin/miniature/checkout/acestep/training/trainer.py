@@ -186,8 +186,8 @@ class _Loop:
     announce_epochs: bool = True
     val_loader: DataLoader[Any] | None = None
     plots: TrainingState = None
-    start_epoch: int = 0
-    global_step: int = 0
+    epoch: int = 0  # how far the run has come
+    step: int = 0
 
 
 class _Trainer:
@@ -201,6 +201,7 @@ class _Trainer:
         self.training_config = training_config
         self.module: Any = None
         self.fabric: Any = None
+        self.run_metadata: dict[str, Any] = {}
         self.is_training = False
 
     def stop(self) -> None:
@@ -214,7 +215,7 @@ class _Trainer:
     def _make_module(self) -> Any:
         raise NotImplementedError
 
-    def _save_checkpoint(self, loop: _Loop, epoch: int, folder: str) -> None:
+    def _save_checkpoint(self, loop: _Loop, folder: str) -> None:
         raise NotImplementedError
 
     def _save_final(self, folder: str) -> None:
@@ -322,17 +323,16 @@ class _Trainer:
     def _run(self, loop: _Loop, training_state: TrainingState) -> Progress:
         """All epochs, then the final save."""
         config, module = self.training_config, self.module
-        step, epochs = loop.global_step, config.max_epochs
-        best = math.inf
+        epochs, best = config.max_epochs, math.inf
         module.model.decoder.train()
         loop.optimizer.zero_grad(set_to_none=True)
-        for epoch in range(loop.start_epoch + 1, epochs + 1):
+        while loop.epoch < epochs:
             started = time.monotonic()
             losses: list[float] = []  # of the optimizer steps of this epoch
             pending: list[float] = []  # of the batches since the last optimizer step
             for number, batch in enumerate(loop.loader, start=1):
                 if training_state and training_state.get("should_stop"):
-                    yield step, sum(pending) / max(1, len(pending)), "⏹️ Training stopped by user"
+                    yield loop.step, sum(pending) / max(1, len(pending)), "⏹️ Training stopped by user"
                     return  # trap, kept from ACE-Step: nothing is saved
                 loss = module.training_step(batch) / config.gradient_accumulation_steps
                 loop.backward(loss)
@@ -344,53 +344,56 @@ class _Trainer:
                 bad = _count_nonfinite(loop.parameters) if loop.refuse_nonfinite else 0
                 if bad:
                     loop.optimizer.zero_grad(set_to_none=True)
-                    yield step, math.nan, f"⚠️ Non-finite gradients in {bad} tensors; optimizer step skipped"
+                    yield loop.step, math.nan, f"⚠️ Non-finite gradients in {bad} tensors; step skipped"
                     continue
                 loop.clip()
                 loop.optimizer.step()
                 loop.scheduler.step()
                 loop.optimizer.zero_grad(set_to_none=True)
-                step += 1
+                loop.step += 1
                 losses.append(average)
-                if step % config.log_every_n_steps == 0:
-                    loop.log("train/loss", average, step)
-                    loop.log("train/lr", float(loop.scheduler.get_last_lr()[0]), step)
-                    _plot(loop.plots, step, average)
-                    yield step, average, f"Epoch {epoch}/{epochs}, Step {step}, Loss: {average:.4f}"
+                if loop.step % config.log_every_n_steps == 0:
+                    loop.log("train/loss", average, loop.step)
+                    loop.log("train/lr", float(loop.scheduler.get_last_lr()[0]), loop.step)
+                    _plot(loop.plots, loop.step, average)
+                    where = f"Epoch {loop.epoch + 1}/{epochs}, Step {loop.step}"
+                    yield loop.step, average, f"{where}, Loss: {average:.4f}"
 
+            loop.epoch += 1
             average = sum(losses) / max(1, len(losses))
-            loop.log("train/epoch_loss", average, epoch)
-            if loop.plots is not None and loop.plots["plot_steps"][-1:] != [step]:
-                _plot(loop.plots, step, average)
+            loop.log("train/epoch_loss", average, loop.epoch)
+            if loop.plots is not None and loop.plots["plot_steps"][-1:] != [loop.step]:
+                _plot(loop.plots, loop.step, average)
             if loop.announce_epochs:
-                yield step, average, f"✅ Epoch {epoch}/{epochs} took {time.monotonic() - started:.1f}s"
-            loop.start_epoch, loop.global_step = epoch, step
+                seconds = time.monotonic() - started
+                yield loop.step, average, f"✅ Epoch {loop.epoch}/{epochs} took {seconds:.1f}s"
             if loop.val_loader is not None:
                 validation = self._validate(loop.val_loader)
                 if loop.plots is not None:
-                    loop.plots["plot_val_steps"].append(step)
+                    loop.plots["plot_val_steps"].append(loop.step)
                     loop.plots["plot_val_loss"].append(validation)
                 if validation < best:
                     best = validation
                     if loop.plots is not None:
-                        loop.plots["plot_best_step"] = step
-                    self._save_checkpoint(loop, epoch, self._output("checkpoints", "best"))
-            if epoch % config.save_every_n_epochs == 0:
-                folder = self._output("checkpoints", f"epoch_{epoch}_loss_{average:.4f}")
-                self._save_checkpoint(loop, epoch, folder)
-                yield step, average, f"💾 Checkpoint saved at epoch {epoch}"
+                        loop.plots["plot_best_step"] = loop.step
+                    self._save_checkpoint(loop, self._output("checkpoints", "best"))
+            if loop.epoch % config.save_every_n_epochs == 0:
+                name = f"epoch_{loop.epoch}_loss_{average:.4f}"
+                self._save_checkpoint(loop, self._output("checkpoints", name))
+                yield loop.step, average, f"💾 Checkpoint saved at epoch {loop.epoch}"
 
         final = self._output("final")
         self._save_final(final)
         last = module.training_losses[-1] if module.training_losses else 0.0
-        yield step, last, f"✅ Training complete! {self.kind} saved to {final}"
+        yield loop.step, last, f"✅ Training complete! {self.kind} saved to {final}"
 
     def _validate(self, loader: DataLoader[Any]) -> float:
         """The same step on the held-out songs, with new noise and new times each time."""
-        self.module.model.decoder.eval()
+        module = self.module
+        module.model.decoder.eval()
         with torch.no_grad():
-            losses = [float(self.module.training_step(batch, record_loss=False)) for batch in loader]
-        self.module.model.decoder.train()
+            losses = [float(module.training_step(batch, record_loss=False)) for batch in loader]
+        module.model.decoder.train()
         return sum(losses) / max(1, len(losses))
 
     def _output(self, *parts: str) -> str:
@@ -461,8 +464,8 @@ class LoRATrainer(_Trainer):
         except Exception as error:
             logger.exception("resuming failed")
             return f"⚠️ The checkpoint could not be loaded: {error}; starting fresh"
-        loop.start_epoch, loop.global_step = found["epoch"], found["global_step"]
-        parts = [f"✅ Resumed from epoch {loop.start_epoch}, step {loop.global_step}"]
+        loop.epoch, loop.step = found["epoch"], found["global_step"]
+        parts = [f"✅ Resumed from epoch {loop.epoch}, step {loop.step}"]
         parts += [f"{name} ✓" for name in ("optimizer", "scheduler") if found[f"loaded_{name}"]]
         return ", ".join(parts)
 
@@ -472,12 +475,12 @@ class LoRATrainer(_Trainer):
             handler.model, self.lora_config, self.training_config, handler.device, handler.dtype
         )
 
-    def _save_checkpoint(self, loop: _Loop, epoch: int, folder: str) -> None:
+    def _save_checkpoint(self, loop: _Loop, folder: str) -> None:
         model = self.module.model
         if self.fabric is None:
             save_lora_weights(model, folder)
         else:
-            save_training_checkpoint(model, loop.optimizer, loop.scheduler, epoch, loop.global_step, folder)
+            save_training_checkpoint(model, loop.optimizer, loop.scheduler, loop.epoch, loop.step, folder)
 
     def _save_final(self, folder: str) -> None:
         save_lora_weights(self.module.model, folder)
@@ -491,7 +494,6 @@ class LoKRTrainer(_Trainer):
     def __init__(self, dit_handler: Any, lokr_config: LoKRConfig, training_config: TrainingConfig) -> None:
         super().__init__(dit_handler, training_config)
         self.lokr_config = lokr_config
-        self.run_metadata: dict[str, Any] = {}
 
     def train_from_preprocessed(self, tensor_dir: str, training_state: TrainingState = None) -> Progress:
         """Train; yield (step, loss, message)."""
@@ -522,13 +524,13 @@ class LoKRTrainer(_Trainer):
             handler.model, self.lokr_config, self.training_config, handler.device, handler.dtype
         )
 
-    def _save_checkpoint(self, loop: _Loop, epoch: int, folder: str) -> None:
+    def _save_checkpoint(self, loop: _Loop, folder: str) -> None:
         save_lokr_training_checkpoint(
             self.module.lycoris_net,
             loop.optimizer,
             loop.scheduler,
-            epoch,
-            loop.global_step,
+            loop.epoch,
+            loop.step,
             folder,
             lokr_config=self.lokr_config,
             run_metadata=self.run_metadata,

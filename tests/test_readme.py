@@ -1,0 +1,86 @@
+"""Every command and snippet of the README is run: here, or by .ci/run, which takes the first two from the README itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_two_blocks_are_the_commands_of_a_fresh_machine():
+    (kind, demo), (other_kind, tests) = BLOCKS[:2]
+    assert kind == other_kind == "bash"
+    assert "acestep-train demo" in demo and "pytest" in tests
+    assert all("python3 -m venv" in block and "pip install" in block for block in (demo, tests))
+    # .ci/run takes them out of the README by number, word for word.
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "readme_block 1" in ci and "readme_block 2" in ci
+
+
+def test_every_other_command_has_a_test():
+    commands = {
+        line.partition("#")[0].strip()
+        for kind, block in BLOCKS[2:]
+        if kind == "text"
+        for line in block.splitlines()
+        if re.match(r"(pip|python|acestep-train)\b", line)
+    }
+    assert commands == {
+        "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
+        "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
+        "python -m pytest --acestep-root DIR",  # below
+    }
+
+
+def cli(*arguments, cwd):
+    line = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(
+        line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"}
+    )
+
+
+def test_training_from_the_checkouts_folder(checkout, tmp_path):
+    """With no more options than the README's: checkout and models are found from the current directory."""
+    from sidestep_plugin import miniature
+
+    built = miniature.build(tmp_path / "built", songs=2)
+    output = tmp_path / "output"
+    command = "--plugin sidestep --model base --dataset-dir DIR --output-dir DIR".split()
+    command[command.index("DIR")] = built.tensors
+    command[command.index("DIR")] = output
+    done = cli(*command, "--epochs", "2", cwd=built.root)  # 100 epochs would show the same
+    assert done.returncode == 0, done.stderr
+    shown = next(block for kind, block in BLOCKS if block.startswith("Model: acestep-v15-base"))
+    assert shown in done.stdout, "the README shows other lines than the program"
+    facts = json.loads((output / "final" / "adapter" / "training_config.json").read_text(encoding="utf-8"))
+    assert facts["model_name"] == "acestep-v15-base"
+
+
+def test_the_tests_take_a_checkout(tmp_path):
+    from sidestep_plugin import miniature
+
+    built = miniature.build(tmp_path, models=[], songs=0)
+    line = [sys.executable, "-m", "pytest", "--acestep-root", built.root, "-q", "tests/test_upstream.py"]
+    done = subprocess.run([*line, "-k", "the_checkout_fits"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+def test_the_python_snippet(trainer):
+    (snippet,) = (block for kind, block in BLOCKS if kind == "python")
+    before = trainer.sample_discrete_timestep
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert trainer.sample_discrete_timestep is before
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()

@@ -1,0 +1,409 @@
+"""``acestep-train train``: the whole job through the command line, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sidestep_plugin.cli import cli
+
+
+@pytest.fixture
+def run(checkout, trainer, tmp_path, monkeypatch):
+    """Run ``acestep-train`` in this process: ``run("--model", "base", ...)`` with sensible folders filled in."""
+    monkeypatch.chdir(tmp_path)
+    # It would change the log of the tests after this one.
+    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+
+    def invoke(*arguments, plugin="sidestep", **folders):
+        folders = {
+            "acestep_root": checkout.root,
+            "checkpoint_dir": checkout.checkpoints,
+            "dataset_dir": checkout.tensors,
+            "output_dir": tmp_path / "output",
+        } | folders
+        line = [f"--plugin={plugin}"] if plugin else []
+        for name, folder in folders.items():
+            line += [f"--{name.replace('_', '-')}", str(folder)]
+        return CliRunner().invoke(cli, [*line, "--device", "cpu", *map(str, arguments)], catch_exceptions=False)
+
+    return invoke
+
+
+QUICK = ("--epochs", "2", "--batch-size", "2", "--save-every", "1", "--rank", "4", "--alpha", "8")
+
+
+def adapters_under(folder):
+    return sorted(file.parent for file in folder.rglob("*.safetensors"))
+
+
+# -- the whole job ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize(
+    ("model", "variant", "shift", "steps", "law"),
+    [
+        ("base", "base", 1.0, 50, "continuous, maximum of two logit-normal draws, mu -0.4, sigma 1.0"),
+        ("sft", "sft", 1.0, 50, "continuous, maximum of two logit-normal draws, mu -0.4, sigma 1.0"),
+        ("turbo", "turbo", 3.0, 8, "discrete, uniform over 1, 0.955, 0.9, 0.833, 0.75, 0.643, 0.5, 0.3"),
+        ("turbo-shift1", "turbo", 1.0, 8, "discrete, uniform over 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125"),
+    ],
+)
+def test_the_whole_job(run, require_kind, tmp_path, kind, model, variant, shift, steps, law):
+    require_kind(kind)
+    result = run("--model", model, "--adapter-type", kind, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert f"variant {variant} (config.json: is_turbo = {str(variant == 'turbo').lower()}" in result.output
+    assert law in result.output
+    guidance = "off" if variant == "turbo" else "on"
+    assert f"Generate with acestep-v15-{model}: shift {shift}, {steps} steps, CFG {guidance}." in result.output
+    assert ("Condition dropout: 15 %" in result.output) == (variant != "turbo")
+    folders = adapters_under(tmp_path / "output")
+    assert len(folders) == 3, "two checkpoints and the final adapter"
+    for folder in folders:
+        text = (folder / "training_config.json").read_text(encoding="utf-8")
+        facts = json.loads(text)
+        assert (facts["model_name"], facts["model_variant"]) == (f"acestep-v15-{model}", variant)
+        assert (facts["shift"], facts["num_inference_steps"]) == (shift, steps)
+        assert (facts["adapter_type"], facts["rank"], facts["alpha"]) == (kind, 4, 8)
+        assert str(tmp_path) not in text and str(tmp_path.parent) not in text
+
+
+def test_the_finished_lora_loads_with_peft(run, load, tmp_path):
+    from peft import PeftModel
+
+    assert run("--model", "base", "--learning-rate", "0.01", "--gradient-accumulation", 1, *QUICK).exit_code == 0
+    loaded = PeftModel.from_pretrained(load("base").model.decoder, str(tmp_path / "output" / "final" / "adapter"))
+    moved = [weight for name, weight in loaded.named_parameters() if "lora_B" in name]
+    assert moved and all(weight.abs().sum() > 0 for weight in moved)
+
+
+def test_songs_and_output_may_lie_anywhere(run, checkout, tmp_path_factory):
+    songs = shutil.copytree(checkout.tensors, tmp_path_factory.mktemp("elsewhere") / "songs é ü")
+    output = tmp_path_factory.mktemp("far away") / "new" / "output"
+    result = run("--model", "base", *QUICK, dataset_dir=songs, output_dir=output)
+    assert result.exit_code == 0, result.output
+    assert (output / "final" / "adapter" / "training_config.json").is_file()
+
+
+def test_without_a_plugin_it_trains_as_upstream(run, train, checkout, tmp_path):
+    settings = ("--epochs", 2, "--batch-size", 2, "--rank", 4, "--alpha", 8, "--learning-rate", "0.01", "--seed", 7)
+    result = run("--model", "base", "--gradient-accumulation", 1, *settings, plugin=None)
+    assert result.exit_code == 0, result.output
+    assert "Timesteps" not in result.output
+    ours = load_file(tmp_path / "output" / "final" / "adapter" / "adapter_model.safetensors")
+    upstreams = train("base", plugins=None).tensors
+    assert ours.keys() == upstreams.keys() and all(ours[key].equal(upstreams[key]) for key in ours)
+    assert not list((tmp_path / "output").rglob("training_config.json"))
+
+
+def test_a_failed_training_is_exit_code_1(run, trainer, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(trainer, "save_lora_weights", fail)
+    monkeypatch.setattr(trainer, "save_training_checkpoint", fail)
+    result = run("--model", "base", *QUICK, plugin=None)
+    assert result.exit_code == 1
+    assert "Error:" in result.stderr and "the disk is full" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_metadata_options_are_only_metadata(run, tmp_path):
+    assert run("--model", "base", "--shift", "2.5", "--num-inference-steps", "30", *QUICK).exit_code == 0
+    facts = json.loads((tmp_path / "output/final/adapter/training_config.json").read_text(encoding="utf-8"))
+    assert (facts["shift"], facts["num_inference_steps"]) == (2.5, 30)
+
+
+def test_variant_settles_and_is_reported(run):
+    result = run("--model", "base", "--variant", "turbo", *QUICK)
+    assert result.exit_code == 0
+    assert "Note: --variant turbo stands against config.json: is_turbo = false" in result.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_path, kind):
+    require_kind(kind)
+    if checkout.real:
+        pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
+    line = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "--plugin", "sidestep"]
+    line += ["--model", "base", "--adapter-type", kind, "--epochs", "100000", "--batch-size", "2", "--device", "cpu"]
+    line += ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
+    line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith("epoch 3/"):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Stopping after this step" in output and "Adapter as it was then" in output
+    (folder,) = adapters_under(tmp_path / "output" / "interrupted")
+    assert json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["model_variant"] == "base"
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, framework="pt") as file:
+        assert list(file.keys())
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Run, and expect exit code 2, a message of at most two lines and nothing written."""
+
+    def invoke(*arguments, says, **folders):
+        before = set(tmp_path.rglob("*"))
+        result = run(*arguments, **folders)
+        assert result.exit_code == 2, result.output
+        message = result.stderr.strip()
+        assert re.search(says, message), message
+        assert "Traceback" not in result.output
+        assert len(message.splitlines()) <= 4  # click adds two lines on how to get help to errors of usage
+        assert set(tmp_path.rglob("*")) == before, "something was written"
+
+    return invoke
+
+
+@pytest.fixture
+def model_folder(checkout, tmp_path):
+    """A copy of a model under another name, with changes to its config.json (None leaves a key out)."""
+
+    def make(name, source="acestep-v15-base", **changes):
+        folder = shutil.copytree(checkout.checkpoints / source, tmp_path / "models" / name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def test_no_acestep(refused, tmp_path):
+    refused("--model", "base", says="No ACE-Step 1.5 found.*--acestep-root DIR", acestep_root=tmp_path / "nowhere")
+
+
+def test_unknown_plugin(refused):
+    refused("--model", "base", plugin="nobody", says="No plugin 'nobody' is installed. Installed: .*sidestep")
+
+
+def test_missing_model_lists_what_is_there(refused):
+    refused("--model", "bass", says="No model 'bass'.*acestep-v15-base, acestep-v15-sft, acestep-v15-turbo")
+
+
+def test_missing_dataset(refused, tmp_path):
+    refused("--model", "base", says="No dataset folder", dataset_dir=tmp_path / "nowhere")
+
+
+def test_empty_dataset(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("--model", "base", says="No songs in", dataset_dir=tmp_path / "empty")
+
+
+def test_dataset_of_something_else(refused, tmp_path):
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs" / "song.pt").write_bytes(b"not a tensor")
+    refused("--model", "base", says=r"Not preprocessed songs.*song.pt", dataset_dir=tmp_path / "songs")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"null"])
+def test_unreadable_config(refused, model_folder, content):
+    folder = model_folder("acestep-v15-base")
+    (folder / "config.json").write_bytes(content)
+    refused("--model", folder, says="config.json (is not JSON|holds a)")
+
+
+def test_config_missing(refused, model_folder):
+    folder = model_folder("acestep-v15-base")
+    (folder / "config.json").unlink()
+    refused("--model", folder, says="No config.json in")
+
+
+def test_undecidable_variant(refused, model_folder):
+    folder = model_folder("my-model", is_turbo=None)
+    refused("--model", folder, says="Cannot tell the variant of 'my-model'.*--variant")
+
+
+def test_contradictory_variant(refused, model_folder):
+    folder = model_folder("acestep-v15-turbo-mine", is_turbo=False)
+    refused("--model", folder, says="is_turbo = false, but the folder name.*contradict.*--variant")
+
+
+@pytest.mark.parametrize("change", [{"timestep_mu": None}, {"timestep_mu": "x"}, {"timestep_sigma": 0.0}])
+def test_absurd_law(refused, model_folder, change):
+    refused("--model", model_folder("acestep-v15-base", **change), says="timestep_(mu|sigma)")
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["not in the class", "lost from the file"])
+def test_no_null_condition(refused, model_folder, stored):
+    folder = model_folder("acestep-v15-base")
+    weights = load_file(folder / "model.safetensors")
+    del weights["null_condition_emb"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if not stored:
+        source = folder / "modeling_acestep_v15_miniature.py"
+        text = source.read_text(encoding="utf-8")
+        source.write_text(
+            text + "\n\n_init = AceStepConditionGenerationModel.__init__\n\n\n"
+            "def without(self, config):\n    _init(self, config)\n    del self.null_condition_emb\n\n\n"
+            "AceStepConditionGenerationModel.__init__ = without\n",
+            encoding="utf-8",
+        )
+    refused("--model", folder, says="no null_condition_emb.*--cfg-ratio 0")
+
+
+def test_lost_decoder_weights(refused, model_folder):
+    folder = model_folder("acestep-v15-base")
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(key for key in weights if key.startswith("decoder."))]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused("--model", folder, says="lack 1 tensors of the decoder")
+
+
+def test_songs_of_another_model(refused, checkout):
+    refused("--model", "xl-base", says="width 64, acestep-v15-xl-base expects 48")
+    refused("--model", "base", says="width 48, acestep-v15-base expects 64", dataset_dir=checkout.xl_tensors)
+
+
+def test_quantized_by_config(refused, model_folder):
+    folder = model_folder("acestep-v15-base", quantization_config={"quant_method": "torchao"})
+    refused("--model", folder, says="is quantized.*bf16 or fp32")
+
+
+def test_quantized_weights(refused, model_folder):
+    import torch
+
+    folder = model_folder("acestep-v15-base")
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in weights if key.startswith("decoder."))
+    weights[key] = weights[key].to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused("--model", folder, says="is quantized.*is I8")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--cfg-ratio", "1.01"),
+        ("--cfg-ratio", "-0.1"),
+        ("--cfg-ratio", "nan"),
+        ("--shift", "0"),
+        ("--shift", "-1"),
+        ("--shift", "inf"),
+        ("--num-inference-steps", "0"),
+        ("--num-inference-steps", "8.5"),
+        ("--variant", "tturbo"),
+        ("--epochs", "0"),
+        ("--learning-rate", "nan"),
+        ("--target-modules", " , "),
+        ("--device", "gpu"),
+    ],
+)
+def test_settings_out_of_range(refused, option, value):
+    refused("--model", "base", option, value, says=re.escape(option) if option != "--device" else "not a device")
+
+
+def test_a_plugins_option_without_the_plugin(refused):
+    refused("--model", "base", "--cfg-ratio", "0.1", plugin=None, says="--cfg-ratio.*--plugin sidestep")
+
+
+def test_output_under_a_file(refused, tmp_path):
+    (tmp_path / "file").touch()
+    refused("--model", "base", says="Cannot write to.*Not a directory", output_dir=tmp_path / "file" / "output")
+
+
+def test_cuda_without_cuda(refused):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    refused("--model", "base", "--device", "cuda", says="No cuda on this machine")
+
+
+def test_a_setting_that_this_acestep_does_not_have(refused):
+    refused("--model", "base", "--adapter-type", "lokr", "--dropout", "0.1", says="LoKRConfig has no such.*--dropout")
+
+
+def test_lokr_without_lycoris(refused, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lycoris" else find(name, *a))
+    refused("--model", "base", "--adapter-type", "lokr", says="pip install lycoris-lora")
+
+
+def test_resume_is_refused_as_long_as_it_restores_nothing(refused, tmp_path):
+    refused(
+        "--model", "base", "--resume-from", tmp_path, says="restores the optimizer but none of the adapter's weights"
+    )
+
+
+# -- looks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
+    if checkout.real:
+        pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
+    import pty
+
+    line = [
+        sys.executable,
+        "-c",
+        "from sidestep_plugin.cli import main; main()",
+        "demo",
+        "--dir",
+        str(tmp_path / "demo"),
+    ]
+    read, write = pty.openpty()
+    process = subprocess.Popen(line, stdout=write, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "120"})
+    os.close(write)
+    shown = b""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            chunk = os.read(read, 65536)
+        except OSError:  # the terminal's other side was closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(read)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "12/12" in text and re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", text)
+
+
+def test_help_imports_no_torch():
+    code = "import sys\nfrom sidestep_plugin.cli import cli\ncli(sys.argv[1:], standalone_mode=False)\nprint('torch' in sys.modules)"
+    for arguments in (["--help"], ["--plugin", "sidestep", "--help"], ["plugins"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stdout.strip().endswith("False"), arguments
+
+
+def test_help_teaches_the_plugins_options():
+    shown = CliRunner().invoke(cli, ["--plugin", "sidestep", "--help"]).output
+    for option in ("--variant", "--timestep-mode", "--cfg-ratio", "--shift", "--num-inference-steps"):
+        assert option in shown
+    assert "--plugin sidestep --help" in CliRunner().invoke(cli, ["train", "--help"]).output
+
+
+def test_plugins_lists_and_prints_json():
+    shown = CliRunner().invoke(cli, ["plugins"]).output
+    assert "sidestep (sidestep-plugin" in shown and "acestep_sample_timesteps" in shown
+    (entry,) = [e for e in json.loads(CliRunner().invoke(cli, ["plugins", "--json"]).output) if e["name"] == "sidestep"]
+    assert entry["error"] is None and "acestep_prepare_batch" in entry["hooks"] and Path(entry["distribution"]).name
