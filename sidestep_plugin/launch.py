@@ -352,6 +352,8 @@ def load_model(folder: Path, device: torch.device) -> Handler:
     import torch
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     try:
@@ -458,8 +460,8 @@ def _check_width(dataset: Dataset, facts: ModelFacts) -> None:
 def _fail_on_width(dataset: Dataset, model: str, width: int) -> None:
     if dataset.condition_width != width:
         raise Refusal(
-            f"The songs in {dataset.folder} have conditions of width {dataset.condition_width}, {model} expects "
-            f"{width}: they were preprocessed for another model. Preprocess them again with this one."
+            f"The songs in {dataset.folder} have conditions of width {dataset.condition_width}, {model} "
+            f"expects {width}: they were preprocessed for another model. Preprocess them again with this one."
         )
 
 
@@ -469,8 +471,8 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
     found = len(data_module.PreprocessedTensorDataset(str(dataset.folder)))
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the names "
-            "in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
+            f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the "
+            "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
         )
     return found
 

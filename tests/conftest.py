@@ -31,6 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    # The models are tiny: more threads only wait for each other.
+    torch.set_num_threads(1)
     if config.getoption("--acestep-root"):
         # Warnings of upstream and of what only it imports are not ours to mend; ours stay errors.
         config.addinivalue_line("filterwarnings", "ignore:::(?!sidestep_plugin|tests)")

@@ -28,7 +28,8 @@ def a_step(name="acestep-v15-base", training=True, dtype=torch.float32, null_dty
 
 
 def a_batch(rows=8, length=3, width=WIDTH, dtype=torch.float32):
-    conditions = torch.randn(rows, length, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    # Between 0 and 1, so that no number in it is one of the null condition's.
+    conditions = torch.rand(rows, length, width, generator=torch.Generator().manual_seed(1)).to(dtype)
     return {"encoder_hidden_states": conditions, "target_latents": torch.zeros(rows, 4, 64)}
 
 
@@ -114,6 +115,18 @@ def test_the_mask_is_the_first_random_number_of_the_step(rows):
     torch.manual_seed(rows)
     expected = torch.rand((rows,)) < 0.5
     torch.manual_seed(rows)
+    assert torch.equal(dropped_rows(step, batch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mask_is_drawn_in_the_compute_dtype(dtype):
+    rows, ratio = 20_000, 0.3
+    step, batch = a_step(cfg_ratio=ratio, dtype=dtype), a_batch(rows, length=1)
+    torch.manual_seed(5)
+    expected = torch.rand((rows,), dtype=dtype) < ratio
+    torch.manual_seed(5)
+    assert not torch.equal(torch.rand((rows,)) < ratio, expected), "with so many rows another dtype would show"
+    torch.manual_seed(5)
     assert torch.equal(dropped_rows(step, batch), expected)
 
 

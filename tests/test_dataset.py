@@ -69,13 +69,13 @@ def test_songs_in_the_format_of_old_torch_fit(tmp_path):
 
 
 def test_a_manifest_names_songs_relative_to_its_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(save(tmp_path / "elsewhere").parent)
+    monkeypatch.chdir(save(tmp_path / "elsewhere", "a.pt", a_song(16)))
     data = save(tmp_path / "data", "a.pt")
     save(data / "more", "b.pt")
     save(data, "unlisted.pt", {"no": "song"})
     write_manifest(data, {"samples": ["a.pt", "more/b.pt"]})
     dataset = inspect_dataset(data)
-    assert (dataset.songs, dataset.missing) == (2, ())
+    assert (dataset.songs, dataset.missing, dataset.condition_width) == (2, (), 8)
 
 
 def test_a_manifest_names_songs_relative_to_where_upstream_was_started(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README is run: here, or by .ci/run, which takes the first two from the README itself."""
+"""Every command and snippet of the README is run: here, or by .ci/run, which reads the first two from the README."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_training_from_the_checkouts_folder(checkout, tmp_path):
 
     built = miniature.build(tmp_path / "built", songs=2)
     output = tmp_path / "output"
-    command = "--plugin sidestep --model base --dataset-dir DIR --output-dir DIR".split()
-    command[command.index("DIR")] = built.tensors
-    command[command.index("DIR")] = output
+    command = ["--plugin", "sidestep", "--model", "base", "--dataset-dir", built.tensors, "--output-dir", output]
     done = cli(*command, "--epochs", "2", cwd=built.root)  # 100 epochs would show the same
     assert done.returncode == 0, done.stderr
     shown = next(block for kind, block in BLOCKS if block.startswith("Model: acestep-v15-base"))

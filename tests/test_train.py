@@ -389,7 +389,12 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
 
 
 def test_help_imports_no_torch():
-    code = "import sys\nfrom sidestep_plugin.cli import cli\ncli(sys.argv[1:], standalone_mode=False)\nprint('torch' in sys.modules)"
+    code = (
+        "import sys\n"
+        "from sidestep_plugin.cli import cli\n"
+        "cli(sys.argv[1:], standalone_mode=False)\n"
+        "print('torch' in sys.modules)\n"
+    )
     for arguments in (["--help"], ["--plugin", "sidestep", "--help"], ["plugins"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout.strip().endswith("False"), arguments

@@ -8,6 +8,7 @@ import click
 
 from sidestep_plugin import __version__
 
+from .check import check
 from .commands import DefaultGroup
 from .demo import demo
 from .plugins import plugins
@@ -30,12 +31,15 @@ def cli() -> None:
         acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR
     All training options:
         acestep-train --plugin sidestep --help
+    Ask whether your ACE-Step fits:
+        acestep-train check
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
 
 
 cli.add_command(train)
+cli.add_command(check)
 cli.add_command(demo)
 cli.add_command(plugins)
 

@@ -45,9 +45,12 @@ def demo(
     Example:
         acestep-train demo --model turbo
     """
+    import torch
+
     from sidestep_plugin.launch import Request, check_writable
     from sidestep_plugin.miniature import build
 
+    torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())
     click.echo("This is a stand-in for ACE-Step 1.5: random tensors instead of songs, and it makes no music.")
     miniature = build(directory)

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -184,7 +185,7 @@ def run_training(request: Request) -> None:
             for _, _, message in launch.messages():
                 if message.startswith("❌"):
                     failure = message.removeprefix("❌").strip()
-                elif not message.startswith(("Epoch", "⏹")):  # steps are the bar's; stopping is told below
+                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # told by the bar, and by what follows
                     progress.say(message)
         finally:
             progress.end()
@@ -248,7 +249,8 @@ def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], b
 
 
 def quiet_third_parties() -> None:
-    """Keep Lightning's greetings off the screen."""
+    """Keep Lightning's greetings, and what libraries tell each other's authors, off the screen."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|lightning|torch)\b")
     for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -1,0 +1,76 @@
+"""``acestep-train check``: does this checkout fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sidestep_plugin.errors import Refusal
+
+from .commands import FAILED, Unusable, echo_json
+
+if TYPE_CHECKING:
+    from sidestep_plugin.run import AdapterType
+
+
+@click.command()
+@click.option(
+    "--acestep-root",
+    type=click.Path(path_type=Path),
+    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
+)
+@click.option(
+    "--checkpoint-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of models. [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints in the checkout]",
+)
+@click.option(
+    "--adapter-type",
+    type=click.Choice(["lora", "lokr"]),
+    help="Judge by this kind of adapter alone. [default: every kind that this ACE-Step trains]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: str | None, as_json: bool) -> None:
+    """Say whether a checkout's trainer fits, without training anything.
+
+    It imports the trainer and looks at its code: every name that the plugins attach to, whether it is there, and
+    whether the trainer uses it. The exit code is 0 when a training would be right and 1 when not.
+    """
+    from sidestep_plugin.fitness import examine_checkout
+    from sidestep_plugin.launch import checkpoint_folder
+    from sidestep_plugin.upstream import MODULE_CLASS, find_root
+
+    from .train import quiet_upstream
+
+    logging.disable(logging.INFO)
+    quiet_upstream()
+    try:
+        root = find_root(acestep_root)
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    kinds: list[AdapterType] = [kind for kind in MODULE_CLASS if kind == adapter_type]
+    fitness = examine_checkout(root, checkpoint_folder(checkpoint_dir, root), kinds)
+    if as_json:
+        echo_json(dataclasses.asdict(fitness))
+        sys.exit(0 if fitness.fits else FAILED)
+    click.echo(f"ACE-Step: {fitness.root}")
+    click.echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
+    for kind in dict.fromkeys(seam.adapter_type for seam in fitness.seams):
+        click.echo(f"Seams for {kind}:")
+        for seam in fitness.seams:
+            if seam.adapter_type == kind:
+                reason = f": {seam.reason}" if seam.reason else ""
+                click.echo(f"    {seam.status:<12}{seam.name}{reason}")
+    click.echo(f"Models in {fitness.checkpoint_dir}:" + ("" if fitness.models else " none"))
+    for model in fitness.models:
+        click.echo(f"    {model.name}: {model.variant or 'unknown'} ({model.evidence})")
+    click.echo("Plugins:" + ("" if fitness.plugins else " none"))
+    for plugin in fitness.plugins:
+        click.echo(f"    {plugin.name} ({plugin.distribution} {plugin.version}): {plugin.error or 'loads'}")
+    click.echo(f"Verdict: {fitness.verdict}")
+    sys.exit(0 if fitness.fits else FAILED)
