@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.options import FiniteFloat
+from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run
 from sidestep_plugin.variant import CFG_RATIO, VARIANTS, Treatment, decide_treatment
 
@@ -55,7 +55,7 @@ def acestep_options() -> list[click.Option]:
         ),
         click.Option(
             ["--num-inference-steps"],
-            type=click.IntRange(min=1),
+            type=WholeNumber(min=1),
             default=None,
             help="For generating only, saved with the adapter; never changes training. "
             "[default: the model's: turbo 8, base and sft 50]",

@@ -85,17 +85,24 @@ def _song_files(folder: Path, missing: list[str]) -> Iterator[Path]:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         samples = content.get("samples", []) if isinstance(content, dict) else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{manifest} cannot be read as JSON ({error}). Delete it to use every .pt file.") from None
     if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
         raise Refusal(f'{manifest} has no list of file names under "samples". Delete it to use every .pt file.')
     for sample in samples:
         # Newer manifests are relative to their folder, older ones to the directory that upstream was started in.
-        file = next((file for file in (folder / sample, Path(sample)) if file.is_file()), None)
+        file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
         if file is None:
             missing.append(sample)
         else:
             yield file
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _condition_width(file: Path) -> tuple[int, str]:

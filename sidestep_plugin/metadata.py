@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dic
     """The facts of one saved adapter, JSON-ready, in the order in which people read them."""
     adapter = run.adapter_config
     law = "maximum of two logit-normal draws" if treatment.timestep_mode == "continuous" else "uniform over a schedule"
-    return {
+    facts = {
         "schema_version": SCHEMA_VERSION,
         "model_name": treatment.model_name,
         "model_variant": treatment.variant,
@@ -54,9 +55,14 @@ def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dic
         "epoch": saved.epoch,
         "global_step": saved.global_step,
         "training_steps": run.steps,
-        **_training_settings(run.training_config),
-        **{f"{name.replace('-', '_')}_version": version for name, version in _versions().items()},
     }
+    versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
+    # Facts win: a future setting of upstream's may bear one of their names.
+    return (
+        facts
+        | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
+        | versions
+    )
 
 
 def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
@@ -84,7 +90,7 @@ def read_training_config(folder: Path) -> dict[str, Any] | None:
     """The facts in a folder; None when it has none that can be read."""
     try:
         facts = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):  # not there, not UTF-8, not JSON, absurdly nested
         return None
     return facts if isinstance(facts, dict) else None
 
@@ -95,7 +101,8 @@ def _training_settings(config: Any) -> dict[str, Any]:
         return {}
     settings = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
     return {
-        name: value
+        # JSON has no infinity: a setting of it is written as a word.
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in settings.items()
         if name not in _NOT_A_SETTING and (isinstance(value, bool | int | float) or name in _TEXT_SETTINGS)
     }

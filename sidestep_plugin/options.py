@@ -17,12 +17,24 @@ class FiniteFloat(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return float(super().convert(number, param, ctx))
+
+
+class WholeNumber(click.IntRange):
+    """An integer range that refuses 8.7 and True from Python, which int() would quietly make 8 and 1."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        try:
+            return int(super().convert(value, param, ctx))
+        except TypeError:
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
 
 
 def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,13 +54,14 @@ def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) 
             known = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(by_name)) or 'none'}."
             raise Refusal(f"No loaded plugin has an option {name!r}. {known}")
     values: dict[str, Any] = {}
-    context = click.Context(click.Command("options"))
     for name, option in by_name.items():
-        value = given.get(name)
-        if value is None:
-            value = option.get_default(context)
+        # As the default of a command line without arguments: converted and checked by click as if it had been typed.
+        default = {} if given.get(name) is None else {name: given[name]}
+        command = click.Command("options", params=[option], add_help_option=False)
         try:
-            values[name] = option.type_cast_value(context, value)
+            values |= command.make_context("options", [], default_map=default).params
         except click.UsageError as error:
             raise Refusal(f"Option {name}: {error.message}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Refusal(f"Option {name}: {given[name]!r} cannot be used ({error}).") from None
     return values

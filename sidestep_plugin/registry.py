@@ -9,16 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import click
 import pluggy
 
 from . import hookspecs
 from .errors import PluginError, Refusal
 from .options import resolve_options
-
-if TYPE_CHECKING:
-    import click
 
 GROUP = "acestep.plugins"
 """Entry-point group under which distributions offer plugins."""
@@ -170,6 +168,10 @@ class Registry:
         owners: dict[str, str] = {}
         options: list[click.Option] = []
         for plugin, declared in self.call("acestep_options"):
+            if not isinstance(declared, Sequence) or not all(isinstance(option, click.Option) for option in declared):
+                raise PluginError(
+                    f"Plugin {plugin!r} returned {declared!r} from acestep_options, expected click options."
+                )
             for option in declared:
                 owner = owners.setdefault(str(option.name), plugin)
                 if owner != plugin:

@@ -64,7 +64,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise Refusal(f"No config.json in {file.parent}. Expected the folder of an ACE-Step 1.5 model.") from None
     except OSError as error:
         raise Refusal(f"Cannot read {file}: {error.strerror or error}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly long or nested
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
         raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")

@@ -32,7 +32,9 @@ def shift_warp(t: float, shift: float) -> float:
         raise ValueError(f"t must lie in [0, 1], got {t!r}")
     if not (math.isfinite(shift) and shift > 0.0):
         raise ValueError(f"shift must be a positive number, got {shift!r}")
-    return shift * t / (1.0 + (shift - 1.0) * t)
+    # The same fraction with its denominator written as a sum of parts that are never negative: exactly 1 at t = 1 and
+    # never above it, for any shift.
+    return shift * t / (shift * t + (1.0 - t))
 
 
 def inference_timesteps(shift: float, steps: int) -> tuple[float, ...]:

@@ -182,10 +182,14 @@ def _distilled_shift(name: str) -> float:
 def _number(facts: ModelFacts, key: str) -> float:
     # The live value is the one that the model's own forward() would use; it counts only if somebody wrote it down.
     value = facts.config.get(key) if facts.written is None or key in facts.written else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found = "no value" if value is None else repr(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        found = "no value" if value is None else repr(value)[:80]
         raise Refusal(
             f"{facts.name or 'The model'} has {found} for {key} in its config, expected a number (the official models "
             "have timestep_mu -0.4 and timestep_sigma 1.0). Correct config.json."
         )
-    return float(value)
+    return number

@@ -4,13 +4,13 @@ import click
 import pytest
 
 from sidestep_plugin import Refusal
-from sidestep_plugin.options import FiniteFloat, resolve_options
+from sidestep_plugin.options import FiniteFloat, WholeNumber, resolve_options
 
 DECLARED = [
     click.Option(["--variant"], type=click.Choice(["auto", "turbo", "base"]), default="auto"),
     click.Option(["--cfg-ratio"], type=FiniteFloat(0.0, 1.0), default=0.15),
     click.Option(["--shift"], type=FiniteFloat(0.0, min_open=True), default=None),
-    click.Option(["--num-inference-steps"], type=click.IntRange(min=1), default=None),
+    click.Option(["--num-inference-steps"], type=WholeNumber(min=1), default=None),
     click.Option(["--loud"], is_flag=True, default=False),
 ]
 DEFAULTS = {"variant": "auto", "cfg_ratio": 0.15, "shift": None, "num_inference_steps": None, "loud": False}
