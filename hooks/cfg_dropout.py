@@ -34,6 +34,8 @@ def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, 
             "were preprocessed with another model. Preprocess them again with this one."
         )
     dropped = torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio
+    if step.device.type == "cpu" and not dropped.any():
+        return None  # nothing to copy; on a GPU, asking would wait for it
     return {"encoder_hidden_states": torch.where(dropped.view(-1, 1, 1), null, conditions)}
 
 

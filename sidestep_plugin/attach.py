@@ -8,7 +8,6 @@ are allowed by name) the path guard. Everything is checked before anything is to
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -505,6 +504,8 @@ def _allowing(guard: Callable[..., str], folders: tuple[Path, ...]) -> Callable[
 
 
 def _upstream_log(trainer: Any) -> Callable[[str], None]:
+    import logging
+
     logger = getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
     log: Callable[[str], None] = logger.info
     return log

@@ -6,10 +6,9 @@ a training must never go on with a feature silently missing.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pluggy
@@ -17,6 +16,9 @@ import pluggy
 from . import hookspecs
 from .errors import PluginError, Refusal
 from .options import resolve_options
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "acestep.plugins"
 """Entry-point group under which distributions offer plugins."""
@@ -29,11 +31,13 @@ class Installed:
     name: str
     distribution: str
     version: str
-    entry_point: importlib.metadata.EntryPoint
+    entry_point: EntryPoint
 
 
 def installed_plugins() -> list[Installed]:
     """Every plugin on offer, sorted by name and distribution."""
+    import importlib.metadata  # slow to import, and not needed by every command
+
     found = {
         (point.name, distribution.metadata["Name"]): Installed(
             point.name, distribution.metadata["Name"], distribution.version, point

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from sidestep_plugin.cli import cli
 @pytest.fixture
 def check(monkeypatch):
     monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
-    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.check"].logging, "disable", lambda level: None)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
     return lambda *arguments: CliRunner().invoke(cli, ["check", *map(str, arguments)], catch_exceptions=False)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +39,9 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     It imports the trainer and looks at its code: every name that the plugins attach to, whether it is there, and
     whether the trainer uses it. The exit code is 0 when a training would be right and 1 when not.
     """
+    import dataclasses
+    import logging
+
     from sidestep_plugin.fitness import examine_checkout
     from sidestep_plugin.launch import checkpoint_folder
     from sidestep_plugin.upstream import MODULE_CLASS, find_root

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import traceback
 from typing import Any
 
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.registry import Registry, installed_plugins
 
 FAILED = 1
 UNUSABLE = 2
@@ -49,6 +47,8 @@ class PluginCommand(click.Command):
         self._declared: list[click.Option] = []
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from sidestep_plugin.registry import Registry
+
         self._declared = []
         try:
             self._declared = Registry.load(named_plugins(args) or self.default_plugins).declared_options()
@@ -67,10 +67,12 @@ class PluginCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
-        return params + [option for option in getattr(self, "_declared", []) if option not in params]
+        return params + [option for option in self._declared if option not in params]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        declared = getattr(self, "_declared", [])
+        from sidestep_plugin.registry import installed_plugins
+
+        declared = self._declared
         own = [param for param in self.get_params(ctx) if param not in declared]
         for title, params in (("Options", own), ("Options of the named plugins", declared)):
             records = [record for param in params if (record := param.get_help_record(ctx)) is not None]
@@ -89,6 +91,8 @@ class PluginCommand(click.Command):
             return super().invoke(ctx)
         except Refusal as refusal:
             if debug:
+                import traceback
+
                 traceback.print_exc()
             raise Unusable(str(refusal)) from refusal
 

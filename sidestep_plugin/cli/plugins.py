@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import click
-
-from sidestep_plugin.registry import GROUP, list_plugins
 
 from .commands import echo_json
 
@@ -18,6 +14,10 @@ def plugins(as_json: bool) -> None:
 
     A plugin takes part in a training only when it is named: acestep-train --plugin NAME.
     """
+    import dataclasses
+
+    from sidestep_plugin.registry import GROUP, list_plugins
+
     listings = list_plugins()
     if as_json:
         echo_json([dataclasses.asdict(listing) for listing in listings])

@@ -32,12 +32,11 @@ class Progress:
         self._steps_per_epoch = 1
         self._epochs = 1
         self._bar: ProgressBar[int] | None = None
-        self._began = self._shown = time.monotonic()
+        self._first = self._shown = time.monotonic()
 
     def begin(self, steps_per_epoch: int, epochs: int) -> None:
         """Start showing, now that it is known how much there is to do."""
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
-        self._began = self._shown = time.monotonic()
         if sys.stdout.isatty():
             self._bar = click.progressbar(
                 length=self._steps_per_epoch * epochs,
@@ -71,6 +70,8 @@ class Progress:
         if not step.training:
             return
         newest = float(step.module.training_losses[-1])
+        if self.step == 0:
+            self._first = self._shown = time.monotonic()  # setting up is no part of the rate
         self.step += 1
         self.loss = newest if self.loss is None else _SMOOTHING * newest + (1.0 - _SMOOTHING) * self.loss
         if self._bar is not None:
@@ -79,16 +80,19 @@ class Progress:
         now = time.monotonic()
         if self.step % self._steps_per_epoch == 0 or now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
-            left = (self._steps_per_epoch * self._epochs - self.step) / max(self._rate(), 1e-9)
-            click.echo(f"{self._status()}, step {self.step}, {_duration(left)} left")
+            total = self._steps_per_epoch * self._epochs
+            left = f", {_duration((total - self.step) / self._rate())} left" if self._rate() else ""
+            click.echo(f"step {self.step}/{total}, {self._status()}{left}")
 
     def _rate(self) -> float:
-        return self.step / max(time.monotonic() - self._began, 1e-9)
+        """Steps a second since the first one; 0 as long as there is no second one."""
+        return (self.step - 1) / max(time.monotonic() - self._first, 1e-9) if self.step > 1 else 0.0
 
     def _status(self) -> str:
         epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)
         loss = "-" if self.loss is None else f"{self.loss:.4f}"
-        return f"epoch {epoch}/{self._epochs}, loss {loss}, {self._rate():.2f} steps/s"
+        rate = f", {self._rate():.2f} steps/s" if self._rate() else ""
+        return f"epoch {epoch}/{self._epochs}, loss {loss}{rate}"
 
 
 def _duration(seconds: float) -> str:

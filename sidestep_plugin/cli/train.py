@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,10 +16,11 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat
 
 from .commands import FAILED, INTERRUPTED, PluginCommand
-from .progress import Progress
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch import Launch, Request
+
+    from .progress import Progress
 
 FOLDER = click.Path(path_type=Path)
 
@@ -172,12 +171,14 @@ def run_training(request: Request) -> None:
     """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
     from sidestep_plugin.launch import prepare
 
+    from .progress import Progress
+
     debug = click.get_current_context().meta["debug"]
     if not debug:
         quiet_third_parties()
         quiet_upstream()
     progress = Progress()
-    launch = prepare(request, say=click.echo, extra_plugins=lambda: {"progress": progress})
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
     with launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
@@ -250,6 +251,9 @@ def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], b
 
 def quiet_third_parties() -> None:
     """Keep Lightning's greetings, and what libraries tell each other's authors, off the screen."""
+    import logging
+    import warnings
+
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|lightning|torch)\b")
     for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
