@@ -147,11 +147,12 @@ def load(checkout: Checkout) -> Callable[..., Any]:
 
 @pytest.fixture
 def batch_of() -> Callable[..., dict[str, Any]]:
-    """Make a random batch: ``batch_of(model, size, seed)``. Draws from its own generator."""
+    """Make a random batch in the model's dtype: ``batch_of(model, size, seed)``. Draws from its own generator."""
     import torch
 
-    def make(model: Any, size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    def make(model: Any, size: int, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
+        dtype = model.null_condition_emb.dtype
 
         def noise(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
@@ -172,6 +173,8 @@ def batch_of() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def module_for(trainer: Any) -> Callable[..., Any]:
     """Upstream's training module around a handler: ``module_for(handler, "lora")``, without LoRA dropout."""
+    import torch
+
     from sidestep_plugin import upstream
 
     def make(handler: Any, kind: str = "lora", **training: Any) -> Any:
@@ -181,6 +184,10 @@ def module_for(trainer: Any) -> Callable[..., Any]:
         )
         training_config = known_fields(trainer.TrainingConfig, training)
         module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
+        if upstream.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+            # These versions step in bf16 on every device, and leave it to Fabric to make that possible.
+            handler.model.to(torch.bfloat16)
+            handler.dtype = torch.bfloat16
         return module_class(handler.model, config, training_config, handler.device, handler.dtype)
 
     return make

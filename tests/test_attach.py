@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -166,7 +167,7 @@ def test_a_module_without_a_trainer_is_refused():
 
 def test_the_sampler_used_outside_a_step_is_upstreams(trainer):
     original = trainer.sample_discrete_timestep
-    takes_table = "timesteps_tensor" in original.__code__.co_varnames
+    takes_table = "timesteps_tensor" in inspect.signature(original).parameters
     arguments = (5, torch.arange(8.0)) if takes_table else (5, "cpu", torch.float32)
     torch.manual_seed(3)
     expected, _ = original(*arguments)

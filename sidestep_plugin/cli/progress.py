@@ -69,7 +69,10 @@ class Progress:
     def acestep_step_finished(self, step: Step) -> None:
         if not step.training:
             return
-        newest = float(step.module.training_losses[-1])
+        assert step.loss is not None
+        # Most versions of upstream have fetched the loss already; asking the device again would wait for it.
+        recorded = getattr(step.module, "training_losses", None)
+        newest = float(recorded[-1] if recorded else step.loss.detach())
         if self.step == 0:
             self._first = self._shown = time.monotonic()  # setting up is no part of the rate
         self.step += 1
