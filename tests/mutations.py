@@ -1,0 +1,176 @@
+"""Shows that the tests can fail: ``python tests/mutations.py`` breaks a copy of the project in one way after another.
+
+Each mutation is a mistake that would train wrongly without anybody noticing. For each the named tests are run on the
+broken copy and must fail; a mutation that they pass, or whose text is no longer in the code, ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: the text in a file, what it becomes, and the tests that must notice."""
+
+    mistake: str
+    file: str
+    found: str
+    becomes: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "a single draw instead of the maximum of two",
+        "hooks/timestep_sampling.py",
+        "return torch.maximum(first, second)",
+        "return first",
+        "tests/test_timestep_law.py tests/test_promises.py::test_the_loss_is_that_of_the_models_own_forward",
+    ),
+    Mutation(
+        "one draw that both times share",
+        "hooks/timestep_sampling.py",
+        "return torch.maximum(first, second)",
+        "return torch.maximum(first, first)",
+        "tests/test_timestep_law.py tests/test_promises.py::test_the_loss_is_that_of_the_models_own_forward",
+    ),
+    Mutation(
+        "the dropout mask drawn after the noise",
+        "hooks/cfg_dropout.py",
+        "    dropped = torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio\n",
+        "    state = torch.get_rng_state()\n    torch.randn_like(batch['target_latents'])\n"
+        "    dropped = torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio\n"
+        "    torch.set_rng_state(state)\n",
+        "tests/test_promises.py::test_the_loss_is_that_of_the_models_own_forward",
+    ),
+    Mutation(
+        "dropout in validation",
+        "hooks/cfg_dropout.py",
+        "cfg_ratio == 0.0 or not step.training",
+        "cfg_ratio == 0.0",
+        "tests/test_promises.py::test_conditions_are_dropped_in_training_and_never_in_validation",
+    ),
+    Mutation(
+        "whole batches dropped at once",
+        "hooks/cfg_dropout.py",
+        "torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio",
+        "(torch.rand((1,), device=step.device, dtype=step.dtype) < cfg_ratio).expand(conditions.shape[0])",
+        "tests/test_cfg_dropout.py tests/test_promises.py::test_the_loss_is_that_of_the_models_own_forward",
+    ),
+    Mutation(
+        "dropout for turbo",
+        "sidestep_plugin/variant.py",
+        'cfg_ratio=0.0 if turbo and mode == "discrete" else cfg_ratio',
+        "cfg_ratio=cfg_ratio",
+        "tests/test_promises.py::test_turbo_is_upstream",
+    ),
+    Mutation(
+        "shift used in training",
+        "sidestep_plugin/variant.py",
+        "    own_shift = _distilled_shift(facts.name) if turbo else 1.0\n",
+        "    own_shift = shift or (_distilled_shift(facts.name) if turbo else 1.0)\n",
+        "tests/test_promises.py::test_shift_never_trains",
+    ),
+    Mutation(
+        "the sampler left unpatched",
+        "sidestep_plugin/attach.py",
+        "            replace(trainer, upstream.SAMPLER, self._wrap_sampler)",
+        "            pass",
+        "tests/test_promises.py::test_base_and_sft_are_trained_at_continuous_times",
+    ),
+    Mutation(
+        "the sampler's answer thrown away",
+        "sidestep_plugin/attach.py",
+        "                return t, t\n",
+        "                return original(*args, **kwargs)\n",
+        "tests/test_promises.py::test_base_and_sft_are_trained_at_continuous_times",
+    ),
+    Mutation(
+        "no guard against a step that never calls the sampler",
+        "sidestep_plugin/attach.py",
+        "if samples and not step.sampler_called:",
+        "if False:",
+        "tests/test_attach.py::test_a_step_that_never_calls_the_sampler_stops_the_run",
+    ),
+    Mutation(
+        "mu and sigma of the official models, whatever the config says",
+        "sidestep_plugin/variant.py",
+        'mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")',
+        "mu, sigma = -0.4, 1.0",
+        "tests/test_variant.py",
+    ),
+    Mutation(
+        "the table of shift 2 for shift 1",
+        "sidestep_plugin/variant.py",
+        'return 1.0 if "shift1" in words_of(name) else TURBO_SHIFT',
+        'return 2.0 if "shift1" in words_of(name) else TURBO_SHIFT',
+        "tests/test_promises.py::test_turbo_shift1_is_trained_at_the_times_of_shift_1",
+    ),
+    Mutation(
+        "detach forgets a name",
+        "sidestep_plugin/attach.py",
+        "        while self._replacements:\n            self._replacements.pop().undo()\n        if self in",
+        "        while len(self._replacements) > 1:\n            self._replacements.pop().undo()\n"
+        "        self._replacements.clear()\n        if self in",
+        "tests/test_attach.py::test_detach_puts_back_the_very_objects",
+    ),
+    Mutation(
+        "checkpoints without metadata",
+        "sidestep_plugin/upstream.py",
+        '("save_lora_weights", "save_training_checkpoint")',
+        '("save_lora_weights", "save_lora_weights")',
+        "tests/test_train.py::test_the_whole_job",
+    ),
+]
+
+
+def broken_copy(mutation: Mutation, folder: Path) -> Path:
+    """Copy the project and make one mistake in it. Raises LookupError when the text is not there exactly once."""
+    for part in ("sidestep_plugin", "hooks", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    file = folder / mutation.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutation.found) != 1:
+        raise LookupError(f"{mutation.file} holds {text.count(mutation.found)} times: {mutation.found!r}")
+    file.write_text(text.replace(mutation.found, mutation.becomes), encoding="utf-8")
+    # Where the package looks for its plugin when it is used without being installed.
+    shutil.copytree(folder / "hooks", folder / "sidestep_plugin" / "hooks")
+    return folder
+
+
+def main() -> int:
+    """Try every mutation | returns the exit code."""
+    survived = 0
+    for mutation in MUTATIONS:
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = broken_copy(mutation, Path(temporary) / "copy")
+            line = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider"]
+            done = subprocess.run(
+                [*line, *mutation.tests.split()],
+                cwd=copy,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(copy)},
+            )
+        failed = re.findall(r"^FAILED (\S+?)(?:\[| |$)", done.stdout, flags=re.MULTILINE)
+        caught = done.returncode == 1 and bool(failed)
+        survived += not caught
+        names = ", ".join(sorted(set(failed))) if caught else f"NOTHING FAILED\n{done.stdout[-600:]}"
+        print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.mistake}: {names}", flush=True)
+    print(f"{len(MUTATIONS) - survived} passed, {survived} failed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
