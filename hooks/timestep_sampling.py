@@ -30,7 +30,7 @@ def acestep_sample_timesteps(
 
     if treatment.mu is None or treatment.sigma is None:
         table = _table(step.run, treatment.schedule, device, dtype)
-        return table[torch.randint(0, len(treatment.schedule), (batch_size,), device=device)]
+        return table.index_select(0, torch.randint(0, len(table), (batch_size,), device=device))
     first = logit_normal(torch.randn((batch_size,), device=device, dtype=dtype), treatment.mu, treatment.sigma)
     second = logit_normal(torch.randn((batch_size,), device=device, dtype=dtype), treatment.mu, treatment.sigma)
     return torch.maximum(first, second)

@@ -2,8 +2,11 @@
 
 The hooks are measured around a step that does nothing but move the batch, draw noise and call the sampler, with and
 without the plugin, alternating in one process; the difference is the plugin's. Songs and conditions are as large as
-those of a four-minute song on the full-size model. A second table counts what was added: ATen calls, bytes of new
-tensors, random numbers. On CUDA the steps also run with synchronisation forbidden around the hooks.
+those of a long prompt on the full-size model. Beside the times stands what was added: ATen calls, bytes of new
+tensors, random numbers. On CUDA the steps also run with synchronisation forbidden.
+
+With ``--acestep-root DIR`` the same step is also run with the two functions of Side-Step's corrected trainer, where
+the checkout carries it as ``acestep.training_v2``: drawing timesteps and dropping conditions, called directly.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidestep_plugin import attach
 from sidestep_plugin.schedule import inference_timesteps
 
-FRAMES, TOKENS, WIDTH = 6000, 512, 2048
+TOKENS, WIDTH = 512, 2048
 ROUNDS, STEPS = 30, 40
 
 
@@ -55,15 +59,12 @@ def bare_trainer(device: torch.device, dtype: torch.dtype) -> Any:
         return t, t
 
     class PreprocessedLoRAModule:
+        training_step: Callable[..., Any]
+
         def __init__(self, model: Any) -> None:
             self.model, self.device, self.dtype = model, device, dtype
             self.timesteps_tensor = torch.tensor(inference_timesteps(3.0, 8), device=device, dtype=dtype)
             self.training_losses = [0.0]
-
-        def training_step(self, batch: Any, record_loss: bool = True) -> Any:
-            torch.randn_like(batch["target_latents"])
-            batch["encoder_hidden_states"].to(self.device, dtype=self.dtype)
-            return trainer.sample_discrete_timestep(len(batch["target_latents"]), self.timesteps_tensor)
 
     # The look at the code wants the sampler called as a global of the step's module.
     namespace = trainer.__dict__
@@ -75,7 +76,7 @@ def bare_trainer(device: torch.device, dtype: torch.dtype) -> Any:
         "move": lambda self, batch: batch["encoder_hidden_states"].to(self.device, dtype=self.dtype),
     }
     exec(source, namespace)
-    PreprocessedLoRAModule.training_step = namespace["training_step"]  # type: ignore[method-assign]
+    PreprocessedLoRAModule.training_step = namespace["training_step"]
     namespace["PreprocessedLoRAModule"] = PreprocessedLoRAModule
     exec(
         "def save_lora_weights(model, output_dir): ...\n"
@@ -97,8 +98,30 @@ def model_of(variant: str, device: torch.device, dtype: torch.dtype) -> torch.nn
 
 @contextlib.contextmanager
 def attached(trainer: Any, on: bool) -> Iterator[None]:
+    """The plugin on the bare trainer."""
     with attach(trainer, announce=lambda _: None) if on else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def side_step(trainer: Any, on: bool) -> Iterator[None]:
+    """Side-Step's two functions in the bare step, called directly."""
+    from acestep.training_v2.timestep_sampling import apply_cfg_dropout, sample_timesteps
+
+    def move(module: Any, batch: Any) -> None:
+        conditions = batch["encoder_hidden_states"].to(module.device, dtype=module.dtype)
+        apply_cfg_dropout(conditions, module.model.null_condition_emb, 0.15)
+
+    def sample(bsz: int, table: torch.Tensor) -> Any:
+        return sample_timesteps(bsz, table.device, table.dtype, 0.5, -0.4, 1.0)
+
+    before = trainer.move, trainer.sample_discrete_timestep
+    if on:
+        trainer.move, trainer.sample_discrete_timestep = move, sample
+    try:
+        yield
+    finally:
+        trainer.move, trainer.sample_discrete_timestep = before
 
 
 def seconds_a_step(step: Callable[[], Any], device: torch.device) -> float:
@@ -128,7 +151,7 @@ def hooks_cost(
     times: dict[bool, list[float]] = {False: [], True: []}
     counts: dict[bool, Counter] = {}
     for on in (False, True):  # once each to warm up, then counted
-        with attached(trainer, on):
+        with added(trainer, on):
             step()
             if on and device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
@@ -138,7 +161,7 @@ def hooks_cost(
                 step()
     for _ in range(ROUNDS):
         for on in (False, True):
-            with attached(trainer, on):
+            with added(trainer, on):
                 step()  # deciding on the model is once a run, not once a step
                 times[on].append(seconds_a_step(step, device))
     without, with_plugin = (statistics.median(times[on]) for on in (False, True))
@@ -167,19 +190,29 @@ def help_ratio() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--acestep-root", type=Path, help="a checkout that carries Side-Step's corrected trainer")
     arguments = parser.parse_args()
+    ways: list[tuple[str, str, Callable[[Any, bool], Any]]] = [
+        ("turbo", "this plugin", attached),
+        ("base", "this plugin", attached),
+    ]
+    if arguments.acestep_root:
+        sys.path.insert(0, str(arguments.acestep_root))
+        ways.append(("base", "Side-Step's functions", side_step))
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {device}, {dtype}, median of {ROUNDS} alternating rounds of {STEPS} steps")
-    print("| variant | batch | tokens | bare step | hooks add | ATen calls | new tensors | random numbers |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for variant in ("turbo", "base"):
+    print("| variant | with | batch | tokens | bare step | added | ATen calls | new tensors | random numbers |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for variant, name, added in ways:
         for batch_size, tokens in ((1, 16), (1, TOKENS), (4, TOKENS)):
-            cost = hooks_cost(variant, batch_size, tokens, device, dtype)
+            cost = added_cost(added, variant, batch_size, tokens, device, dtype)
             print(
-                f"| {variant} | {batch_size} | {tokens} | {cost['without_us']:.0f} us | {cost['added_us']:.0f} us | "
-                f"+{cost['calls']:.0f} | {cost['kilobytes']:.1f} KiB | {cost['random_numbers']:+.0f} |"
+                f"| {variant} | {name} | {batch_size} | {tokens} | {cost['without_us']:.0f} us | "
+                f"{cost['added_us']:+.0f} us | {cost['calls']:+.0f} | {cost['kilobytes']:.1f} KiB | "
+                f"{cost['random_numbers']:+.0f} |",
+                flush=True,
             )
     print(f"acestep-train --help takes {help_ratio():.2f} times a bare click program")
 

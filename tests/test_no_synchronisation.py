@@ -1,0 +1,99 @@
+"""The hooks never make the host wait for a GPU, nor build a tensor on the host in a step.
+
+Shown without a GPU: torch's fake tensors stand on a "cuda" device, know shapes and no values, and raise where a value
+would have to be fetched. Copies between host and device are caught by looking at every ATen call.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sidestep_plugin.hooks.cfg_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks.model_treatment import acestep_run_started
+from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sidestep_plugin.run import Run, Step
+
+CUDA = torch.device("cuda", 0)
+
+
+class Watcher(TorchDispatchMode):
+    """Keeps the names of ATen calls, and of those that mix host and device or begin on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.crossings = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in [*args, *(kwargs or {}).values(), result] if isinstance(value, torch.Tensor)]
+        self.calls.append(str(func))
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.crossings.append(str(func))
+        return result
+
+
+@pytest.fixture
+def on_gpu():
+    """A step on a fake GPU: ``on_gpu("base")`` returns (step, batch), the run's first step already behind it."""
+    import types
+    import weakref
+
+    kept = []
+
+    def make(variant, null_device=CUDA, **options):
+        model = torch.nn.Module()
+        model.null_condition_emb = torch.nn.Parameter(torch.randn(1, 1, 16, device=null_device, dtype=torch.bfloat16))
+        model.config = types.SimpleNamespace(
+            is_turbo=variant.startswith("turbo"),
+            timestep_mu=-0.4,
+            timestep_sigma=1.0,
+            _name_or_path=f"acestep-v15-{variant}",
+        )
+        kept.append(model)
+        defaults = {"variant": "auto", "timestep_mode": "auto", "cfg_ratio": 0.15, "shift": None}
+        run = Run("lora", None, None, defaults | {"num_inference_steps": None} | options, None, weakref.ref(model))
+        acestep_run_started(run)
+        step = Step(run, None, True, CUDA, torch.bfloat16)
+        batch = {"encoder_hidden_states": torch.randn(4, 7, 16, device=CUDA, dtype=torch.bfloat16)}
+        hooks(step, batch)  # what is made once a run is made here
+        return step, batch
+
+    return make
+
+
+def hooks(step, batch):
+    acestep_prepare_batch(step=step, batch=batch)
+    return acestep_sample_timesteps(step=step, batch_size=4, device=step.device, dtype=step.dtype)
+
+
+@pytest.mark.parametrize("variant", ["base", "sft", "turbo", "turbo-shift1"])
+def test_a_step_stays_on_the_gpu(on_gpu, variant):
+    with FakeTensorMode():
+        step, batch = on_gpu(variant)
+        with Watcher() as watcher:
+            t = hooks(step, batch)
+    assert watcher.crossings == []
+    assert (t is None) == (variant == "turbo")
+    assert bool(watcher.calls) == (variant != "turbo"), "turbo adds nothing at all"
+
+
+def test_an_offloaded_null_condition_is_fetched_once_a_run(on_gpu):
+    with FakeTensorMode():
+        step, batch = on_gpu("base", null_device="cpu")
+        with Watcher() as watcher:
+            hooks(step, batch)
+    assert watcher.crossings == []
+
+
+def test_this_would_notice_a_synchronisation(on_gpu):
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        bool((torch.rand(4, device=CUDA) < 0.15).any())
+
+
+def test_this_would_notice_a_tensor_built_on_the_host(on_gpu):
+    with FakeTensorMode(), Watcher() as watcher:
+        torch.tensor([1.0, 0.5]).to(CUDA)
+    assert watcher.crossings
