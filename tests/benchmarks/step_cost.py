@@ -135,8 +135,13 @@ def seconds_a_step(step: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - began) / STEPS
 
 
-def hooks_cost(
-    variant: str, batch_size: int, tokens: int, device: torch.device, dtype: torch.dtype
+def added_cost(
+    added: Callable[[Any, bool], Any],
+    variant: str,
+    batch_size: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     trainer, model = bare_trainer(device, dtype), model_of(variant, device, dtype)
     module = trainer.PreprocessedLoRAModule(model)
