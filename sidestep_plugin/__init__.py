@@ -11,9 +11,13 @@ Importing this package does not import torch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .attach import Attachment, attach
 from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
-from .hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from .hookspecs import hookimpl
 
 __all__ = [
     "Attachment",
@@ -27,3 +31,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The marker brings pluggy, which a command that only prints its help does not need.
+    if name == "hookimpl":
+        from .hookspecs import hookimpl
+
+        return hookimpl
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
 from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
-from .registry import Registry
 from .run import AdapterType, Run, SavedAdapter, Step
 
 if TYPE_CHECKING:
     import torch
+
+    from .registry import Registry
 
 _running: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
 _saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)
@@ -70,6 +71,8 @@ def attach(
         PluginError: a plugin is missing or broken. Nothing was changed.
         Refusal: an option is unknown or unusable, or other plugins are attached already. Nothing was changed.
     """
+    from .registry import Registry
+
     trainer = upstream.import_trainer() if trainer is None else trainer
     registry = Registry.load(plugins)
     for name, plugin in (extra_plugins or {}).items():
