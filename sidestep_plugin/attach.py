@@ -213,12 +213,10 @@ class Attachment:
             except UpstreamMismatch as misfit:
                 misfits[kind] = misfit
         if len(misfits) == len(kinds):
-            # Not even a training module to look at: say what is missing for the usual kind.
-            raise misfits["lora"] if misfits else _no_module(trainer)
+            raise next(iter(misfits.values())) if misfits else _no_module(trainer)
 
         if self.registry.implements("acestep_sample_timesteps"):
             replace(trainer, upstream.SAMPLER, self._wrap_sampler)
-
         for kind in kinds:
             module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
             if kind in misfits:
@@ -227,12 +225,7 @@ class Attachment:
                 continue
             trainer_class = getattr(trainer, upstream.TRAINER_CLASS[kind])
             replace(module_class, "training_step", partial(self._wrap_step, kind=kind))
-            replace(
-                trainer_class,
-                "train_from_preprocessed",
-                partial(self._wrap_train, kind=kind),
-            )
-
+            replace(trainer_class, "train_from_preprocessed", partial(self._wrap_train, kind=kind))
             for name in upstream.SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and self.registry.implements("acestep_adapter_saved"):
                     replace(trainer, name, partial(self._wrap_save, kind=kind))
@@ -244,11 +237,14 @@ class Attachment:
     # -- runs --------------------------------------------------------------------------------------------------------
 
     def _start(self, run: Run) -> None:
-        """Remember a run and let the plugins decide on it. Raises Refusal."""
-        self._runs[run.model] = run
-        for _, lines in self.registry.call("acestep_run_started", run=run):
+        """Let the plugins decide on a run, and remember it once they have. Raises Refusal."""
+        self._runs.pop(run.model, None)
+        for plugin, lines in self.registry.call("acestep_run_started", run=run):
+            if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
+                raise PluginError(f"Plugin {plugin!r} returned {lines!r} from acestep_run_started, expected lines.")
             for line in lines:
                 self._announce(line)
+        self._runs[run.model] = run
 
     def _run_of_step(self, module: Any, kind: AdapterType) -> Run:
         """The run that a training module steps for; a module used without upstream's trainer starts its own."""

@@ -327,6 +327,28 @@ def test_a_refused_run_ends_before_upstream_changes_the_model(trainer, train, lo
     assert list(handler.model.state_dict()) == keys and not result.output.exists()
 
 
+def test_a_refused_module_is_refused_again(trainer, load, module_for, batch_of):
+    handler = load("base")
+    handler.model.config._name_or_path = ""
+    handler.model.config.is_turbo = None
+    module = module_for(handler)
+    with attach(trainer, announce=print):
+        for _ in range(2):
+            with pytest.raises(Refusal, match="Cannot tell the variant"):
+                module.training_step(batch_of(handler.model, 2))
+
+
+@pytest.mark.parametrize("lines", ["one text", [1, 2]])
+def test_decisions_are_lines(stepped, lines):
+    class Speaker:
+        @hookimpl
+        def acestep_run_started(self, run):
+            return lines
+
+    with pytest.raises(PluginError, match="'tester' returned .* from acestep_run_started, expected lines"):
+        stepped(Speaker())
+
+
 def test_decisions_go_to_upstreams_log_when_nobody_else_takes_them(trainer, load, module_for, batch_of, monkeypatch):
     lines = []
     monkeypatch.setattr(trainer.logger, "info", lines.append)
