@@ -389,6 +389,24 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     assert "12/12" in text and re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", text)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
+def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
+    line = [
+        sys.executable,
+        "-c",
+        "from sidestep_plugin.cli import main; main()",
+        "demo",
+        "--dir",
+        str(tmp_path / "demo"),
+    ]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.wait(timeout=120)
+    assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys\n"

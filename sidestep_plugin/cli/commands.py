@@ -95,6 +95,9 @@ class PluginCommand(click.Command):
 
                 traceback.print_exc()
             raise Unusable(str(refusal)) from refusal
+        except KeyboardInterrupt:
+            click.echo("Interrupted before the training began; nothing was saved.", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 def named_plugins(args: list[str]) -> list[str]:

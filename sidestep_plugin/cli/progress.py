@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -50,14 +51,16 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self._bar is not None:
+        # Nobody may be looking any more (a closed terminal, a pipe into head): the training goes on all the same.
+        with suppress(OSError):
+            if self._bar is None:
+                click.echo(text)
+                return
             blank = " " * (shutil.get_terminal_size().columns - 1)
             click.echo(f"\r{blank}\r{text}")
             # click draws the bar only when its text changes.
             self._bar._last_line = None
             self._bar.render_progress()
-        else:
-            click.echo(text)
 
     def end(self) -> None:
         """Leave the bar as it stands and go on below it."""
@@ -77,6 +80,10 @@ class Progress:
             self._first = self._shown = time.monotonic()  # setting up is no part of the rate
         self.step += 1
         self.loss = newest if self.loss is None else _SMOOTHING * newest + (1.0 - _SMOOTHING) * self.loss
+        with suppress(OSError):
+            self._show()
+
+    def _show(self) -> None:
         if self._bar is not None:
             self._bar.update(1, self.step)
             return
