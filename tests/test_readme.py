@@ -37,6 +37,7 @@ def test_every_other_command_has_a_test():
     assert commands == {
         "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
+        "acestep-train check",  # below
         "python -m pytest --acestep-root DIR",  # below
     }
 
@@ -61,6 +62,14 @@ def test_training_from_the_checkouts_folder(checkout, tmp_path):
     assert shown in done.stdout, "the README shows other lines than the program"
     facts = json.loads((output / "final" / "adapter" / "training_config.json").read_text(encoding="utf-8"))
     assert facts["model_name"] == "acestep-v15-base"
+
+
+def test_checking_from_the_checkouts_folder(tmp_path):
+    from sidestep_plugin import miniature
+
+    done = cli("check", cwd=miniature.build(tmp_path, songs=0).root)
+    assert done.returncode == 0, done.stderr
+    assert "acestep-v15-base: base" in done.stdout and "Verdict: LoRA" in done.stdout
 
 
 def test_the_tests_take_a_checkout(tmp_path):
