@@ -202,7 +202,7 @@ def sampler_problem(trainer: Any, module_class: str) -> str | None:
 
 def _save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
     owner = getattr(trainer, trainer_class)
-    methods = [value for value in vars(owner).values() if inspect.isfunction(inspect.unwrap(value))]
+    methods = [method for _, method in inspect.getmembers(owner, inspect.isfunction)]
     if not any(_reaches(method, name, trainer, owner) for method in methods):
         return f"{trainer_class} never calls it, so saved adapters would go unnoticed"
     return _lacks_parameter(trainer, name, "output_dir")

@@ -72,6 +72,15 @@ def test_a_sampler_called_by_a_helper_of_the_step_fits(trainer_with):
     assert misfits(trainer_with(sampler=helped, call="draw(2, 3)")) == {}
 
 
+def test_a_save_that_the_trainer_inherits_fits(trainer_with):
+    source = TRAINER.replace(
+        "class LoRATrainer:", "class Saving:\n        def done(self): {save}\n\n    class LoRATrainer(Saving):"
+    )
+    source = source.replace("training_state=None):\n            {save}", "training_state=None):\n            ...")
+    assert source.count("{save}") == 1
+    assert misfits(trainer_with(source)) == {}
+
+
 def test_a_dropped_sampler_is_missing(trainer_with):
     found = misfits(trainer_with(sampler="", call="t = 0.5"))
     assert found["sample_discrete_timestep"][0] == "missing"
