@@ -11,6 +11,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -325,14 +326,17 @@ class Attachment:
                 run.steps += training
                 token = _running.set(step)
                 try:
-                    step.loss = original(module, batch, *args, **kwargs)
+                    # Reading values waits for a GPU, so what the decoder was given is looked at in the first step only.
+                    look: AbstractContextManager[list[torch.Tensor]]
+                    look = _watched(module) if samples and run.steps <= 1 else nullcontext([])
+                    with look as given:
+                        step.loss = original(module, batch, *args, **kwargs)
                 finally:
                     _running.reset(token)
                 if samples and not step.sampler_called:
-                    raise UpstreamMismatch(
-                        f"{type(module).__name__}.training_step ended without calling {upstream.SAMPLER}: the plugin's "
-                        "timesteps were not used. Stopped before the optimizer changed anything."
-                    )
+                    raise _unused(module, f"ended without calling {upstream.SAMPLER}")
+                if step.t is not None and any(not _same_times(step.t, t) for t in given):
+                    raise _unused(module, f"gave its decoder other timesteps than {upstream.SAMPLER} returned")
                 if finishes:
                     self.registry.call("acestep_step_finished", step=step)
             except Refusal as refusal:
@@ -417,6 +421,40 @@ def _refuser(original: Callable[..., Any], misfit: UpstreamMismatch) -> Callable
         raise misfit
 
     return training_step
+
+
+@contextmanager
+def _watched(module: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the timesteps that a step gives its decoder; none when the decoder is not called by keyword."""
+    import torch
+
+    given: list[torch.Tensor] = []
+
+    def note(_: Any, __: Any, arguments: Mapping[str, Any]) -> None:
+        if isinstance(arguments.get("timestep"), torch.Tensor):
+            given.append(arguments["timestep"].detach())
+
+    decoder = getattr(module.model, "decoder", None)
+    if not isinstance(decoder, torch.nn.Module):
+        yield given
+        return
+    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        hook.remove()
+
+
+def _same_times(sampled: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether these are the same timesteps, up to the rounding to bf16 that some versions of upstream make."""
+    return sampled.shape == given.shape and bool(((sampled.float() - given.float()).abs() <= 2**-8).all())
+
+
+def _unused(module: Any, what: str) -> UpstreamMismatch:
+    return UpstreamMismatch(
+        f"{type(module).__name__}.training_step {what}: the plugin's timesteps were not used. Stopped before the "
+        "optimizer changed anything. Use upstream's main version of ACE-Step."
+    )
 
 
 def _no_module(trainer: Any) -> UpstreamMismatch:

@@ -130,8 +130,8 @@ def acestep_step_finished(step: Step) -> None:
     When: after upstream's ``training_step`` returned, in training and in validation.
 
     Args:
-        step: with ``t`` (when a plugin sampled) and ``loss``. Reading their values on a GPU waits for it; the newest
-            training loss is already in ``step.module.training_losses[-1]``.
+        step: with ``t`` (when a plugin sampled) and ``loss``. Reading their values on a GPU waits for it; most
+            versions of upstream have put the newest training loss into ``step.module.training_losses`` as a float.
     """
 
 

@@ -144,9 +144,9 @@ class Launch:
         return None
 
     def save_interrupted(self) -> Path | None:
-        """Save the adapter as it is now with upstream's own function | returns its folder, None before any step."""
+        """Save the adapter as it is now with upstream's own function | returns its folder, None without an adapter."""
         module = self.trainer.module
-        if module is None or not module.training_losses:
+        if module is None:
             return None
         folder = self.request.output_dir.absolute() / "interrupted"
         source = self.attachment.trainer

@@ -111,8 +111,7 @@ class Step:
 
     Attributes:
         run: the run that it belongs to.
-        module: upstream's PreprocessedLoRAModule or PreprocessedLoKRModule; ``module.training_losses[-1]`` is the
-            newest training loss as a float that upstream has already fetched from the device.
+        module: upstream's PreprocessedLoRAModule or PreprocessedLoKRModule.
         training: False in validation (no gradients, or upstream was told not to record the loss).
         device: where the step computes.
         dtype: floating type that the step computes in.

@@ -154,11 +154,19 @@ def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str],
         adapter_type: the kind of adapter.
         implements: tells whether a hook is in use; a seam that only serves other hooks may be missing.
     """
+    if not hasattr(trainer, MODULE_CLASS[adapter_type]):
+        kinds = (
+            " and ".join(f"--adapter-type {kind}" for kind in adapter_types(trainer)) or "nothing that is known here"
+        )
+        raise UpstreamMismatch(
+            f"This ACE-Step does not train a {adapter_type}: its trainer has no {MODULE_CLASS[adapter_type]}. "
+            f"It trains {kinds}; a newer version trains more."
+        )
     for seam in examine(trainer, adapter_type):
         if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
             raise UpstreamMismatch(
                 f"This ACE-Step's trainer does not fit ({seam.name}): {seam.reason}. Nothing was changed. "
-                "Use upstream's main version, or train without the plugin."
+                "Use upstream's main version of ACE-Step; acestep-train check tells whether one fits."
             )
 
 

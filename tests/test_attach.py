@@ -303,6 +303,28 @@ def test_a_step_that_never_calls_the_sampler_stops_the_run(trainer, load, module
         assert isinstance(handle.refusal, UpstreamMismatch)
 
 
+@pytest.mark.parametrize("change", ["ignored", "rounded"])
+def test_a_step_that_throws_the_timesteps_away_stops_the_run(trainer, load, module_for, batch_of, change):
+    """The sampler is called and its answer is not what the decoder gets: seen at the decoder, in the first step."""
+    handler = load("base")
+    module = module_for(handler)
+    decoder = handler.model.decoder
+
+    def meddle(_, __, kwargs):
+        t = kwargs["timestep"]
+        return (), kwargs | {"timestep": torch.full_like(t, 0.123) if change == "ignored" else t.bfloat16().to(t)}
+
+    with attach(trainer, announce=print):
+        hook = decoder.register_forward_pre_hook(meddle, with_kwargs=True)
+        if change == "ignored":
+            with pytest.raises(UpstreamMismatch, match="gave its decoder other timesteps"):
+                module.training_step(batch_of(handler.model, 3))
+        else:
+            module.training_step(batch_of(handler.model, 3))
+        hook.remove()
+    assert not decoder._forward_pre_hooks, "the look at the decoder leaves nothing behind"
+
+
 def test_one_kind_that_does_not_fit_leaves_the_other(trainer, load, module_for, batch_of, require_kind, monkeypatch):
     require_kind("lokr")
     lokr, lora = load("base"), load("base")

@@ -185,7 +185,7 @@ def run_training(request: Request) -> None:
         try:
             for _, _, message in launch.messages():
                 if message.startswith("❌"):
-                    failure = message.removeprefix("❌").strip()
+                    failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
                 elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # told by the bar, and by what follows
                     progress.say(message)
         finally:
@@ -193,7 +193,7 @@ def run_training(request: Request) -> None:
         if launch.attachment.refusal is not None:
             raise launch.attachment.refusal
         if failure is None and interrupted():
-            saved = launch.save_interrupted()
+            saved = launch.save_interrupted() if progress.step else None
             click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
             click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
             sys.exit(INTERRUPTED)
