@@ -35,12 +35,21 @@ _attached: list[Attachment] = []
 _INHERITED: Final = object()
 """Stands for "not in this class's own namespace": undone by deleting, not by setting."""
 
-_WEIGHT_FILES: Final = (
-    "adapter_model.safetensors",
-    "lokr_weights.safetensors",
-    "adapter_model.bin",
-    "lora_weights.pt",
-    "model.pt",
+WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {
+    "lora": (
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_model.bin",
+        "adapter_model.safetensors",
+        "lora_weights.pt",
+        "model.pt",
+    ),
+    "lokr": ("lokr_weights.safetensors",),
+}
+"""Where upstream's save functions put the weights, in the folder that they are told."""
+
+_DETACHED: Final = (
+    "The plugins were detached while this training was running, so it was stopped. Keep all of the training inside the "
+    "with block of attach()."
 )
 
 
@@ -65,7 +74,7 @@ def attach(
 
     Returns:
         A handle with ``detach()``, also a context manager. A second call with the same plugins and options returns
-        the same handle and changes nothing.
+        the same handle and changes nothing; leaving its ``with`` block leaves the first one attached.
 
     Raises:
         UpstreamMismatch: no trainer, or one that does not fit. Nothing was changed.
@@ -75,7 +84,7 @@ def attach(
     from .registry import Registry
 
     trainer = upstream.import_trainer() if trainer is None else trainer
-    registry = Registry.load(plugins)
+    registry = Registry.load([plugins] if isinstance(plugins, str) else plugins)
     for name, plugin in (extra_plugins or {}).items():
         registry.register(plugin, name)
     resolved = registry.resolve_options(options or {})
@@ -93,6 +102,7 @@ def attach(
                 f"Already attached with {_listed(attached.registry.names)} and other options or folders. "
                 "Call detach() on that handle first."
             )
+        attached._calls += 1
         return attached
     attachment = Attachment(trainer, registry, resolved, allowed, announce)
     attachment._apply()
@@ -154,14 +164,22 @@ class Attachment:
         self._announce = announce or _upstream_log(trainer)
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self._replacements: list[_Replacement] = []
+        self._calls = 1  # of attach() that were given this handle
+        self._blocks = 0  # with blocks that are open
+        self._held_outside = False
 
     def __enter__(self) -> Attachment:
+        if self._blocks == 0:  # somebody attached before without a block, and expects to stay so after this one
+            self._held_outside = self._calls > 1
+        self._blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self._blocks -= 1
+        if self._blocks == 0 and not self._held_outside:
+            self.detach()
 
     @property
     def attached(self) -> bool:
@@ -281,6 +299,9 @@ class Attachment:
         @wraps(original)
         def train_from_preprocessed(trainer: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, None]:
             self.refusal = None
+            if not self.attached:
+                yield 0, 0.0, f"❌ {_DETACHED}"
+                return
             if trainer.dit_handler.model is None:  # upstream says so itself
                 yield from original(trainer, *args, **kwargs)
                 return
@@ -299,7 +320,17 @@ class Attachment:
                 self.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
                 return
-            yield from original(trainer, *args, **kwargs)
+            # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
+            running = original(trainer, *args, **kwargs)
+            try:
+                while self.attached:
+                    message = next(running, None)
+                    if message is None:
+                        return
+                    yield message
+            finally:
+                running.close()
+            yield 0, 0.0, f"❌ {_DETACHED}"
 
         return train_from_preprocessed
 
@@ -404,7 +435,7 @@ class Attachment:
             run = self._run_of_save(next(iter(arguments.values())))
             if run is not None and not nested:
                 saved = SavedAdapter(
-                    weights=_weights_in(Path(arguments["output_dir"]), original.__name__),
+                    weights=_weights_in(Path(arguments["output_dir"]), kind, original.__name__),
                     adapter_type=kind,
                     epoch=arguments.get("epoch"),
                     global_step=arguments.get("global_step"),
@@ -502,12 +533,11 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {list(shape)}, {getattr(value, 'dtype', '?')} on {getattr(value, 'device', '?')}"
 
 
-def _weights_in(folder: Path, function: str) -> Path:
+def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:
     """The weights file that upstream's save has just written. Raises UpstreamMismatch when there is none."""
-    for place in (folder / "adapter", folder):
-        for name in _WEIGHT_FILES:
-            if (place / name).is_file():
-                return place / name
+    for name in WEIGHT_FILES[kind]:
+        if (folder / name).is_file():
+            return folder / name
     raise UpstreamMismatch(f"{function} returned, but there are no adapter weights in {folder}.")
 
 

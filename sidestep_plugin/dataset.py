@@ -34,12 +34,14 @@ class Dataset:
         folder: the folder.
         songs: number of songs that can be read.
         condition_width: D of every song's ``encoder_hidden_states [L,D]``.
+        channels: channels of latents and context together, the same for every song.
         missing: entries of manifest.json for which there is no file; upstream leaves them out.
     """
 
     folder: Path
     songs: int
     condition_width: int
+    channels: int
     missing: tuple[str, ...]
 
 
@@ -58,22 +60,26 @@ def inspect_dataset(folder: Path) -> Dataset:
         raise Refusal(f"No songs in {folder}: expected .pt files from upstream's preprocessing{hint}.")
     bad: list[str] = []
     widths: dict[int, str] = {}
+    channels: dict[int, str] = {}
     for file in files:
-        width, problem = _condition_width(file)
+        song, problem = _read_song(file)
         if problem:
             bad.append(f"{file.name} ({problem})")
         else:
-            widths.setdefault(width, file.name)
+            widths.setdefault(song["encoder_hidden_states"].shape[-1], file.name)
+            both = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
+            channels.setdefault(both, file.name)
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise Refusal(
             f"Not preprocessed songs in {folder}: {', '.join(bad[:_NAMED])}{more}. Preprocess them again, or take them "
             "out of the folder."
         )
-    if len(widths) > 1:
-        found = ", ".join(f"{width} ({name})" for width, name in sorted(widths.items()))
-        raise Refusal(f"The songs in {folder} have conditions of different widths: {found}. Train them apart.")
-    return Dataset(folder, len(files), next(iter(widths)), tuple(missing))
+    for what, values in (("conditions of different widths", widths), ("different numbers of channels", channels)):
+        if len(values) > 1:
+            found = ", ".join(f"{value} ({name})" for value, name in sorted(values.items()))
+            raise Refusal(f"The songs in {folder} have {what}: {found}. Train them apart.")
+    return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing))
 
 
 def _song_files(folder: Path, missing: list[str]) -> Iterator[Path]:
@@ -105,8 +111,8 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _condition_width(file: Path) -> tuple[int, str]:
-    """Width D of a song's conditions, and what is wrong with it ("" when nothing is)."""
+def _read_song(file: Path) -> tuple[dict[str, Any], str]:
+    """A song's tensors, mapped, and what is wrong with it ("" when nothing is)."""
     import torch
 
     try:
@@ -115,13 +121,15 @@ def _condition_width(file: Path) -> tuple[int, str]:
         except RuntimeError:  # only the zip format of today can be mapped
             song = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        return 0, f"cannot be read: {type(error).__name__}"
+        return {}, f"cannot be read: {type(error).__name__}"
     if not isinstance(song, dict):
-        return 0, f"holds a {type(song).__name__}, expected a dictionary of tensors"
+        return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
     for key, dimensions in SONG_TENSORS.items():
         tensor = song.get(key)
         if not isinstance(tensor, torch.Tensor):
-            return 0, f"no tensor {key}"
+            return {}, f"no tensor {key}"
         if tensor.dim() != dimensions:
-            return 0, f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
-    return int(song["encoder_hidden_states"].shape[-1]), ""
+            return {}, f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
+        if tensor.numel() == 0:
+            return {}, f"{key} is empty"
+    return song, ""

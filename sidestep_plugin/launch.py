@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
-from .attach import Attachment, attach
+from .attach import WEIGHT_FILES, Attachment, attach
 from .dataset import Dataset, inspect_dataset
 from .errors import Refusal
 from .registry import Registry
@@ -137,11 +137,9 @@ class Launch:
     @property
     def final_adapter(self) -> Path | None:
         """Folder of the finished adapter; None as long as upstream has not written it."""
-        final = self.request.output_dir.absolute() / "final"
-        for folder in (final / "adapter", final):
-            if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-                return folder
-        return None
+        final = Path(os.path.normpath(self.request.output_dir.absolute())) / "final"
+        files = (final / name for name in WEIGHT_FILES[self.request.adapter_type])
+        return next((file.parent for file in files if file.is_file()), None)
 
     def save_interrupted(self) -> Path | None:
         """Save the adapter as it is now with upstream's own function | returns its folder, None without an adapter."""
@@ -187,6 +185,11 @@ def prepare(
     registry.call("acestep_model_chosen", facts=facts, options=options)
     dataset_dir, output_dir = request.dataset_dir.absolute(), request.output_dir.absolute()
     check_writable(output_dir)
+    if not registry.implements("acestep_adapter_saved") and any(output_dir.rglob("training_config.json")):
+        raise Refusal(
+            f"{output_dir} holds adapters that a plugin has described; training without it would put other weights "
+            "beside those descriptions. Choose another --output-dir."
+        )
     if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
         raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
     if request.resume_from is not None:
@@ -195,16 +198,25 @@ def prepare(
 
     device = pick_device(request.device)
     dataset = inspect_dataset(dataset_dir)
-    _check_width(dataset, facts)
+    _check_widths(dataset, facts)
     module = upstream.import_trainer(root)
     upstream.require(module, request.adapter_type, registry.implements)
     configs = build_configs(module, request, device)
+    if request.settings.get("val_split", 0.0) > 0.0 and (
+        request.adapter_type == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
+    ):
+        raise Refusal(
+            "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "
+            "with Lightning only. Leave --val-split out."
+        )
     arguments = inspect.signature(
         getattr(module, upstream.TRAINER_CLASS[request.adapter_type]).train_from_preprocessed
     ).parameters
     if request.resume_from is not None and "resume_from" not in arguments:
         raise Refusal(f"This ACE-Step cannot resume a {request.adapter_type} training. Start it without --resume-from.")
 
+    if request.resume_from is not None:
+        say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
     say(f"ACE-Step: {root}")
     say(f"Loading {folder.name} on {device} ...")
     handler = load_model(folder, device)
@@ -277,13 +289,16 @@ def _is_model(folder: Path) -> bool:
 def find_model(name: str, checkpoints: Path) -> Path:
     """The folder of a model: an alias ("base", "xl-sft"), a folder name, or a path. Raises Refusal."""
     candidates = [checkpoints / MODEL_ALIASES[name]] if name in MODEL_ALIASES else []
-    candidates += [checkpoints / name, Path(name)]
+    if name.strip(".") and not re.search(r"[\\/]", name):  # a bare name, not a path
+        candidates.append(checkpoints / name)
+    candidates.append(Path(name).absolute())
     for candidate in candidates:
         if candidate.is_dir():
             return candidate.absolute()
     found = ", ".join(models_in(checkpoints)) or "none"
+    tried = " or ".join(str(candidate) for candidate in candidates)
     raise Refusal(
-        f"No model {name!r}: expected the folder {candidates[0]}. Models in {checkpoints}: {found}. "
+        f"No model {name!r}: expected the folder {tried}. Models in {checkpoints}: {found}. "
         "Name one of them with --model, or say where they are: --checkpoint-dir DIR."
     )
 
@@ -294,6 +309,10 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
 
     if facts.config.get("quantization_config") is not None:
         raise Refusal(f"{folder.name} is quantized (quantization_config in its config.json). {_UNQUANTIZED}")
+    if not isinstance(facts.config.get("auto_map"), dict):
+        raise Refusal(
+            f"config.json of {folder.name} names no model code (auto_map). Copy the whole model folder again."
+        )
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
@@ -364,7 +383,7 @@ def load_model(folder: Path, device: torch.device) -> Handler:
             output_loading_info=True,
             **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
         )
-    except Exception as error:  # the model's own code may raise anything
+    except (Exception, SystemExit) as error:  # the model's own code may do anything
         reason = " ".join(str(error).split())
         raise Refusal(f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}") from error
     missing = sorted(loaded["missing_keys"])
@@ -451,7 +470,13 @@ def _check_resume(request: Request) -> None:
         )
 
 
-def _check_width(dataset: Dataset, facts: ModelFacts) -> None:
+def _check_widths(dataset: Dataset, facts: ModelFacts) -> None:
+    channels = facts.config.get("in_channels")
+    if isinstance(channels, int) and dataset.channels != channels:
+        raise Refusal(
+            f"The songs in {dataset.folder} have {dataset.channels} channels (latents and context), {facts.name} takes "
+            f"{channels}: they were preprocessed otherwise. Preprocess them again with this model."
+        )
     width = facts.config.get("encoder_hidden_size") or facts.config.get("hidden_size")
     if isinstance(width, int):
         _fail_on_width(dataset, facts.name, width)
@@ -468,7 +493,15 @@ def _fail_on_width(dataset: Dataset, model: str, width: int) -> None:
 def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
     """Count the songs as upstream's own dataset does. Raises Refusal when it would find none."""
     data_module = sys.modules[module.PreprocessedDataModule.__module__]
-    found = len(data_module.PreprocessedTensorDataset(str(dataset.folder)))
+    try:
+        found = len(data_module.PreprocessedTensorDataset(str(dataset.folder)))
+    except Exception as error:  # upstream's own, such as its path guard's for a link that leads elsewhere
+        raise Refusal(f"ACE-Step cannot read the songs in {dataset.folder}: {error}") from error
+    if found not in (0, dataset.songs):
+        raise Refusal(
+            f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
+            "leaves out links and manifest entries that lead out of the folder. Put the songs themselves into it."
+        )
     if found == 0:
         raise Refusal(
             f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the "

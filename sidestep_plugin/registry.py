@@ -72,7 +72,7 @@ class Registry:
             plugin = _find(name)
             try:
                 loaded = plugin.entry_point.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"Plugin {name!r} ({plugin.distribution} {plugin.version}) could not be imported: "
                     f"{type(error).__name__}: {error}. Mend or reinstall {plugin.distribution}."

@@ -107,6 +107,38 @@ def test_attaching_something_else_meanwhile_is_refused(trainer, other):
         assert same_objects(wrapped, names_of(trainer))
 
 
+def test_leaving_an_inner_block_leaves_the_outer_one_attached(trainer):
+    original = trainer.sample_discrete_timestep
+    with attach(trainer):
+        with attach(trainer):
+            pass
+        assert trainer.sample_discrete_timestep is not original
+    assert trainer.sample_discrete_timestep is original
+    handle = attach(trainer)
+    with attach(trainer):
+        pass
+    assert handle.attached
+    handle.detach()
+
+
+def test_a_training_that_outlives_its_attachment_is_stopped(trainer, load, checkout, tmp_path):
+    def training(output):
+        config = trainer.TrainingConfig(
+            output_dir=str(output), num_workers=0, pin_memory=False, log_every_n_steps=1, gradient_accumulation_steps=1
+        )
+        made = trainer.LoRATrainer(load("base"), trainer.LoRAConfig(r=4, alpha=8), config)
+        return made.train_from_preprocessed(str(checkout.tensors), {"should_stop": False})
+
+    with attach(trainer, announce=print):
+        never_begun, left_early = training(tmp_path / "one"), training(tmp_path / "two")
+        while not next(left_early)[2].startswith("Epoch"):
+            pass
+    for running in (never_begun, left_early):
+        (only,) = [text for _, _, text in running]
+        assert only.startswith("❌ The plugins were detached while this training was running")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_somebody_elses_wrapper_is_not_removed(trainer):
     handle = attach(trainer)
     ours = trainer.save_lora_weights

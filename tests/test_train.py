@@ -110,6 +110,23 @@ def test_without_a_plugin_it_trains_as_upstream(run, train, checkout, tmp_path):
     assert not list((tmp_path / "output").rglob("training_config.json"))
 
 
+def test_a_lokr_beside_an_earlier_lora_gets_its_own_description(run, require_kind, tmp_path):
+    require_kind("lokr")
+    assert run("--model", "base", *QUICK).exit_code == 0
+    result = run("--model", "base", "--adapter-type", "lokr", *QUICK)
+    assert result.exit_code == 0, result.output
+    final = tmp_path / "output" / "final"
+    assert f"Adapter: {final}\n" in result.output
+    for folder, kind in ((final / "adapter", "lora"), (final, "lokr")):
+        assert json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["adapter_type"] == kind
+
+
+def test_a_loss_that_is_no_number_is_a_failed_training(run, trainer, monkeypatch):
+    monkeypatch.setattr(trainer.F, "mse_loss", lambda a, b: (a * float("nan")).sum())
+    result = run("--model", "base", *QUICK)
+    assert result.exit_code == 1 and "not a finite number" in result.stderr, result.output
+
+
 def test_a_failed_training_is_exit_code_1(run, trainer, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the disk is full")
@@ -345,6 +362,38 @@ def test_lokr_without_lycoris(refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lycoris" else find(name, *a))
     refused("--model", "base", "--adapter-type", "lokr", says="pip install lycoris-lora")
+
+
+def test_training_without_plugin_over_described_adapters(run, tmp_path):
+    assert run("--model", "base", *QUICK).exit_code == 0
+    result = run("--model", "base", *QUICK, plugin=None)
+    assert result.exit_code == 2 and "Choose another --output-dir" in result.stderr
+
+
+def test_an_empty_folder_name(refused):
+    refused("--model", "base", says="folder's name is empty", output_dir="")
+
+
+def test_a_name_that_is_too_long(refused):
+    refused("--model", "x" * 300, says="File name too long")
+
+
+def test_validation_that_would_not_happen(refused, require_kind):
+    require_kind("lokr")
+    refused("--model", "base", "--adapter-type", "lokr", "--val-split", "0.5", says="never validate on them")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a symbolic link")
+def test_songs_that_are_links_out_of_the_folder(refused, checkout, trainer, tmp_path):
+    if not hasattr(trainer, "safe_path"):
+        pytest.skip("this checkout has no path guard")
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs" / "song.pt").symlink_to(next(checkout.tensors.glob("*.pt")))
+    refused("--model", "base", says="ACE-Step cannot read the songs|train on", dataset_dir=tmp_path / "songs")
+
+
+def test_songs_with_other_channels(refused, model_folder):
+    refused("--model", model_folder("acestep-v15-base", in_channels=100), says="192 channels.*takes 100")
 
 
 def test_resume_is_refused_as_long_as_it_restores_nothing(refused, tmp_path):

@@ -53,8 +53,7 @@ class PluginCommand(click.Command):
         try:
             self._declared = Registry.load(named_plugins(args) or self.default_plugins).declared_options()
             for option in self._declared:
-                taken = next((p for p in self.params if set(p.opts) & set(option.opts)), None)
-                if taken is not None:
+                if any(set(own.opts) & set(option.opts) or own.name == option.name for own in self.params):
                     raise Refusal(f"A plugin declares {option.opts[0]}, which {ctx.info_name} has already.")
             return super().parse_args(ctx, args)
         except Refusal as refusal:
@@ -95,6 +94,10 @@ class PluginCommand(click.Command):
 
                 traceback.print_exc()
             raise Unusable(str(refusal)) from refusal
+        except OSError as error:  # a name that is too long, a folder that is a file, a disk that is full
+            if debug:
+                raise
+            raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
         except KeyboardInterrupt:
             click.echo("Interrupted before the training began; nothing was saved.", err=True)
             ctx.exit(INTERRUPTED)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .commands import PluginCommand
-from .train import adapter_and_training_options, run_training, settings_from
+from .train import FOLDER, adapter_and_training_options, run_training, settings_from
 
 # Small enough for seconds on a CPU, large enough to reach a checkpoint and the end.
 _SETTINGS = {
@@ -22,11 +22,13 @@ _SETTINGS = {
 
 
 @click.command(cls=PluginCommand, default_plugins=("sidestep",))
-@click.option("--model", type=click.Choice(["base", "sft", "turbo"]), default="base", show_default=True)
+@click.option(
+    "--model", type=click.Choice(["base", "sft", "turbo"]), default="base", show_default=True, help="Kind of model."
+)
 @click.option(
     "--dir",
     "directory",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default=Path("acestep-demo"),
     show_default=True,
     help="Folder for the stand-in, its songs and the adapter.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ class Progress:
     def __init__(self) -> None:
         self.step = 0
         self.loss: float | None = None
+        self.newest = 0.0
         self._steps_per_epoch = 1
         self._epochs = 1
         self._bar: ProgressBar[int] | None = None
@@ -38,7 +40,7 @@ class Progress:
     def begin(self, steps_per_epoch: int, epochs: int) -> None:
         """Start showing, now that it is known how much there is to do."""
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             self._bar = click.progressbar(
                 length=self._steps_per_epoch * epochs,
                 label="Training",
@@ -75,11 +77,13 @@ class Progress:
         assert step.loss is not None
         # Most versions of upstream have fetched the loss already; asking the device again would wait for it.
         recorded = getattr(step.module, "training_losses", None)
-        newest = float(recorded[-1] if recorded else step.loss.detach())
+        self.newest = float(recorded[-1] if recorded else step.loss.detach())
         if self.step == 0:
             self._first = self._shown = time.monotonic()  # setting up is no part of the rate
         self.step += 1
-        self.loss = newest if self.loss is None else _SMOOTHING * newest + (1.0 - _SMOOTHING) * self.loss
+        if math.isfinite(self.newest):  # upstream leaves single steps that are not finite out
+            before = self.newest if self.loss is None else self.loss
+            self.loss = _SMOOTHING * self.newest + (1.0 - _SMOOTHING) * before
         with suppress(OSError):
             self._show()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import sys
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
 
     from .progress import Progress
 
-FOLDER = click.Path(path_type=Path)
+
+class Folder(click.Path):
+    """A folder's name. An empty one (a shell variable that was not set) would mean the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "":
+            self.fail("The folder's name is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Folder(path_type=Path)
 
 
 def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -52,9 +63,13 @@ def adapter_and_training_options(function: Callable[..., Any]) -> Callable[..., 
             ),
             click.option("--rank", type=positive, help="Rank of the adapter. [ACE-Step's default: LoRA 8, LoKr 64]"),
             click.option(
-                "--alpha", type=positive, help="Strength, relative to the rank. [ACE-Step's default: twice the rank's]"
+                "--alpha",
+                type=positive,
+                help="Strength is alpha divided by rank. [ACE-Step's default: LoRA 16, LoKr 128]",
             ),
-            click.option("--dropout", type=FiniteFloat(0.0, 1.0), help="LoRA dropout. [ACE-Step's default: 0.1]"),
+            click.option(
+                "--dropout", type=FiniteFloat(0.0, 1.0, max_open=True), help="LoRA dropout. [ACE-Step's default: 0.1]"
+            ),
             click.option(
                 "--target-modules",
                 metavar="NAMES",
@@ -65,10 +80,24 @@ def adapter_and_training_options(function: Callable[..., Any]) -> Callable[..., 
             click.option(
                 "--gradient-accumulation", type=positive, help="Steps an optimizer step. [ACE-Step's default: 4]"
             ),
-            click.option("--learning-rate", type=FiniteFloat(0.0, min_open=True), help="[ACE-Step's default: 0.0001]"),
-            click.option("--warmup-steps", type=click.IntRange(min=0), help="[ACE-Step's default: 100]"),
-            click.option("--weight-decay", type=FiniteFloat(0.0), help="[ACE-Step's default: 0.01]"),
-            click.option("--max-grad-norm", type=FiniteFloat(0.0, min_open=True), help="[ACE-Step's default: 1.0]"),
+            click.option(
+                "--learning-rate",
+                type=FiniteFloat(0.0, min_open=True),
+                help="Size of the steps. [ACE-Step's default: 0.0001]",
+            ),
+            click.option(
+                "--warmup-steps",
+                type=click.IntRange(min=0),
+                help="Optimizer steps until the full rate. [ACE-Step's default: 100]",
+            ),
+            click.option(
+                "--weight-decay", type=FiniteFloat(0.0), help="Pull of the weights to zero. [ACE-Step's default: 0.01]"
+            ),
+            click.option(
+                "--max-grad-norm",
+                type=FiniteFloat(0.0, min_open=True),
+                help="Longest gradient. [ACE-Step's default: 1.0]",
+            ),
             click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Random seed. [ACE-Step's default: 42]"),
             click.option("--save-every", type=positive, help="Epochs between checkpoints. [ACE-Step's default: 10]"),
             click.option(
@@ -180,24 +209,29 @@ def run_training(request: Request) -> None:
     progress = Progress()
     launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
+    stopped_early = False
     with launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # told by the bar, and by what follows
+                elif message.startswith("⏹"):
+                    stopped_early = True
+                elif not message.startswith(("Epoch", "✅ Epoch")):  # the progress display tells that
                     progress.say(message)
         finally:
             progress.end()
-        if launch.attachment.refusal is not None:
+        if launch.attachment.refusal is not None and progress.step == 0:
             raise launch.attachment.refusal
-        if failure is None and interrupted():
+        if failure is None and stopped_early and interrupted():
             saved = launch.save_interrupted() if progress.step else None
             click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
             click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
             sys.exit(INTERRUPTED)
     adapter = launch.final_adapter
+    if failure is None and not math.isfinite(progress.newest):
+        failure = "The loss is not a finite number any more, the adapter is of no use. Lower --learning-rate."
     if failure is None and adapter is None:
         failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
     if failure is not None:
@@ -205,7 +239,8 @@ def run_training(request: Request) -> None:
         sys.exit(FAILED)
     assert adapter is not None
     click.echo(f"Adapter: {adapter}")
-    _say_how_to_generate(adapter)
+    if request.plugins:
+        _say_how_to_generate(adapter)
 
 
 def _say_how_to_generate(adapter: Path) -> None:

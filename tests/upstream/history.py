@@ -225,7 +225,7 @@ def verdict(runner: Runner, kind: str) -> dict[str, str]:
     without = f"fails: {alone['error']}" if alone["error"] else "trains"
     if exits == {2} and same and not base["wrote"] and not turbo["wrote"]:
         return {"verdict": "refused", "reason": base["message"], "upstream_alone": without}
-    if exits == {1} and same and base["message"] == alone["error"]:
+    if exits == {1} and same and base["message"].removeprefix("ACE-Step: ") == alone["error"]:
         return {"verdict": "upstream fails", "reason": alone["error"]}
     if exits == {0}:
         wrong = [f"{name}: {problem}" for name, report in reports.items() for problem in problems_of(report, name)]
