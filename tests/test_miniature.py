@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 
 import pytest
 import torch
@@ -64,7 +65,11 @@ def test_trap_the_same_eight_timesteps_for_every_model(train):
 
 
 def test_trap_stopping_saves_nothing(trainer, load, checkout, tmp_path):
-    config = trainer.TrainingConfig(output_dir=str(tmp_path / "output"), num_workers=0, pin_memory=False)
+    loading = {"num_workers": 0, "pin_memory": False, "persistent_workers": False}
+    known = inspect.signature(trainer.TrainingConfig).parameters
+    config = trainer.TrainingConfig(
+        output_dir=str(tmp_path / "output"), **{name: value for name, value in loading.items() if name in known}
+    )
     made = trainer.LoRATrainer(load("base"), trainer.LoRAConfig(r=4, alpha=8), config)
     messages = [text for _, _, text in made.train_from_preprocessed(str(checkout.tensors), {"should_stop": True})]
     assert any("⏹" in text for text in messages)
@@ -77,8 +82,6 @@ def test_trap_the_config_class_says_turbo_for_every_model(load):
 
 
 def test_trap_a_resume_that_says_it_succeeded_restores_no_weights(trainer, train, load, checkout, tmp_path):
-    import inspect
-
     if "resume_from" not in inspect.signature(trainer.LoRATrainer.train_from_preprocessed).parameters:
         pytest.skip("this checkout's trainer cannot resume")
     pytest.importorskip("lightning", reason="without Lightning upstream ignores resume_from")
