@@ -209,22 +209,19 @@ def run_training(request: Request) -> None:
     progress = Progress()
     launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
-    stopped_early = False
     with launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif message.startswith("⏹"):
-                    stopped_early = True
-                elif not message.startswith(("Epoch", "✅ Epoch")):  # the progress display tells that
+                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
                     progress.say(message)
         finally:
             progress.end()
         if launch.attachment.refusal is not None and progress.step == 0:
             raise launch.attachment.refusal
-        if failure is None and stopped_early and interrupted():
+        if failure is None and interrupted() and progress.step < launch.total_steps:
             saved = launch.save_interrupted() if progress.step else None
             click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
             click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
