@@ -15,6 +15,7 @@ VERDICTS = {"lora": {"trains right", "refused", "upstream fails"}}
 VERDICTS["lokr"] = VERDICTS["lora"] | {"no LoKr"}
 # What a refusal has to name: a seam of the trainer, or the trainer itself when it cannot be imported.
 SEAM = re.compile(
+    r"its trainer has no PreprocessedLoKRModule|"
     r"acestep\.training\.trainer|sample_discrete_timestep|training_step|train_from_preprocessed|save_\w+|\w+Trainer"
 )
 
