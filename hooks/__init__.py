@@ -10,9 +10,14 @@ Nothing in here imports torch at import time, so that ``--help`` can list the op
 
 from __future__ import annotations
 
+import click
+
+from sidestep_plugin import hookimpl
+
+from . import adapter_metadata, model_treatment
 from .adapter_metadata import acestep_adapter_saved
 from .cfg_dropout import acestep_prepare_batch
-from .model_treatment import acestep_model_chosen, acestep_options, acestep_run_started
+from .model_treatment import acestep_model_chosen, acestep_run_started
 from .timestep_sampling import acestep_sample_timesteps
 
 __all__ = [
@@ -23,3 +28,8 @@ __all__ = [
     "acestep_run_started",
     "acestep_sample_timesteps",
 ]
+
+
+@hookimpl
+def acestep_options() -> list[click.Option]:
+    return [*model_treatment.options(), *adapter_metadata.options()]

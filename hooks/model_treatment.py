@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.metadata import guidance
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run
 from sidestep_plugin.variant import CFG_RATIO, VARIANTS, Treatment, decide_treatment
@@ -21,8 +22,8 @@ def treatment_of(run: Run) -> Treatment:
     return treatment
 
 
-@hookimpl
-def acestep_options() -> list[click.Option]:
+def options() -> list[click.Option]:
+    """What can be said about the treatment."""
     return [
         click.Option(
             ["--variant"],
@@ -113,9 +114,8 @@ def _statements(treatment: Treatment, options: Mapping[str, Any]) -> list[str]:
         lines.append("Condition dropout: none (turbo's 8 steps are generated without guidance)")
     else:
         lines.append("Condition dropout: none (--cfg-ratio 0)")
-    guidance = "off" if treatment.variant == "turbo" else "on"
     lines.append(
-        f"To generate: shift {treatment.shift}, {treatment.num_inference_steps} steps, CFG {guidance} "
-        "(saved with the adapter; does not change training)"
+        f"To generate: shift {treatment.shift}, {treatment.num_inference_steps} steps, "
+        f"CFG {guidance(treatment.variant)} (saved with the adapter; does not change training)"
     )
     return lines

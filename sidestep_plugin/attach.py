@@ -8,7 +8,9 @@ are allowed by name) the path guard. Everything is checked before anything is to
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
+import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
 from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
+from .files import move
 from .run import AdapterType, Run, SavedAdapter, Step
 
 if TYPE_CHECKING:
@@ -258,11 +261,7 @@ class Attachment:
     def _start(self, run: Run) -> None:
         """Let the plugins decide on a run, and remember it once they have. Raises Refusal."""
         self._runs.pop(run.model, None)
-        for plugin, lines in self.registry.call("acestep_run_started", run=run):
-            if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
-                raise PluginError(f"Plugin {plugin!r} returned {lines!r} from acestep_run_started, expected lines.")
-            for line in lines:
-                self._announce(line)
+        self._ask_and_say("acestep_run_started", run=run)
         self._runs[run.model] = run
 
     def _run_of_step(self, module: Any, kind: AdapterType) -> Run:
@@ -425,25 +424,69 @@ class Attachment:
 
         @wraps(original)
         def save(*args: Any, **kwargs: Any) -> Any:
-            nested = _saving.get()
-            token = _saving.set(True)
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                _saving.reset(token)
-            arguments = signature.bind(*args, **kwargs).arguments
-            run = self._run_of_save(next(iter(arguments.values())))
-            if run is not None and not nested:
-                saved = SavedAdapter(
-                    weights=_weights_in(Path(arguments["output_dir"]), kind, original.__name__),
-                    adapter_type=kind,
-                    epoch=arguments.get("epoch"),
-                    global_step=arguments.get("global_step"),
-                )
-                self.registry.call("acestep_adapter_saved", run=run, saved=saved)
-            return result
+            call = signature.bind(*args, **kwargs)
+            run = self._run_of_save(next(iter(call.arguments.values())))
+            if run is None or _saving.get():
+                return original(*args, **kwargs)
+            folder = Path(call.arguments["output_dir"])
+            with _staged(folder) as stage:
+                call.arguments["output_dir"] = str(stage)
+                token = _saving.set(True)
+                try:
+                    result = original(*call.args, **call.kwargs)
+                finally:
+                    _saving.reset(token)
+                with _published(stage, folder):
+                    weights = _weights_in(stage, kind, original.__name__)
+                    saved = SavedAdapter(
+                        weights=weights,
+                        destination=folder / weights.relative_to(stage),
+                        adapter_type=kind,
+                        epoch=call.arguments.get("epoch"),
+                        global_step=call.arguments.get("global_step"),
+                    )
+                    self._ask_and_say("acestep_adapter_saved", run=run, saved=saved)
+            return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
         return save
+
+    def _ask_and_say(self, hook: str, **arguments: Any) -> None:
+        """Ask every plugin, and announce the lines that they return. Raises Refusal."""
+        for plugin, lines in self.registry.call(hook, **arguments):
+            if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+                raise PluginError(f"Plugin {plugin!r} returned {lines!r} from {hook}, expected a list of lines.")
+            for line in lines:
+                self._announce(line)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside the one that upstream wants to save to; removed with what is left in it.
+
+    Upstream writes in place: killed in the middle it would leave half an adapter, or a good one half overwritten.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.saving")
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _published(stage: Path, folder: Path) -> Iterator[None]:
+    """Move what was saved to where upstream wanted it: also when a plugin failed, for upstream itself has not."""
+    try:
+        yield
+    finally:
+        if not folder.exists():
+            move(stage, folder)
+        else:
+            for file in sorted(file for file in stage.rglob("*") if file.is_file()):
+                place = folder / file.relative_to(stage)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                move(file, place)
 
 
 def _refuser(original: Callable[..., Any], misfit: UpstreamMismatch) -> Callable[..., Any]:

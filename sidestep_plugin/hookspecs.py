@@ -136,12 +136,16 @@ def acestep_step_finished(step: Step) -> None:
 
 
 @hookspec
-def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> None:
+def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
     """Add to an adapter that upstream has just written: a checkpoint, the best one, the final one.
 
-    When: after each of upstream's save functions returned, once per adapter.
+    When: after each of upstream's save functions returned, once per adapter, and before the adapter's folder is moved
+    to its place: what a plugin writes beside the weights appears together with them.
 
     Args:
         run: the run that it comes from.
-        saved: its weights file, and the epoch and step when upstream said them.
+        saved: its weights file, where that will be, and the epoch and step when upstream said them.
+
+    Returns:
+        Lines to announce, such as what could not be written; None for nothing to say.
     """

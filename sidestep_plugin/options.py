@@ -37,6 +37,24 @@ class WholeNumber(click.IntRange):
             self.fail(f"{value!r} is not a whole number.", param, ctx)
 
 
+class Line(click.ParamType[str]):
+    """One line of text for people: not empty, without control characters, and something that a file can hold."""
+
+    name = "text"
+    longest = 1000
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = value.strip() if isinstance(value, str) else ""
+        if not text:
+            self.fail("Expected some text.", param, ctx)
+        if len(text) > self.longest:
+            self.fail(f"Expected at most {self.longest} characters, found {len(text)}.", param, ctx)
+        # Also false for the halves of characters that a terminal with another encoding hands over.
+        if not text.isprintable():
+            self.fail(f"{text!r} holds characters that cannot be shown.", param, ctx)
+        return text
+
+
 def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """Check given values by the options' own types and fill in the defaults.
 

@@ -134,13 +134,16 @@ class SavedAdapter:
     """An adapter that upstream has just written.
 
     Attributes:
-        weights: the weights file.
+        weights: the weights file, in a folder that is moved to its place once every plugin was asked: what is written
+            beside it appears together with it, or not at all.
+        destination: where the weights file will be then.
         adapter_type: "lora" or "lokr".
         epoch: epochs done, when upstream's save was told.
         global_step: optimizer steps done, when upstream's save was told.
     """
 
     weights: Path
+    destination: Path
     adapter_type: AdapterType
     epoch: int | None
     global_step: int | None

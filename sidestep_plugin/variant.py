@@ -152,7 +152,7 @@ def decide_treatment(
     decision = decide_variant(facts, variant)
     turbo = decision.variant == "turbo"
     mode: TimestepMode = timestep_mode or ("discrete" if turbo else "continuous")
-    own_shift = _distilled_shift(facts.name) if turbo else 1.0
+    own_shift, own_steps = inference_settings(decision.variant, facts.name)
     mu = sigma = None
     if mode == "continuous":
         mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
@@ -170,13 +170,18 @@ def decide_treatment(
         sigma=sigma,
         cfg_ratio=0.0 if turbo and mode == "discrete" else cfg_ratio,
         shift=own_shift if shift is None else shift,
-        num_inference_steps=(TURBO_STEPS if turbo else 50) if num_inference_steps is None else num_inference_steps,
+        num_inference_steps=own_steps if num_inference_steps is None else num_inference_steps,
     )
 
 
-def _distilled_shift(name: str) -> float:
-    """Shift of a turbo model's training schedule: 1 for turbo-shift1, 3 for every other one."""
-    return 1.0 if "shift1" in words_of(name) else TURBO_SHIFT
+def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, int]:
+    """Shift and number of steps to generate with, for a variant and, of turbo models, the one of that name.
+
+    turbo-shift1 was distilled at shift 1, every other turbo model is good at 3; base and sft take 50 steps unshifted.
+    """
+    if variant != "turbo":
+        return 1.0, 50
+    return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT, TURBO_STEPS
 
 
 def _number(facts: ModelFacts, key: str) -> float:

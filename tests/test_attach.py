@@ -399,7 +399,7 @@ def test_decisions_are_lines(stepped, lines):
         def acestep_run_started(self, run):
             return lines
 
-    with pytest.raises(PluginError, match="'tester' returned .* from acestep_run_started, expected lines"):
+    with pytest.raises(PluginError, match="'tester' returned .* from acestep_run_started, expected a list of lines"):
         stepped(Speaker())
 
 

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from sidestep_plugin.hooks import acestep_options, acestep_run_started
 from sidestep_plugin.hooks.adapter_metadata import acestep_adapter_saved
-from sidestep_plugin.hooks.model_treatment import acestep_options, acestep_run_started
 
 from sidestep_plugin.metadata import FILE_NAME, SCHEMA_VERSION, read_training_config, write_training_config
 from sidestep_plugin.options import resolve_options
@@ -77,7 +78,8 @@ def a_saved_adapter(tmp_path, model="acestep-v15-base", kind="lora", training=No
     folder = tmp_path / "output" / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
     name = "adapter_model.safetensors" if kind == "lora" else "lokr_weights.safetensors"
-    acestep_adapter_saved(run=run, saved=SavedAdapter(folder / name, kind, epoch=3, global_step=12))
+    save_file({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}, folder / name)
+    acestep_adapter_saved(run=run, saved=SavedAdapter(folder / name, folder / name, kind, epoch=3, global_step=12))
     return json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
 
 

@@ -108,10 +108,15 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_sample_timesteps",
     ]
     assert set(loaded.resolve_options({})) == {
+        "author",
         "cfg_ratio",
+        "export",
+        "license",
         "num_inference_steps",
         "shift",
         "timestep_mode",
+        "title",
+        "trigger",
         "variant",
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from sidestep_plugin.hooks.model_treatment import acestep_options, acestep_run_started
+from sidestep_plugin.hooks import acestep_options, acestep_run_started
 from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
 
 from sidestep_plugin.options import resolve_options

@@ -11,6 +11,8 @@ from sidestep_plugin import __version__
 from .check import check
 from .commands import DefaultGroup
 from .demo import demo
+from .export import export
+from .inspect import inspect
 from .plugins import plugins
 from .train import train
 
@@ -33,6 +35,8 @@ def cli() -> None:
         acestep-train --plugin sidestep --help
     Ask whether your ACE-Step fits:
         acestep-train check
+    Ask an adapter what it is and how to use it:
+        acestep-train inspect PATH
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
@@ -40,6 +44,8 @@ def cli() -> None:
 
 cli.add_command(train)
 cli.add_command(check)
+cli.add_command(inspect)
+cli.add_command(export)
 cli.add_command(demo)
 cli.add_command(plugins)
 

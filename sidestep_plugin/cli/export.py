@@ -1,0 +1,70 @@
+"""``acestep-train export``: a copy of an adapter for another program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import FiniteFloat
+
+from .commands import Unusable
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--to", "program", type=click.Choice(["comfyui"]), required=True, help="The program to export for.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write, or a folder to write it into. [default: comfyui_lora.safetensors beside the adapter]",
+)
+@click.option(
+    "--alpha",
+    type=FiniteFloat(0.0, min_open=True),
+    help="Alpha that the LoRA was trained with, for a file that does not say it.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def export(adapter: Path, program: str, output: Path | None, alpha: float | None, overwrite: bool) -> None:
+    """Write a copy of an adapter that another program plays at the trained strength.
+
+    ComfyUI reads a LoRA's alpha only from tensors that PEFT does not write, so ACE-Step's LoRAs play there at strength
+    1 instead of alpha / rank. The copy has them, and what the adapter says about itself. The adapter stays as it is.
+
+    \b
+    Example:
+        acestep-train export adapters/jazz/final --to comfyui --output ComfyUI/models/loras/jazz.safetensors
+    """
+    assert program == "comfyui"
+    from sidestep_plugin.comfyui import FILE_NAMES, check_exportable, write_comfyui_copy
+    from sidestep_plugin.inspection import inspect_adapter
+
+    try:
+        report = inspect_adapter(adapter)
+        if report.problems:
+            raise Refusal(f"{report.adapter.file.path} was not exported: {report.problems[0]}")
+        source = report.adapter
+        if alpha is not None:
+            for layer in source.layers.values():
+                if layer.alpha is not None and layer.alpha != alpha:
+                    raise Refusal(f"{source.file.path} says alpha {layer.alpha:g} itself. Leave --alpha out.")
+                layer.alpha = alpha
+        check_exportable(source)
+        target = output or source.file.path.parent
+        if target.is_dir():
+            target /= FILE_NAMES[source.kind]
+        if target.exists() and target.samefile(source.file.path):
+            raise Refusal(f"{target} is the adapter itself. Choose another --output.")
+        if target.exists() and not overwrite:
+            raise Refusal(f"{target} is there already. Choose another --output, or say --overwrite.")
+        ours = report.written_by.startswith("sidestep-plugin")
+        write_comfyui_copy(source, target, report.facts if ours else None)
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    except OSError as error:
+        raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
+    click.echo(f"ComfyUI copy: {target}")
+    click.echo("Put it into ComfyUI/models/loras and load it at strength 1.0.")
+    if (generate := report.generate).shift is not None and not generate.guess:
+        click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")

@@ -1,0 +1,45 @@
+"""``acestep-train inspect``: what an adapter says about itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sidestep_plugin.errors import Refusal
+
+from .commands import UNUSABLE, Unusable, echo_json
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what an adapter is, what to generate with, and what is missing.
+
+    PATH is a .safetensors file, or the folder of an adapter, a checkpoint or a training. LoRA and LoKr are read, from
+    this plugin, ACE-Step, Side-Step and trainers with kohya-style headers. Nothing is loaded or changed.
+
+    \b
+    Example:
+        acestep-train inspect adapters/jazz/final/adapter
+
+    The exit code is 0, and 2 when the adapter cannot be read or something is wrong with it.
+    """
+    from sidestep_plugin import inspection
+
+    try:
+        report = inspection.inspect_adapter(path)
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    except OSError as error:
+        raise Unusable(f"Cannot read {path}: {error.strerror or error}.") from None
+    if as_json:
+        echo_json(inspection.as_json(report))
+    else:
+        for line in inspection.as_text(report):
+            click.echo(line)
+        for problem in report.problems:
+            click.echo(f"Problem: {problem}", err=True)
+    sys.exit(UNUSABLE if report.problems else 0)

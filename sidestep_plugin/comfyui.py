@@ -1,0 +1,90 @@
+"""A copy of an adapter as one file that ComfyUI plays at the trained strength.
+
+Rules of ComfyUI that it relies on (``comfy/lora.py`` and ``comfy/weight_adapter/`` of Comfy-Org/ComfyUI):
+
+- ACE-Step 1.5's decoder layers are found under ``base_model.model.LAYER`` (pull request 12252) and, with underscores
+  for dots, ``lycoris_LAYER`` (pull request 12665).
+- A LoRA is ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``; its strength is ``LAYER.alpha`` divided by the rank,
+  and 1 without that tensor. Neither the header nor ``adapter_config.json`` is read.
+- A LoKr has its alpha among its tensors already; a factor that is not decomposed plays at strength 1.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from .adapter import DIFFUSERS_KEY, Adapter, shown
+from .errors import Refusal
+from .metadata import header_of
+from .weights_file import HASH_KEY, NewTensor, WeightsFile, write_copy
+
+FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.safetensors"}
+"""What the copy is called beside an adapter."""
+
+
+def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] | None) -> None:
+    """Write the copy, whole or not at all.
+
+    Args:
+        adapter: the adapter, which stays as it is.
+        target: the file to write; one that is there is replaced.
+        facts: what is known of the adapter, for the header; None leaves the header that it has.
+
+    Raises:
+        Refusal: the adapter cannot be played as trained by ComfyUI, or its alpha is not known. Nothing is written.
+        OSError: the file cannot be written; one that was there is as it was.
+    """
+    check_exportable(adapter)
+    tensors: dict[str, NewTensor] = {}
+    for layer in adapter.layers.values():
+        if adapter.kind == "lora":
+            assert layer.alpha is not None
+            name = f"base_model.model.{layer.name}"
+            tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha))
+            names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+        else:
+            name = f"lycoris_{layer.name.replace('.', '_')}"
+            names = {part: "dora_scale" if part == "magnitude" else part for part in layer.parts}
+        for part, suffix in names.items():
+            entry = adapter.file.tensors[layer.parts[part]]
+            tensors[f"{name}.{suffix}"] = NewTensor(entry.dtype, entry.shape, entry)
+    write_copy(adapter.file, target, tensors, _header(adapter.file, facts))
+
+
+def check_exportable(adapter: Adapter) -> None:
+    """Raise Refusal when ComfyUI could not play an adapter as it was trained."""
+    path = adapter.file.path
+    if adapter.kind not in FILE_NAMES:
+        raise Refusal(f"{path} is a {adapter.kind}; only LoRA and LoKr can be exported.")
+    if adapter.unknown:
+        raise Refusal(
+            f"{path} holds tensors that ComfyUI would leave out ({shown(adapter.unknown[0], 80)}), so a copy would not "
+            "play as trained."
+        )
+    if adapter.kind == "lokr":
+        return
+    if adapter.is_dora:
+        raise Refusal(
+            f"{path} is a DoRA. ComfyUI scales DoRA by other norms than PEFT, so a copy would not play as trained. "
+            "Use it in ACE-Step's app or in diffusers."
+        )
+    torn = [layer.name for layer in adapter.layers.values() if not {"A", "B"} <= layer.parts.keys()]
+    if torn:
+        raise Refusal(f"{path} lacks a half of {shown(torn[0])}: lora_A and lora_B belong together. Copy it again.")
+    if any(layer.alpha is None for layer in adapter.layers.values()):
+        raise Refusal(
+            f"The alpha of {path} is not known, so neither is its strength. Put its adapter_config.json beside it, or "
+            "say it: --alpha NUMBER."
+        )
+
+
+def _header(file: WeightsFile, facts: Mapping[str, Any] | None) -> dict[str, str]:
+    header = dict(file.metadata) if facts is None else header_of(file, facts)
+    # With alpha among the tensors diffusers does not load the file, so its key would promise too much.
+    header.pop(DIFFUSERS_KEY, None)
+    if any(key.startswith("modelspec.") for key in header):
+        header[HASH_KEY] = ""
+    return header
