@@ -1,4 +1,4 @@
-"""Every command and snippet of the README is run: here, or by .ci/run, which reads the first two from the README."""
+"""Every command and snippet of the README is run: here, in test_docs.py, or by .ci/run, which reads the first two."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def test_every_other_command_has_a_test():
         "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
         "acestep-train check",  # below
+        "acestep-train inspect OUTPUT",  # test_docs.py
+        "acestep-train export OUTPUT --to comfyui",  # test_docs.py
         "python -m pytest --acestep-root DIR",  # below
     }
 

@@ -237,18 +237,20 @@ def run_training(request: Request) -> None:
     assert adapter is not None
     click.echo(f"Adapter: {adapter}")
     if request.plugins:
-        _say_how_to_generate(adapter)
+        _say_how_to_use(adapter, request.adapter_type)
 
 
-def _say_how_to_generate(adapter: Path) -> None:
-    from sidestep_plugin.metadata import read_training_config
+def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
+    from sidestep_plugin.comfyui import FILE_NAMES
+    from sidestep_plugin.metadata import guidance, read_training_config
 
+    if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
+        click.echo(f"For ComfyUI: {copy}")
     facts = read_training_config(adapter)
     if facts is not None:
-        guidance = "off" if facts.get("model_variant") == "turbo" else "on"
         click.echo(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
-            f"{facts.get('num_inference_steps')} steps, CFG {guidance}."
+            f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
         )
 
 

@@ -1,0 +1,81 @@
+"""The pages under docs/: every command in them is run as it stands there, and every key that is written is listed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from sidestep_plugin.cli import cli
+from sidestep_plugin.metadata import FACTS, SCHEMA_VERSION, read_training_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+COMMANDS = [
+    line
+    for page in PAGES.values()
+    for block in re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("acestep-train ")
+]
+
+
+@pytest.fixture(scope="module")
+def output(checkout, trainer, tmp_path_factory):
+    """The folder of a training, made by the page's own training command."""
+    folder = tmp_path_factory.mktemp("output") / "jazz"
+    (training,) = [command for command in COMMANDS if "--dataset-dir" in command]
+    place = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints)]
+    done = run(training, checkout, folder, *place, "--epochs", "1", "--rank", "4", "--alpha", "16")
+    assert done.exit_code == 0, done.output
+    assert "For ComfyUI: " in done.output
+    return folder
+
+
+def run(command, checkout, output, *more):
+    words = {"DIR": str(checkout.tensors), "OUTPUT": str(output)}
+    arguments = [words.get(word, word) for word in shlex.split(command)[1:]]
+    return CliRunner().invoke(cli, [*arguments, *more])
+
+
+@pytest.mark.parametrize("command", sorted(command for command in COMMANDS if "--dataset-dir" not in command))
+def test_every_command_runs_as_it_stands_there(command, checkout, output):
+    for copy in output.rglob("comfyui_*"):
+        copy.unlink()  # written by the training; export refuses to replace it unasked
+    done = run(command, checkout, output)
+    assert done.exit_code == 0, done.output
+
+
+def test_what_inspect_is_said_to_print_is_printed(checkout, output):
+    (shown,) = re.findall(r"```text\n(LoRA for .*?)```", PAGES["using-your-adapter.md"], flags=re.DOTALL)
+    printed = run("acestep-train inspect OUTPUT", checkout, output).output
+    for line in shown.splitlines():
+        assert line.replace("2 (rank 64, alpha 128)", "4 (rank 4, alpha 16)") in printed
+
+
+def test_every_key_of_the_files_is_listed(output):
+    page = PAGES["adapter-file.md"]
+    assert {key for key in FACTS if f"| `{key}` | {FACTS[key]} |" not in page} == set()
+    assert f"`schema_version` is {SCHEMA_VERSION}." in page
+    facts = read_training_config(output / "final" / "adapter")
+    with safe_open(output / "final" / "adapter" / "adapter_model.safetensors", framework="pt") as weights:
+        header = weights.metadata()
+    listed = set(re.findall(r"`([\w.]+)`", page)) | {"format"}
+    for key in header:
+        if key.startswith("sidestep."):
+            assert key.removeprefix("sidestep.") in facts
+        elif key.startswith(("modelspec.", "ss_")):
+            assert key.removeprefix("modelspec.").removeprefix("ss_") in listed, key
+        else:
+            assert key in listed, key
+
+
+@pytest.mark.parametrize(
+    "page, link", [(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
+)
+def test_links_lead_somewhere(page, link):
+    assert (ROOT / "docs" / link).exists()
