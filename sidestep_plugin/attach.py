@@ -428,7 +428,7 @@ class Attachment:
             run = self._run_of_save(next(iter(call.arguments.values())))
             if run is None or _saving.get():
                 return original(*args, **kwargs)
-            folder = Path(call.arguments["output_dir"])
+            folder = upstream.place_of(self.trainer, call.arguments["output_dir"])
             with _staged(folder) as stage:
                 call.arguments["output_dir"] = str(stage)
                 token = _saving.set(True)

@@ -112,6 +112,13 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     return trainer
 
 
+def place_of(trainer: Any, said: str) -> Path:
+    """Where upstream puts what it was told to save: relative names count from its path guard's root, if it has one."""
+    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
+    root = getattr(sys.modules.get(f"{package}.path_safety"), "_SAFE_ROOT", None)
+    return (Path(root) / said if isinstance(root, str) else Path(said)).resolve()
+
+
 def adapter_types(trainer: Any) -> list[AdapterType]:
     """The kinds of adapter that this trainer trains."""
     return [kind for kind in MODULE_CLASS if hasattr(trainer, MODULE_CLASS[kind])]
