@@ -16,7 +16,7 @@ from sidestep_plugin.metadata import describe_adapter, forget_folders, write_hea
 from sidestep_plugin.options import Line
 from sidestep_plugin.run import Run, SavedAdapter
 
-from .model_treatment import treatment_of
+from .model_treatment import other_sampler, treatment_of
 
 
 def options() -> list[click.Option]:
@@ -37,7 +37,7 @@ def options() -> list[click.Option]:
 
 @hookimpl
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
-    facts = describe_adapter(run, saved, treatment_of(run))
+    facts = describe_adapter(run, saved, treatment_of(run), other_sampler(run))
     folder = saved.weights.parent
     try:
         write_training_config(folder, facts)

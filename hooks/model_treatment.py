@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,13 @@ from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run
 from sidestep_plugin.variant import CFG_RATIO, VARIANTS, Treatment, decide_treatment
 
-_STATE = "sidestep"
+NAME = "sidestep"
+"""The plugin's name, under which it keeps what it decided."""
 
 
 def treatment_of(run: Run) -> Treatment:
     """What was decided for a run when it started."""
-    treatment: Treatment = run.state[_STATE]
+    treatment: Treatment = run.state[NAME]
     return treatment
 
 
@@ -77,8 +79,26 @@ def acestep_run_started(run: Run) -> list[str]:
             f"{treatment.model_name or 'The model'} has no null_condition_emb, which condition dropout puts in the "
             "place of dropped conditions. Complete the model's weights, or train without dropout: --cfg-ratio 0."
         )
-    run.state[_STATE] = treatment
-    return _statements(treatment, run.options)
+    run.state[NAME] = treatment
+    return [*_statements(treatment, run.options, other_sampler(run)), *_dead_slider(run.training_config)]
+
+
+def other_sampler(run: Run) -> str | None:
+    """The plugin that samples timesteps in this one's place, None when this one does."""
+    return None if run.sampled_by in (None, NAME) else run.sampled_by
+
+
+def _dead_slider(config: Any) -> list[str]:
+    """A line for whoever moved the shift slider of the app's training tab, which upstream's trainer never reads."""
+    entries = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    default = next((entry.default for entry in entries if entry.name == "shift"), None)
+    moved = getattr(config, "shift", default)
+    if moved == default:
+        return []
+    return [
+        f"Note: shift {moved} was set in the training tab. ACE-Step's trainer does not read it, and training does not "
+        "depend on shift; it is a setting for generating."
+    ]
 
 
 def _decide(facts: ModelFacts, options: Mapping[str, Any]) -> Treatment:
@@ -95,13 +115,15 @@ def _decide(facts: ModelFacts, options: Mapping[str, Any]) -> Treatment:
     )
 
 
-def _statements(treatment: Treatment, options: Mapping[str, Any]) -> list[str]:
+def _statements(treatment: Treatment, options: Mapping[str, Any], sampler: str | None) -> list[str]:
     """What was decided, from what evidence, one statement a line."""
     decision = treatment.decision
     lines = [f"Model: {treatment.model_name or 'unnamed'}, variant {decision.variant} ({decision.evidence})"]
     if decision.note:
         lines.append(f"Note: {decision.note}; --variant decides.")
-    if treatment.timestep_mode == "continuous":
+    if sampler is not None:
+        lines.append(f"Timesteps: sampled by the plugin {sampler}")
+    elif treatment.timestep_mode == "continuous":
         law = f"continuous, maximum of two logit-normal draws, mu {treatment.mu}, sigma {treatment.sigma}"
         lines.append(f"Timesteps: {law} (the model's own training law)")
     else:

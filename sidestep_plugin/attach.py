@@ -8,6 +8,8 @@ are allowed by name) the path guard. Everything is checked before anything is to
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import shutil
 import sys
 import uuid
@@ -29,6 +31,7 @@ from .run import AdapterType, Run, SavedAdapter, Step
 if TYPE_CHECKING:
     import torch
 
+    from .autoload import Wanted
     from .registry import Registry
 
 _running: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
@@ -64,8 +67,11 @@ def attach(
     extra_plugins: Mapping[str, object] | None = None,
     allowed_folders: Iterable[Path] = (),
     announce: Callable[[str], None] | None = None,
+    wins: str | None = None,
 ) -> Attachment:
     """Attach plugins to upstream's trainer, until the returned handle is detached.
+
+    Plugins that a patched checkout attached by itself make room until then.
 
     Args:
         trainer: the module ``acestep.training.trainer``; imported when None.
@@ -74,6 +80,7 @@ def attach(
         extra_plugins: plugin objects that are not installed, by name; asked after the named ones.
         allowed_folders: folders that upstream's path guard is to accept besides its own root, and nothing else.
         announce: takes each line that the plugins have to say; upstream's log when None.
+        wins: of two plugins that want what only one can do (sampling timesteps), the one that does it.
 
     Returns:
         A handle with ``detach()``, also a context manager. A second call with the same plugins and options returns
@@ -87,17 +94,20 @@ def attach(
     from .registry import Registry
 
     trainer = upstream.import_trainer() if trainer is None else trainer
-    registry = Registry.load([plugins] if isinstance(plugins, str) else plugins)
+    registry = Registry.load([plugins] if isinstance(plugins, str) else plugins, wins)
     for name, plugin in (extra_plugins or {}).items():
         registry.register(plugin, name)
     resolved = registry.resolve_options(options or {})
     allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
 
-    for attached in _attached:
-        if attached.trainer is not trainer:
+    automatic = None
+    for attached in [attached for attached in _attached if attached.trainer is trainer]:
+        if attached.automatic:
+            automatic = attached
             continue
-        if (attached.registry.names, attached.options, attached.allowed_folders) != (
+        if (attached.registry.names, attached.registry.wins, attached.options, attached.allowed_folders) != (
             registry.names,
+            wins,
             resolved,
             allowed,
         ):
@@ -107,10 +117,50 @@ def attach(
             )
         attached._calls += 1
         return attached
+    if automatic is not None:
+        automatic.detach()
     attachment = Attachment(trainer, registry, resolved, allowed, announce)
-    attachment._apply()
-    _attached.append(attachment)
+    try:
+        attachment._apply()
+    except BaseException:
+        if automatic is not None:
+            automatic._apply()
+        raise
+    attachment._making_room = automatic
     return attachment
+
+
+def attach_automatically(trainer: Any, wanted: Wanted) -> None:
+    """Attach what a patched checkout or ``acestep-train run`` wants, when the trainer has just been imported.
+
+    Never raises: the app shall start and generate. What goes wrong is an error in upstream's log, and every training
+    ends at once with the same message.
+    """
+    from .registry import Registry
+
+    for stale in [attached for attached in _attached if attached.trainer is trainer]:
+        _attached.remove(stale)  # the module was loaded again, and its names are new ones
+        stale._replacements.clear()
+    log = getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
+    registry, options = Registry(), dict(wanted.options or {})
+    try:
+        registry = Registry.load(wanted.plugins, wanted.wins)
+        if wanted.options is None:
+            options, unknown = registry.options_in(os.environ)
+            for name in unknown:
+                log.warning(f"{name} is set, but no loaded plugin has such an option; it is not used.")
+        attachment = Attachment(trainer, registry, registry.resolve_options(options))
+        attachment.automatic = True
+        attachment._apply()
+    except Exception as error:
+        told = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+        message = f"Plugins {_listed(list(wanted.plugins))} could not be attached, so nothing is trained: {told}"
+        log.error(message)
+        attachment = Attachment(trainer, Registry(), {})
+        attachment.automatic = True
+        attachment._block(message)
+        return
+    log.info(f"Plugins attached to the trainer: {_listed(registry.names)}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +197,7 @@ class Attachment:
         registry: the loaded plugins.
         options: the plugins' options.
         allowed_folders: folders that the path guard accepts besides its own root.
+        automatic: whether a patched checkout attached it by itself; such a one makes room for any other.
         refusal: the refusal that stopped the newest run, or None. Upstream reports every failure as a message; this
             keeps the exception for callers that need to tell a refused run from a failed one.
     """
@@ -170,6 +221,8 @@ class Attachment:
         self._calls = 1  # of attach() that were given this handle
         self._blocks = 0  # with blocks that are open
         self._held_outside = False
+        self.automatic = False
+        self._making_room: Attachment | None = None
 
     def __enter__(self) -> Attachment:
         if self._blocks == 0:  # somebody attached before without a block, and expects to stay so after this one
@@ -204,11 +257,27 @@ class Attachment:
             self._replacements.pop().undo()
         if self in _attached:
             _attached.remove(self)
+        made_room, self._making_room = self._making_room, None
+        if made_room is not None:
+            made_room._apply()
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
     def _apply(self) -> None:
-        planned = self._plan()
+        self._put(self._plan())
+
+    def _block(self, message: str) -> None:
+        """Make every training of this trainer end at once with a message."""
+        classes = [getattr(self.trainer, name, None) for name in upstream.TRAINER_CLASS.values()]
+        self._put(
+            [
+                _Replacement(owner, name, vars(owner).get(name, _INHERITED), _ending_with(message))
+                for owner in classes
+                if hasattr(owner, name := "train_from_preprocessed")
+            ]
+        )
+
+    def _put(self, planned: list[_Replacement]) -> None:
         try:
             for replacement in planned:
                 replacement.put()
@@ -217,6 +286,7 @@ class Attachment:
             while self._replacements:
                 self._replacements.pop().undo()
             raise
+        _attached.append(self)
 
     def _plan(self) -> list[_Replacement]:
         """Decide on every replacement without making one. Raises UpstreamMismatch."""
@@ -256,6 +326,10 @@ class Attachment:
                 replace(module, "safe_path", partial(_allowing, folders=self.allowed_folders))
         return planned
 
+    @property
+    def _sampler(self) -> str | None:
+        return next((name for name, _ in self.registry.callers("acestep_sample_timesteps")), None)
+
     # -- runs --------------------------------------------------------------------------------------------------------
 
     def _start(self, run: Run) -> None:
@@ -275,6 +349,7 @@ class Attachment:
                 adapter_config=getattr(module, f"{kind}_config", None),
                 training_config=getattr(module, "training_config", None),
                 options=self.options,
+                sampled_by=self._sampler,
                 tensor_dir=None,
                 model_ref=weakref.ref(module.model),
                 module_ref=weakref.ref(module),
@@ -310,6 +385,7 @@ class Attachment:
                 adapter_config=getattr(trainer, f"{kind}_config", None),
                 training_config=getattr(trainer, "training_config", None),
                 options=self.options,
+                sampled_by=self._sampler,
                 tensor_dir=Path(tensor_dir),
                 model_ref=weakref.ref(trainer.dit_handler.model),
             )
@@ -489,6 +565,13 @@ def _published(stage: Path, folder: Path) -> Iterator[None]:
                 move(file, place)
 
 
+def _ending_with(message: str) -> Callable[..., Generator[Any, Any, None]]:
+    def train_from_preprocessed(*_: Any, **__: Any) -> Generator[Any, Any, None]:
+        yield 0, 0.0, f"❌ {message}"
+
+    return train_from_preprocessed
+
+
 def _refuser(original: Callable[..., Any], misfit: UpstreamMismatch) -> Callable[..., Any]:
     @wraps(original)
     def training_step(*_: Any, **__: Any) -> Any:
@@ -614,8 +697,6 @@ def _allowing(guard: Callable[..., str], folders: tuple[Path, ...]) -> Callable[
 
 
 def _upstream_log(trainer: Any) -> Callable[[str], None]:
-    import logging
-
     logger = getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
     log: Callable[[str], None] = logger.info
     return log

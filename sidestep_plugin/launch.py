@@ -75,6 +75,7 @@ class Request:
         settings: training and adapter settings by option name, only those that were given; upstream's own defaults
             hold for the rest.
         plugins: names of plugins, none for upstream's own training.
+        wins: of two plugins that want what only one can do, the one that does it.
         options: the plugins' options, only those that were given.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
     """
@@ -87,6 +88,7 @@ class Request:
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    wins: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
     resume_from: Path | None = None
@@ -176,7 +178,7 @@ def prepare(
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-    registry = Registry.load(request.plugins)
+    registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     root = upstream.find_root(request.acestep_root)
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
@@ -230,6 +232,7 @@ def prepare(
         extra_plugins=extra_plugins(),
         allowed_folders=[dataset_dir, output_dir, *([request.resume_from] if request.resume_from else [])],
         announce=say,
+        wins=request.wins,
     )
     try:
         songs = _songs_upstream_sees(module, dataset)

@@ -73,10 +73,15 @@ _NOT_A_SETTING: Final = frozenset({"shift", "num_inference_steps", "output_dir",
 _TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_type", "scheduler", "scheduler_type"})
 
 
-def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dict[str, Any]:
-    """The facts of one saved adapter, JSON-ready, in the order in which people read them."""
+def describe_adapter(
+    run: Run, saved: SavedAdapter, treatment: Treatment, other_sampler: str | None = None
+) -> dict[str, Any]:
+    """The facts of one saved adapter, JSON-ready, in the order in which people read them.
+
+    Args:
+        other_sampler: name of the plugin that sampled the timesteps otherwise than the treatment says.
+    """
     adapter, options = run.adapter_config, run.options
-    law = "maximum of two logit-normal draws" if treatment.timestep_mode == "continuous" else "uniform over a schedule"
     # A folder's name may be bytes that are no text.
     model_name = treatment.model_name.encode("utf-8", "replace").decode("utf-8")
     kind = "LoRA" if saved.adapter_type == "lora" else "LoKr"
@@ -92,11 +97,7 @@ def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dic
         "model_size": "XL" if _is_xl(run, model_name) else "standard",
         "shift": treatment.shift,
         "num_inference_steps": treatment.num_inference_steps,
-        "timestep_mode": treatment.timestep_mode,
-        "timestep_law": law,
-        "timestep_mu": treatment.mu,
-        "timestep_sigma": treatment.sigma,
-        "timestep_schedule": list(treatment.schedule) or None,
+        **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
         "adapter_type": saved.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
@@ -115,6 +116,20 @@ def describe_adapter(run: Run, saved: SavedAdapter, treatment: Treatment) -> dic
         | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
         | versions
     )
+
+
+def _timesteps(treatment: Treatment, other_sampler: str | None) -> dict[str, Any]:
+    if other_sampler is not None:
+        told: dict[str, Any] = {"timestep_mode": None, "timestep_law": f"sampled by the plugin {other_sampler}"}
+        return told | dict.fromkeys(("timestep_mu", "timestep_sigma", "timestep_schedule"))
+    continuous = treatment.timestep_mode == "continuous"
+    return {
+        "timestep_mode": treatment.timestep_mode,
+        "timestep_law": "maximum of two logit-normal draws" if continuous else "uniform over a schedule",
+        "timestep_mu": treatment.mu,
+        "timestep_sigma": treatment.sigma,
+        "timestep_schedule": list(treatment.schedule) or None,
+    }
 
 
 def guidance(variant: object) -> str:
@@ -279,7 +294,7 @@ def _trained_shift(facts: Mapping[str, Any]) -> float | None:
     """Shift of the training timesteps: 1 for a continuous law, else what makes the schedule's second value."""
     schedule = facts.get("timestep_schedule")
     if not schedule:
-        return 1.0
+        return 1.0 if facts.get("timestep_mode") == "continuous" else None
     # t' = s·t / (1 + (s−1)·t) at t = 7/8, solved for s.
     second = float(schedule[1])
     return round(second / (7.0 * (1.0 - second)), 6)

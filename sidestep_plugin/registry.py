@@ -6,9 +6,12 @@ a training must never go on with a feature silently missing.
 
 from __future__ import annotations
 
+import difflib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import pluggy
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 GROUP = "acestep.plugins"
 """Entry-point group under which distributions offer plugins."""
+
+TRACE: Final = "ACESTEP_TRACE_HOOKS"
+"""Environment variable that has every call of a hook written to standard error."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +58,32 @@ def installed_plugins() -> list[Installed]:
 class Registry:
     """The plugins of one attachment. Each attachment has its own; none is global."""
 
-    def __init__(self) -> None:
+    def __init__(self, wins: str | None = None) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._callers: dict[str, tuple[tuple[str, Callable[..., Any]], ...]] = {}
+        self._trace = os.environ.get(TRACE, "").strip() not in ("", "0")
         self.names: list[str] = []
+        self.wins = wins
 
     @classmethod
-    def load(cls, names: Iterable[str]) -> Registry:
+    def load(cls, names: Iterable[str], wins: str | None = None) -> Registry:
         """Load plugins by name, in that order; a name given twice counts once.
+
+        Args:
+            names: names of installed plugins.
+            wins: of two that implement an exclusive hook, the one that is asked.
 
         Raises:
             PluginError: a name is not installed or offered twice, its code cannot be imported, it misspells a hook or
                 its arguments, it implements nothing, or it shares an exclusive hook with another. Nothing stays
                 registered then.
         """
-        registry = cls()
-        for name in dict.fromkeys(names):
+        registry = cls(wins)
+        names = list(dict.fromkeys(names))
+        if wins is not None and wins not in names:
+            raise PluginError(f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}).")
+        for name in names:
             plugin = _find(name)
             try:
                 loaded = plugin.entry_point.load()
@@ -106,10 +121,12 @@ class Registry:
         hooks = self.hooks_of(name)
         for hook in hooks:
             rivals = {impl.plugin_name for impl in self._hook(hook).get_hookimpls()} - {name}
-            if hook in hookspecs.EXCLUSIVE and rivals:
+            if hook in hookspecs.EXCLUSIVE and rivals and self.wins not in (name, *rivals):
                 self._manager.unregister(name=name)
+                rival = rivals.pop()
                 raise PluginError(
-                    f"Plugins {rivals.pop()!r} and {name!r} both implement {hook}. Name only one of them."
+                    f"Plugins {rival!r} and {name!r} both implement {hook}, which only one can do. Name only one of "
+                    f"them, or say which one does it: --wins {rival} or --wins {name}."
                 )
         if not hooks:
             self._manager.unregister(name=name)
@@ -131,6 +148,8 @@ class Registry:
                 for name, plugin in plugins
                 if plugin is not None and any(impl.plugin is plugin for impl in self._hook(hook).get_hookimpls())
             ]
+            if hook in hookspecs.EXCLUSIVE and len(implementing) > 1:
+                implementing = [(name, plugin) for name, plugin in implementing if name == self.wins]
             self._callers[hook] = tuple(
                 (name, self._manager.subset_hook_caller(hook, [other for _, other in plugins if other is not plugin]))
                 for name, plugin in implementing
@@ -153,8 +172,7 @@ class Registry:
             answers += [(name, answer) for answer in self.ask(name, caller, hook, arguments)]
         return answers
 
-    @staticmethod
-    def ask(name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
+    def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
         """Ask one plugin; see :meth:`call`."""
         try:
             answer = caller(**arguments)
@@ -162,6 +180,9 @@ class Registry:
             raise
         except Exception as error:
             raise PluginError(f"Plugin {name!r} failed in {hook}: {type(error).__name__}: {error}") from error
+        if self._trace:
+            asked = ", ".join(f"{key}={described(value)}" for key, value in arguments.items())
+            print(f"{name}.{hook}({asked}) -> {described(answer)}", file=sys.stderr, flush=True)  # noqa: T201
         if answer is None:
             return []
         # pluggy returns the one answer of an exclusive hook, and a list of all answers of any other.
@@ -186,6 +207,28 @@ class Registry:
     def resolve_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Values of all plugins' options, checked and with defaults. Raises Refusal."""
         return resolve_options(self.declared_options(), given)
+
+    def options_in(self, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+        """Options that environment variables say, ``PLUGIN_OPTION`` in capitals, as in ``SIDESTEP_CFG_RATIO=0.1``.
+
+        Returns:
+            values by option name as texts; and the names of variables that begin like one and are none.
+
+        Raises:
+            Refusal: a variable is one letter or two from an option's: what somebody wanted would be left out.
+        """
+        names = {
+            f"{plugin}_{option.name}".replace("-", "_").upper(): str(option.name)
+            for plugin, declared in self.call("acestep_options")
+            for option in declared
+        }
+        prefixes = tuple(f"{plugin}_".replace("-", "_").upper() for plugin in self.names)
+        values = {names[key]: text for key, text in environment.items() if key in names and text.strip()}
+        unknown = sorted(key for key in environment if prefixes and key.startswith(prefixes) and key not in names)
+        for key in unknown:
+            if near := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
+                raise Refusal(f"The environment has {key}, which is no option. Did you mean {near[0]}?")
+        return values, unknown
 
     def _hook(self, hook: str) -> pluggy.HookCaller:
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
@@ -231,6 +274,24 @@ def _find(name: str) -> Installed:
         offering = " and ".join(plugin.distribution for plugin in matching)
         raise PluginError(f"Plugin {name!r} is offered by {offering}. Uninstall one of them.")
     return matching[0]
+
+
+def described(value: Any) -> str:
+    """What a value is, without its contents: reading a tensor on a GPU would wait for it."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        dtype = str(getattr(value, "dtype", "?")).removeprefix("torch.")
+        return f"tensor {list(shape)} {dtype} on {getattr(value, 'device', '?')}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {described(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(described(entry) for entry in value[:8]) + (", ...]" if len(value) > 8 else "]")
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:80] + "...")
+    name = type(value).__name__
+    return str(value) if name in ("device", "dtype") else name
 
 
 def _known() -> str:

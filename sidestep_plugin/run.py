@@ -81,6 +81,7 @@ class Run:
         training_config: upstream's TrainingConfig.
         options: the plugins' options by name, as given or at their defaults.
         tensor_dir: the folder of preprocessed songs, None when a step was run without upstream's trainer.
+        sampled_by: name of the plugin that is asked for timesteps, None when none is.
         state: room for plugins to keep what they decided; by convention under the plugin's own name.
         steps: training steps begun so far, validation not counted.
     """
@@ -93,6 +94,7 @@ class Run:
     # Weak, so that a run remembered for a model never keeps gigabytes alive after upstream dropped them.
     model_ref: weakref.ref[Any]
     module_ref: weakref.ref[Any] | None = None
+    sampled_by: str | None = None
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
 

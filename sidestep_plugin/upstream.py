@@ -17,10 +17,11 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Literal
 
+from . import autoload
+from .autoload import TRAINER
 from .errors import UpstreamMismatch
 from .run import AdapterType
 
-TRAINER = "acestep.training.trainer"
 SAMPLER = "sample_discrete_timestep"
 
 MODULE_CLASS: dict[AdapterType, str] = {"lora": "PreprocessedLoRAModule", "lokr": "PreprocessedLoKRModule"}
@@ -93,7 +94,9 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     if root is not None and str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        trainer = importlib.import_module(TRAINER)
+        # Whoever calls this decides about plugins himself, also in a checkout that loads some by itself.
+        with autoload.paused():
+            trainer = importlib.import_module(TRAINER)
     except Exception as error:  # whatever upstream's code raises at import is upstream's to explain
         missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
         raise UpstreamMismatch(

@@ -13,7 +13,9 @@ from .commands import DefaultGroup
 from .demo import demo
 from .export import export
 from .inspect import inspect
+from .patch import patch
 from .plugins import plugins
+from .run import run
 from .train import train
 
 
@@ -33,6 +35,8 @@ def cli() -> None:
         acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR
     All training options:
         acestep-train --plugin sidestep --help
+    Train in ACE-Step's own app, with the plugin attached:
+        acestep-train run --plugin sidestep -- acestep
     Ask whether your ACE-Step fits:
         acestep-train check
     Ask an adapter what it is and how to use it:
@@ -46,6 +50,8 @@ cli.add_command(train)
 cli.add_command(check)
 cli.add_command(inspect)
 cli.add_command(export)
+cli.add_command(run)
+cli.add_command(patch)
 cli.add_command(demo)
 cli.add_command(plugins)
 

@@ -51,7 +51,9 @@ class PluginCommand(click.Command):
 
         self._declared = []
         try:
-            self._declared = Registry.load(named_plugins(args) or self.default_plugins).declared_options()
+            wins = values_of("--wins", args)
+            registry = Registry.load(named_plugins(args) or self.default_plugins, wins[-1] if wins else None)
+            self._declared = registry.declared_options()
             for option in self._declared:
                 if any(set(own.opts) & set(option.opts) or own.name == option.name for own in self.params):
                     raise Refusal(f"A plugin declares {option.opts[0]}, which {ctx.info_name} has already.")
@@ -105,15 +107,20 @@ class PluginCommand(click.Command):
 
 def named_plugins(args: list[str]) -> list[str]:
     """Values of ``--plugin`` in a command line, as click would read them."""
-    names = []
+    return values_of("--plugin", args)
+
+
+def values_of(option: str, args: list[str]) -> list[str]:
+    """Values of an option in a command line, before click has read it."""
+    values = []
     for position, argument in enumerate(args):
         if argument == "--":
             break
-        if argument == "--plugin" and position + 1 < len(args):
-            names.append(args[position + 1])
-        elif argument.startswith("--plugin="):
-            names.append(argument.partition("=")[2])
-    return names
+        if argument == option and position + 1 < len(args):
+            values.append(args[position + 1])
+        elif argument.startswith(f"{option}="):
+            values.append(argument.partition("=")[2])
+    return values
 
 
 def echo_json(value: Any) -> None:

@@ -35,7 +35,13 @@ _SETTINGS = {
 )
 @adapter_and_training_options
 def demo(
-    model: str, directory: Path, adapter_type: str, plugins: tuple[str, ...], options: dict[str, Any], **settings: Any
+    model: str,
+    directory: Path,
+    adapter_type: str,
+    plugins: tuple[str, ...],
+    wins: str | None,
+    options: dict[str, Any],
+    **settings: Any,
 ) -> None:
     """Run the whole job on a tiny stand-in for ACE-Step, on a CPU, in seconds.
 
@@ -65,6 +71,7 @@ def demo(
             acestep_root=miniature.root,
             settings=_SETTINGS | settings_from(settings),
             plugins=plugins,
+            wins=wins,
             options=options,
             device="cpu",
         )

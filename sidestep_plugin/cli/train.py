@@ -35,6 +35,18 @@ class Folder(click.Path):
 
 FOLDER = Folder(path_type=Path)
 
+PLUGIN = click.option(
+    "--plugin",
+    multiple=True,
+    metavar="NAME",
+    help="Plugin to train with, may be given several times. Without one: exactly as ACE-Step trains.",
+)
+WINS = click.option(
+    "--wins",
+    metavar="NAME",
+    help="Of two plugins that both want to sample the timesteps, the one that does.",
+)
+
 
 def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
     """auto, cpu, cuda, cuda:N, mps or xpu. Raises click.BadParameter."""
@@ -48,12 +60,8 @@ def adapter_and_training_options(function: Callable[..., Any]) -> Callable[..., 
     positive = click.IntRange(min=1)
     for option in reversed(
         [
-            click.option(
-                "--plugin",
-                multiple=True,
-                metavar="NAME",
-                help="Plugin to train with, may be given several times. Without one: exactly as ACE-Step trains.",
-            ),
+            PLUGIN,
+            WINS,
             click.option(
                 "--adapter-type",
                 type=click.Choice(["lora", "lokr"]),
@@ -165,6 +173,7 @@ def train(
     resume_from: Path | None,
     adapter_type: str,
     plugins: tuple[str, ...],
+    wins: str | None,
     options: dict[str, Any],
     **settings: Any,
 ) -> None:
@@ -189,6 +198,7 @@ def train(
             checkpoint_dir=checkpoint_dir,
             settings=settings_from(settings),
             plugins=plugins,
+            wins=wins,
             options=options,
             device=device,
             resume_from=resume_from,

@@ -1,0 +1,89 @@
+"""``acestep-train patch``: the minimal diff in a checkout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidestep_plugin.errors import Refusal
+
+from .commands import Unusable
+
+
+@click.group()
+def patch() -> None:
+    """Make ACE-Step's own app and server load plugins by themselves: five lines in the checkout.
+
+    \b
+    Example, in the checkout's folder:
+        acestep-train patch apply
+        acestep
+
+    The lines do nothing where sidestep-plugin is not installed. $ACESTEP_PLUGINS names the plugins (sidestep when it
+    is not set, none when it is empty), $SIDESTEP_CFG_RATIO and the like set their options. To try it without changing
+    anything: acestep-train run.
+    """
+
+
+ROOT = click.option(
+    "--acestep-root",
+    type=click.Path(path_type=Path),
+    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
+)
+
+
+def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any, Path]:
+    from sidestep_plugin.upstream import find_root
+
+    try:
+        root = find_root(said)
+        return action(root), root
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    except OSError as error:
+        raise Unusable(f"Cannot write {error.filename}: {error.strerror or error}. Nothing was changed.") from None
+
+
+@patch.command()
+@ROOT
+def apply(acestep_root: Path | None) -> None:
+    """Put the lines in. Does nothing when they are there."""
+    from sidestep_plugin import patching
+
+    changed, root = _in_checkout(patching.apply, acestep_root)
+    done = "five lines were added at its top." if changed else "has the lines already."
+    click.echo(f"{root / patching.TARGET}: {done}")
+    click.echo("Start ACE-Step as always; its log says which plugins are attached. To undo: acestep-train patch revert")
+
+
+@patch.command()
+@ROOT
+def revert(acestep_root: Path | None) -> None:
+    """Take the lines out, leaving the file as it was. Does nothing when they are not there."""
+    from sidestep_plugin import patching
+
+    changed, root = _in_checkout(patching.revert, acestep_root)
+    done = "is as it was before the patch." if changed else "has no such lines."
+    click.echo(f"{root / patching.TARGET}: {done}")
+
+
+@patch.command()
+@ROOT
+def status(acestep_root: Path | None) -> None:
+    """Say whether the lines are in."""
+    from sidestep_plugin import patching
+
+    state, root = _in_checkout(patching.status, acestep_root)
+    todo = "acestep-train patch revert takes it out." if state == "applied" else "acestep-train patch apply puts it in."
+    click.echo(f"{root / patching.TARGET}: the patch is {state}. {todo}")
+
+
+@patch.command()
+def show() -> None:
+    """Print the patch, as git apply --unidiff-zero and patch -p1 take it."""
+    from sidestep_plugin import patching
+
+    click.echo(patching.patch_text(), nl=False)

@@ -1,0 +1,65 @@
+"""``acestep-train run``: any of upstream's own commands, with plugins attached."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidestep_plugin.errors import UpstreamMismatch
+
+from .commands import PluginCommand
+from .train import PLUGIN, WINS
+
+
+class RunningCommand(PluginCommand):
+    """Prepares like any command with plugins; what the started program raises is its own."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx)()
+
+
+@click.command(cls=RunningCommand, context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--acestep-root",
+    type=click.Path(path_type=Path),
+    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
+)
+@PLUGIN
+@WINS
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND ...")
+def run(
+    acestep_root: Path | None,
+    plugins: tuple[str, ...],
+    wins: str | None,
+    options: dict[str, Any],
+    command: tuple[str, ...],
+) -> Callable[[], Any]:
+    """Run one of ACE-Step's own commands with plugins attached to its trainer. Nothing on disk is changed.
+
+    COMMAND is a command of ACE-Step (acestep, acestep-api), -m MODULE, or a script; it gets everything that follows
+    it, and its exit code is this one's. The plugins are attached when it imports the trainer, and its log says so.
+
+    \b
+    Example, in the checkout's folder:
+        acestep-train run --plugin sidestep -- acestep --port 7860
+    """
+    from sidestep_plugin.autoload import Wanted, attach_on_import
+    from sidestep_plugin.running import find_command
+    from sidestep_plugin.upstream import find_root
+
+    root: Path | None = None
+    try:
+        root = find_root(acestep_root)
+    except UpstreamMismatch:
+        if acestep_root is not None:
+            raise
+    if root is not None and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    start = find_command(command, root)
+    attach_on_import(Wanted(plugins, options, wins))
+    return start
