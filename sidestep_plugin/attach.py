@@ -307,7 +307,11 @@ class Attachment:
         if len(misfits) == len(kinds):
             raise next(iter(misfits.values())) if misfits else _no_module(trainer)
 
-        if self.registry.implements("acestep_sample_timesteps"):
+        # Also where nobody replaces it: whoever looks at finished steps is told the timesteps.
+        looked_at = self.registry.implements("acestep_step_finished") and callable(
+            getattr(trainer, upstream.SAMPLER, None)
+        )
+        if self.registry.implements("acestep_sample_timesteps") or looked_at:
             replace(trainer, upstream.SAMPLER, self._wrap_sampler)
         for kind in kinds:
             module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
@@ -441,7 +445,7 @@ class Attachment:
                     _running.reset(token)
                 if samples and not step.sampler_called:
                     raise _unused(module, f"ended without calling {upstream.SAMPLER}")
-                if step.t is not None and any(not _same_times(step.t, t) for t in given):
+                if samples and step.t is not None and any(not _same_times(step.t, t) for t in given):
                     raise _unused(module, f"gave its decoder other timesteps than {upstream.SAMPLER} returned")
                 if finishes:
                     self.registry.call("acestep_step_finished", step=step)
@@ -472,7 +476,7 @@ class Attachment:
 
         takes_table = upstream.sampler_style(original) == "timesteps_tensor"
         signature = inspect.signature(original)
-        ((plugin, caller),) = self.registry.callers("acestep_sample_timesteps")
+        asked_plugins = self.registry.callers("acestep_sample_timesteps")  # one, or none
 
         @wraps(original)
         def sample_discrete_timestep(*args: Any, **kwargs: Any) -> Any:
@@ -480,6 +484,9 @@ class Attachment:
             if step is None:  # called from outside a training step: none of our business
                 return original(*args, **kwargs)
             step.sampler_called = True
+            if not asked_plugins:
+                return _noted(step, original(*args, **kwargs))
+            ((plugin, caller),) = asked_plugins
             values = list(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
             batch_size = int(values[0])
             if takes_table:
@@ -489,9 +496,9 @@ class Attachment:
             asked = {"step": step, "batch_size": batch_size, "device": device, "dtype": dtype}
             for t in self.registry.ask(plugin, caller, "acestep_sample_timesteps", asked):
                 _check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.steps <= 1)
-                step.t = t
+                step.t, step.sampled_by = t, plugin
                 return t, t
-            return original(*args, **kwargs)
+            return _noted(step, original(*args, **kwargs))
 
         return sample_discrete_timestep
 
@@ -563,6 +570,13 @@ def _published(stage: Path, folder: Path) -> Iterator[None]:
                 place = folder / file.relative_to(stage)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 move(file, place)
+
+
+def _noted(step: Step, sampled: Any) -> Any:
+    """What upstream's own sampler returned, which the step is told."""
+    t = sampled[0] if isinstance(sampled, tuple) and sampled else sampled
+    step.t = t if hasattr(t, "shape") else None
+    return sampled
 
 
 def _ending_with(message: str) -> Callable[..., Generator[Any, Any, None]]:

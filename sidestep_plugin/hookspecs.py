@@ -36,10 +36,11 @@ EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps"})
 
 @hookspec
 def acestep_options() -> Sequence[click.Option]:  # type: ignore[empty-body]
-    """Return the command-line options that the plugin adds to ``acestep-train train`` and ``demo``.
+    """Return the command-line options that the plugin adds to ``acestep-train train``, ``demo`` and ``run``.
 
-    When: once, after loading. From Python the same options are the keys of ``attach(options={...})``, checked by
-    the same types. A default of None should mean "decide for me".
+    When: after loading. From Python the same options are the keys of ``attach(options={...})``, in a patched checkout
+    environment variables such as ``SIDESTEP_CFG_RATIO``, checked by the same types. A default of None should mean
+    "decide for me".
 
     Returns:
         click options whose values arrive in ``run.options`` under the options' names.
@@ -130,8 +131,8 @@ def acestep_step_finished(step: Step) -> None:
     When: after upstream's ``training_step`` returned, in training and in validation.
 
     Args:
-        step: with ``t`` (when a plugin sampled) and ``loss``. Reading their values on a GPU waits for it; most
-            versions of upstream have put the newest training loss into ``step.module.training_losses`` as a float.
+        step: with ``t`` and ``loss``. Reading their values on a GPU waits for it; most versions of upstream have put
+            the newest training loss into ``step.module.training_losses`` as a float.
     """
 
 

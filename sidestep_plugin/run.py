@@ -117,7 +117,8 @@ class Step:
         training: False in validation (no gradients, or upstream was told not to record the loss).
         device: where the step computes.
         dtype: floating type that the step computes in.
-        t: the timesteps that were used, shape [B], once a plugin has answered; None when upstream sampled by itself.
+        t: the timesteps that were used, shape [B], once they are sampled; None where upstream has no sampler.
+        sampled_by: name of the plugin that sampled them, None when upstream did by itself.
         loss: what upstream's step returned, a scalar tensor on `device`; None until it has.
     """
 
@@ -127,6 +128,7 @@ class Step:
     device: torch.device
     dtype: torch.dtype
     t: torch.Tensor | None = None
+    sampled_by: str | None = None
     loss: torch.Tensor | None = None
     sampler_called: bool = False
 

@@ -14,10 +14,12 @@ from sidestep_plugin.cli import cli
 from sidestep_plugin.metadata import FACTS, SCHEMA_VERSION, read_training_config
 
 ROOT = Path(__file__).parent.parent
+# The commands of write-a-plugin.md are run in test_plugins_of_others.py, with its plugin installed.
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 COMMANDS = [
     line
-    for page in PAGES.values()
+    for name, page in PAGES.items()
+    if name != "write-a-plugin.md"
     for block in re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines()
     if line.startswith("acestep-train ")

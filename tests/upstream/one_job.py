@@ -75,7 +75,7 @@ class Recorder:
             "decoder_calls": 1,
             "t": sampled.tolist(),
             "resolution": torch.finfo(sampled.dtype).eps,
-            "from_plugin": step.t is not None,
+            "from_plugin": step.sampled_by is not None,
             "turbo_rows": int(torch.isin(sampled, turbo).sum()),
             # Some versions force bf16, also on a CPU: the decoder then sees what was sampled, rounded.
             "decoder_sees_t": any(torch.equal(t, sampled.to(dtype).float()) for dtype in (t.dtype, torch.bfloat16)),

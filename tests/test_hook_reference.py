@@ -1,0 +1,109 @@
+"""Every hook has a section in docs/hooks.md, a runnable example there, and a test of that example here."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import hook_reference
+import pytest
+
+from sidestep_plugin import Refusal
+from sidestep_plugin.run import ModelFacts
+
+HOOKS = hook_reference.HOOKS
+
+
+def example(hook):
+    spec = importlib.util.spec_from_file_location(f"example_{hook}", hook_reference.EXAMPLES / f"{hook}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_writes():
+    written = hook_reference.PAGE.read_text(encoding="utf-8")
+    assert written == hook_reference.reference(), "run: python tests/hook_reference.py"
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_has_a_section_an_example_and_a_test_of_it(hook):
+    page = hook_reference.PAGE.read_text(encoding="utf-8")
+    section = page.partition(f"\n## {hook}\n")[2].partition("\n## ")[0]
+    assert section, f"{hook} has no section"
+    assert (hook_reference.EXAMPLES / f"{hook}.py").read_text(encoding="utf-8") in section
+    assert "**When:**" in section
+    assert f"test_{hook}" in globals(), f"the example of {hook} has no test"
+
+
+def test_an_example_implements_its_hook_and_nobody_else_is_there():
+    files = {file.stem for file in hook_reference.EXAMPLES.glob("*.py")}
+    assert files == set(HOOKS)
+    assert all(hasattr(getattr(example(hook), hook), "acestep_impl") for hook in HOOKS)
+
+
+def trained_with(train, hook, capsys, **more):
+    done = train("base", "lora", plugins=(), extra_plugins={"example": example(hook)}, **more)
+    return done, capsys.readouterr().out
+
+
+def test_acestep_options(train, capsys):
+    _, said = trained_with(train, "acestep_options", capsys, options={"noise": 0.25})
+    assert "Noise on the conditions: 0.25" in said
+    with pytest.raises(Refusal, match="Option noise: 2"):
+        train("base", "lora", plugins=(), extra_plugins={"example": example("acestep_options")}, options={"noise": 2})
+
+
+def test_acestep_model_chosen():
+    chosen = example("acestep_model_chosen").acestep_model_chosen
+    assert chosen(ModelFacts("acestep-v15-base", {}, {})) is None
+    with pytest.raises(Refusal, match="Choose a standard model"):
+        chosen(ModelFacts("acestep-v15-xl-base", {}, {}))
+
+
+def test_acestep_run_started(train, capsys):
+    _, said = trained_with(train, "acestep_run_started", capsys)
+    assert re.search(r"lora of rank \d+, \d+ epochs", said)
+    done, _ = trained_with(train, "acestep_run_started", capsys, max_epochs=1001)
+    assert "--epochs 1000" in done.messages[-1] and not done.losses
+
+
+def test_acestep_prepare_batch(train, capsys):
+    done, _ = trained_with(train, "acestep_prepare_batch", capsys)
+    assert done.conditions
+    assert all((batch == batch[:1, :1]).all() for batch in done.conditions), "a condition that is not the null one"
+
+
+def test_acestep_sample_timesteps(train, capsys):
+    done, _ = trained_with(train, "acestep_sample_timesteps", capsys)
+    assert done.timesteps
+    assert all((t >= 0.5).all() for t in done.timesteps)
+
+
+def test_acestep_step_finished(train, capsys, monkeypatch):
+    module = example("acestep_step_finished")
+    kept = {}
+    original = module.acestep_step_finished
+
+    class Watching:
+        def __init__(self):
+            self.acestep_step_finished = original
+
+    def remember(step):
+        original(step)
+        kept["timesteps"] = step.run.state["timesteps"]
+
+    remember.acestep_impl = original.acestep_impl
+    watching = Watching()
+    watching.acestep_step_finished = remember
+    # Without any plugin that samples: upstream's own timesteps are told just the same.
+    done = train("base", "lora", plugins=(), extra_plugins={"example": watching})
+    assert len(kept["timesteps"]) == len(done.losses) > 0
+    assert all(t.equal(seen) for t, seen in zip(kept["timesteps"], done.timesteps, strict=True))
+
+
+def test_acestep_adapter_saved(train, capsys):
+    done, said = trained_with(train, "acestep_adapter_saved", capsys)
+    (note,) = done.output.glob("final/**/NOTE.txt")
+    assert re.fullmatch(r"Trained on \S+ for \d+ steps.\n", note.read_text(encoding="utf-8"))
+    assert "A note lies beside adapter_model.safetensors." in said
