@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from .errors import Refusal
 from .files import read_json_object
+from .text import shown
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
 WEIGHT_NAMES: Final = ("adapter_model.safetensors", "lokr_weights.safetensors")
@@ -34,8 +35,8 @@ _DOTTED: Final = re.compile(r"(?:base_model\.model\.|diffusion_model\.decoder\.|
 _FLAT: Final = re.compile(r"(?:lora_unet_|lycoris_)(?:decoder_)?(.+)")
 _FLAT_LAYER: Final = re.compile(r"layers_(\d+)_(self_attn|cross_attn|mlp)_(.+)")
 _LAYER: Final = re.compile(r"layers\.\d+\.((self_attn|cross_attn)\.[qkvo]_proj|mlp\..+)")
-# Patterns come from files of strangers: those that could take for ever to match are not tried.
-_HARMLESS: Final = re.compile(r"[\w.^$\\|()\[\]-]{0,200}(\.\*[\w.^$\\|()\[\]-]{0,200}){0,3}")
+# Patterns are regular expressions, and come from files of strangers: those that are more than a name are not tried.
+_NAME_PATTERN: Final = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 _DIFFUSERS_NAMES: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0"}
 
 # What stands behind a layer's name, and what it is.
@@ -138,7 +139,7 @@ def find_weights(path: Path) -> Path:
         return found[0]
     if not path.exists():
         raise Refusal(f"No adapter at {path}. Expected a .safetensors file or the folder of an adapter.")
-    if not path.is_file():
+    if not path.is_file() and not path.is_symlink():
         raise Refusal(f"{path} is neither a file nor a folder. Expected a .safetensors file or an adapter's folder.")
     check_inside(path, path.parent)
     return path
@@ -155,11 +156,19 @@ def check_inside(file: Path, folder: Path) -> None:
         raise Refusal(
             f"{file} is a link that leads out of its folder, to {real}; it was not read. Name that file itself."
         )
+    if not real.is_file():
+        raise Refusal(f"{file} is neither a file nor a link to one. Put the file itself there.")
 
 
 def _others_in(folder: Path) -> list[Path]:
     files = (file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     return sorted(file for file in files if not _COPY.fullmatch(file.name))
+
+
+def has_neighbours_of_its_own(weights: Path) -> bool:
+    """Whether the JSON files beside a weights file belong to it: beside several, they may describe another one."""
+    folder = weights.absolute().parent
+    return weights.name in WEIGHT_NAMES or _others_in(folder) == [folder / weights.name]
 
 
 def _not_one(folder: Path, found: list[Path]) -> Refusal:
@@ -210,6 +219,11 @@ def understand(file: WeightsFile) -> Adapter:
                     part = key.rpartition(".")[2]
                 elif part in ("A", "B"):
                     kinds["lora"] += 1
+                if part in layer.parts:
+                    raise Refusal(
+                        f"{file.path} holds {shown(name)} twice, as {shown(layer.parts[part])} and {shown(key)}: it is "
+                        "damaged. Copy or download it again."
+                    )
                 layer.parts[part] = key
                 break
         else:
@@ -228,8 +242,9 @@ def understand(file: WeightsFile) -> Adapter:
         )
     config, source, problems = _configuration(file)
     adapter = Adapter(file, kinds.most_common(1)[0][0], layers, tuple(unknown), config, source, tuple(problems))
+    patterns = _patterns(config)
     for layer in layers.values():
-        _measure(adapter, layer)
+        _measure(adapter, layer, patterns)
     return adapter
 
 
@@ -245,7 +260,7 @@ def layer_name(prefixed: str) -> str:
     return name
 
 
-def _measure(adapter: Adapter, layer: Layer) -> None:
+def _measure(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> None:
     """Fill in a layer's rank and alpha from its tensors and the configuration."""
     tensors = adapter.file.tensors
     if adapter.kind == "lora":
@@ -258,42 +273,50 @@ def _measure(adapter: Adapter, layer: Layer) -> None:
     if "alpha" in layer.parts:
         layer.alpha = _number(adapter.file, tensors[layer.parts["alpha"]])
     elif adapter.kind == "lora" and layer.rank:
-        layer.alpha = _alpha_by_config(adapter, layer)
+        layer.alpha = _alpha_by_config(adapter, layer, patterns)
 
 
-def _alpha_by_config(adapter: Adapter, layer: Layer) -> float | None:
+def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> float | None:
     """The effective alpha by PEFT's rules: ``alpha_pattern``, else ``lora_alpha``; rsLoRA divides by sqrt(r)."""
     config, rank = adapter.config, layer.rank
     if not config:
         said = adapter.file.metadata.get("ss_network_alpha") or adapter.file.metadata.get("sidestep.alpha")
         return _positive(said)
-    alpha = _by_pattern(config.get("alpha_pattern"), layer.name, _positive(config.get("lora_alpha")))
+    if patterns is None:
+        return None
+    alpha = _by_pattern(patterns, layer.name, _positive(config.get("lora_alpha")))
     if alpha is not None and rank and config.get("use_rslora") is True:
         return alpha * math.sqrt(rank)
     return alpha
 
 
-def _by_pattern(patterns: Any, name: str, default: float | None) -> float | None:
-    """PEFT's lookup: the first pattern that matches the end of the layer's name, at a dot."""
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        if not _HARMLESS.fullmatch(str(pattern)):
+def _patterns(config: Mapping[str, Any]) -> dict[str, tuple[int, Any]] | None:
+    """PEFT's alpha_pattern by plain names, with their order; None when one of them is more than a name."""
+    patterns = config.get("alpha_pattern")
+    found: dict[str, tuple[int, Any]] = {}
+    for order, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, Mapping) else ()):
+        name = _NAME_PATTERN.fullmatch(str(pattern))
+        if name is None:
             return None
-        for candidate in (name, _in_diffusers(name)):
-            try:
-                if re.match(rf"(.*\.)?({str(pattern).removeprefix('^')})$", candidate):
-                    return _positive(value)
-            except re.error:
-                return None
-    return default
+        found.setdefault(name[1].replace("\\", ""), (order, value))
+    return found
+
+
+def _by_pattern(patterns: Mapping[str, tuple[int, Any]], name: str, default: float | None) -> float | None:
+    """PEFT's lookup: the first pattern that is the layer's name, or its end after a dot."""
+    matching = []
+    for candidate in (name, _in_diffusers(name)):
+        parts = candidate.split(".")
+        ends = (".".join(parts[start:]) for start in range(min(len(parts), 16)))
+        matching += [patterns[end] for end in ends if end in patterns]
+    return _positive(min(matching, key=lambda match: match[0])[1]) if matching else default
 
 
 def _configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, list[str]]:
     """PEFT's configuration of an adapter, where it was found, and what is wrong with it."""
     problems: list[str] = []
     beside = file.path.parent / "adapter_config.json"
-    # Beside several weights files it may describe another one than a file of any other name.
-    alone = file.path.name == WEIGHT_NAMES[0] or _others_in(file.path.parent) == [file.path]
-    if beside.is_symlink() or (beside.is_file() and alone):
+    if (beside.is_file() or beside.is_symlink()) and has_neighbours_of_its_own(file.path):
         try:
             check_inside(beside, beside.parent)
             return read_json_object(beside), beside.name, problems
@@ -371,16 +394,6 @@ def _whole(number: float | None) -> float | int | None:
 
 
 # -- showing ---------------------------------------------------------------------------------------------------------
-
-
-def shown(value: object, longest: int = 200) -> str:
-    """A text from a file, safe to print: control characters as escapes, and not longer than a few lines."""
-    text = str(value)
-    cut = text[:longest]
-    escaped = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in cut
-    )
-    return escaped if len(text) <= longest else f"{escaped}... ({len(text)} characters)"
 
 
 def some(names: Iterable[str], longest: int = 3) -> str:

@@ -7,6 +7,7 @@ are allowed by name) the path guard. Everything is checked before anything is to
 
 from __future__ import annotations
 
+import glob
 import inspect
 import logging
 import os
@@ -549,6 +550,8 @@ def _staged(folder: Path) -> Iterator[Path]:
     Upstream writes in place: killed in the middle it would leave half an adapter, or a good one half overwritten.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.saving"):  # by a program that was killed
+        shutil.rmtree(left, ignore_errors=True)
     stage = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.saving")
     stage.mkdir()
     try:

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .adapter import DIFFUSERS_KEY, Adapter, shown
+from .adapter import DIFFUSERS_KEY, Adapter
 from .errors import Refusal
 from .metadata import header_of
+from .text import shown
 from .weights_file import HASH_KEY, NewTensor, WeightsFile, write_copy
 
 FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.safetensors"}
@@ -71,9 +72,13 @@ def check_exportable(adapter: Adapter) -> None:
             f"{path} is a DoRA. ComfyUI scales DoRA by other norms than PEFT, so a copy would not play as trained. "
             "Use it in ACE-Step's app or in diffusers."
         )
-    torn = [layer.name for layer in adapter.layers.values() if not {"A", "B"} <= layer.parts.keys()]
-    if torn:
-        raise Refusal(f"{path} lacks a half of {shown(torn[0])}: lora_A and lora_B belong together. Copy it again.")
+    for layer in adapter.layers.values():
+        shapes = [adapter.file.tensors[layer.parts[part]].shape for part in ("A", "B") if part in layer.parts]
+        if len(shapes) < 2 or any(len(shape) < 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+            raise Refusal(
+                f"lora_A and lora_B of {shown(layer.name)} in {path} do not belong together: it is damaged. Copy or "
+                "download it again."
+            )
     if any(layer.alpha is None for layer in adapter.layers.values()):
         raise Refusal(
             f"The alpha of {path} is not known, so neither is its strength. Put its adapter_config.json beside it, or "

@@ -30,15 +30,16 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder cannot be written, or the disk is full. Nothing of the new file is left.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files for their owner alone.
-        temporary.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644)
+        # mkstemp makes files for their owner alone. Some file systems have no such thing.
+        with contextlib.suppress(PermissionError):
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644)
         move(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -73,7 +74,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if len(raw) > MAX_JSON:
         raise ValueError(f"it is longer than {MAX_JSON} bytes")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8-sig"))  # editors on Windows put a byte order mark there
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):

@@ -8,16 +8,18 @@ of them says is listed as missing; what follows from the model's name alone is m
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .adapter import WEIGHT_NAMES, Adapter, check_inside, find_weights, shown, some, understand
+from .adapter import Adapter, check_inside, find_weights, has_neighbours_of_its_own, some, understand
 from .errors import Refusal
 from .files import read_json_object
-from .metadata import FACTS, FILE_NAME, SCHEMA_VERSION, facts_in_header, guidance
+from .metadata import FACTS, FILE_NAME, SCHEMA_VERSION, TEXT_FACTS, facts_in_header, guidance
+from .text import is_control, shown
 from .variant import VARIANTS, Variant, inference_settings, words_of
 from .weights_file import HASH_KEY, read_weights_file
 
@@ -33,6 +35,20 @@ _WANTED: Final = {
     "alpha": "alpha",
     "songs": "number of songs",
     "training_steps": "training steps",
+}
+
+
+_HUGE: Final = 1e15
+_WHOLE: Final = frozenset({"num_inference_steps", "songs", "epoch", "global_step", "training_steps"})
+_RANGES: Final = {
+    "shift": (1e-6, _HUGE),
+    "num_inference_steps": (1, _HUGE),
+    "cfg_ratio": (0.0, 1.0),
+    "timestep_sigma": (0.0, _HUGE),
+    "rank": (1, _HUGE),
+    "alpha": (1e-9, _HUGE),
+    "dropout": (0.0, 1.0),
+    **dict.fromkeys(("songs", "epoch", "global_step", "training_steps"), (0, _HUGE)),
 }
 
 
@@ -94,7 +110,7 @@ def inspect_adapter(path: Path) -> Report:
     beside = _facts_beside(adapter, problems)
     if own is not None or (beside is not None and "schema_version" in beside):
         written_by = _our_name(own or beside or {})
-        facts = _merged(own, beside, notes)
+        facts = _configured(adapter) | _merged(own, beside, notes)
         _check_schema(facts, notes)
     elif beside is not None:
         written_by, facts = "Side-Step", _side_step(beside) | _configured(adapter)
@@ -103,7 +119,7 @@ def inspect_adapter(path: Path) -> Report:
     else:
         written_by = "ACE-Step" if "lokr_config" in metadata else "ACE-Step or another PEFT trainer"
         facts = _upstream(metadata, notes) | _configured(adapter)
-    facts = {key: facts[key] for key in dict.fromkeys((*FACTS, *facts)) if facts.get(key) not in (None, "")}
+    facts = _usable(facts, notes)
     facts["adapter_type"] = adapter.kind
     _check_strengths(adapter, facts, notes)
 
@@ -111,11 +127,13 @@ def inspect_adapter(path: Path) -> Report:
     if said := metadata.get(HASH_KEY):
         intact = said.lower() == adapter.file.data_hash()
         if not intact:
-            problems.append(
+            # Other programs change tensors and leave the hash as it was; this one writes both at once.
+            place = problems if own is not None else notes
+            place.append(
                 "The tensors are not those that the header's hash was made of: the file was changed or damaged."
             )
     strange = sorted(
-        key for key, text in metadata.items() if any(not (c.isprintable() or c in "\n\r\t") for c in key + text)
+        key for key, text in metadata.items() if any(is_control(c) and c not in "\n\r\t" for c in key + text)
     )
     if strange:
         problems.append(f"Control characters in the header ({shown(', '.join(strange), 100)}); they are shown escaped.")
@@ -206,7 +224,7 @@ def as_text(report: Report) -> list[str]:
         add("Missing", ", ".join(report.missing))
     for note in report.notes:
         add("Note", note)
-    return lines
+    return [shown(line, 5000) for line in lines]
 
 
 def _strength(report: Report) -> str:
@@ -251,8 +269,8 @@ def _trained(facts: Any) -> str:
 def _facts_beside(adapter: Adapter, problems: list[str]) -> dict[str, Any] | None:
     """The training_config.json that belongs to a weights file, ours or Side-Step's."""
     folder = adapter.file.path.absolute().parent
-    if adapter.file.path.name not in WEIGHT_NAMES and len(list(folder.glob("*.safetensors"))) > 1:
-        return None  # it may describe another one of them
+    if not has_neighbours_of_its_own(adapter.file.path):
+        return None
     for place in (folder, folder.parent) if folder.name in _ABOVE else (folder,):
         for name in _CONFIG_NAMES:
             file = place / name
@@ -281,6 +299,47 @@ def _merged(own: dict[str, Any] | None, beside: dict[str, Any] | None, notes: li
     return beside | {key: value for key, value in own.items() if value is not None}
 
 
+def _usable(facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The facts in their order, without those whose value cannot be, which is said."""
+    usable = {}
+    for key in dict.fromkeys((*FACTS, *facts)):
+        value = facts.get(key)
+        if value is None or value == "":
+            continue
+        if _can_be(key, value):
+            usable[key] = value
+        else:
+            notes.append(f"{shown(key, 60)} = {shown(value, 60)} cannot be; it is left out.")
+    return usable
+
+
+def _can_be(key: str, value: Any) -> bool:
+    """Whether a fact has a value of its kind. Unknown ones may be numbers, switches, texts and lists of them."""
+    if isinstance(value, str):
+        known = key not in FACTS or key in TEXT_FACTS or key == "target_modules"
+        return known and len(value) <= 5000 and not any(unicodedata.category(c) == "Cs" for c in value)
+    if key in TEXT_FACTS:
+        return False
+    if key == "timestep_schedule":
+        times = value if isinstance(value, list) else []
+        return len(times) > 1 and all(_is_number(t) and 0 < t <= 1 for t in times) and times[1] < 1
+    if isinstance(value, list):
+        listable = key not in FACTS or (key == "target_modules" and all(isinstance(name, str) for name in value))
+        return listable and not any(isinstance(entry, list) or not _can_be("", entry) for entry in value[:1000])
+    if key == "target_modules":
+        return False
+    if isinstance(value, bool):
+        return key not in FACTS
+    low, high = _RANGES.get(key, (-_HUGE, _HUGE))
+    return _is_number(value) and low <= value <= high and (key not in _WHOLE or isinstance(value, int))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -_HUGE <= value <= _HUGE  # false for NaN as well
+
+
 def _our_name(facts: Mapping[str, Any]) -> str:
     version = facts.get("sidestep_plugin_version")
     return f"sidestep-plugin {shown(version, 40)}" if version else "sidestep-plugin"
@@ -288,7 +347,7 @@ def _our_name(facts: Mapping[str, Any]) -> str:
 
 def _check_schema(facts: Mapping[str, Any], notes: list[str]) -> None:
     version = facts.get("schema_version")
-    if not isinstance(version, int) or isinstance(version, bool):
+    if not isinstance(version, int) or isinstance(version, bool) or abs(version) > _HUGE:
         notes.append(f"Its schema_version is {shown(version)}, expected a number; it is read as far as it is known.")
     elif version > SCHEMA_VERSION:
         notes.append(

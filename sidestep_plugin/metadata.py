@@ -61,10 +61,12 @@ FACTS: Final = {
 """The keys of ``training_config.json`` and what they mean. Below them follow ACE-Step's training settings that are
 numbers, switches or known words, under ACE-Step's names, and the versions of the programs, as ``*_version``."""
 
-_TEXTS: Final = frozenset(
+TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
     | {"timestep_law", "adapter_type"}
 )
+"""Those of them that are texts."""
+
 _VERSIONS: Final = ("sidestep-plugin", "torch", "peft", "lycoris-lora", "safetensors")
 
 # Upstream's TrainingConfig holds its own idea of shift and steps (turbo's, for every model), and folders.
@@ -301,7 +303,7 @@ def _trained_shift(facts: Mapping[str, Any]) -> float | None:
 
 
 def _value(key: str, text: str) -> Any:
-    if key in _TEXTS or key in _TEXT_SETTINGS or (key.endswith("_version") and key != "schema_version"):
+    if key in TEXT_FACTS or key in _TEXT_SETTINGS or (key.endswith("_version") and key != "schema_version"):
         return text
     try:
         value = json.loads(text)
@@ -331,9 +333,11 @@ def _without_paths(text: str, facts: Mapping[str, Any]) -> str:
         return text
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+        cleaned = _cleaned(value, facts)
+    except ValueError:
         return text
-    cleaned = _cleaned(value, facts)
+    except RecursionError:  # nested as nothing is that somebody wrote: whether there is a path in it is not known
+        return ""
     return text if cleaned == value else json.dumps(cleaned, ensure_ascii=False)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .errors import Refusal
+from .text import is_control
 
 
 class FiniteFloat(click.FloatRange):
@@ -49,8 +50,8 @@ class Line(click.ParamType[str]):
             self.fail("Expected some text.", param, ctx)
         if len(text) > self.longest:
             self.fail(f"Expected at most {self.longest} characters, found {len(text)}.", param, ctx)
-        # Also false for the halves of characters that a terminal with another encoding hands over.
-        if not text.isprintable():
+        # Halves of characters, which a terminal with another encoding hands over, are among them.
+        if any(is_control(character) for character in text):
             self.fail(f"{text!r} holds characters that cannot be shown.", param, ctx)
         return text
 

@@ -6,7 +6,6 @@ either, in a checkout with Windows line ends, and as often as one likes.
 
 from __future__ import annotations
 
-import ast
 from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
@@ -54,8 +53,9 @@ def apply(root: Path) -> bool:
     start = _BOM if content.startswith(_BOM) else b""
     patched = start + _lines(b"\r\n" if windows else b"\n") + content[len(start) :]
     try:
-        ast.parse(content)
-        ast.parse(patched)
+        # Not only parsed: a __future__ import has to stay first, which the compiler knows.
+        compile(content, str(TARGET), "exec", dont_inherit=True)
+        compile(patched, str(TARGET), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise Refusal(f"{root / TARGET} is no Python file to which lines can be added ({error}).") from None
     _write(root, patched)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, BinaryIO, Final
 from .errors import Refusal
 from .files import replacing
 
-MAX_HEADER: Final = 16 * 2**20
-"""Longest header in bytes that is read. An adapter's takes some hundred kilobytes; parsing takes several times that."""
+MAX_HEADER: Final = 4 * 2**20
+"""Longest header in bytes that is read. An adapter's takes some hundred kilobytes; parsing takes many times that."""
 
 HASH_KEY: Final = "modelspec.hash_sha256"
 
@@ -36,6 +37,7 @@ _BITS: Final = {
     "F4": 4,
 }
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_DIMENSIONS: Final = 32
 _PLACEHOLDER: Final = "0x" + "0" * 64
 
 
@@ -229,8 +231,10 @@ def _tensor(name: str, entry: Any) -> Tensor:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{name!r} is no tensor entry") from None
+    name.encode("utf-8")
     numbers = (*shape, start, end)
-    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+    sound = len(shape) <= _DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not sound or not isinstance(dtype, str) or not re.fullmatch(r"[A-Z0-9_]{1,20}", dtype):
         raise ValueError(f"{name!r} is no tensor entry")
     bits = _BITS.get(dtype)
     if bits is not None and (end - start) * 8 != math.prod(shape) * bits:

@@ -20,6 +20,15 @@ class Unusable(click.ClickException):
     exit_code = UNUSABLE
 
 
+class Place(click.Path):
+    """The name of a file or folder. An empty one (a shell variable that was not set) would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "":
+            self.fail("The file's or folder's name is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class DefaultGroup(click.Group):
     """A group that hands everything which does not name a command to its default command."""
 
@@ -125,4 +134,4 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 def echo_json(value: Any) -> None:
     """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json.dumps(value, indent=2, allow_nan=False))

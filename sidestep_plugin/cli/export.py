@@ -8,16 +8,17 @@ import click
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat
+from sidestep_plugin.text import shown
 
-from .commands import Unusable
+from .commands import Place, Unusable
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=Place(path_type=Path))
 @click.option("--to", "program", type=click.Choice(["comfyui"]), required=True, help="The program to export for.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="File to write, or a folder to write it into. [default: comfyui_lora.safetensors beside the adapter]",
 )
 @click.option(
@@ -61,10 +62,10 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
         ours = report.written_by.startswith("sidestep-plugin")
         write_comfyui_copy(source, target, report.facts if ours else None)
     except Refusal as refusal:
-        raise Unusable(str(refusal)) from None
+        raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
-    click.echo(f"ComfyUI copy: {target}")
+    click.echo(f"ComfyUI copy: {shown(target, 5000)}")
     click.echo("Put it into ComfyUI/models/loras and load it at strength 1.0.")
     if (generate := report.generate).shift is not None and not generate.guess:
         click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")

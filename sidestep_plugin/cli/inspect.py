@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.text import shown
 
-from .commands import UNUSABLE, Unusable, echo_json
+from .commands import UNUSABLE, Place, Unusable, echo_json
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Place(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: Path, as_json: bool) -> None:
     """Say what an adapter is, what to generate with, and what is missing.
@@ -32,7 +33,7 @@ def inspect(path: Path, as_json: bool) -> None:
     try:
         report = inspection.inspect_adapter(path)
     except Refusal as refusal:
-        raise Unusable(str(refusal)) from None
+        raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot read {path}: {error.strerror or error}.") from None
     if as_json:
@@ -41,5 +42,5 @@ def inspect(path: Path, as_json: bool) -> None:
         for line in inspection.as_text(report):
             click.echo(line)
         for problem in report.problems:
-            click.echo(f"Problem: {problem}", err=True)
+            click.echo(f"Problem: {shown(problem, 5000)}", err=True)
     sys.exit(UNUSABLE if report.problems else 0)

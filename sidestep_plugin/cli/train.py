@@ -16,7 +16,7 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat
 
-from .commands import FAILED, INTERRUPTED, PluginCommand
+from .commands import FAILED, INTERRUPTED, Place, PluginCommand
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch import Launch, Request
@@ -24,16 +24,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 
-class Folder(click.Path):
-    """A folder's name. An empty one (a shell variable that was not set) would mean the current directory."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "":
-            self.fail("The folder's name is empty.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-FOLDER = Folder(path_type=Path)
+FOLDER = Place(path_type=Path)
 
 PLUGIN = click.option(
     "--plugin",

@@ -1,0 +1,24 @@
+"""Texts from files of strangers, made safe to print."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Final
+
+# What turns the direction of writing round, and so can make a line say something else than it does.
+_DIRECTIONS: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def is_control(character: str) -> bool:
+    """Whether a character moves the cursor, breaks the line, turns the direction, or is half of one."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """A text, safe to print: control characters as escapes, and not longer than a few lines."""
+    text = str(value)
+    cut = text[:longest]
+    escaped = "".join(
+        character.encode("unicode_escape").decode() if is_control(character) else character for character in cut
+    )
+    return escaped if len(text) <= longest else f"{escaped}... ({len(text)} characters)"

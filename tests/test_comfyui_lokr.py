@@ -1,0 +1,165 @@
+"""The copy of a LoKr for ComfyUI: by ComfyUI's rules it gives every layer the weight that LyCORIS gives it."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .comfyui_rules import (
+    ATTENTION,
+    a_decoder,
+    check_differs,
+    check_same,
+    export,
+    exported,
+    make_random,
+    measured,
+    refused,
+    weights_of,
+)
+
+# -- as upstream saves it --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_upstream(trainer, load, require_kind, tmp_path):
+    """Attach a LoKr as upstream does, make every tensor of it random, and save it with upstream's own function.
+
+    Returns its folder, the weights before and with it. The latter are measured: LyCORIS's ``get_merged_weight``
+    multiplies by the strength twice, which its ``forward`` does not.
+    """
+    require_kind("lokr")
+
+    def make(**settings):
+        from acestep.training.configs import LoKRConfig
+        from acestep.training.lokr_utils import inject_lokr_into_dit
+
+        model = load("base").model
+        before = weights_of(copy.deepcopy(model.decoder))
+        config = LoKRConfig(**{"linear_dim": 2, "linear_alpha": 8} | settings)
+        _, network, _ = inject_lokr_into_dit(model, config)
+        make_random(network.named_parameters())
+        folder = tmp_path / "by upstream"
+        trainer.save_lokr_weights(network, str(folder), metadata={"lokr_config": config.to_dict()})
+        return folder, before, measured(model.decoder, before)
+
+    return make
+
+
+LOKRS = {
+    "upstream's default, which decomposes nothing here": {"linear_dim": 64, "linear_alpha": 128},
+    "one factor decomposed": {},
+    "full matrix": {"full_matrix": True},
+    "both decomposed": {"decompose_both": True, "factor": 8},
+    "the larger factor in full": {"decompose_both": True, "linear_dim": 3, "factor": 16},
+    "another factor": {"factor": 4},
+    "unbalanced": {"unbalanced_factorization": True, "factor": 4},
+    "rs_lora": {"rs_lora": True},
+    "rs_lora, full matrix": {"rs_lora": True, "full_matrix": True},
+    "scalar": {"use_scalar": True},
+    "bypass": {"bypass_mode": True},
+    "tucker": {"use_tucker": True},
+}
+
+
+@pytest.mark.parametrize("settings", LOKRS.values(), ids=LOKRS)
+def test_a_lokr_plays_as_in_lycoris(by_upstream, settings):
+    folder, before, after = by_upstream(**settings)
+    tensors = exported(folder)
+    check_same(tensors, before, after)
+    assert {key.partition(".")[0] for key in tensors} == {f"lycoris_{layer.replace('.', '_')}" for layer in before}
+
+
+def test_the_alpha_of_a_lokr_matters(by_upstream):
+    folder, before, after = by_upstream()
+    tensors = {key: tensor for key, tensor in exported(folder).items() if not key.endswith(".alpha")}
+    check_differs(tensors, before, after)
+
+
+def exact_or_refused(folder, before, after):
+    if export(folder).exit_code == 0:
+        check_same(load_file(folder / "comfyui_lokr.safetensors"), before, after)
+    else:
+        refused(folder, says="")
+
+
+def test_a_lokr_decomposed_by_rows_is_never_exported_wrong(by_upstream):
+    """What ``weight_decompose`` trains. LyCORIS divides by the rows' norms of the changed weight, ComfyUI by those of
+    the weight as it was; without the model no ``dora_scale`` makes the two the same."""
+    exact_or_refused(*by_upstream(weight_decompose=True))
+
+
+@pytest.fixture
+def by_lycoris(require_kind, tmp_path):
+    """The same with LyCORIS alone on the layers of ACE-Step, a convolution among them."""
+    require_kind("lokr")
+
+    def make(layers=None, **settings):
+        from lycoris import LycorisNetwork, create_lycoris
+
+        decoder = a_decoder()
+        before = weights_of(a_decoder())
+        LycorisNetwork.apply_preset({"unet_target_name": [], "target_name": []})
+        network = create_lycoris(decoder, 1.0, **{"algo": "lokr", "linear_dim": 2, "linear_alpha": 8} | settings)
+        network.apply_to()
+        for lora in network.loras:
+            if layers is None or lora.lora_name in layers:
+                make_random(lora.named_parameters())
+        folder = tmp_path / "by LyCORIS"
+        folder.mkdir()
+        network.save_weights(str(folder / "lokr_weights.safetensors"), None, {"algo": "lokr"})
+        after = {}
+        for lora in network.loras:
+            (layer,) = [name for name in before if lora.lora_name == f"lycoris_{name.replace('.', '_')}"]
+            changed = before[layer] + lora.get_weight(lora.shape) * lora.scalar
+            after[layer] = lora.apply_weight_decompose(changed) if lora.wd else changed
+        return folder, before, after
+
+    return make
+
+
+def test_a_lokr_on_every_kind_of_layer(by_lycoris):
+    folder, before, after = by_lycoris()
+    check_same(exported(folder), before, after)
+
+
+def test_a_lokr_decomposed_by_columns_plays_as_in_lycoris(by_lycoris):
+    """What LyCORIS before 3.2 makes of ``weight_decompose``."""
+    folder, before, after = by_lycoris(dora_wd=True, wd_on_output=False)
+    assert load_file(folder / "lokr_weights.safetensors")["lycoris_condition_embedder.dora_scale"].shape == (1, 24)
+    check_same(exported(folder), before, after)
+
+
+def test_convolutions_that_were_not_trained_are_in_no_ones_way(by_lycoris):
+    """Upstream attaches a LoKr to every layer, and trains those that were asked for."""
+    folder, before, after = by_lycoris(["lycoris_layers_0_self_attn_q_proj"], full_matrix=True)
+    assert torch.equal(after["proj_in.1"], before["proj_in.1"])
+    check_same(exported(folder), before, after)
+
+
+def test_a_trained_convolution_in_full_is_never_exported_wrong(by_lycoris):
+    exact_or_refused(*by_lycoris(full_matrix=True))
+
+
+@pytest.mark.parametrize("rank", [2, 64], ids=["decomposed", "in full"])
+def test_a_lokr_by_peft_is_never_exported_wrong(tmp_path, rank):
+    """PEFT keeps a LoKr's alpha in its adapter_config.json alone, and scales by it in any case."""
+    from peft import LoKrConfig, get_peft_model
+
+    config = LoKrConfig(r=rank, alpha=8, target_modules=ATTENTION)
+    model = get_peft_model(a_decoder(), config)
+    make_random((name, parameter) for name, parameter in model.named_parameters() if "lokr" in name)
+    model.save_pretrained(tmp_path / "by PEFT")
+    exact_or_refused(tmp_path / "by PEFT", weights_of(a_decoder()), weights_of(model.merge_and_unload()))
+
+
+def test_every_saved_lokr_has_its_copy_beside_it(train, load):
+    handler = load("base")
+    before = weights_of(copy.deepcopy(handler.model.decoder))
+    output = train("base", "lokr", handler=handler, options={"export": "comfyui"}).output
+    assert len(list(output.rglob("comfyui_lokr.safetensors"))) == 3, "two checkpoints and the final adapter"
+    final = load_file(output / "final" / "comfyui_lokr.safetensors")
+    after = measured(handler.model.decoder, before)
+    check_same(final, before, after)
+    check_differs({}, before, after)
