@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
@@ -459,8 +459,15 @@ class Attachment:
 
     def _prepare(self, step: Step, batch: Mapping[str, Any]) -> dict[str, Any]:
         prepared = dict(batch)
+        written = _writes(batch)
         for name, caller in self.registry.callers("acestep_prepare_batch"):
-            answers = self.registry.ask(name, caller, "acestep_prepare_batch", {"step": step, "batch": prepared})
+            asked = {"step": step, "batch": MappingProxyType(prepared)}
+            answers = self.registry.ask(name, caller, "acestep_prepare_batch", asked)
+            if written != _writes(batch):
+                raise PluginError(
+                    f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch, which belong to upstream. "
+                    "Return new ones."
+                )
             for replaced in answers:
                 if not isinstance(replaced, Mapping):
                     raise PluginError(
@@ -468,7 +475,7 @@ class Attachment:
                         "acestep_prepare_batch."
                     )
                 for key, tensor in replaced.items():
-                    _check_replaced(name, prepared, key, tensor)
+                    _check_replaced(name, prepared, key, tensor, step.device)
                 prepared = {**prepared, **replaced}
         return prepared
 
@@ -638,11 +645,20 @@ def _no_module(trainer: Any) -> UpstreamMismatch:
     )
 
 
-def _check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any) -> None:
+def _writes(batch: Mapping[str, Any]) -> list[int]:
+    """How often each tensor of a batch was written to; torch counts that without a look at the values."""
+    return [value._version for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
+
+
+def _check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any, device: torch.device) -> None:
     if key not in batch:
         found = f"an entry {key!r}, which the batch does not have ({', '.join(batch)})"
     elif getattr(tensor, "shape", None) != batch[key].shape:
         found = f"{key!r} as {_described(tensor)}, expected a tensor of shape {list(batch[key].shape)}"
+    elif tensor.is_floating_point() != batch[key].is_floating_point():
+        found = f"{key!r} as {_described(tensor)}, expected {'floating' if batch[key].is_floating_point() else 'whole'} numbers"
+    elif tensor.device.type not in ("cpu", device.type, batch[key].device.type):
+        found = f"{key!r} as {_described(tensor)}, expected it on {device}"
     else:
         return
     raise PluginError(f"Plugin {plugin!r} returned {found} from acestep_prepare_batch.")

@@ -30,6 +30,9 @@ PROJECT: Final = "acestep"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
+SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
+"""Hooks whose implementations return nothing: a value would be somebody's misunderstanding."""
+
 EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps"})
 """Hooks that only one of the loaded plugins may implement: two answers could not both be right."""
 

@@ -85,6 +85,7 @@ class Registry:
             raise PluginError(f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}).")
         for name in names:
             plugin = _find(name)
+            _check_version(plugin)
             try:
                 loaded = plugin.entry_point.load()
             except (Exception, SystemExit) as error:
@@ -170,6 +171,10 @@ class Registry:
         answers: list[tuple[str, Any]] = []
         for name, caller in self.callers(hook):
             answers += [(name, answer) for answer in self.ask(name, caller, hook, arguments)]
+            if answers and hook in hookspecs.SILENT:
+                raise PluginError(
+                    f"Plugin {name!r} returned {described(answers[-1][1])} from {hook}, expected nothing."
+                )
         return answers
 
     def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
@@ -292,6 +297,29 @@ def described(value: Any) -> str:
         return repr(value if len(value) <= 80 else value[:80] + "...")
     name = type(value).__name__
     return str(value) if name in ("device", "dtype") else name
+
+
+def _check_version(plugin: Installed) -> None:
+    """Raise PluginError when a plugin's distribution requires another version of this package."""
+    import importlib.metadata
+
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+        from packaging.utils import canonicalize_name
+    except ImportError:  # every environment in which ACE-Step trains has it; without it pip has checked at install
+        return
+    ours = importlib.metadata.version("sidestep-plugin")
+    for text in importlib.metadata.requires(plugin.distribution) or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        wanted = canonicalize_name(requirement.name) == "sidestep-plugin" and requirement.marker is None
+        if wanted and not requirement.specifier.contains(ours, prereleases=True):
+            raise PluginError(
+                f"Plugin {plugin.name!r} ({plugin.distribution} {plugin.version}) needs sidestep-plugin "
+                f"{requirement.specifier}, {ours} is installed. Install matching versions."
+            )
 
 
 def _known() -> str:

@@ -132,7 +132,8 @@ def saved(checkout, trainer, require_kind, tmp_path, monkeypatch):
         line += ["--checkpoint-dir", checkout.checkpoints, "--dataset-dir", checkout.tensors]
         line += ["--val-split", "0.34"] if kind == "lora" and not checkout.real else []
         line += ["--output-dir", tmp_path / "output", *options]
-        assert CliRunner().invoke(cli, [*map(str, line)], catch_exceptions=False).exit_code == 0
+        finished = CliRunner().invoke(cli, [*map(str, line)], catch_exceptions=False)
+        assert finished.exit_code == 0, finished.output
         with monkeypatch.context() as patched:
             patched.setattr(Launch, "messages", pressing_ctrl_c(Launch.messages))
             stopped = CliRunner().invoke(cli, [*map(str, line), "--epochs", "50", "--save-every", "50"])
@@ -173,6 +174,14 @@ def test_every_saved_file_says_what_it_is(saved, checkout, tmp_path, kind):
         assert header["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data).hexdigest()
         assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "8")
         assert (header["sidestep.shift"], header["sidestep.num_inference_steps"]) == ("1.0", "50")
+
+
+def test_a_lora_outside_the_blocks_is_one_for_ace_step_too(saved):
+    """Whatever layers were asked for: the training goes to its end, and our own adapter is recognised afterwards."""
+    files = saved("lora", options=("--target-modules", "condition_embedder", "--export", "comfyui"))
+    for file in files:
+        assert file.with_name("comfyui_lora.safetensors").is_file()
+        assert CliRunner().invoke(cli, ["inspect", str(file)]).exit_code == 0
 
 
 def test_without_a_trigger_the_hint_is_this_one_sentence(saved):
