@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import click
 
-from sidestep_plugin import hookimpl
+from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.adapter import read_adapter
 from sidestep_plugin.comfyui import FILE_NAMES, write_comfyui_copy
 from sidestep_plugin.metadata import describe_adapter, forget_folders, write_header, write_training_config
@@ -46,6 +46,9 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
             write_header(saved.weights, facts)
             if run.options["export"] == "comfyui":
                 write_comfyui_copy(read_adapter(saved.weights), folder / FILE_NAMES[saved.adapter_type], facts)
+    except Refusal as refusal:
+        told = str(refusal).replace(str(saved.weights), str(saved.destination))
+        return [f"Warning: no copy for ComfyUI was written. {told}"]
     except OSError as error:
         # The weights are there, as upstream wrote them: hours of training do not end because a copy found no room.
         return [

@@ -35,6 +35,8 @@ _DOTTED: Final = re.compile(r"(?:base_model\.model\.|diffusion_model\.decoder\.|
 _FLAT: Final = re.compile(r"(?:lora_unet_|lycoris_)(?:decoder_)?(.+)")
 _FLAT_LAYER: Final = re.compile(r"layers_(\d+)_(self_attn|cross_attn|mlp)_(.+)")
 _LAYER: Final = re.compile(r"layers\.\d+\.((self_attn|cross_attn)\.[qkvo]_proj|mlp\..+)")
+_OUTER: Final = re.compile(r"condition_embedder|proj_(in|out)(\.\d)?|time_embed(_r)?\.\w+")
+_FLAT_OUTER: Final = re.compile(r"(proj_in|proj_out|time_embed_r|time_embed)_(\w+)")
 # Patterns are regular expressions, and come from files of strangers: those that are more than a name are not tried.
 _NAME_PATTERN: Final = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 _DIFFUSERS_NAMES: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0"}
@@ -193,6 +195,11 @@ def _not_one(folder: Path, found: list[Path]) -> Refusal:
     return Refusal(f"No adapter in {folder}. Expected {' or '.join(WEIGHT_NAMES)} in it.")
 
 
+def is_known_layer(name: str) -> bool:
+    """Whether a layer of ACE-Step 1.5's decoder has this name."""
+    return _LAYER.fullmatch(name) is not None or _OUTER.fullmatch(name) is not None
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +240,7 @@ def understand(file: WeightsFile) -> Adapter:
             f"{file.path} is no adapter: its {len(file.tensors)} tensors have none of the names of a LoRA or LoKr "
             f"({some(file.tensors)}). Expected an adapter for ACE-Step 1.5."
         )
-    if not any(_LAYER.fullmatch(name) for name in layers):
+    if not any(_LAYER.fullmatch(name) for name in layers) and not all(_OUTER.fullmatch(name) for name in layers):
         base = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
         says = f"; its header says {shown(base)}" if base else ""
         raise Refusal(
@@ -251,8 +258,10 @@ def understand(file: WeightsFile) -> Adapter:
 def layer_name(prefixed: str) -> str:
     """A layer's name in ACE-Step's decoder, from the name under which some program saved it."""
     if flat := _FLAT.fullmatch(prefixed):
-        parts = _FLAT_LAYER.fullmatch(flat[1])
-        return f"layers.{parts[1]}.{parts[2]}.{parts[3]}" if parts else flat[1]
+        if parts := _FLAT_LAYER.fullmatch(flat[1]):
+            return f"layers.{parts[1]}.{parts[2]}.{parts[3]}"
+        outer = _FLAT_OUTER.fullmatch(flat[1])
+        return f"{outer[1]}.{outer[2]}" if outer else flat[1]
     match = _DOTTED.fullmatch(prefixed)
     name = match[1] if match else prefixed
     for ours, theirs in _DIFFUSERS_NAMES.items():

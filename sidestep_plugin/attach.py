@@ -465,8 +465,8 @@ class Attachment:
             answers = self.registry.ask(name, caller, "acestep_prepare_batch", asked)
             if written != _writes(batch):
                 raise PluginError(
-                    f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch, which belong to upstream. "
-                    "Return new ones."
+                    f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch, which belong to "
+                    "upstream. Return new ones."
                 )
             for replaced in answers:
                 if not isinstance(replaced, Mapping):
@@ -656,7 +656,8 @@ def _check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any
     elif getattr(tensor, "shape", None) != batch[key].shape:
         found = f"{key!r} as {_described(tensor)}, expected a tensor of shape {list(batch[key].shape)}"
     elif tensor.is_floating_point() != batch[key].is_floating_point():
-        found = f"{key!r} as {_described(tensor)}, expected {'floating' if batch[key].is_floating_point() else 'whole'} numbers"
+        kind = "floating" if batch[key].is_floating_point() else "whole"
+        found = f"{key!r} as {_described(tensor)}, expected {kind} numbers"
     elif tensor.device.type not in ("cpu", device.type, batch[key].device.type):
         found = f"{key!r} as {_described(tensor)}, expected it on {device}"
     else:

@@ -6,17 +6,19 @@ Rules of ComfyUI that it relies on (``comfy/lora.py`` and ``comfy/weight_adapter
   for dots, ``lycoris_LAYER`` (pull request 12665).
 - A LoRA is ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``; its strength is ``LAYER.alpha`` divided by the rank,
   and 1 without that tensor. Neither the header nor ``adapter_config.json`` is read.
-- A LoKr has its alpha among its tensors already; a factor that is not decomposed plays at strength 1.
+- A LoKr has its alpha among its tensors already; a factor that is not decomposed plays at strength 1. The second
+  factor of a convolution has to be flat.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .adapter import DIFFUSERS_KEY, Adapter
+from .adapter import DIFFUSERS_KEY, Adapter, is_known_layer
 from .errors import Refusal
 from .metadata import header_of
 from .text import shown
@@ -51,7 +53,9 @@ def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] 
             names = {part: "dora_scale" if part == "magnitude" else part for part in layer.parts}
         for part, suffix in names.items():
             entry = adapter.file.tensors[layer.parts[part]]
-            tensors[f"{name}.{suffix}"] = NewTensor(entry.dtype, entry.shape, entry)
+            flat = part == "lokr_w2" and len(entry.shape) > 2
+            shape = (entry.shape[0], math.prod(entry.shape[1:])) if flat else entry.shape
+            tensors[f"{name}.{suffix}"] = NewTensor(entry.dtype, shape, entry)
     write_copy(adapter.file, target, tensors, _header(adapter.file, facts))
 
 
@@ -65,7 +69,14 @@ def check_exportable(adapter: Adapter) -> None:
             f"{path} holds tensors that ComfyUI would leave out ({shown(adapter.unknown[0], 80)}), so a copy would not "
             "play as trained."
         )
+    for layer in adapter.layers.values():
+        flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
+        if adapter.kind == "lora" and flat and not is_known_layer(layer.name):
+            raise Refusal(
+                f"{path} adapts {shown(layer.name, 80)}, which is no layer that ComfyUI knows in ACE-Step 1.5."
+            )
     if adapter.kind == "lokr":
+        _check_lokr(adapter)
         return
     if adapter.is_dora:
         raise Refusal(
@@ -84,6 +95,20 @@ def check_exportable(adapter: Adapter) -> None:
             f"The alpha of {path} is not known, so neither is its strength. Put its adapter_config.json beside it, or "
             "say it: --alpha NUMBER."
         )
+
+
+def _check_lokr(adapter: Adapter) -> None:
+    path, tensors = adapter.file.path, adapter.file.tensors
+    for layer in adapter.layers.values():
+        if "alpha" not in layer.parts:
+            raise Refusal(f"{path} has no alpha among its tensors, so ComfyUI would not play it as it was trained.")
+        if "lokr_t2" in layer.parts:
+            raise Refusal(f"{path} is a LoKr with a Tucker decomposition, which ComfyUI does not play for ACE-Step.")
+        if "magnitude" in layer.parts and tensors[layer.parts["magnitude"]].shape[:1] != (1,):
+            raise Refusal(
+                f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by other norms than LyCORIS, so "
+                "no copy would play exactly as trained. ComfyUI loads the file itself, at about its strength."
+            )
 
 
 def _header(file: WeightsFile, facts: Mapping[str, Any] | None) -> dict[str, str]:

@@ -38,6 +38,7 @@ class Installed:
     distribution: str
     version: str
     entry_point: EntryPoint
+    requires: tuple[str, ...] = ()
 
 
 def installed_plugins() -> list[Installed]:
@@ -46,7 +47,11 @@ def installed_plugins() -> list[Installed]:
 
     found = {
         (point.name, distribution.metadata["Name"]): Installed(
-            point.name, distribution.metadata["Name"], distribution.version, point
+            point.name,
+            distribution.metadata["Name"],
+            distribution.version,
+            point,
+            tuple(distribution.requires or ()),
         )
         for distribution in importlib.metadata.distributions()
         for point in distribution.entry_points
@@ -309,7 +314,7 @@ def _check_version(plugin: Installed) -> None:
     except ImportError:  # every environment in which ACE-Step trains has it; without it pip has checked at install
         return
     ours = importlib.metadata.version("sidestep-plugin")
-    for text in importlib.metadata.requires(plugin.distribution) or ():
+    for text in plugin.requires:
         try:
             requirement = Requirement(text)
         except InvalidRequirement:

@@ -1,4 +1,4 @@
-"""Plugins that misbehave, in a whole training each: it ends with a message that names plugin, hook and what was found."""
+"""Plugins that misbehave, a whole training each, which ends with a message that names plugin, hook and finding."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ CASES = {
     "writes into a tensor": (
         "acestep_prepare_batch",
         ["batch"],
-        lambda batch: batch["target_latents"].zero_() and None,
+        lambda batch: [batch["target_latents"].zero_()][:0] or None,
         "wrote into the batch's tensors",
     ),
     "t is a number": ("acestep_sample_timesteps", ["batch_size"], lambda size: 0.5, "returned a float"),

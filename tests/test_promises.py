@@ -121,14 +121,14 @@ def test_two_models_at_once_each_get_their_own_treatment(trainer, load, module_f
 
         @hookimpl
         def acestep_step_finished(self, step):
-            seen["base" if step.module is base_module else "turbo"].append(step.t)
+            seen["base" if step.module is base_module else "turbo"].append((step.t is not None, step.sampled_by))
 
     with attach(trainer, extra_plugins={"recorder": Recorder()}, announce=print):
         for seed in range(3):
             base_module.training_step(batch_of(base.model, 4, seed))
             turbo_module.training_step(batch_of(turbo.model, 4, seed))
-    assert all(t is not None for t in seen["base"]), "base is sampled by the plugin"
-    assert seen["turbo"] == [None] * 3, "turbo is sampled by upstream"
+    assert seen["base"] == [(True, "sidestep")] * 3, "base is sampled by the plugin"
+    assert seen["turbo"] == [(True, None)] * 3, "turbo is sampled by upstream, and its timesteps are told too"
 
 
 @pytest.mark.parametrize("kind", KINDS)
