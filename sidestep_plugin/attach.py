@@ -95,7 +95,7 @@ def attach(
     from .registry import Registry
 
     trainer = upstream.import_trainer() if trainer is None else trainer
-    registry = Registry.load([plugins] if isinstance(plugins, str) else plugins, wins)
+    registry = Registry.load([plugins] if isinstance(plugins, str) else plugins, wins, later=extra_plugins or ())
     for name, plugin in (extra_plugins or {}).items():
         registry.register(plugin, name)
     resolved = registry.resolve_options(options or {})
@@ -159,7 +159,8 @@ def attach_automatically(trainer: Any, wanted: Wanted) -> None:
         log.error(message)
         attachment = Attachment(trainer, Registry(), {})
         attachment.automatic = True
-        attachment._block(message)
+        attachment._message = message
+        attachment._apply()
         return
     log.info(f"Plugins attached to the trainer: {_listed(registry.names)}")
 
@@ -224,6 +225,7 @@ class Attachment:
         self._held_outside = False
         self.automatic = False
         self._making_room: Attachment | None = None
+        self._message: str | None = None  # with which every training ends at once
 
     def __enter__(self) -> Attachment:
         if self._blocks == 0:  # somebody attached before without a block, and expects to stay so after this one
@@ -265,20 +267,7 @@ class Attachment:
     # -- attaching ---------------------------------------------------------------------------------------------------
 
     def _apply(self) -> None:
-        self._put(self._plan())
-
-    def _block(self, message: str) -> None:
-        """Make every training of this trainer end at once with a message."""
-        classes = [getattr(self.trainer, name, None) for name in upstream.TRAINER_CLASS.values()]
-        self._put(
-            [
-                _Replacement(owner, name, vars(owner).get(name, _INHERITED), _ending_with(message))
-                for owner in classes
-                if hasattr(owner, name := "train_from_preprocessed")
-            ]
-        )
-
-    def _put(self, planned: list[_Replacement]) -> None:
+        planned = self._plan() if self._message is None else self._blocking(self._message)
         try:
             for replacement in planned:
                 replacement.put()
@@ -288,6 +277,15 @@ class Attachment:
                 self._replacements.pop().undo()
             raise
         _attached.append(self)
+
+    def _blocking(self, message: str) -> list[_Replacement]:
+        name, ours = "train_from_preprocessed", _ending_with(message)
+        classes = [getattr(self.trainer, name, None) for name in upstream.TRAINER_CLASS.values()]
+        return [
+            _Replacement(owner, name, vars(owner).get(name, _INHERITED), ours)
+            for owner in classes
+            if hasattr(owner, name)
+        ]
 
     def _plan(self) -> list[_Replacement]:
         """Decide on every replacement without making one. Raises UpstreamMismatch."""

@@ -325,7 +325,7 @@ def _can_be(key: str, value: Any) -> bool:
         return len(times) > 1 and all(_is_number(t) and 0 < t <= 1 for t in times) and times[1] < 1
     if isinstance(value, list):
         listable = key not in FACTS or (key == "target_modules" and all(isinstance(name, str) for name in value))
-        return listable and not any(isinstance(entry, list) or not _can_be("", entry) for entry in value[:1000])
+        return listable and len(value) <= 1000 and all(not isinstance(one, list) and _can_be("", one) for one in value)
     if key == "target_modules":
         return False
     if isinstance(value, bool):

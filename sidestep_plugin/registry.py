@@ -72,12 +72,13 @@ class Registry:
         self.wins = wins
 
     @classmethod
-    def load(cls, names: Iterable[str], wins: str | None = None) -> Registry:
+    def load(cls, names: Iterable[str], wins: str | None = None, *, later: Iterable[str] = ()) -> Registry:
         """Load plugins by name, in that order; a name given twice counts once.
 
         Args:
             names: names of installed plugins.
             wins: of two that implement an exclusive hook, the one that is asked.
+            later: names under which plugin objects will be registered besides.
 
         Raises:
             PluginError: a name is not installed or offered twice, its code cannot be imported, it misspells a hook or
@@ -86,7 +87,7 @@ class Registry:
         """
         registry = cls(wins)
         names = list(dict.fromkeys(names))
-        if wins is not None and wins not in names:
+        if wins is not None and wins not in (*names, *later):
             raise PluginError(f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}).")
         for name in names:
             plugin = _find(name)

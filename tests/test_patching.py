@@ -165,10 +165,10 @@ def patched(tmp_path_factory):
     return built.root
 
 
-def import_in(root, **environment):
+def import_in(root, code=JOB, **environment):
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", JOB],
+        [sys.executable, "-c", code],
         cwd=root,
         env=os.environ | {"PYTHONPATH": path, "PYTHONUTF8": "1"} | environment,
         capture_output=True,
@@ -206,6 +206,17 @@ def test_what_cannot_be_attached_ends_trainings_with_a_message_and_nothing_else(
     said, log = import_in(patched, blocked="1", **environment)
     assert "❌ Plugins " in said and told in said
     assert told in log, "the log must say it too"
+
+
+def test_who_attaches_himself_is_not_blocked_and_afterwards_all_is_as_it_was(patched):
+    code = JOB.partition("print(")[0] + (
+        "train = lambda: list(trainer.LoRATrainer.train_from_preprocessed(None, ''))[0][2]\n"
+        "assert 'nothing-like-it' in train()\n"
+        "with attach(trainer) as handle:\n"
+        "    assert hasattr(trainer.LoRATrainer.train_from_preprocessed, '__wrapped__'), 'still blocked'\n"
+        "assert 'nothing-like-it' in train()\n"
+    )
+    import_in(patched, code, ACESTEP_PLUGINS="nothing-like-it")
 
 
 def test_a_variable_of_another_program_is_warned_about(patched):
