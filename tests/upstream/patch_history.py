@@ -118,7 +118,9 @@ def imported(
     try:
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": done.stderr[-500:]}
+        told = {"error": done.stderr[-500:]}
+    if "error" in told:
+        told["error"] = told["error"].replace(str(root), "CHECKOUT")
     return told
 
 

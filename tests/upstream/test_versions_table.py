@@ -60,3 +60,14 @@ def test_no_machine_is_named(row: dict[str, Any], kind: str) -> None:
 def test_most_versions_train_right() -> None:
     assert sum(row["lora"]["verdict"] == "trains right" for row in TABLE) >= 40
     assert any(row["lokr"]["verdict"] == "trains right" for row in TABLE)
+
+
+def test_the_patch_was_applied_attached_and_reverted_on_every_version() -> None:
+    """patches.json, made by patch_history.py."""
+    patched = json.loads(Path(__file__).with_name("patches.json").read_text(encoding="utf-8"))
+    assert [row["version"] for row in patched] == [row["version"] for row in TABLE]
+    for row, version in zip(patched, TABLE, strict=True):
+        # A trainer that upstream alone cannot import either is the only reason not to be attached.
+        cannot = "cannot be imported" in version["lora"]["reason"]
+        assert row["verdict"] == ("no import" if cannot else "attached"), row
+        assert not re.search(r"(?:^|[\s(])/\w+/|[A-Z]:\\", row.get("reason", ""))
