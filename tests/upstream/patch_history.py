@@ -62,6 +62,7 @@ def main() -> None:
             row = {"version": checkout.blob[:10], "date": checkout.date} | judged(checkout.root, options.stubs)
             print(row["date"], row["version"], row["verdict"], row.get("reason", ""), flush=True)
             rows.append(row)
+    rows.sort(key=lambda row: (row["date"], row["version"]))
     options.out.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     print(Counter(row["verdict"] for row in rows))
     sys.exit(any(row["verdict"] == "WRONG" for row in rows))
