@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "shift used in training",
         "sidestep_plugin/variant.py",
-        "    own_shift = _distilled_shift(facts.name) if turbo else 1.0\n",
-        "    own_shift = shift or (_distilled_shift(facts.name) if turbo else 1.0)\n",
+        "    own_shift, own_steps = inference_settings(decision.variant, facts.name)\n",
+        "    own_shift, own_steps = inference_settings(decision.variant, facts.name)\n    own_shift = shift or own_shift\n",
         "tests/test_promises.py::test_shift_never_trains",
     ),
     Mutation(
@@ -112,8 +112,8 @@ MUTATIONS = [
     Mutation(
         "the table of shift 2 for shift 1",
         "sidestep_plugin/variant.py",
-        'return 1.0 if "shift1" in words_of(name) else TURBO_SHIFT',
-        'return 2.0 if "shift1" in words_of(name) else TURBO_SHIFT',
+        'return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT',
+        'return 2.0 if "shift1" in words_of(model_name) else TURBO_SHIFT',
         "tests/test_promises.py::test_turbo_shift1_is_trained_at_the_times_of_shift_1",
     ),
     Mutation(
@@ -131,12 +131,55 @@ MUTATIONS = [
         '("save_lora_weights", "save_lora_weights")',
         "tests/test_train.py::test_the_whole_job",
     ),
+    Mutation(
+        "alpha as it is for diffusers, whatever the rank of a layer",
+        "sidestep_plugin/adapter.py",
+        '"alpha_pattern": {_in_diffusers(layer.name): _whole(layer.alpha) for layer in layers if layer.alpha != alpha},',
+        '"alpha_pattern": {},',
+        "tests/test_diffusers.py",
+    ),
+    Mutation(
+        "no alpha tensors for ComfyUI",
+        "sidestep_plugin/comfyui.py",
+        'tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha))',
+        "pass",
+        "tests/test_comfyui.py",
+    ),
+    Mutation(
+        "local paths left in upstream's header",
+        "sidestep_plugin/metadata.py",
+        "header[key] = _without_paths(text, facts)",
+        "header[key] = text",
+        "tests/test_adapter_loaders.py",
+    ),
+    Mutation(
+        "adapters saved in place",
+        "sidestep_plugin/attach.py",
+        "                with _published(stage, folder):",
+        "                import shutil as s; s.copytree(stage, folder, dirs_exist_ok=True)\n"
+        "                with _published(stage, folder):",
+        "tests/test_kills.py",
+    ),
+    Mutation(
+        "what cannot be attached is forgotten",
+        "sidestep_plugin/attach.py",
+        "        attachment._message = message\n        attachment._apply()\n",
+        "",
+        "tests/test_patching.py",
+    ),
+    Mutation(
+        "the losing sampler is asked",
+        "sidestep_plugin/registry.py",
+        "for name, plugin in implementing if name == self.wins",
+        "for name, plugin in implementing if name != self.wins",
+        "tests/test_plugins_of_others.py",
+    ),
 ]
 
 
 def broken_copy(mutation: Mutation, folder: Path) -> Path:
     """Copy the project and make one mistake in it. Raises LookupError when the text is not there exactly once."""
-    for part in ("sidestep_plugin", "hooks", "tests"):
+    for part in ("sidestep_plugin", "hooks", "patches", "docs", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     file = folder / mutation.file
@@ -144,8 +187,9 @@ def broken_copy(mutation: Mutation, folder: Path) -> Path:
     if text.count(mutation.found) != 1:
         raise LookupError(f"{mutation.file} holds {text.count(mutation.found)} times: {mutation.found!r}")
     file.write_text(text.replace(mutation.found, mutation.becomes), encoding="utf-8")
-    # Where the package looks for its plugin when it is used without being installed.
-    shutil.copytree(folder / "hooks", folder / "sidestep_plugin" / "hooks")
+    # Where the package looks for its plugin and its patch when it is used without being installed.
+    for part in ("hooks", "patches"):
+        shutil.copytree(folder / part, folder / "sidestep_plugin" / part)
     return folder
 
 

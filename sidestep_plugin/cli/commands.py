@@ -83,7 +83,7 @@ class PluginCommand(click.Command):
         from sidestep_plugin.registry import installed_plugins
 
         declared = self._declared
-        own = [param for param in self.get_params(ctx) if param not in declared]
+        own = [param for param in self.get_params(ctx) if isinstance(param, click.Option) and param not in declared]
         for title, params in (("Options", own), ("Options of the named plugins", declared)):
             records = [record for param in params if (record := param.get_help_record(ctx)) is not None]
             if records:
