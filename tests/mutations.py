@@ -78,7 +78,8 @@ MUTATIONS = [
         "shift used in training",
         "sidestep_plugin/variant.py",
         "    own_shift, own_steps = inference_settings(decision.variant, facts.name)\n",
-        "    own_shift, own_steps = inference_settings(decision.variant, facts.name)\n    own_shift = shift or own_shift\n",
+        "    own_shift, own_steps = inference_settings(decision.variant, facts.name)\n"
+        "    own_shift = shift or own_shift\n",
         "tests/test_promises.py::test_shift_never_trains",
     ),
     Mutation(
@@ -134,8 +135,8 @@ MUTATIONS = [
     Mutation(
         "alpha as it is for diffusers, whatever the rank of a layer",
         "sidestep_plugin/adapter.py",
-        '"alpha_pattern": {_in_diffusers(layer.name): _whole(layer.alpha) for layer in layers if layer.alpha != alpha},',
-        '"alpha_pattern": {},',
+        "for layer in layers if layer.alpha != alpha}",
+        "for layer in ()}",
         "tests/test_diffusers.py",
     ),
     Mutation(
