@@ -7,13 +7,9 @@ are allowed by name) the path guard. Everything is checked before anything is to
 
 from __future__ import annotations
 
-import glob
 import inspect
-import logging
 import os
-import shutil
 import sys
-import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -142,7 +138,7 @@ def attach_automatically(trainer: Any, wanted: Wanted) -> None:
     for stale in [attached for attached in _attached if attached.trainer is trainer]:
         _attached.remove(stale)  # the module was loaded again, and its names are new ones
         stale._replacements.clear()
-    log = getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
+    log = _logger(trainer)
     registry, options = Registry(), dict(wanted.options or {})
     try:
         registry = Registry.load(wanted.plugins, wanted.wins)
@@ -554,10 +550,13 @@ def _staged(folder: Path) -> Iterator[Path]:
 
     Upstream writes in place: killed in the middle it would leave half an adapter, or a good one half overwritten.
     """
+    import glob  # imported here, as these are: a command that only prints its help needs none of them
+    import shutil
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.saving"):  # by a program that was killed
         shutil.rmtree(left, ignore_errors=True)
-    stage = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.saving")
+    stage = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.saving")
     stage.mkdir()
     try:
         yield stage
@@ -729,9 +728,14 @@ def _allowing(guard: Callable[..., str], folders: tuple[Path, ...]) -> Callable[
 
 
 def _upstream_log(trainer: Any) -> Callable[[str], None]:
-    logger = getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
-    log: Callable[[str], None] = logger.info
+    log: Callable[[str], None] = _logger(trainer).info
     return log
+
+
+def _logger(trainer: Any) -> Any:
+    import logging
+
+    return getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")
 
 
 def _listed(names: list[str]) -> str:

@@ -10,16 +10,16 @@ whatever goes wrong later is said in upstream's log and stops trainings, not pro
 
 from __future__ import annotations
 
-import importlib.abc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
 
 TRAINER: Final = "acestep.training.trainer"
@@ -72,7 +72,7 @@ def paused() -> Iterator[None]:
         _paused = before
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finds one module as everybody else does, and has plugins attached once its code has run."""
 
     def __init__(self, wanted: Wanted) -> None:
@@ -85,7 +85,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
+                    spec.loader = cast("Loader", _Loader(spec.loader, self))
                 return spec
         return None
 
@@ -100,10 +100,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         attach_automatically(trainer, self.wanted)
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Another loader, and what is to be done when it has run the module."""
 
-    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
         self._loader = loader
         self._finder = finder
 
