@@ -294,6 +294,20 @@ def train(
     return run
 
 
+@pytest.fixture(scope="session")
+def diffusers() -> Any:
+    """diffusers, when it knows ACE-Step 1.5 and can be imported beside this transformers."""
+    how = (
+        "needs diffusers with ACE-Step 1.5: pip install 'diffusers>=0.41' (it asks for its own version of transformers)"
+    )
+    module = pytest.importorskip("diffusers", reason=how)
+    try:
+        from diffusers.loaders.lora_pipeline import AceStepLoraLoaderMixin  # noqa: F401
+    except (ImportError, RuntimeError):
+        pytest.skip(f"diffusers {module.__version__} cannot load it; {how}")
+    return module
+
+
 @pytest.fixture
 def equal_bits() -> Callable[[Trained, Trained], bool]:
     """Whether two trainings are the same: every loss, every adapter tensor, the random state afterwards."""

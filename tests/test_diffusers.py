@@ -16,7 +16,6 @@ from torch import nn
 
 from sidestep_plugin.metadata import write_header
 
-HOW = "needs diffusers with ACE-Step 1.5: pip install 'diffusers>=0.41' (it asks for its own version of transformers)"
 FACTS = {"title": "A test", "adapter_type": "lora", "model_variant": "base", "shift": 1.0, "num_inference_steps": 50}
 SIZES = {
     "hidden_size": 64,
@@ -31,16 +30,6 @@ THEIR_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "
 ATTENTION = list(THEIR_NAMES)
 MLP = ["gate_proj", "up_proj", "down_proj"]
 KEY = "lora_adapter_metadata"
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    module = pytest.importorskip("diffusers", reason=HOW)
-    try:
-        from diffusers.loaders.lora_pipeline import AceStepLoraLoaderMixin  # noqa: F401
-    except (ImportError, RuntimeError):
-        pytest.skip(f"diffusers {module.__version__} cannot load it; {HOW}")
-    return module
 
 
 @pytest.fixture

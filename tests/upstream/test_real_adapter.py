@@ -19,7 +19,6 @@ from . import test_real_models
 
 pytestmark = pytest.mark.upstream
 
-HOW = "needs diffusers with ACE-Step 1.5: pip install 'diffusers>=0.41' (it asks for its own version of transformers)"
 RENAMED = [
     (r"\bproj_in\.1\.", "proj_in_conv."),
     (r"\bproj_out\.1\.", "proj_out_conv."),
@@ -29,16 +28,6 @@ RENAMED = [
 ]
 
 real_model = test_real_models.real_model
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    module = pytest.importorskip("diffusers", reason=HOW)
-    try:
-        from diffusers.loaders.lora_pipeline import AceStepLoraLoaderMixin  # noqa: F401
-    except (ImportError, RuntimeError):
-        pytest.skip(f"diffusers {module.__version__} cannot load it; {HOW}")
-    return module
 
 
 @pytest.fixture
