@@ -1,8 +1,9 @@
 """The only module that changes upstream: :func:`attach` puts hooks around its trainer, ``detach`` puts all back.
 
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
-LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions, and (only when folders
-are allowed by name) the path guard. Everything is checked before anything is touched.
+LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, what makes
+the learning-rate schedule and the loaders of songs; and (only when folders are allowed by name) the path guard.
+Everything is checked before anything is touched.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
 from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
-from .files import move
+from .failures import advice, room
+from .resume import Journal, ResumePoint, watch
 from .run import AdapterType, Run, SavedAdapter, Step
+from .staging import published, staged
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 _running: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
 _saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)
+_training: ContextVar[Run | None] = ContextVar("acestep_training", default=None)
 _attached: list[Attachment] = []
 
 _INHERITED: Final = object()
@@ -49,6 +53,11 @@ WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {
     "lokr": ("lokr_weights.safetensors",),
 }
 """Where upstream's save functions put the weights, in the folder that they are told."""
+
+FINAL: Final = "final"
+"""Folder below the output folder into which upstream saves the finished adapter."""
+INTERRUPTED: Final = "interrupted"
+"""The same for a training that was stopped or failed."""
 
 _DETACHED: Final = (
     "The plugins were detached while this training was running, so it was stopped. Keep all of the training inside the "
@@ -198,6 +207,7 @@ class Attachment:
         automatic: whether a patched checkout attached it by itself; such a one makes room for any other.
         refusal: the refusal that stopped the newest run, or None. Upstream reports every failure as a message; this
             keeps the exception for callers that need to tell a refused run from a failed one.
+        interrupted: where the newest run was saved when it was stopped or failed, else None.
     """
 
     def __init__(
@@ -213,6 +223,7 @@ class Attachment:
         self.options = dict(options)
         self.allowed_folders = allowed_folders
         self.refusal: Refusal | None = None
+        self.interrupted: Path | None = None
         self._announce = announce or _upstream_log(trainer)
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self._replacements: list[_Replacement] = []
@@ -320,10 +331,18 @@ class Attachment:
             for name in upstream.SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and self.registry.implements("acestep_adapter_saved"):
                     replace(trainer, name, partial(self._wrap_save, kind=kind))
+        if self._resumes:
+            for owner, name, make in self._journal_seams():
+                replace(owner, name, make)
         if self.allowed_folders:
             for module in _guarded_modules(trainer):
                 replace(module, "safe_path", partial(_allowing, folders=self.allowed_folders))
         return planned
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether runs keep a journal, from which they can be resumed."""
+        return self.registry.implements("acestep_resume")
 
     @property
     def _sampler(self) -> str | None:
@@ -371,42 +390,167 @@ class Attachment:
 
         @wraps(original)
         def train_from_preprocessed(trainer: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, None]:
-            self.refusal = None
+            self.refusal = self.interrupted = None
             if not self.attached:
                 yield 0, 0.0, f"❌ {_DETACHED}"
                 return
-            if trainer.dit_handler.model is None:  # upstream says so itself
-                yield from original(trainer, *args, **kwargs)
+            model = trainer.dit_handler.model
+            # A LoKr's trainer has no such argument; with us it has.
+            ours = {} if "resume_from" in signature.parameters else {"resume_from": kwargs.pop("resume_from", None)}
+            call = signature.bind(trainer, *args, **kwargs)
+            resume_from = call.arguments.get("resume_from") or ours.get("resume_from")
+            if model is None or (ours.get("resume_from") and not self._resumes):
+                # upstream says so itself: no model, or no such argument
+                yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
                 return
-            tensor_dir = signature.bind(trainer, *args, **kwargs).arguments["tensor_dir"]
             run = Run(
                 adapter_type=kind,
                 adapter_config=getattr(trainer, f"{kind}_config", None),
                 training_config=getattr(trainer, "training_config", None),
                 options=self.options,
                 sampled_by=self._sampler,
-                tensor_dir=Path(tensor_dir),
-                model_ref=weakref.ref(trainer.dit_handler.model),
+                tensor_dir=Path(call.arguments["tensor_dir"]),
+                model_ref=weakref.ref(model),
             )
             try:
                 self._start(run)
+                point = self._point(run, resume_from) if resume_from and self._resumes else None
             except Refusal as refusal:
                 self.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
                 return
-            # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
-            running = original(trainer, *args, **kwargs)
-            try:
-                while self.attached:
-                    message = next(running, None)
-                    if message is None:
-                        return
-                    yield message
-            finally:
-                running.close()
-            yield 0, 0.0, f"❌ {_DETACHED}"
+            if point is not None:
+                call.arguments.pop("resume_from", None)
+            if self._resumes:
+                run.journal = Journal(_device_of(trainer), point)
+            state = call.arguments.get("training_state")
+            yield from self._followed(run, trainer, original(*call.args, **call.kwargs), state)
 
         return train_from_preprocessed
+
+    def _followed(
+        self, run: Run, trainer: Any, running: Generator[Any, Any, None], state: Mapping[str, Any] | None
+    ) -> Generator[Any, Any, None]:
+        """What upstream's training reports, and what becomes of it: a run that stops or fails is saved."""
+        journal = run.journal
+        step, loss = 0, 0.0
+        try:
+            # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
+            while self.attached:
+                token = _training.set(run)
+                try:
+                    report = next(running, None)
+                finally:
+                    _training.reset(token)
+                if journal is None:
+                    if report is None:
+                        return
+                    yield report
+                    continue
+                while journal.lines:
+                    yield step, loss, journal.lines.pop(0)
+                if report is None:
+                    break
+                step, loss, text = report
+                if text.startswith("❌"):
+                    for line in self._saved_after(run, trainer, failed=True):
+                        yield step, loss, line
+                    yield step, loss, _with_advice(text, run, trainer)
+                elif journal.unsaved and text.startswith("💾"):
+                    journal.unsaved = False  # upstream says that it saved a checkpoint, which it could not
+                elif not journal.walking:
+                    yield report
+            else:
+                yield 0, 0.0, f"❌ {_DETACHED}"
+                return
+            if _stopped(state):
+                for line in self._saved_after(run, trainer):
+                    yield step, loss, line
+        except GeneratorExit:  # whoever listens has stopped it, and listens no more
+            if _stopped(state) and self.attached:
+                for line in self._saved_after(run, trainer):
+                    self._announce(line)
+            raise
+        finally:
+            running.close()
+            if journal is not None:
+                journal.scheduler = None  # it holds the optimizer, and that all that was trained
+
+    def _point(self, run: Run, folder: str | Path) -> ResumePoint | None:
+        """Where the plugin that resumes says that a run goes on; None leaves that to upstream. Raises Refusal."""
+        for plugin, point in self.registry.call("acestep_resume", run=run, folder=Path(folder)):
+            if not isinstance(point, ResumePoint):
+                raise PluginError(
+                    f"Plugin {plugin!r} returned {_described(point)} from acestep_resume, expected a ResumePoint."
+                )
+            for line in point.lines:
+                self._announce(line)
+            return point
+        return None
+
+    def _saved_after(self, run: Run, trainer: Any, *, failed: bool = False) -> list[str]:
+        """Save a run that ends before its end, so that it can be resumed | returns lines for the user."""
+        journal = run.journal
+        if journal is None or journal.finished or journal.catching_up or journal.computed == 0:
+            return []
+        module, save, checkpoint = trainer.module, *upstream.SAVE_FUNCTIONS[run.adapter_type]
+        point = journal.here(run, failed=failed)
+        folder = Path(run.training_config.output_dir) / INTERRUPTED
+        config = getattr(module, "lokr_config", None)
+        known = {
+            "model": module.model,
+            "lycoris_net": getattr(module, "lycoris_net", None),
+            "epoch": 0 if point is None else point.epochs,
+            "global_step": 0 if point is None else int(journal.scheduler.last_epoch),
+            "output_dir": str(folder),
+            "lokr_config": config,
+            "run_metadata": getattr(trainer, "run_metadata", None),
+            "metadata": {"lokr_config": config.to_dict()} if config is not None else None,
+        }
+        if point is not None:
+            known |= {"optimizer": journal.scheduler.optimizer, "scheduler": journal.scheduler}
+        function = getattr(self.trainer, checkpoint, None) if point is not None else None
+        function = function or getattr(self.trainer, save)
+        journal.ending = True
+        try:
+            function(**{name: known[name] for name in inspect.signature(function).parameters if name in known})
+        except Exception as error:  # a disk that is full, most likely; the training is over in any case
+            reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}. {room(folder)}"
+            return [f"⚠️ What was trained since the newest checkpoint could not be saved: {reason}"]
+        self.interrupted = upstream.place_of(self.trainer, str(folder))
+        return [f"💾 Saved as it was after {run.steps} training steps: {self.interrupted}"]
+
+    def _journal_seams(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
+        """Where a run's journal looks in. A version without them trains all the same, and cannot be resumed."""
+
+        def noting_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(original, updated=())
+            def make(*args: Any, **kwargs: Any) -> Any:
+                scheduler = original(*args, **kwargs)
+                run = _training.get()
+                if run is not None and run.journal is not None:
+                    run.journal.scheduler = scheduler
+                return scheduler
+
+            return make
+
+        def watching(original: Callable[..., Any], passes: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(original)
+            def loader(*args: Any, **kwargs: Any) -> Any:
+                made, run = original(*args, **kwargs), _training.get()
+                if made is None or run is None or run.journal is None:
+                    return made
+                return watch(made, partial(passes, run.journal, run))
+
+            return loader
+
+        songs = getattr(self.trainer, "PreprocessedDataModule", None)
+        if callable(getattr(self.trainer, "SequentialLR", None)):
+            yield self.trainer, "SequentialLR", noting_scheduler
+        if hasattr(songs, "train_dataloader"):
+            yield songs, "train_dataloader", partial(watching, passes=Journal.epoch)
+        if hasattr(songs, "val_dataloader"):
+            yield songs, "val_dataloader", partial(watching, passes=Journal.validation)
 
     def _wrap_step(self, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
         import torch
@@ -425,6 +569,9 @@ class Attachment:
                     signature.bind(module, batch, *args, **kwargs).arguments.get("record_loss", True)
                 )
                 training = bool(recorded) and torch.is_grad_enabled()
+                journal = run.journal
+                if journal is not None and (loss := journal.recorded(run, training)) is not None:
+                    return loss
                 step = Step(run, module, training, torch.device(module.device), module.dtype)
                 if prepares:
                     batch = self._prepare(step, batch)
@@ -433,7 +580,7 @@ class Attachment:
                 try:
                     # Reading values waits for a GPU, so what the decoder was given is looked at in the first step only.
                     look: AbstractContextManager[list[torch.Tensor]]
-                    look = _watched(module) if samples and run.steps <= 1 else nullcontext([])
+                    look = _watched(module) if samples and run.first_step else nullcontext([])
                     with look as given:
                         step.loss = original(module, batch, *args, **kwargs)
                 finally:
@@ -442,6 +589,8 @@ class Attachment:
                     raise _unused(module, f"ended without calling {upstream.SAMPLER}")
                 if samples and step.t is not None and any(not _same_times(step.t, t) for t in given):
                     raise _unused(module, f"gave its decoder other timesteps than {upstream.SAMPLER} returned")
+                if journal is not None:
+                    journal.record(step.loss, training)
                 if finishes:
                     self.registry.call("acestep_step_finished", step=step)
             except Refusal as refusal:
@@ -497,7 +646,7 @@ class Attachment:
                 device, dtype = torch.device(values[1]), values[2]
             asked = {"step": step, "batch_size": batch_size, "device": device, "dtype": dtype}
             for t in self.registry.ask(plugin, caller, "acestep_sample_timesteps", asked):
-                _check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.steps <= 1)
+                _check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.first_step)
                 step.t, step.sampled_by = t, plugin
                 return t, t
             return _noted(step, original(*args, **kwargs))
@@ -513,24 +662,45 @@ class Attachment:
             run = self._run_of_save(next(iter(call.arguments.values())))
             if run is None or _saving.get():
                 return original(*args, **kwargs)
-            folder = upstream.place_of(self.trainer, call.arguments["output_dir"])
-            with _staged(folder) as stage:
-                call.arguments["output_dir"] = str(stage)
-                token = _saving.set(True)
-                try:
-                    result = original(*call.args, **call.kwargs)
-                finally:
-                    _saving.reset(token)
-                with _published(stage, folder):
-                    weights = _weights_in(stage, kind, original.__name__)
-                    saved = SavedAdapter(
-                        weights=weights,
-                        destination=folder / weights.relative_to(stage),
-                        adapter_type=kind,
-                        epoch=call.arguments.get("epoch"),
-                        global_step=call.arguments.get("global_step"),
-                    )
-                    self._ask_and_say("acestep_adapter_saved", run=run, saved=saved)
+            said = call.arguments["output_dir"]
+            folder = upstream.place_of(self.trainer, said)
+            journal, final = run.journal, folder.name == FINAL
+            if journal is not None and journal.catching_up:
+                if not final:  # a checkpoint of a step that an earlier run has done
+                    return said
+                journal.catch_up(run)
+            try:
+                point = None if journal is None or final else journal.here(run)
+                with staged(folder) as stage:
+                    call.arguments["output_dir"] = str(stage)
+                    token = _saving.set(True)
+                    try:
+                        result = original(*call.args, **call.kwargs)
+                    finally:
+                        _saving.reset(token)
+                    with published(stage, folder):
+                        weights = _weights_in(stage, kind, original.__name__)
+                        saved = SavedAdapter(
+                            weights=weights,
+                            destination=folder / weights.relative_to(stage),
+                            folder=stage,
+                            adapter_type=kind,
+                            epoch=call.arguments.get("epoch"),
+                            global_step=call.arguments.get("global_step"),
+                            resume_point=point,
+                        )
+                        self._ask_and_say("acestep_adapter_saved", run=run, saved=saved)
+            except Refusal:
+                raise
+            except Exception as error:
+                if journal is None or journal.ending or final:
+                    raise
+                # Hours of training do not end because a disk is full: an earlier checkpoint is there, or a later one.
+                journal.unsaved = True
+                self._announce(f"Warning: {folder} could not be saved: {error}. {room(folder)} The training goes on.")
+                return said
+            if journal is not None:
+                journal.finished, journal.unsaved = journal.finished or final, False
             return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
         return save
@@ -544,46 +714,28 @@ class Attachment:
                 self._announce(line)
 
 
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside the one that upstream wants to save to; removed with what is left in it.
-
-    Upstream writes in place: killed in the middle it would leave half an adapter, or a good one half overwritten.
-    """
-    import glob  # imported here, as these are: a command that only prints its help needs none of them
-    import shutil
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.saving"):  # by a program that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    stage = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.saving")
-    stage.mkdir()
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextmanager
-def _published(stage: Path, folder: Path) -> Iterator[None]:
-    """Move what was saved to where upstream wanted it: also when a plugin failed, for upstream itself has not."""
-    try:
-        yield
-    finally:
-        if not folder.exists():
-            move(stage, folder)
-        else:
-            for file in sorted(file for file in stage.rglob("*") if file.is_file()):
-                place = folder / file.relative_to(stage)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                move(file, place)
-
-
 def _noted(step: Step, sampled: Any) -> Any:
     """What upstream's own sampler returned, which the step is told."""
     t = sampled[0] if isinstance(sampled, tuple) and sampled else sampled
     step.t = t if hasattr(t, "shape") else None
     return sampled
+
+
+def _stopped(state: Mapping[str, Any] | None) -> bool:
+    """Whether upstream's stop button was pressed."""
+    return bool(state and state.get("should_stop"))
+
+
+def _device_of(trainer: Any) -> torch.device:
+    import torch
+
+    return torch.device(trainer.dit_handler.device)
+
+
+def _with_advice(text: str, run: Run, trainer: Any) -> str:
+    """Upstream's report of a failure, and what to do about it when that is known."""
+    known = advice(text, run.training_config, run.adapter_config, Path(run.training_config.output_dir))
+    return f"{text.rstrip('. ')}. {known}" if known else text
 
 
 def _ending_with(message: str) -> Callable[..., Generator[Any, Any, None]]:

@@ -15,6 +15,7 @@ fit is an error that says what was found and what was expected.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import click
     import torch
 
+    from .resume import ResumePoint
     from .run import ModelFacts, Run, SavedAdapter, Step
 
 PROJECT: Final = "acestep"
@@ -33,7 +35,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
 """Hooks whose implementations return nothing: a value would be somebody's misunderstanding."""
 
-EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps"})
+EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps", "acestep_resume"})
 """Hooks that only one of the loaded plugins may implement: two answers could not both be right."""
 
 
@@ -81,6 +83,28 @@ def acestep_run_started(run: Run) -> Sequence[str] | None:
 
     Raises:
         Refusal: to stop the run.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
+    """Read the checkpoint that a run is to go on from, or refuse it.
+
+    When: after :func:`acestep_run_started`, when upstream's trainer was told ``resume_from``, before the adapter is
+    injected. The run is stopped by nothing but a checkpoint that fits it: the host puts weights, optimizer, learning
+    rate and random states in place, and refuses tensors whose names or shapes differ. With a plugin that implements
+    this hook, a stopped or failed training is saved as the folder ``interrupted`` of its output folder; only one of
+    the loaded plugins may implement it.
+
+    Args:
+        run: the run, with upstream's configurations.
+        folder: the checkpoint's folder, as it was said.
+
+    Returns:
+        Where to go on, or None to leave the resuming to upstream.
+
+    Raises:
+        Refusal: the folder holds no complete checkpoint, or one of another training.
     """
 
 

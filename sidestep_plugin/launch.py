@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
-from .attach import WEIGHT_FILES, Attachment, attach
+from .attach import FINAL, INTERRUPTED, WEIGHT_FILES, Attachment, attach
+from .checkpoints import newest_checkpoint, read_checkpoint
 from .dataset import Dataset, inspect_dataset
 from .errors import Refusal
 from .registry import Registry
@@ -63,6 +64,7 @@ _ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
     "lora": {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
     "lokr": {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"},
 }
+LATEST: Final = Path("latest")
 _WEIGHT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -78,6 +80,8 @@ class Request:
         wins: of two plugins that want what only one can do, the one that does it.
         options: the plugins' options, only those that were given.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
+        resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
+        overwrite: whether the adapters of an earlier training in the output folder may be replaced.
     """
 
     model: str
@@ -92,6 +96,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
     resume_from: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass
@@ -133,13 +138,13 @@ class Launch:
         request = self.request
         arguments: dict[str, Any] = {"training_state": self.state}
         if request.resume_from is not None:
-            arguments["resume_from"] = str(request.resume_from.absolute())
+            arguments["resume_from"] = str(request.resume_from)
         yield from self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
 
     @property
     def final_adapter(self) -> Path | None:
         """Folder of the finished adapter; None as long as upstream has not written it."""
-        final = Path(os.path.normpath(self.request.output_dir.absolute())) / "final"
+        final = Path(os.path.normpath(self.request.output_dir.absolute())) / FINAL
         files = (final / name for name in WEIGHT_FILES[self.request.adapter_type])
         return next((file.parent for file in files if file.is_file()), None)
 
@@ -148,7 +153,7 @@ class Launch:
         module = self.trainer.module
         if module is None:
             return None
-        folder = self.request.output_dir.absolute() / "interrupted"
+        folder = self.request.output_dir.absolute() / INTERRUPTED
         source = self.attachment.trainer
         if self.request.adapter_type == "lora":
             source.save_lora_weights(module.model, str(folder))
@@ -194,8 +199,10 @@ def prepare(
         )
     if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
         raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
-    if request.resume_from is not None:
-        _check_resume(request)
+    resumed = _resume_folder(request, registry, say)
+    request = dataclasses.replace(request, resume_from=resumed)
+    if not request.overwrite:
+        _check_unused(output_dir, resumed)
     restrict_gpus(request.device)
 
     device = pick_device(request.device)
@@ -214,10 +221,11 @@ def prepare(
     arguments = inspect.signature(
         getattr(module, upstream.TRAINER_CLASS[request.adapter_type]).train_from_preprocessed
     ).parameters
-    if request.resume_from is not None and "resume_from" not in arguments:
+    resumes = registry.implements("acestep_resume")
+    if resumed is not None and "resume_from" not in arguments and not resumes:
         raise Refusal(f"This ACE-Step cannot resume a {request.adapter_type} training. Start it without --resume-from.")
 
-    if request.resume_from is not None:
+    if resumed is not None and not resumes:
         say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
     say(f"ACE-Step: {root}")
     say(f"Loading {folder.name} on {device} ...")
@@ -230,7 +238,7 @@ def prepare(
         plugins=request.plugins,
         options=request.options,
         extra_plugins=extra_plugins(),
-        allowed_folders=[dataset_dir, output_dir, *([request.resume_from] if request.resume_from else [])],
+        allowed_folders=[dataset_dir, output_dir, *([resumed] if resumed else [])],
         announce=say,
         wins=request.wins,
     )
@@ -462,14 +470,31 @@ def check_writable(folder: Path) -> None:
             place.rmdir()
 
 
-def _check_resume(request: Request) -> None:
-    assert request.resume_from is not None
+def _resume_folder(request: Request, registry: Registry, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, None for a training from the start. Raises Refusal."""
+    if request.resume_from is None:
+        return None
+    if request.resume_from == LATEST:
+        folder, notes = newest_checkpoint(request.output_dir.absolute())
+        for note in notes:
+            say(note)
+        return folder
+    if registry.implements("acestep_resume"):
+        return read_checkpoint(request.resume_from.absolute()).folder
     if not request.resume_from.is_dir():
         raise Refusal(f"No checkpoint folder {request.resume_from}. Expected one under OUTPUT/checkpoints.")
-    if request.plugins:
+    return request.resume_from.absolute()
+
+
+def _check_unused(output: Path, resumed: Path | None) -> None:
+    """Refuse an output folder with the adapters of another training, which would be replaced or mixed up."""
+    if resumed is not None and resumed.is_relative_to(output):
+        return
+    found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
+    if found:
         raise Refusal(
-            "Resuming is not supported with plugins yet: upstream's own resume restores the optimizer but none of the "
-            "adapter's weights, and says that it succeeded. Start without --resume-from."
+            f"{output} holds adapters of another training already ({', '.join(found)}). Choose another --output-dir, "
+            "go on with that training (--resume-from latest), or let it be replaced: --overwrite."
         )
 
 

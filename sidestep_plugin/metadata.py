@@ -83,10 +83,15 @@ def describe_adapter(
     Args:
         other_sampler: name of the plugin that sampled the timesteps otherwise than the treatment says.
     """
+    return describe_run(run, treatment, other_sampler) | {"epoch": saved.epoch, "global_step": saved.global_step}
+
+
+def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = None) -> dict[str, Any]:
+    """The same facts of a run, of which nothing has been saved: without epoch and optimizer steps."""
     adapter, options = run.adapter_config, run.options
     # A folder's name may be bytes that are no text.
     model_name = treatment.model_name.encode("utf-8", "replace").decode("utf-8")
-    kind = "LoRA" if saved.adapter_type == "lora" else "LoKr"
+    kind = "LoRA" if run.adapter_type == "lora" else "LoKr"
     facts = {
         "schema_version": SCHEMA_VERSION,
         "title": options.get("title") or f"{kind} for {model_name or 'ACE-Step 1.5'}",
@@ -101,14 +106,14 @@ def describe_adapter(
         "num_inference_steps": treatment.num_inference_steps,
         **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
-        "adapter_type": saved.adapter_type,
+        "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),
         "dropout": _first(adapter, "dropout", "lora_dropout"),
         "target_modules": _names(getattr(adapter, "target_modules", None)),
         "songs": _songs(run.tensor_dir),
-        "epoch": saved.epoch,
-        "global_step": saved.global_step,
+        "epoch": None,
+        "global_step": None,
         "training_steps": run.steps,
     }
     versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}

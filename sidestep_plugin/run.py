@@ -15,6 +15,8 @@ from .errors import Refusal
 if TYPE_CHECKING:
     import torch
 
+    from .resume import Journal, ResumePoint
+
 AdapterType = Literal["lora", "lokr"]
 
 
@@ -83,7 +85,9 @@ class Run:
         tensor_dir: the folder of preprocessed songs, None when a step was run without upstream's trainer.
         sampled_by: name of the plugin that is asked for timesteps, None when none is.
         state: room for plugins to keep what they decided; by convention under the plugin's own name.
-        steps: training steps begun so far, validation not counted.
+        steps: training steps begun so far, validation not counted; of a resumed run those before it, too.
+        resumed_at: training steps that earlier runs had done; 0 for a run from the start.
+        journal: how far the run is and what resuming it would need; the host's own.
     """
 
     adapter_type: AdapterType
@@ -97,6 +101,13 @@ class Run:
     sampled_by: str | None = None
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    resumed_at: int = 0
+    journal: Journal | None = None
+
+    @property
+    def first_step(self) -> bool:
+        """Whether this run has not got beyond its first step, in which looking at values is worth waiting for."""
+        return self.steps - self.resumed_at <= 1
 
     @property
     def model(self) -> Any:
@@ -141,13 +152,17 @@ class SavedAdapter:
         weights: the weights file, in a folder that is moved to its place once every plugin was asked: what is written
             beside it appears together with it, or not at all.
         destination: where the weights file will be then.
+        folder: the folder that upstream was told to save into, where it is now; the weights are in it or below it.
         adapter_type: "lora" or "lokr".
         epoch: epochs done, when upstream's save was told.
         global_step: optimizer steps done, when upstream's save was told.
+        resume_point: what going on from here would need; None for a finished adapter, and where it cannot be had.
     """
 
     weights: Path
     destination: Path
+    folder: Path
     adapter_type: AdapterType
     epoch: int | None
     global_step: int | None
+    resume_point: ResumePoint | None = None

@@ -74,5 +74,6 @@ def demo(
             wins=wins,
             options=options,
             device="cpu",
+            overwrite=True,
         )
     )

@@ -30,10 +30,11 @@ class Progress:
 
     def __init__(self) -> None:
         self.step = 0
+        self.began = False
         self.loss: float | None = None
         self.newest = 0.0
         self._steps_per_epoch = 1
-        self._epochs = 1
+        self._epochs = self._first_step = 1
         self._bar: ProgressBar[int] | None = None
         self._first = self._shown = time.monotonic()
 
@@ -78,9 +79,10 @@ class Progress:
         # Most versions of upstream have fetched the loss already; asking the device again would wait for it.
         recorded = getattr(step.module, "training_losses", None)
         self.newest = float(recorded[-1] if recorded else step.loss.detach())
-        if self.step == 0:
+        if not self.began:
+            self.began, self._first_step = True, step.run.steps
             self._first = self._shown = time.monotonic()  # setting up is no part of the rate
-        self.step += 1
+        self.step = step.run.steps  # of a resumed training with those before it
         if math.isfinite(self.newest):  # upstream leaves single steps that are not finite out
             before = self.newest if self.loss is None else self.loss
             self.loss = _SMOOTHING * self.newest + (1.0 - _SMOOTHING) * before
@@ -89,7 +91,7 @@ class Progress:
 
     def _show(self) -> None:
         if self._bar is not None:
-            self._bar.update(1, self.step)
+            self._bar.update(self.step - self._bar.pos, self.step)
             return
         now = time.monotonic()
         if self.step % self._steps_per_epoch == 0 or now - self._shown >= _SECONDS_BETWEEN_LINES:
@@ -100,7 +102,8 @@ class Progress:
 
     def _rate(self) -> float:
         """Steps a second since the first one; 0 as long as there is no second one."""
-        return (self.step - 1) / max(time.monotonic() - self._first, 1e-9) if self.step > 1 else 0.0
+        done = self.step - self._first_step
+        return done / max(time.monotonic() - self._first, 1e-9) if done > 0 else 0.0
 
     def _status(self) -> str:
         epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)

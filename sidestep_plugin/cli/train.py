@@ -152,7 +152,17 @@ def settings_from(arguments: dict[str, Any]) -> dict[str, Any]:
     metavar="auto|cpu|cuda|cuda:N|mps|xpu",
     help="Where to train.",
 )
-@click.option("--resume-from", type=FOLDER, help="Checkpoint folder to go on from (ACE-Step's own resume).")
+@click.option(
+    "--resume-from",
+    type=FOLDER,
+    metavar="DIR|latest",
+    help="Checkpoint to go on from: its folder, or latest for the newest one below --output-dir.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Let this training replace the adapters of an earlier one in --output-dir.",
+)
 @adapter_and_training_options
 def train(
     model: str,
@@ -162,6 +172,7 @@ def train(
     checkpoint_dir: Path | None,
     device: str,
     resume_from: Path | None,
+    overwrite: bool,
     adapter_type: str,
     plugins: tuple[str, ...],
     wins: str | None,
@@ -175,7 +186,8 @@ def train(
         acestep-train --plugin sidestep --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
 
     Before the first step it prints what was decided for the model and from what evidence. Ctrl-C ends the training
-    after the step that is running and saves the adapter as it is.
+    after the step that is running and saves the adapter as it is; the same command with --resume-from latest goes on
+    from there as if it had never stopped.
     """
     from sidestep_plugin.launch import Request
 
@@ -193,6 +205,7 @@ def train(
             options=options,
             device=device,
             resume_from=resume_from,
+            overwrite=overwrite,
         )
     )
 
@@ -220,12 +233,20 @@ def run_training(request: Request) -> None:
                     progress.say(message)
         finally:
             progress.end()
-        if launch.attachment.refusal is not None and progress.step == 0:
-            raise launch.attachment.refusal
+        refusal = launch.attachment.refusal
+        if refusal is not None and not progress.began:
+            raise refusal
+        if refusal is not None:
+            failure = str(refusal)
         if failure is None and interrupted() and progress.step < launch.total_steps:
-            saved = launch.save_interrupted() if progress.step else None
+            saved = launch.attachment.interrupted
+            resumable = saved is not None
+            if not resumable and progress.began and not request.plugins:
+                saved = launch.save_interrupted()
             click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
             click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
+            if resumable:
+                click.echo("Go on with the same command and --resume-from latest.")
             sys.exit(INTERRUPTED)
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
@@ -234,6 +255,8 @@ def run_training(request: Request) -> None:
         failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
     if failure is not None:
         click.echo(f"Error: {failure}", err=True)
+        if launch.attachment.interrupted is not None:
+            click.echo("Go on with the same command and --resume-from latest.", err=True)
         sys.exit(FAILED)
     assert adapter is not None
     click.echo(f"Adapter: {adapter}")

@@ -1,0 +1,301 @@
+"""Training 6 epochs, and training 3, stopping and resuming for 3, give the same adapter bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import known_fields
+from safetensors.torch import load_file
+
+from sidestep_plugin import Refusal, attach, hookimpl, upstream
+from sidestep_plugin.checkpoints import newest_checkpoint, read_checkpoint
+
+KINDS = ("lora", "lokr")
+
+
+class Stopper:
+    """Presses upstream's stop button after some training steps of a run."""
+
+    def __init__(self, state, steps):
+        self.state, self.left = state, steps
+
+    @hookimpl
+    def acestep_step_finished(self, step):
+        if step.training and self.left is not None:
+            self.left -= 1
+            self.state["should_stop"] = self.left <= 0
+
+
+@pytest.fixture
+def job(checkout, trainer, load, tmp_path, require_kind):
+    """One training: ``job("out", "lora", epochs=6, stop_at=7)`` returns what was said, and the adapter's tensors."""
+
+    def run(
+        name,
+        kind="lora",
+        *,
+        model="base",
+        plugins=("sidestep",),
+        resume_from=None,
+        stop_at=None,
+        options=None,
+        **settings,
+    ):
+        require_kind(kind)
+        output = tmp_path / name
+        config = getattr(trainer, upstream.CONFIG_CLASS[kind])
+        adapter = config(r=4, alpha=8) if kind == "lora" else config(linear_dim=4, linear_alpha=8)
+        training = {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_epochs": 6,
+            "save_every_n_epochs": 3,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+            "num_workers": 0,
+            "pin_memory": False,
+            "persistent_workers": False,
+            "seed": 7,
+            "log_every_n_steps": 1,
+            "output_dir": str(output),
+        } | settings
+        state = {"should_stop": False}
+        stopper = Stopper(state, stop_at)
+        attached = (
+            nullcontext()
+            if plugins is None
+            else attach(
+                trainer, plugins=plugins, options=options, announce=said.append, extra_plugins={"stopper": stopper}
+            )
+        )
+        said.clear()
+        with attached:
+            torch.manual_seed(7)  # the first versions of upstream do not seed
+            made = getattr(trainer, upstream.TRAINER_CLASS[kind])(
+                load(model), adapter, known_fields(trainer.TrainingConfig, training)
+            )
+            more = {} if resume_from is None else {"resume_from": str(resume_from)}
+            said.extend(text for *_, text in made.train_from_preprocessed(str(checkout.tensors), state, **more))
+        weights = [*output.glob("final/**/*.safetensors")]
+        assert weights or stop_at is not None, said
+        return load_file(weights[0]) if weights else {}
+
+    said = []
+    run.said = said
+    run.output = tmp_path
+    return run
+
+
+def same(one, other):
+    assert one and one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def checkpoint_of(folder, epoch):
+    (found,) = [place for place in (folder / "checkpoints").iterdir() if place.name.split("_")[1] == str(epoch)]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["base", "turbo"])
+def test_three_and_three_epochs_are_six(job, kind, model):
+    whole = job("whole", kind, model=model)
+    resumed = job("resumed", kind, model=model, resume_from=checkpoint_of(job.output / "whole", 3))
+    assert same(whole, resumed)
+    (said,) = [line for line in job.said if line.startswith("✅ Resumed")]
+    count = len(load_file(next((job.output / "whole" / "final").glob("**/*.safetensors"))))
+    assert f"{count} of {count} tensors" in said
+    assert same(
+        load_file(next(checkpoint_of(job.output / "whole", 6).glob("**/*.safetensors"))),
+        load_file(next(checkpoint_of(job.output / "resumed", 6).glob("**/*.safetensors"))),
+    )
+    # What comes out of upstream's loop is the same, too: the mean loss is in the name.
+    assert checkpoint_of(job.output / "whole", 6).name == checkpoint_of(job.output / "resumed", 6).name
+
+
+def test_the_same_resume_by_upstream_alone_gives_another_adapter(job, trainer):
+    """So that the test above can fail: upstream restores the optimizer, no weights, and says that it has resumed."""
+    if "resume_from" not in inspect.signature(trainer.LoRATrainer.train_from_preprocessed).parameters:
+        pytest.skip("this checkout's trainer cannot resume")
+    pytest.importorskip("lightning", reason="without Lightning upstream ignores resume_from")
+    whole = job("whole", plugins=None)
+    resumed = job("resumed", plugins=None, resume_from=checkpoint_of(job.output / "whole", 3))
+    assert any("Resumed from epoch 3" in line for line in job.said)
+    assert not same(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 17])
+def test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not(job, kind, steps):
+    """Also between two optimizer steps: gradients that waited for the next one are there again."""
+    settings = {"gradient_accumulation_steps": 2, "save_every_n_epochs": 50}
+    whole = job("whole", kind, **settings)
+    assert job("stopped", kind, stop_at=steps, **settings) == {}
+    assert f"after {steps} training steps" in job.said[-1]
+    interrupted = job.output / "stopped" / "interrupted"
+    assert same(whole, job("stopped", kind, resume_from=interrupted, **settings))
+
+
+def test_a_training_that_is_stopped_again_and_again(job):
+    whole = job("whole")
+    job("stopped", stop_at=2)
+    for steps in (3, 1, 4):
+        job("stopped", stop_at=steps, resume_from=job.output / "stopped" / "interrupted")
+    assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted"))
+
+
+def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, trainer):
+    pytest.importorskip("lightning", reason="upstream validates with Lightning only")
+    if "val_split" not in inspect.signature(trainer.TrainingConfig).parameters:
+        pytest.skip("this version does not validate")
+    settings = {"val_split": 0.34, "batch_size": 1}
+    whole = job("whole", **settings)
+    job("stopped", stop_at=14, **settings)
+    assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted", **settings))
+    best = [
+        load_file(next((job.output / name / "checkpoints" / "best").glob("**/*.safetensors")))
+        for name in ("whole", "stopped")
+    ]
+    assert same(*best)
+    # The best checkpoint, too, is one to go on from.
+    assert same(whole, job("again", resume_from=job.output / "whole" / "checkpoints" / "best", **settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_lightning(job, trainer, monkeypatch, kind):
+    monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
+    whole = job("whole", kind)
+    assert same(whole, job("resumed", kind, resume_from=checkpoint_of(job.output / "whole", 3)))
+    job("stopped", kind, stop_at=8)
+    assert same(whole, job("stopped", kind, resume_from=job.output / "stopped" / "interrupted"))
+
+
+def test_a_finished_training_can_be_made_longer(job):
+    job("short", max_epochs=3)
+    longer = job("longer", max_epochs=6, resume_from=checkpoint_of(job.output / "short", 3))
+    assert not same(longer, load_file(next((job.output / "short" / "final").glob("**/*.safetensors"))))
+    assert any("epochs was 3, here it is 6" in line for line in job.said)
+    assert any("learning rate follows the settings of this run" in line for line in job.said)
+
+
+def test_resuming_at_the_very_end_saves_the_adapter_as_it_was(job):
+    whole = job("whole")
+    assert same(whole, job("again", resume_from=checkpoint_of(job.output / "whole", 6)))
+
+
+def test_a_checkpoint_by_upstream_alone_gives_its_weights(job):
+    if not hasattr(pytest.importorskip("acestep.training.trainer"), "save_training_checkpoint"):
+        pytest.skip("this version saves no optimizer")
+    whole = job("whole", plugins=None)
+    folder = checkpoint_of(job.output / "whole", 6)
+    if not (folder / "training_state.pt").is_file():
+        pytest.skip("without Lightning upstream saves no optimizer")
+    assert same(whole, job("again", resume_from=folder))
+    assert any("does not say for which model" in line for line in job.said)
+    assert any("has no random states" in line for line in job.said)
+    job("further", max_epochs=8, resume_from=folder)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "sft"}, "its model was acestep-v15-base, here it is acestep-v15-sft"),
+        ({"batch_size": 3}, "its batch size was 2, here it is 3"),
+        ({"max_epochs": 2}, "saved in epoch 4, and 2 epochs were asked for"),
+    ],
+)
+def test_another_training_is_refused(job, change, says):
+    job("whole", max_epochs=3)
+    with pytest.raises(AssertionError):
+        job("resumed", resume_from=checkpoint_of(job.output / "whole", 3), **change)
+    assert says in job.said[-1]
+    assert not (job.output / "resumed" / "final").exists()
+
+
+def test_a_lora_does_not_go_on_as_a_lokr(job):
+    job("whole", "lokr", max_epochs=3)
+    with pytest.raises(AssertionError):
+        job("resumed", "lora", resume_from=checkpoint_of(job.output / "whole", 3))
+    assert "its adapter type was lokr, here it is lora" in job.said[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_another_shape_are_refused_before_the_first_step(job, kind):
+    """Even where nothing says for what the checkpoint was made."""
+    job("whole", kind, max_epochs=3)
+    folder = checkpoint_of(job.output / "whole", 3)
+    (weights,) = folder.glob("**/*.safetensors")
+    tensors = load_file(weights)
+    del tensors[min(tensors)]
+    (weights.parent / "training_config.json").unlink()
+    (folder / "resume_state.pt").unlink()
+    from safetensors.torch import save_file
+
+    save_file(tensors, weights)
+    if not (folder / "training_state.pt").is_file():
+        pytest.skip("this version saves no optimizer")
+    with pytest.raises(AssertionError):
+        job("resumed", kind, resume_from=folder)
+    assert "The checkpoint does not fit this adapter" in job.said[-1] and "1 are missing" in job.said[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_cut_off_or_missing_is_refused(job, kind, tmp_path):
+    job("whole", kind, max_epochs=3)
+    folder = checkpoint_of(job.output / "whole", 3)
+    needed = [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".pt")]
+    assert len(needed) >= 2
+    for number, file in enumerate(needed):
+        for damage in ("missing", "cut off", "empty", "another byte"):
+            if damage == "missing" and file.name == "resume_state.pt":
+                continue  # then it looks like one by upstream alone
+            copy = tmp_path / f"copy-{number}-{damage}"
+            shutil.copytree(folder, copy)
+            damaged = copy / file.relative_to(folder)
+            content = damaged.read_bytes()
+            if damage == "missing":
+                damaged.unlink()
+            elif damage == "another byte":
+                middle = len(content) // 2
+                damaged.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+                if file.name == "resume_state.pt":
+                    continue  # the zip format's own matter
+            else:
+                damaged.write_bytes(content[: len(content) // 2 if damage == "cut off" else 0])
+            with pytest.raises(Refusal, match=r"not complete|is no checkpoint"):
+                read_checkpoint(copy)
+
+
+def test_latest_is_the_newest_that_is_whole(job):
+    job("whole")
+    output = job.output / "whole"
+    newest = checkpoint_of(output, 6)
+    assert newest_checkpoint(output) == (newest, [])
+    (newest / "resume_state.pt").write_bytes(b"PK")
+    folder, notes = newest_checkpoint(output)
+    assert folder == checkpoint_of(output, 3)
+    assert len(notes) == 1 and "skipped" in notes[0] and newest.name in notes[0]
+    shutil.rmtree(output / "checkpoints")
+    with pytest.raises(Refusal, match="No checkpoint to resume from"):
+        newest_checkpoint(output)
+
+
+def test_what_is_not_a_checkpoint_says_so(job, tmp_path):
+    job("whole", max_epochs=3)
+    for folder, says in (
+        (tmp_path / "nowhere", "No checkpoint folder"),
+        (job.output / "whole", "It holds others: --resume-from latest"),
+        (job.output / "whole" / "final", "without which a training"),
+    ):
+        with pytest.raises(Refusal, match=says):
+            read_checkpoint(folder)
+    folder = checkpoint_of(job.output / "whole", 3)
+    if (folder / "adapter").is_dir():
+        assert read_checkpoint(folder / "adapter").folder == folder
