@@ -4,6 +4,7 @@
     timestep_sampling    the timesteps that the model's variant is trained with
     cfg_dropout          condition dropout, for the models that are generated with guidance
     adapter_metadata     what every saved adapter says about itself
+    loss_watch           ending a training whose loss is not a number any more
     resuming             checkpoints from which a training really goes on
 
 Nothing in here imports torch at import time, so that ``--help`` can list the options at once.
@@ -18,6 +19,7 @@ from sidestep_plugin import hookimpl
 from . import adapter_metadata, model_treatment
 from .adapter_metadata import acestep_adapter_saved
 from .cfg_dropout import acestep_prepare_batch
+from .loss_watch import acestep_step_finished
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .resuming import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
@@ -30,6 +32,7 @@ __all__ = [
     "acestep_resume",
     "acestep_run_started",
     "acestep_sample_timesteps",
+    "acestep_step_finished",
     "keep_resume_state",
 ]
 

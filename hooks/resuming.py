@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.checkpoints import read_checkpoint, write_resume_state
+from sidestep_plugin.checkpoints import Checkpoint, read_checkpoint, write_resume_state
 from sidestep_plugin.metadata import describe_run
 from sidestep_plugin.resume import ResumePoint
 from sidestep_plugin.run import Run, SavedAdapter
@@ -27,12 +27,12 @@ MUST_BE_EQUAL: Final = {
     "alpha": "alpha",
     "target_modules": "target modules",
     "songs": "number of songs",
-    "batch_size": "batch size",
     "val_split": "validation split",
 }
 """Facts of a checkpoint that decide whether its weights and its place in the songs mean anything in another run."""
 
 MAY_CHANGE: Final = {
+    "batch_size": "batch size",
     "timestep_law": "timesteps",
     "cfg_ratio": "condition dropout",
     "dropout": "dropout",
@@ -75,10 +75,6 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
         lines += [
             f"Note: changed since the checkpoint: {what}" for what in _differences(MAY_CHANGE, checkpoint.facts, now)
         ]
-    if checkpoint.point.random is None:
-        lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
-    if checkpoint.point.losses is None:
-        lines.append("Note: the checkpoint has no losses, so the curves show zeros up to here.")
     max_epochs = getattr(run.training_config, "max_epochs", None)
     point = checkpoint.point
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
@@ -86,15 +82,27 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
             f"{checkpoint.folder} was saved in epoch {point.epochs + 1}, and {max_epochs} epochs were asked for. "
             "Say more --epochs."
         )
-    if point.gradients is not None and checkpoint.facts is not None:
-        name = "gradient_accumulation_steps"
-        then, asked = checkpoint.facts.get(name), getattr(run.training_config, name, None)
-        if then != asked:
-            raise Refusal(
-                f"{checkpoint.folder} was saved between two optimizer steps of {then} steps each; here they are of "
-                f"{asked}. Resume with --gradient-accumulation {then}."
-            )
+    if _changed("batch_size", checkpoint, run):
+        # Another number of steps an epoch: places in the midst of one mean nothing any more.
+        if point.steps:
+            lines.append(f"Note: with another batch size, epoch {point.epochs + 1} begins anew.")
+        nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
+        point = dataclasses.replace(point, steps=0, **nothing)
+    elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
+        lines.append("Note: the gradients that waited for the next optimizer step are left out.")
+        point = dataclasses.replace(point, gradients=None)
+    if point.random is None:
+        lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
+    if point.losses is None:
+        lines.append("Note: the losses up to here are not known any more, so the curves show zeros for them.")
     return dataclasses.replace(point, lines=tuple(lines))
+
+
+def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
+    """Whether one of upstream's settings is known to be another one than it was."""
+    if checkpoint.facts is None or setting not in checkpoint.facts:
+        return False
+    return bool(checkpoint.facts[setting] != getattr(run.training_config, setting, None))
 
 
 def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

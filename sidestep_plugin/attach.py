@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import upstream
 from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
 from .failures import advice, room
-from .resume import Journal, ResumePoint, watch
+from .resume import Journal, ResumePoint, check_finite, watch
 from .run import AdapterType, Run, SavedAdapter, Step
 from .staging import published, staged
 
@@ -518,7 +518,7 @@ class Attachment:
             reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}. {room(folder)}"
             return [f"⚠️ What was trained since the newest checkpoint could not be saved: {reason}"]
         self.interrupted = upstream.place_of(self.trainer, str(folder))
-        return [f"💾 Saved as it was after {run.steps} training steps: {self.interrupted}"]
+        return [f"💾 Saved as it was after {journal.steps} training steps: {self.interrupted}"]
 
     def _journal_seams(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         """Where a run's journal looks in. A version without them trains all the same, and cannot be resumed."""
@@ -670,6 +670,8 @@ class Attachment:
                     return said
                 journal.catch_up(run)
             try:
+                if journal is not None:
+                    check_finite(run)
                 point = None if journal is None or final else journal.here(run)
                 with staged(folder) as stage:
                     call.arguments["output_dir"] = str(stage)
@@ -690,7 +692,8 @@ class Attachment:
                             resume_point=point,
                         )
                         self._ask_and_say("acestep_adapter_saved", run=run, saved=saved)
-            except Refusal:
+            except Refusal as refusal:
+                self.refusal = self.refusal or refusal
                 raise
             except Exception as error:
                 if journal is None or journal.ending or final:

@@ -6,13 +6,17 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from .errors import Refusal
+from .files import read_json_object
 
 SONG_TENSORS: Final = {
     "target_latents": 2,
@@ -22,8 +26,6 @@ SONG_TENSORS: Final = {
     "context_latents": 2,
 }
 """Tensors of a song with their number of dimensions: [T,64], [T], [L,D], [L], [T,128]."""
-
-_NAMED = 5  # how many files a message names before it only counts
 
 
 @dataclass(frozen=True)
@@ -45,44 +47,82 @@ class Dataset:
     missing: tuple[str, ...]
 
 
-def inspect_dataset(folder: Path) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     """Read what a dataset folder holds.
 
+    Args:
+        folder: the folder.
+        allow_duplicates: whether the same song may be there more than once.
+
     Raises:
-        Refusal: no such folder, no songs in it, a file that is no song, or songs of different condition widths.
+        Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from upstream's preprocessing.")
     missing: list[str] = []
-    files = list(_song_files(folder, missing))
-    if not files:
+    outside: list[str] = []
+    files = list(_song_files(folder, missing, outside))
+    if not files and not outside:
         hint = f"; manifest.json names {len(missing)} that are not there" if missing else ""
         raise Refusal(f"No songs in {folder}: expected .pt files from upstream's preprocessing{hint}.")
-    bad: list[str] = []
-    widths: dict[int, str] = {}
-    channels: dict[int, str] = {}
-    for file in files:
+    problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
+    widths: dict[int, list[str]] = {}
+    channels: dict[int, list[str]] = {}
+    for file in dict.fromkeys(files):
         song, problem = _read_song(file)
         if problem:
-            bad.append(f"{file.name} ({problem})")
+            problems.append(f"{file.name} ({problem})")
         else:
-            widths.setdefault(song["encoder_hidden_states"].shape[-1], file.name)
+            widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
             both = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
-            channels.setdefault(both, file.name)
-    if bad:
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        raise Refusal(
-            f"Not preprocessed songs in {folder}: {', '.join(bad[:_NAMED])}{more}. Preprocess them again, or take them "
-            "out of the folder."
-        )
-    for what, values in (("conditions of different widths", widths), ("different numbers of channels", channels)):
-        if len(values) > 1:
-            found = ", ".join(f"{value} ({name})" for value, name in sorted(values.items()))
-            raise Refusal(f"The songs in {folder} have {what}: {found}. Train them apart.")
+            channels.setdefault(both, []).append(file.name)
+    for what, values in (("conditions of width", widths), ("channels:", channels)):
+        usual = max(values, key=lambda value: len(values[value]), default=0)
+        problems += [
+            f"{name} ({what} {value}, most have {usual})"
+            for value in values
+            if value != usual
+            for name in values[value]
+        ]
+    duplicates = [] if allow_duplicates else _duplicates(files)
+    if problems or duplicates:
+        what_to_do = [
+            "Preprocess them again, or take them out of the folder." if problems else "",
+            "Take the copies out, or train on them on purpose: --allow-duplicates." if duplicates else "",
+        ]
+        found = ", ".join(problems + duplicates)
+        raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
     return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing))
 
 
-def _song_files(folder: Path, missing: list[str]) -> Iterator[Path]:
+def made_for(folder: Path) -> str | None:
+    """The model for which songs were preprocessed, when a ``preprocess_meta.json`` says so, as Side-Step writes it."""
+    try:
+        said = read_json_object(folder / "preprocess_meta.json").get("model_variant")
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, str) and said else None
+
+
+def _duplicates(files: list[Path]) -> list[str]:
+    """Files that are there more than once, by name in the manifest or byte for byte."""
+    found = [
+        f"{file.name} (named {count} times in manifest.json)" for file, count in Counter(files).items() if count > 1
+    ]
+    by_size: dict[int, list[Path]] = {}
+    for file in dict.fromkeys(files):
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    first: dict[bytes, Path] = {}
+    for alike in by_size.values():
+        for file in alike if len(alike) > 1 else ():
+            with file.open("rb") as stream:
+                original = first.setdefault(hashlib.file_digest(stream, "sha256").digest(), file)
+            if original is not file:
+                found.append(f"{file.name} (the same bytes as {original.name})")
+    return found
+
+
+def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
     """Files in upstream's order of search: manifest.json's entries if there is one, else every .pt file."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
@@ -95,13 +135,16 @@ def _song_files(folder: Path, missing: list[str]) -> Iterator[Path]:
         raise Refusal(f"{manifest} cannot be read as JSON ({error}). Delete it to use every .pt file.") from None
     if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
         raise Refusal(f'{manifest} has no list of file names under "samples". Delete it to use every .pt file.')
+    whole = folder.resolve()
     for sample in samples:
         # Newer manifests are relative to their folder, older ones to the directory that upstream was started in.
         file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
         if file is None:
             missing.append(sample)
+        elif file.resolve().is_relative_to(whole):
+            yield Path(os.path.normpath(file.absolute()))
         else:
-            yield file
+            outside.append(sample)
 
 
 def _is_file(file: Path) -> bool:

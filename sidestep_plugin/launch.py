@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 from . import upstream
 from .attach import FINAL, INTERRUPTED, WEIGHT_FILES, Attachment, attach
 from .checkpoints import newest_checkpoint, read_checkpoint
-from .dataset import Dataset, inspect_dataset
+from .dataset import Dataset, inspect_dataset, made_for
 from .errors import Refusal
 from .registry import Registry
 from .run import AdapterType, ModelFacts
+from .variant import words_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ class Request:
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
         overwrite: whether the adapters of an earlier training in the output folder may be replaced.
+        allow_duplicates: whether a song may be in the dataset more than once.
     """
 
     model: str
@@ -97,6 +99,7 @@ class Request:
     device: str = "auto"
     resume_from: Path | None = None
     overwrite: bool = False
+    allow_duplicates: bool = False
 
 
 @dataclass
@@ -206,8 +209,9 @@ def prepare(
     restrict_gpus(request.device)
 
     device = pick_device(request.device)
-    dataset = inspect_dataset(dataset_dir)
+    dataset = inspect_dataset(dataset_dir, allow_duplicates=request.allow_duplicates)
     _check_widths(dataset, facts)
+    _check_made_for(dataset, facts)
     module = upstream.import_trainer(root)
     upstream.require(module, request.adapter_type, registry.implements)
     configs = build_configs(module, request, device)
@@ -515,6 +519,22 @@ def _fail_on_width(dataset: Dataset, model: str, width: int) -> None:
         raise Refusal(
             f"The songs in {dataset.folder} have conditions of width {dataset.condition_width}, {model} "
             f"expects {width}: they were preprocessed for another model. Preprocess them again with this one."
+        )
+
+
+def _check_made_for(dataset: Dataset, facts: ModelFacts) -> None:
+    """Refuse songs whose conditions were made by the encoder of another family, where somebody wrote that down."""
+    said = made_for(dataset.folder)
+    if said is None:
+        return
+    turbo = facts.config.get("is_turbo", "turbo" in words_of(facts.name))
+    then, now = words_of(said), words_of(facts.name)
+    if not {"turbo", "base", "sft"} & set(then):
+        return
+    if ("turbo" in then) != turbo or ("xl" in then) != ("xl" in now):
+        raise Refusal(
+            f"The songs in {dataset.folder} were preprocessed for {said} (preprocess_meta.json), and {facts.name} has "
+            "another condition encoder. Preprocess them again with this model; if the file is wrong, delete it."
         )
 
 

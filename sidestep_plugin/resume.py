@@ -95,7 +95,7 @@ class Journal:
         self.finished = self.unsaved = self.ending = False
         self.lines: list[str] = []  # what there is to say since the last look
         self._losses, self._validation = _Losses(), _Losses()
-        self._epochs_begun = self._steps = 0
+        self._epochs_begun = self._in_epoch = 0
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
         self._walked = self._validated = 0
@@ -107,6 +107,11 @@ class Journal:
         return self.catching_up and self._epochs_begun > 0
 
     @property
+    def steps(self) -> int:
+        """Training steps that are done, those of earlier runs among them."""
+        return len(self._losses)
+
+    @property
     def computed(self) -> int:
         """Training steps that this run has computed itself."""
         return len(self._losses) - self._walked
@@ -116,7 +121,7 @@ class Journal:
     def record(self, loss: torch.Tensor, training: bool) -> None:
         """Remember the loss of a step that was computed."""
         (self._losses if training else self._validation).append(loss.detach())
-        self._steps += training
+        self._in_epoch += training
 
     def epoch(self, run: Run, songs: Callable[[], Iterator[Any]], length: int) -> Generator[Any, None, None]:
         """One pass of the training loop: upstream's own batches, or placeholders for those that are done.
@@ -199,15 +204,15 @@ class Journal:
         """
         if self.scheduler is None or not len(self._losses):
             return None
-        between = self._steps in (0, self._steps_per_epoch)
-        begun = self._epochs_begun - (self._steps != self._steps_per_epoch)
+        between = self._in_epoch in (0, self._steps_per_epoch)
+        begun = self._epochs_begun - (self._in_epoch != self._steps_per_epoch)
         now = random_states(self.device)
-        if self._steps == 0 and self._epoch_random is not None:
+        if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next pass has been shuffled, and will be again
         gradients = [None if weight.grad is None else weight.grad.detach() for weight in self._trained()]
         return ResumePoint(
             epochs=begun,
-            steps=0 if between else self._steps,
+            steps=0 if between else self._in_epoch,
             steps_per_epoch=self._steps_per_epoch,
             losses=self._losses.all(),
             validation=self._validation.all(),
@@ -271,7 +276,7 @@ class Journal:
         if self.point.steps_per_epoch not in (None, length):
             raise Refusal(
                 f"The checkpoint's training took {self.point.steps_per_epoch} steps an epoch, this one takes {length}. "
-                "Resume with the same songs, batch size and validation split."
+                "Resume with the same songs and validation split."
             )
 
     def _left(self, length: int) -> int:
@@ -281,7 +286,7 @@ class Journal:
         return (self.point.epochs * length if done is None else done) - self._walked
 
     def _begin(self, length: int) -> None:
-        self._epochs_begun, self._steps, self._steps_per_epoch = self._epochs_begun + 1, 0, length
+        self._epochs_begun, self._in_epoch, self._steps_per_epoch = self._epochs_begun + 1, 0, length
 
     def _trained(self) -> list[torch.Tensor]:
         return [weight for group in self.scheduler.optimizer.param_groups for weight in group["params"]]
@@ -349,6 +354,18 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(decoder, save_embedding_layers=False))
+
+
+def check_finite(run: Run) -> None:
+    """Raise Refusal when the adapter holds numbers that are not finite: saved, it would replace one that is of use."""
+    for name, tensor in live_weights(run).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            rate = getattr(run.training_config, "learning_rate", None)
+            raise Refusal(
+                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}), so it was not saved "
+                f"over anything and the training was ended. Lower --learning-rate (now {rate}), and go on from an "
+                "earlier checkpoint, if there is one."
+            )
 
 
 def put_weights(run: Run, point: ResumePoint) -> None:

@@ -171,6 +171,7 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Stopping after this step" in output and "Adapter as it was then" in output
+    assert "Go on with the same command and --resume-from latest." in output
     (folder,) = adapters_under(tmp_path / "output" / "interrupted")
     assert json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["model_variant"] == "base"
     (weights,) = folder.glob("*.safetensors")
@@ -406,10 +407,148 @@ def test_songs_with_other_channels(refused, model_folder):
     refused("--model", model_folder("acestep-v15-base", in_channels=100), says="192 channels.*takes 100")
 
 
-def test_resume_is_refused_as_long_as_it_restores_nothing(refused, tmp_path):
-    refused(
-        "--model", "base", "--resume-from", tmp_path, says="restores the optimizer but none of the adapter's weights"
+def test_a_folder_that_is_no_checkpoint(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("--model", "base", "--resume-from", tmp_path / "empty", says="is no checkpoint.*can only begin anew")
+    refused("--model", "base", "--resume-from", tmp_path / "gone", says="No checkpoint folder")
+    refused("--model", "base", "--resume-from", "latest", says="No checkpoint to resume from in .*Start without")
+
+
+def test_songs_made_for_another_encoder(refused, checkout, tmp_path):
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    (songs / "preprocess_meta.json").write_text(json.dumps({"model_variant": "turbo"}), encoding="utf-8")
+    refused("--model", "base", says="preprocessed for turbo.*another condition encoder", dataset_dir=songs)
+
+
+def test_the_adapters_of_another_training_are_not_replaced_unasked(run, refused, tmp_path):
+    assert run("--model", "base", *QUICK).exit_code == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    refused("--model", "base", *QUICK, says="holds adapters of another training.*--resume-from latest.*--overwrite")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
+    assert run("--model", "base", "--overwrite", "--seed", "8", *QUICK).exit_code == 0
+    final = tmp_path / "output" / "final" / "adapter" / "adapter_model.safetensors"
+    assert final.read_bytes() != before[final]
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_resume_from_latest(run, require_kind, tmp_path, kind):
+    require_kind(kind)
+    settings = ("--adapter-type", kind, *QUICK[2:])
+    assert run("--model", "base", "--epochs", "4", *settings).exit_code == 0
+    first = run("--model", "base", "--epochs", "2", *settings, output_dir=tmp_path / "again")
+    assert first.exit_code == 0
+    result = run(
+        "--model", "base", "--epochs", "4", "--resume-from", "latest", *settings, output_dir=tmp_path / "again"
     )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Resuming from .*epoch_2.*: the adapter's weights, optimizer, learning rate", result.output)
+    assert "Note: changed since the checkpoint: its epochs was 2, here it is 4" in result.output
+    assert re.search(r"Resumed: (\d+) of \1 tensors of the adapter, epoch 3, after 6 training steps", result.output)
+    assert "step 12/12, epoch 4/4" in result.output
+    assert "step 3/12" not in result.output, "steps that were done are counted again"
+
+
+def test_resuming_with_another_rank_is_refused_before_training(run, tmp_path):
+    assert run("--model", "base", *QUICK).exit_code == 0
+    result = run("--model", "base", *QUICK[:-4], "--rank", "2", "--resume-from", "latest")
+    assert result.exit_code == 2
+    assert "its rank was 4, here it is 2; its alpha was 8" in result.stderr
+
+
+# -- bad days --------------------------------------------------------------------------------------------------------
+
+
+def failing(trainer, monkeypatch, error, step):
+    """Let the computation of one training step fail."""
+    calls = []
+    compute = trainer.F.mse_loss
+
+    def fails(*arguments, **more):
+        calls.append(1)
+        if len(calls) == step:
+            raise error
+        return compute(*arguments, **more)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", fails)
+
+
+def test_a_training_that_runs_out_of_memory_is_saved_and_told_what_to_change(run, trainer, monkeypatch, tmp_path):
+    import torch
+
+    failing(trainer, monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), step=5)
+    result = run("--model", "base", *QUICK)
+    assert result.exit_code == 1, result.output
+    assert "CUDA out of memory" in result.stderr
+    assert re.search(r"smaller --batch-size \(now 2\).*--gradient-accumulation.*--rank \(now 4\)", result.stderr)
+    assert "Saved as it was after 4 training steps" in result.output
+    assert "--resume-from latest" in result.stderr
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
+    run, trainer, require_kind, monkeypatch, tmp_path, kind
+):
+    require_kind(kind)
+    attaching = sys.modules["sidestep_plugin.attach"]
+    real, saves = attaching.published, []
+
+    def full(stage, folder):
+        saves.append(folder.name)
+        if len(saves) == 1:
+            raise OSError(28, "No space left on device")
+        return real(stage, folder)
+
+    monkeypatch.setattr(attaching, "published", full)
+    result = run("--model", "base", "--adapter-type", kind, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"Warning: .*epoch_1.* could not be saved: .*No space left.* MB left\. The training goes on", result.output
+    )
+    assert "Checkpoint saved at epoch 1" not in result.output, "upstream does not know better"
+    assert not [*(tmp_path / "output" / "checkpoints").glob("epoch_1*")]
+    assert [*(tmp_path / "output" / "checkpoints").glob("epoch_2*")]
+
+
+def test_a_disk_that_is_full_for_the_finished_adapter_is_a_failure(run, monkeypatch, tmp_path):
+    attaching = sys.modules["sidestep_plugin.attach"]
+    real = attaching.published
+
+    def full(stage, folder):
+        if folder.name == "final":
+            raise OSError(28, "No space left on device")
+        return real(stage, folder)
+
+    monkeypatch.setattr(attaching, "published", full)
+    result = run("--model", "base", *QUICK)
+    assert result.exit_code == 1
+    assert re.search(r"No space left.* MB left\. Make room there, or choose an --output-dir", result.stderr)
+    # What could not become the finished adapter is there to go on from.
+    assert [*(tmp_path / "output" / "checkpoints").glob("epoch_2*")]
+
+
+def test_an_adapter_that_is_no_number_any_more_is_not_saved_over_a_good_one(run, trainer, monkeypatch, tmp_path):
+    step = trainer.torch.optim.AdamW.step
+    calls = []
+
+    def spoiling(self, *arguments, **more):
+        result = step(self, *arguments, **more)
+        calls.append(1)
+        if len(calls) == 2:
+            with trainer.torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(trainer.AdamW, "step", spoiling)
+    result = run("--model", "base", *QUICK[2:], "--gradient-accumulation", "2", "--epochs", "4")
+    assert result.exit_code == 1, result.output
+    assert re.search("holds numbers that are not finite|not been a finite number", result.stderr), result.stderr
+    assert not (tmp_path / "output" / "final").exists()
+    assert not adapters_under(tmp_path / "output" / "interrupted")
 
 
 # -- looks -----------------------------------------------------------------------------------------------------------

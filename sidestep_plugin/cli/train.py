@@ -163,6 +163,7 @@ def settings_from(arguments: dict[str, Any]) -> dict[str, Any]:
     is_flag=True,
     help="Let this training replace the adapters of an earlier one in --output-dir.",
 )
+@click.option("--allow-duplicates", is_flag=True, help="Train on songs that are in the dataset more than once.")
 @adapter_and_training_options
 def train(
     model: str,
@@ -173,6 +174,7 @@ def train(
     device: str,
     resume_from: Path | None,
     overwrite: bool,
+    allow_duplicates: bool,
     adapter_type: str,
     plugins: tuple[str, ...],
     wins: str | None,
@@ -206,6 +208,7 @@ def train(
             device=device,
             resume_from=resume_from,
             overwrite=overwrite,
+            allow_duplicates=allow_duplicates,
         )
     )
 

@@ -1,0 +1,34 @@
+"""Ends a training whose loss has stopped being a number: hours more would only make it longer.
+
+Upstream leaves out single steps whose gradients are not finite, and goes on. Looks at the losses that upstream has
+fetched from the device anyway; in versions that keep none, it does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.run import Step
+
+IN_A_ROW: Final = 20
+"""Steps without a finite loss after which nothing good can be expected any more."""
+
+_KEY: Final = "sidestep.steps_without_a_finite_loss"
+
+
+@hookimpl
+def acestep_step_finished(step: Step) -> None:
+    losses = getattr(step.module, "training_losses", None)
+    if not step.training or not losses:
+        return
+    state = step.run.state
+    state[_KEY] = 0 if math.isfinite(losses[-1]) else state.get(_KEY, 0) + 1
+    if state[_KEY] >= IN_A_ROW:
+        rate = getattr(step.run.training_config, "learning_rate", None)
+        raise Refusal(
+            f"The loss has not been a finite number for {IN_A_ROW} steps (newest: step {step.run.steps}), so the "
+            f"training was ended. Lower --learning-rate (now {rate}), and go on from a checkpoint before that, or "
+            "preprocess the songs anew."
+        )
