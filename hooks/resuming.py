@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.checkpoints import Checkpoint, read_checkpoint, write_resume_state
+from sidestep_plugin.dataset import fingerprint
 from sidestep_plugin.metadata import describe_run
 from sidestep_plugin.resume import ResumePoint
 from sidestep_plugin.run import Run, SavedAdapter
@@ -50,12 +51,16 @@ MAY_CHANGE: Final = {
 
 @hookimpl(specname="acestep_adapter_saved")
 def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
-    if saved.resume_point is None:
+    point = saved.resume_point
+    if point is None:
         return None
     try:
-        write_resume_state(saved.folder, saved.resume_point)
+        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir)))
     except OSError as error:
         return [f"Warning: nothing can be resumed from {saved.destination.parent}: {error.strerror or error}."]
+    if "loss_0.0000" in str(saved.destination) and point.losses is not None and point.steps_per_epoch:
+        mean = float(point.losses[-point.steps_per_epoch :].float().mean())
+        return [f"Note: ACE-Step names this checkpoint loss_0.0000; the mean loss of its epoch was {mean:.4f}."]
     return None
 
 
@@ -91,8 +96,12 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
         lines.append("Note: the gradients that waited for the next optimizer step are left out.")
         point = dataclasses.replace(point, gradients=None)
+    if point.songs and point.songs != fingerprint(run.tensor_dir):
+        lines.append("Note: the songs are not the files that the checkpoint was trained on (other names or sizes).")
     if point.random is None:
         lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
+    if point.optimizer is None:
+        lines.append("Note: the checkpoint has no optimizer, whose memory begins anew.")
     if point.losses is None:
         lines.append("Note: the losses up to here are not known any more, so the curves show zeros for them.")
     return dataclasses.replace(point, lines=tuple(lines))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _running: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
 _saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)
-_training: ContextVar[Run | None] = ContextVar("acestep_training", default=None)
+_training: ContextVar[tuple[Run, Any] | None] = ContextVar("acestep_training", default=None)
 _attached: list[Attachment] = []
 
 _INHERITED: Final = object()
@@ -437,7 +437,7 @@ class Attachment:
         try:
             # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
             while self.attached:
-                token = _training.set(run)
+                token = _training.set((run, trainer))
                 try:
                     report = next(running, None)
                 finally:
@@ -527,9 +527,11 @@ class Attachment:
             @wraps(original, updated=())
             def make(*args: Any, **kwargs: Any) -> Any:
                 scheduler = original(*args, **kwargs)
-                run = _training.get()
-                if run is not None and run.journal is not None:
-                    run.journal.scheduler = scheduler
+                if (running := _training.get()) is not None:
+                    run, trainer = running
+                    if run.journal is not None:
+                        run.journal.scheduler = scheduler
+                    run.module_ref = run.module_ref or weakref.ref(trainer.module)
                 return scheduler
 
             return make
@@ -537,10 +539,10 @@ class Attachment:
         def watching(original: Callable[..., Any], passes: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(original)
             def loader(*args: Any, **kwargs: Any) -> Any:
-                made, run = original(*args, **kwargs), _training.get()
-                if made is None or run is None or run.journal is None:
+                made, running = original(*args, **kwargs), _training.get()
+                if made is None or running is None or (journal := running[0].journal) is None:
                     return made
-                return watch(made, partial(passes, run.journal, run))
+                return watch(made, partial(passes, journal, running[0]))
 
             return loader
 

@@ -74,6 +74,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "gradients": point.gradients,
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
+        "songs": point.songs,
         "optimizer": None if upstreams else point.optimizer,
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
@@ -141,6 +142,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             optimizer_class=state.get("optimizer_class", ""),
             weights=tensors,
             parameters=state.get("parameters"),
+            songs=state.get("songs", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _incomplete(folder, f"what was saved of the training cannot be understood ({error!r})") from None

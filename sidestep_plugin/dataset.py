@@ -95,6 +95,14 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing))
 
 
+def fingerprint(folder: Path | None) -> str:
+    """A text that tells one folder of songs from another by the names and sizes of its files; "" without a folder."""
+    if folder is None or not folder.is_dir():
+        return ""
+    songs = sorted((file.name, file.stat().st_size) for file in folder.glob("*.pt"))
+    return hashlib.sha256(repr(songs).encode()).hexdigest()
+
+
 def made_for(folder: Path) -> str | None:
     """The model for which songs were preprocessed, when a ``preprocess_meta.json`` says so, as Side-Step writes it."""
     try:

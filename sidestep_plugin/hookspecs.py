@@ -91,10 +91,11 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
     """Read the checkpoint that a run is to go on from, or refuse it.
 
     When: after :func:`acestep_run_started`, when upstream's trainer was told ``resume_from``, before the adapter is
-    injected. The run is stopped by nothing but a checkpoint that fits it: the host puts weights, optimizer, learning
-    rate and random states in place, and refuses tensors whose names or shapes differ. With a plugin that implements
-    this hook, a stopped or failed training is saved as the folder ``interrupted`` of its output folder; only one of
-    the loaded plugins may implement it.
+    injected. What is returned is put in place by the host: weights, optimizer, learning rate and random states. Tensors
+    whose names or shapes are not the adapter's stop the run before its first step.
+
+    With a plugin that implements this hook, a training that is stopped or fails is saved as the folder ``interrupted``
+    of its output folder, and :func:`acestep_adapter_saved` is told of every checkpoint what resuming it would need.
 
     Args:
         run: the run, with upstream's configurations.

@@ -35,33 +35,35 @@ class ResumePoint:
     Attributes:
         epochs: whole passes through the songs.
         steps: training steps of the pass after them; 0 between two passes.
-        steps_per_epoch: training steps of a whole pass.
+        steps_per_epoch: training steps of a whole pass; None when they were not recorded.
         losses: the loss of every training step so far, shape [N]; None when they were not recorded.
         validation: the loss of every validation step so far, shape [M]; None when they were not recorded.
         random: states of the random generators here; None when they were not recorded.
         epoch_random: the same at the start of the pass that has begun, which shuffles the songs; None between two.
         gradients: of each trained tensor what waits for the next optimizer step, None when nothing does.
-        optimizer, scheduler: their ``state_dict()``.
+        optimizer, scheduler: their ``state_dict()``; None to begin with new ones.
         optimizer_class: name of the optimizer's class, "" when unknown.
         weights: the adapter's tensors under the names that they are saved with; empty when they lie in a file.
         parameters: the trained tensors themselves, where the file's are computed from them (LyCORIS multiplies its
             scalar into them); None where they are the same.
+        songs: fingerprint of the songs that it was trained on, "" when unknown.
         lines: what the user should know about going on from here.
     """
 
     epochs: int
     steps: int
-    steps_per_epoch: int | None
-    losses: torch.Tensor | None
-    validation: torch.Tensor | None
-    random: Mapping[str, Any] | None
-    epoch_random: Mapping[str, Any] | None
-    gradients: list[torch.Tensor | None] | None
-    optimizer: Mapping[str, Any] | None
-    scheduler: Mapping[str, Any] | None
+    steps_per_epoch: int | None = None
+    losses: torch.Tensor | None = None
+    validation: torch.Tensor | None = None
+    random: Mapping[str, Any] | None = None
+    epoch_random: Mapping[str, Any] | None = None
+    gradients: list[torch.Tensor | None] | None = None
+    optimizer: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
     optimizer_class: str = ""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: list[torch.Tensor] | None = None
+    songs: str = ""
     lines: tuple[str, ...] = ()
 
     @property
@@ -99,7 +101,8 @@ class Journal:
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
         self._walked = self._validated = 0
-        self._checked = False
+        self._checked = self._told_accumulation = False
+        self._optimizer_steps: int | None = None
 
     @property
     def walking(self) -> bool:
@@ -143,6 +146,7 @@ class Journal:
             elif self.point.epoch_random is not None:
                 set_random_states(self.point.epoch_random, self.device)
         self._begin(length)
+        self._look_at_accumulation(run)
         self._epoch_random = random_states(self.device)
         batches = songs()
         for _ in range(skipped):
@@ -259,8 +263,9 @@ class Journal:
         name = type(optimizer).__name__
         if point.optimizer is None or point.optimizer_class not in ("", name):
             optimizer.state.clear()
-            found = f"was made with {point.optimizer_class}, here it is {name}" if point.optimizer else "has none"
-            self.lines.append(f"⚠️ The optimizer's memory begins anew: the checkpoint {found}")
+            if point.optimizer is not None:
+                made_with = f"the checkpoint was made with {point.optimizer_class}, here it is {name}"
+                self.lines.append(f"⚠️ The optimizer's memory begins anew: {made_with}")
             return
         now = optimizer.state_dict()["param_groups"]
         same = point.scheduler is not None and _law(point.scheduler) == _law(self.scheduler.state_dict())
@@ -284,6 +289,31 @@ class Journal:
         assert self.point is not None
         done = self.point.steps_done
         return (self.point.epochs * length if done is None else done) - self._walked
+
+    def _look_at_accumulation(self, run: Run) -> None:
+        """Say it once when the epoch before took another number of optimizer steps than it should have.
+
+        Some versions of upstream forget to begin counting anew after an epoch whose length gradient accumulation does
+        not divide, and go on with shorter sums of gradients. They are left as they are: mending that would train
+        otherwise than upstream does, for turbo too.
+        """
+        each = getattr(run.training_config, "gradient_accumulation_steps", None)
+        done = int(self.scheduler.last_epoch) if self.scheduler is not None else 0
+        before, self._optimizer_steps = self._optimizer_steps, done
+        length = self._steps_per_epoch
+        if not isinstance(each, int) or each < 1 or not length or before is None or self._told_accumulation:
+            return
+        expected = -(-length // each)
+        if self._epochs_begun > 1 and done - before != expected:
+            self._told_accumulation = True
+            why = "the gradients of some steps were not finite and were left out."
+            if length % each:
+                why = (
+                    f"{length} steps an epoch are not divisible by --gradient-accumulation {each}, and this ACE-Step "
+                    "carries the rest over into the next epoch. Choose an accumulation that divides them."
+                )
+            took = f"{done - before} optimizer steps, expected {expected}"
+            self.lines.append(f"⚠️ Epoch {self._epochs_begun - 1} took {took}: {why}")
 
     def _begin(self, length: int) -> None:
         self._epochs_begun, self._in_epoch, self._steps_per_epoch = self._epochs_begun + 1, 0, length

@@ -20,12 +20,12 @@ from .files import move
 _NEW: Final = "saving"
 _OLD: Final = "replaced"
 
-_WRITTEN: Final = frozenset(
-    {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md", "training_config.json"}
-    | {"lokr_weights.safetensors", "lora_weights.pt", "model.pt", "training_state.pt", "resume_state.pt"}
+_WEIGHTS: Final = frozenset({"adapter_model.safetensors", "adapter_model.bin", "lokr_weights.safetensors"})
+_BESIDE_WEIGHTS: Final = frozenset(
+    {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
     | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors"}
 )
-"""Files that a save writes. Those of an earlier save go with it; anything else is the user's, and stays."""
+"""Files that belong to the weights beside them. When those are replaced, they go; anything else in a folder stays."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def published(stage: Path, folder: Path) -> Iterator[None]:
             except BaseException:
                 move(old, folder)
                 raise
-            _keep_what_is_not_ours(old, folder)
+            _keep_the_rest(old, folder)
             shutil.rmtree(old, ignore_errors=True)
         _sync_folder(folder.parent)
 
@@ -92,10 +92,12 @@ def settle_below(folder: Path) -> None:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
 
-def _keep_what_is_not_ours(old: Path, folder: Path) -> None:
-    for file in sorted(file for file in old.rglob("*") if file.is_file() and file.name not in _WRITTEN):
+def _keep_the_rest(old: Path, folder: Path) -> None:
+    """Move what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
+    for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
-        if not place.exists():
+        replaced = any((place.parent / name).is_file() for name in _WEIGHTS)
+        if not place.exists() and not (replaced and file.name in _WEIGHTS | _BESIDE_WEIGHTS):
             place.parent.mkdir(parents=True, exist_ok=True)
             move(file, place)
 

@@ -237,6 +237,7 @@ def train(
         options: Mapping[str, Any] | None = None,
         extra_plugins: Mapping[str, object] | None = None,
         handler: Any = None,
+        resume_from: str | None = None,
         **settings: Any,
     ) -> Trained:
         require_kind(kind)
@@ -276,14 +277,16 @@ def train(
             made = getattr(trainer, upstream.TRAINER_CLASS[kind])(
                 handler, adapter, known_fields(trainer.TrainingConfig, training)
             )
-            messages = [text for _, _, text in made.train_from_preprocessed(str(tensors), {"should_stop": False})]
+            more = {} if resume_from is None else {"resume_from": resume_from}
+            state = {"should_stop": False}
+            messages = [text for _, _, text in made.train_from_preprocessed(str(tensors), state, **more)]
         hook.remove()
-        state = torch.get_rng_state()
+        rng_state = torch.get_rng_state()
         weights = [*output.glob("final/**/*.safetensors")]
         return Trained(
             losses=list(made.module.training_losses) if made.module is not None else [],
             tensors=load_file(weights[0]) if weights else {},
-            rng_state=state,
+            rng_state=rng_state,
             messages=messages,
             output=output,
             timesteps=received["timestep"],

@@ -131,7 +131,7 @@ def saved(checkout, trainer, require_kind, tmp_path, monkeypatch):
         line += ["--rank", "4", "--alpha", "8", "--device", "cpu", "--acestep-root", checkout.root]
         line += ["--checkpoint-dir", checkout.checkpoints, "--dataset-dir", checkout.tensors]
         line += ["--val-split", "0.34"] if kind == "lora" and not checkout.real else []
-        line += ["--output-dir", tmp_path / "output", *options]
+        line += ["--output-dir", tmp_path / "output", "--overwrite", *options]
         finished = CliRunner().invoke(cli, [*map(str, line)], catch_exceptions=False)
         assert finished.exit_code == 0, finished.output
         with monkeypatch.context() as patched:
@@ -213,7 +213,7 @@ def places_told(files, *places):
     told = set()
     for folder in {file.parent for file in files}:
         for file in folder.iterdir():
-            if file.is_file() and file.name != "training_state.pt":
+            if file.is_file() and file.name not in ("training_state.pt", "resume_state.pt"):
                 text = file.read_bytes()
                 spellings = {spelling for place in places for spelling in (str(place), json.dumps(str(place))[1:-1])}
                 told |= {(file.name, spelling) for spelling in spellings if spelling.encode() in text}

@@ -7,6 +7,7 @@ import re
 
 import hook_reference
 import pytest
+import torch
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.run import ModelFacts
@@ -100,6 +101,22 @@ def test_acestep_step_finished(train, capsys, monkeypatch):
     done = train("base", "lora", plugins=(), extra_plugins={"example": watching})
     assert len(kept["timesteps"]) == len(done.losses) > 0
     assert all(t.equal(seen) for t, seen in zip(kept["timesteps"], done.timesteps, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_acestep_resume(train, trainer, load, kind, tmp_path):
+    done = train("base", kind)
+    (checkpoint,) = [place for place in (done.output / "checkpoints").iterdir() if "epoch_2" in place.name]
+    warm = train(
+        "base",
+        kind,
+        plugins=(),
+        extra_plugins={"example": example("acestep_resume")},
+        resume_from=str(checkpoint),
+        learning_rate=1e-30,  # changes nothing, so that what it began with can be seen
+    )
+    assert len(warm.losses) == len(done.losses)
+    assert all(torch.equal(warm.tensors[key], done.tensors[key]) for key in done.tensors)
 
 
 def test_acestep_adapter_saved(train, capsys):

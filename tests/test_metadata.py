@@ -79,7 +79,8 @@ def a_saved_adapter(tmp_path, model="acestep-v15-base", kind="lora", training=No
     folder.mkdir(parents=True, exist_ok=True)
     name = "adapter_model.safetensors" if kind == "lora" else "lokr_weights.safetensors"
     save_file({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}, folder / name)
-    acestep_adapter_saved(run=run, saved=SavedAdapter(folder / name, folder / name, kind, epoch=3, global_step=12))
+    saved = SavedAdapter(folder / name, folder / name, folder, kind, epoch=3, global_step=12)
+    acestep_adapter_saved(run=run, saved=saved)
     return json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
 
 

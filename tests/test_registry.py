@@ -104,8 +104,10 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_model_chosen",
         "acestep_options",
         "acestep_prepare_batch",
+        "acestep_resume",
         "acestep_run_started",
         "acestep_sample_timesteps",
+        "acestep_step_finished",
     ]
     assert set(loaded.resolve_options({})) == {
         "author",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import known_fields
 from safetensors.torch import load_file
+from sidestep_plugin.hooks.resuming import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl, upstream
 from sidestep_plugin.checkpoints import newest_checkpoint, read_checkpoint
@@ -43,6 +46,7 @@ def job(checkout, trainer, load, tmp_path, require_kind):
         resume_from=None,
         stop_at=None,
         options=None,
+        songs=checkout.tensors,
         **settings,
     ):
         require_kind(kind)
@@ -79,7 +83,7 @@ def job(checkout, trainer, load, tmp_path, require_kind):
                 load(model), adapter, known_fields(trainer.TrainingConfig, training)
             )
             more = {} if resume_from is None else {"resume_from": str(resume_from)}
-            said.extend(text for *_, text in made.train_from_preprocessed(str(checkout.tensors), state, **more))
+            said.extend(text for *_, text in made.train_from_preprocessed(str(songs), state, **more))
         weights = [*output.glob("final/**/*.safetensors")]
         assert weights or stop_at is not None, said
         return load_file(weights[0]) if weights else {}
@@ -221,6 +225,51 @@ def test_a_checkpoint_by_upstream_alone_gives_its_weights(job):
     assert any("does not say for which model" in line for line in job.said)
     assert any("has no random states" in line for line in job.said)
     job("further", max_epochs=8, resume_from=folder)
+
+
+# -- what upstream does ---------------------------------------------------------------------------------------------
+
+
+def test_other_songs_of_the_same_number_are_told(job, checkout, tmp_path):
+    job("whole", max_epochs=3)
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    job("again", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
+    assert not any("songs are not the files" in line for line in job.said)
+    (songs / "song_01.pt").rename(songs / "song_99.pt")
+    if (songs / "manifest.json").is_file():
+        (songs / "manifest.json").unlink()
+    job("other", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
+    assert any("songs are not the files" in line for line in job.said)
+
+
+def test_a_rest_that_upstream_carries_over_is_told_once(job):
+    """Steps that accumulation does not divide: right in some versions, carried over in others, never silent."""
+    job("whole", gradient_accumulation_steps=2, log_every_n_steps=100)
+    told = [line for line in job.said if "not divisible by --gradient-accumulation 2" in line]
+    schedules = [
+        json.loads(file.read_text(encoding="utf-8"))["global_step"]
+        for file in job.output.rglob("training_config.json")
+        if "epoch_6" in str(file)
+    ]
+    if schedules == [12]:  # two optimizer steps in each of six epochs, as it should be
+        assert not told
+    else:
+        assert len(told) == 1, job.said
+
+
+def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
+    job("whole", max_epochs=3)
+    folder = checkpoint_of(job.output / "whole", 3)
+    said = keep_resume_state(
+        run=SimpleNamespace(tensor_dir=None),
+        saved=SimpleNamespace(
+            folder=folder,
+            resume_point=read_checkpoint(folder).point,
+            destination=folder.with_name("epoch_3_loss_0.0000") / "adapter" / "adapter_model.safetensors",
+        ),
+    )
+    mean = float(read_checkpoint(folder).point.losses[-3:].mean())
+    assert said == [f"Note: ACE-Step names this checkpoint loss_0.0000; the mean loss of its epoch was {mean:.4f}."]
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_without_a_plugin_it_trains_as_upstream(run, train, checkout, tmp_path):
 def test_a_lokr_beside_an_earlier_lora_gets_its_own_description(run, require_kind, tmp_path):
     require_kind("lokr")
     assert run("--model", "base", *QUICK).exit_code == 0
-    result = run("--model", "base", "--adapter-type", "lokr", *QUICK)
+    result = run("--model", "base", "--adapter-type", "lokr", "--overwrite", *QUICK)
     assert result.exit_code == 0, result.output
     final = tmp_path / "output" / "final"
     assert f"Adapter: {final}\n" in result.output

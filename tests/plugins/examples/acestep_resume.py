@@ -1,0 +1,11 @@
+"""Takes from a checkpoint its weights alone: epochs, optimizer and learning rate begin anew."""
+
+from sidestep_plugin import hookimpl
+from sidestep_plugin.checkpoints import read_checkpoint
+from sidestep_plugin.resume import ResumePoint
+
+
+@hookimpl
+def acestep_resume(run, folder):
+    point = read_checkpoint(folder).point
+    return ResumePoint(epochs=0, steps=0, weights=point.weights, parameters=point.parameters)
