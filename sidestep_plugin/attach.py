@@ -422,7 +422,8 @@ class Attachment:
             if point is not None:
                 call.arguments.pop("resume_from", None)
             if self._resumes:
-                run.journal = Journal(_device_of(trainer), point)
+                each = getattr(run.training_config, "gradient_accumulation_steps", 0)
+                run.journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
             state = call.arguments.get("training_state")
             yield from self._followed(run, trainer, original(*call.args, **call.kwargs), state)
 

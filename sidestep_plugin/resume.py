@@ -80,6 +80,7 @@ class Journal:
     Args:
         device: where the run computes.
         point: where to go on; None for a run from the start.
+        accumulation: training steps of an optimizer step; 0 when unknown.
 
     Attributes:
         catching_up: whether upstream's loop still walks over steps that an earlier run has done.
@@ -89,7 +90,7 @@ class Journal:
         ending: whether the run has stopped or failed, and is saved as it is.
     """
 
-    def __init__(self, device: torch.device, point: ResumePoint | None = None) -> None:
+    def __init__(self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0) -> None:
         self.device = device
         self.point = point
         self.catching_up = point is not None
@@ -102,7 +103,8 @@ class Journal:
         self._epoch_random: dict[str, Any] | None = None
         self._walked = self._validated = 0
         self._checked = self._told_accumulation = False
-        self._optimizer_steps: int | None = None
+        self._accumulation = accumulation
+        self._optimizer_steps = 0
 
     @property
     def walking(self) -> bool:
@@ -123,6 +125,8 @@ class Journal:
 
     def record(self, loss: torch.Tensor, training: bool) -> None:
         """Remember the loss of a step that was computed."""
+        if training:
+            self._look_at_accumulation()
         (self._losses if training else self._validation).append(loss.detach())
         self._in_epoch += training
 
@@ -146,7 +150,6 @@ class Journal:
             elif self.point.epoch_random is not None:
                 set_random_states(self.point.epoch_random, self.device)
         self._begin(length)
-        self._look_at_accumulation(run)
         self._epoch_random = random_states(self.device)
         batches = songs()
         for _ in range(skipped):
@@ -290,30 +293,23 @@ class Journal:
         done = self.point.steps_done
         return (self.point.epochs * length if done is None else done) - self._walked
 
-    def _look_at_accumulation(self, run: Run) -> None:
-        """Say it once when the epoch before took another number of optimizer steps than it should have.
+    def _look_at_accumulation(self) -> None:
+        """Say it once when an optimizer step came at another place of the epoch than accumulation puts it.
 
         Some versions of upstream forget to begin counting anew after an epoch whose length gradient accumulation does
         not divide, and go on with shorter sums of gradients. They are left as they are: mending that would train
         otherwise than upstream does, for turbo too.
         """
-        each = getattr(run.training_config, "gradient_accumulation_steps", None)
         done = int(self.scheduler.last_epoch) if self.scheduler is not None else 0
-        before, self._optimizer_steps = self._optimizer_steps, done
-        length = self._steps_per_epoch
-        if not isinstance(each, int) or each < 1 or not length or before is None or self._told_accumulation:
+        if done == self._optimizer_steps:
             return
-        expected = -(-length // each)
-        if self._epochs_begun > 1 and done - before != expected:
+        self._optimizer_steps = done
+        if self._accumulation and self._in_epoch % self._accumulation and not self._told_accumulation:
             self._told_accumulation = True
-            why = "the gradients of some steps were not finite and were left out."
-            if length % each:
-                why = (
-                    f"{length} steps an epoch are not divisible by --gradient-accumulation {each}, and this ACE-Step "
-                    "carries the rest over into the next epoch. Choose an accumulation that divides them."
-                )
-            took = f"{done - before} optimizer steps, expected {expected}"
-            self.lines.append(f"⚠️ Epoch {self._epochs_begun - 1} took {took}: {why}")
+            self.lines.append(
+                f"⚠️ ACE-Step carries gradients over from one epoch to the next: {self._steps_per_epoch} steps an epoch "
+                f"are not divisible by --gradient-accumulation {self._accumulation}. Choose one that divides them."
+            )
 
     def _begin(self, length: int) -> None:
         self._epochs_begun, self._in_epoch, self._steps_per_epoch = self._epochs_begun + 1, 0, length
