@@ -479,6 +479,15 @@ class Attachment:
 
     def _point(self, run: Run, folder: str | Path) -> ResumePoint | None:
         """Where the plugin that resumes says that a run goes on; None leaves that to upstream. Raises Refusal."""
+        guard = getattr(self.trainer, "safe_path", None)
+        try:
+            # The app may be open to strangers: what they may not read, a checkpoint is not looked for in either.
+            folder = guard(str(folder)) if callable(guard) else folder
+        except ValueError:
+            raise Refusal(
+                f"The checkpoint {folder} lies outside of the folders that ACE-Step may read. Copy it into the "
+                "checkout's folder, or resume on the command line: acestep-train --resume-from."
+            ) from None
         for plugin, point in self.registry.call("acestep_resume", run=run, folder=Path(folder)):
             if not isinstance(point, ResumePoint):
                 raise PluginError(

@@ -25,16 +25,22 @@ COMMANDS = [
     if line.startswith("acestep-train ")
 ]
 
+GOING_ON = [command for command in COMMANDS if "--resume-from latest" in command]
+
 
 @pytest.fixture(scope="module")
 def output(checkout, trainer, tmp_path_factory):
     """The folder of a training, made by the page's own training command."""
     folder = tmp_path_factory.mktemp("output") / "jazz"
-    (training,) = [command for command in COMMANDS if "--dataset-dir" in command]
+    (training,) = [command for command in COMMANDS if "--dataset-dir" in command and command not in GOING_ON]
     place = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints)]
-    done = run(training, checkout, folder, *place, "--epochs", "1", "--rank", "4", "--alpha", "16")
+    settings = ["--rank", "4", "--alpha", "16", "--save-every", "1"]
+    done = run(training, checkout, folder, *place, *settings, "--epochs", "1")
     assert done.exit_code == 0, done.output
     assert "For ComfyUI: " in done.output
+    for command in GOING_ON:
+        done = run(command, checkout, folder, *place, *settings, "--epochs", "2")
+        assert done.exit_code == 0 and "✅ Resumed: " in done.output, done.output
     return folder
 
 

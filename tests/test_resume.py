@@ -46,6 +46,7 @@ def job(checkout, trainer, load, tmp_path, require_kind):
         stop_at=None,
         options=None,
         songs=checkout.tensors,
+        listen=lambda state: True,
         **settings,
     ):
         require_kind(kind)
@@ -82,7 +83,10 @@ def job(checkout, trainer, load, tmp_path, require_kind):
                 load(model), adapter, known_fields(trainer.TrainingConfig, training)
             )
             more = {} if resume_from is None else {"resume_from": str(resume_from)}
-            said.extend(text for *_, text in made.train_from_preprocessed(str(songs), state, **more))
+            for *_, text in made.train_from_preprocessed(str(songs), state, **more):
+                said.append(text)
+                if not listen(state):
+                    break
         weights = [*output.glob("final/**/*.safetensors")]
         assert weights or stop_at is not None, said
         return load_file(weights[0]) if weights else {}
@@ -149,6 +153,28 @@ def test_a_training_that_is_stopped_again_and_again(job):
     for steps in (3, 1, 4):
         job("stopped", stop_at=steps, resume_from=job.output / "stopped" / "interrupted")
     assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_listens_may_break_off(job, kind):
+    """As the app's server does after its stop button: it does not wait for upstream to notice."""
+    whole = job("whole", kind)
+    job("stopped", kind, stop_at=5, listen=lambda state: not state["should_stop"])
+    assert "after 5 training steps" in job.said[-1]
+    assert same(whole, job("stopped", kind, resume_from=job.output / "stopped" / "interrupted"))
+
+
+def test_whoever_breaks_off_without_stopping_gets_no_checkpoint(job):
+    job("left", stop_at=50, listen=lambda state: False)
+    assert not (job.output / "left" / "interrupted").exists()
+
+
+def test_a_checkpoint_outside_of_the_folders_that_the_app_may_read(job, trainer):
+    if not hasattr(trainer, "safe_path"):
+        pytest.skip("this version has no path guard")
+    with pytest.raises(AssertionError):
+        job("resumed", resume_from="/usr")
+    assert "lies outside of the folders that ACE-Step may read" in job.said[-1]
 
 
 def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, trainer):

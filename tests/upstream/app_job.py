@@ -1,7 +1,8 @@
 """One training as ACE-Step's own app or HTTP server starts it, and a record of what the decoder received.
 
-    app_job.py REPORT gradio|http CHECKPOINTS TENSORS MODEL ...
+    app_job.py REPORT gradio|http|stop CHECKPOINTS TENSORS MODEL ...
 
+With "stop" the app's button is pressed in the midst of the training, which is then resumed from what that saved.
 Knows nothing of this project: it is run in a patched checkout, and by ``acestep-train run``, and the record tells
 whether the plugin was there. Several models are trained one after the other in one process, as people do in the app.
 """
@@ -48,6 +49,20 @@ def by_gradio(handler: Any, output: str) -> list[str]:
     return [str(row[0]) for row in start_training()(TENSORS, handler, *numbers, output, "", state)]
 
 
+def stopped_and_resumed(handler: Any, output: str) -> list[str]:
+    """As people do it: a stop button that sets a flag, and the folder typed into the field for a checkpoint."""
+    numbers = (4, 8, 0.0, 1e-3, 6, 3, 1, 100, SHIFT_MOVED, 7)
+    told = []
+    state: dict[str, Any] = {}
+    for row in start_training()(TENSORS, handler, *numbers, output, "", state):
+        told.append(str(row[0]))
+        state["should_stop"] = state.get("should_stop", False) or "Step 10" in told[-1]
+    handler = load(MODELS[0])
+    return told + [
+        str(row[0]) for row in start_training()(TENSORS, handler, *numbers, output, f"{output}/interrupted", {})
+    ]
+
+
 def by_http(handler: Any, output: str) -> list[str]:
     from acestep.api.train_api_lora_start_route import register_lora_training_start_route
     from fastapi import FastAPI
@@ -88,6 +103,7 @@ for number, name in enumerate(MODELS):
 
     handler.model.decoder.register_forward_pre_hook(note, with_kwargs=True)
     del log[:]
-    messages = (by_gradio if HOW == "gradio" else by_http)(handler, f"output/{number}")
+    how = {"gradio": by_gradio, "http": by_http, "stop": stopped_and_resumed}[HOW]
+    messages = how(handler, f"output/{number}")
     trained.append({"model": name, "t": seen, "dropped": dropped, "messages": messages, "log": list(log)})
 Path(REPORT).write_text(json.dumps(trained), encoding="utf-8")

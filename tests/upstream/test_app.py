@@ -39,7 +39,7 @@ def job(checkout, tmp_path):
     work = tmp_path / "work"  # upstream's path guard accepts what lies under the current directory
     shutil.copytree(checkout.tensors, work / "tensors")
 
-    def run(root, how, *front, environment=None, hide=False):
+    def run(root, how, *front, environment=None, hide=False, models=MODELS):
         stand_in = work / "stand-in"
         (stand_in / "torchaudio").mkdir(parents=True, exist_ok=True)
         (stand_in / "torchaudio" / "__init__.py").write_text("from . import transforms\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def job(checkout, tmp_path):
         hidden = "import sys\nsys.modules['sidestep_plugin'] = None\n" if hide else ""
         (stand_in / "sitecustomize.py").write_text(hidden, encoding="utf-8")
         report = work / "report.json"
-        words = [str(JOB), str(report), how, str(checkout.checkpoints), "tensors", *MODELS]
+        words = [str(JOB), str(report), how, str(checkout.checkpoints), "tensors", *models]
         path = os.pathsep.join([str(stand_in), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         done = subprocess.run(
             [*(front or [sys.executable]), *words],
@@ -107,6 +107,17 @@ def test_a_patched_checkout_trains_each_model_right(copy, job, how):
 def test_run_trains_each_model_right(checkout, job, how):
     run = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "run", "--plugin", "sidestep"]
     assert_right(*job(checkout.root, how, *run, "--acestep-root", str(checkout.root), "--"))
+
+
+def test_the_apps_stop_button_saves_and_the_app_goes_on_from_there(copy, job):
+    assert patching.apply(copy)
+    trained, work = job(copy, "stop", models=MODELS[:1])
+    messages = trained[MODELS[0]]["messages"]
+    assert "❌" not in "".join(messages), messages
+    assert (work / "output" / "0" / "interrupted" / "resume_state.pt").is_file()
+    assert any("Saved as it was after 10 training steps" in line for line in trained[MODELS[0]]["log"] + messages)
+    assert any(re.search(r"Resumed: (\d+) of \1 tensors of the adapter, epoch 6, after 10", line) for line in messages)
+    assert list((work / "output" / "0").glob("final/**/*.safetensors"))
 
 
 @pytest.mark.parametrize("without", ["not installed", "no plugins named", "not patched", "reverted"])
