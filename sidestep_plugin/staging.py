@@ -19,6 +19,7 @@ from .files import move
 
 _NEW: Final = "saving"
 _OLD: Final = "replaced"
+_RANDOM: Final = "[0-9a-f]" * 8
 
 _WEIGHTS: Final = frozenset({"adapter_model.safetensors", "adapter_model.bin", "lokr_weights.safetensors"})
 _BESIDE_WEIGHTS: Final = frozenset(
@@ -47,28 +48,36 @@ def staged(folder: Path) -> Iterator[Path]:
 def published(stage: Path, folder: Path) -> Iterator[None]:
     """Put what was staged in its place: also when a plugin failed in the block, for upstream itself has not.
 
+    Not when it was broken off (Ctrl-C): what lacks a part would look whole.
+
     Raises:
         OSError: it cannot be put there. The earlier folder is as it was.
     """
-    import shutil
-
     try:
         yield
-    finally:
-        _to_disk(stage)
-        if not folder.exists():
+    except Exception:
+        _put(stage, folder)
+        raise
+    _put(stage, folder)
+
+
+def _put(stage: Path, folder: Path) -> None:
+    import shutil
+
+    _to_disk(stage)
+    if not folder.exists():
+        move(stage, folder)
+    else:
+        old = stage.with_suffix(f".{_OLD}")
+        move(folder, old)
+        try:
             move(stage, folder)
-        else:
-            old = stage.with_suffix(f".{_OLD}")
-            move(folder, old)
-            try:
-                move(stage, folder)
-            except BaseException:
-                move(old, folder)
-                raise
-            _keep_the_rest(old, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(folder.parent)
+        except BaseException:
+            move(old, folder)
+            raise
+        _keep_the_rest(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(folder.parent)
 
 
 def settle(folder: Path) -> None:
@@ -76,7 +85,7 @@ def settle(folder: Path) -> None:
     import glob
     import shutil
 
-    beside = f".{glob.escape(folder.name)}.*."
+    beside = f".{glob.escape(folder.name)}.{_RANDOM}."
     for old in sorted(folder.parent.glob(beside + _OLD)):
         if not folder.exists():
             move(old, folder)
@@ -88,7 +97,7 @@ def settle(folder: Path) -> None:
 
 def settle_below(folder: Path) -> None:
     """The same for every folder below one."""
-    for left in [*folder.rglob(f".*.*.{_OLD}"), *folder.rglob(f".*.*.{_NEW}")]:
+    for left in [*folder.rglob(f".*.{_RANDOM}.{_OLD}"), *folder.rglob(f".*.{_RANDOM}.{_NEW}")]:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
 

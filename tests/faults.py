@@ -165,7 +165,6 @@ class Faults:
         self.counts[fault, "finished, bit for bit as without" if same else "finished otherwise"] += 1
         if not same:
             self.losses.append(f"{fault}: the finished {kind} is another one: {' | '.join(history)}")
-            shutil.copytree(output, f"/tmp/w/bad-{len(self.losses)}", dirs_exist_ok=True)
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
@@ -179,6 +178,7 @@ class Faults:
     def kills(self, wanted: int) -> None:
         """SIGKILL at random moments, again and again until a training gets through; some with Ctrl-C before."""
         while self.counts["killed", "kills"] < wanted:
+            print(f"{self.counts['killed', 'kills']} of {wanted} killed", end="\r", file=sys.stderr, flush=True)
             kind = self.draw.choice(["lora", "lokr"])
             with self.folder() as output:
                 history = []

@@ -156,9 +156,9 @@ MUTATIONS = [
     Mutation(
         "adapters saved in place",
         "sidestep_plugin/attach.py",
-        "                with _published(stage, folder):",
-        "                import shutil as s; s.copytree(stage, folder, dirs_exist_ok=True)\n"
-        "                with _published(stage, folder):",
+        "                    with published(stage, folder):",
+        "                    import shutil as s; s.copytree(stage, folder, dirs_exist_ok=True)\n"
+        "                    with published(stage, folder):",
         "tests/test_kills.py",
     ),
     Mutation(
@@ -174,6 +174,55 @@ MUTATIONS = [
         "for name, plugin in implementing if name == self.wins",
         "for name, plugin in implementing if name != self.wins",
         "tests/test_plugins_of_others.py",
+    ),
+    Mutation(
+        "a resumed adapter that keeps its fresh weights, as upstream's does",
+        "sidestep_plugin/resume.py",
+        "                tensor.copy_(point.weights[name])",
+        "                pass",
+        "tests/test_resume.py::test_three_and_three_epochs_are_six",
+    ),
+    Mutation(
+        "a fresh optimizer after resuming",
+        "sidestep_plugin/resume.py",
+        '{"state": point.optimizer["state"], "param_groups": groups}',
+        '{"state": {}, "param_groups": groups}',
+        "tests/test_resume.py::test_three_and_three_epochs_are_six",
+    ),
+    Mutation(
+        "other random numbers after resuming",
+        "sidestep_plugin/resume.py",
+        "        if point.random is not None:\n            set_random_states(point.random, self.device)",
+        "        if False:\n            pass",
+        "tests/test_resume.py::test_three_and_three_epochs_are_six",
+    ),
+    Mutation(
+        "another order of the songs after a stop in the midst of an epoch",
+        "sidestep_plugin/resume.py",
+        "                set_random_states(self.point.epoch_random, self.device)",
+        "                pass",
+        "tests/test_resume.py::test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not",
+    ),
+    Mutation(
+        "gradients that waited are forgotten",
+        "sidestep_plugin/resume.py",
+        "                weight.grad = None if gradient is None else gradient.to(weight.device, copy=True)",
+        "                pass",
+        "tests/test_resume.py::test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not",
+    ),
+    Mutation(
+        "a save that Ctrl-C broke off is published",
+        "sidestep_plugin/staging.py",
+        "    except Exception:\n        _put(stage, folder)",
+        "    except BaseException:\n        _put(stage, folder)",
+        "tests/test_staging.py",
+    ),
+    Mutation(
+        "a checkpoint's files are not compared with what was saved",
+        "sidestep_plugin/checkpoints.py",
+        "        if found != expected:",
+        "        if False:",
+        "tests/test_resume.py::test_whatever_is_cut_off_or_missing_is_refused",
     ),
 ]
 

@@ -34,22 +34,19 @@ def test_every_other_command_has_a_test():
         for line in block.splitlines()
         if re.match(r"(pip|python|acestep-train)\b", line)
     }
-    assert (
-        commands
-        == {
-            "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
-            "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
-            # test_docs.py
+    assert commands == {
+        "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
+        "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
+        # test_docs.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
-            "acestep-train check",  # below
-            "acestep-train run --plugin sidestep -- acestep",  # test_running.py, upstream/test_app.py
-            "acestep-train patch apply",  # test_patching.py
-            "acestep-train patch revert",  # test_patching.py
-            "acestep-train inspect OUTPUT",  # test_docs.py
-            "acestep-train export OUTPUT --to comfyui",  # test_docs.py
-            "python -m pytest --acestep-root DIR",  # below
-        }
-    )
+        "acestep-train check",  # below
+        "acestep-train run --plugin sidestep -- acestep",  # test_running.py, upstream/test_app.py
+        "acestep-train patch apply",  # test_patching.py
+        "acestep-train patch revert",  # test_patching.py
+        "acestep-train inspect OUTPUT",  # test_docs.py
+        "acestep-train export OUTPUT --to comfyui",  # test_docs.py
+        "python -m pytest --acestep-root DIR",  # below
+    }
 
 
 def cli(*arguments, cwd):
