@@ -174,6 +174,15 @@ def decide_treatment(
     )
 
 
+def law_of(facts: ModelFacts) -> tuple[float, float] | None:
+    """mu and sigma of the model's own training law, for every variant; None when its config lacks or garbles them."""
+    try:
+        mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
+    except Refusal:
+        return None
+    return (mu, sigma) if sigma > 0.0 else None
+
+
 def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, int]:
     """Shift and number of steps to generate with, for a variant and, of turbo models, the one of that name.
 

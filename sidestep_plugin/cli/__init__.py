@@ -16,6 +16,8 @@ from .inspect import inspect
 from .patch import patch
 from .plugins import plugins
 from .run import run
+from .schedule import schedule
+from .timesteps import timesteps
 from .train import train
 
 
@@ -39,6 +41,8 @@ def cli() -> None:
         acestep-train run --plugin sidestep -- acestep
     Ask whether your ACE-Step fits:
         acestep-train check
+    See at which timesteps a model would be trained:
+        acestep-train timesteps --model base
     Ask an adapter what it is and how to use it:
         acestep-train inspect PATH
 
@@ -51,6 +55,8 @@ cli.add_command(check)
 cli.add_command(inspect)
 cli.add_command(export)
 cli.add_command(run)
+cli.add_command(timesteps)
+cli.add_command(schedule)
 cli.add_command(patch)
 cli.add_command(demo)
 cli.add_command(plugins)

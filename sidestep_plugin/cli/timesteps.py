@@ -1,0 +1,117 @@
+"""``acestep-train timesteps``: the distribution of training timesteps, as text and as a picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidestep_plugin.errors import Refusal
+
+from .commands import Place, PluginCommand, echo_json
+from .train import FOLDER, PLUGIN, WINS
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@click.command(cls=PluginCommand, default_plugins=("sidestep",))
+@click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
+@click.option("--acestep-root", type=FOLDER, help="Your ACE-Step 1.5 checkout. [default: as for train]")
+@click.option("--checkpoint-dir", type=FOLDER, help="Folder of models. [default: as for train]")
+@click.option(
+    "--draws", type=click.IntRange(1000, 10_000_000), default=100_000, show_default=True, help="Timesteps to draw."
+)
+@click.option("--bands", type=click.IntRange(4, 100), default=20, show_default=True, help="Rows of the table.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="Random seed.")
+@click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Draw a picture, too (needs matplotlib).")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@PLUGIN
+@WINS
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+def timesteps(
+    model: str,
+    acestep_root: Path | None,
+    checkpoint_dir: Path | None,
+    draws: int,
+    bands: int,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+    plugins: tuple[str, ...],
+    wins: str | None,
+    options: dict[str, Any],
+) -> None:
+    """Show which timesteps a model would be trained at: by ACE-Step alone, by its own law, and with the plugin.
+
+    Nothing is loaded but the model's config.json. What the plugin samples is really drawn from it, by the code that
+    trains.
+
+    \b
+    Example:
+        acestep-train timesteps --model base --plot timesteps.png
+    """
+    import torch
+
+    from sidestep_plugin import distributions
+    from sidestep_plugin.launch import checkpoint_folder, find_model
+    from sidestep_plugin.registry import Registry
+    from sidestep_plugin.rehearsal import rehearse
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.schedule import TURBO_STEPS, inference_timesteps
+    from sidestep_plugin.upstream import find_root
+    from sidestep_plugin.variant import law_of
+
+    if plot is not None:
+        _check_plot(plot)
+    registry = Registry.load(plugins, wins)
+    folder = find_model(model, checkpoint_folder(checkpoint_dir, find_root(acestep_root)))
+    rehearsal = rehearse(registry, folder, registry.resolve_options(options))
+    schedule = inference_timesteps(distributions.TRAINERS_SHIFT, TURBO_STEPS)
+    torch.manual_seed(seed)
+    drawn = rehearsal.timesteps(draws)
+    if drawn is None:  # the plugin leaves it to ACE-Step's own sampler
+        drawn = torch.tensor(schedule)[torch.randint(len(schedule), (draws,))]
+    law = law_of(ModelFacts.from_folder(folder))
+    columns = [distributions.of_the_trainer("ACE-Step's trainer", bands)]
+    if law is not None:
+        columns.append(distributions.of_the_law("the model's own law", *law, bands))
+    columns.append(distributions.of_values(f"with {', '.join(registry.names)}", drawn.tolist(), bands))
+    if plot is not None:
+        figure = distributions.draw(f"Training timesteps of {folder.name}", schedule, law, drawn, columns[-1].name)
+        distributions.save_picture(figure, plot)
+    if as_json:
+        names = ("trainer", "law", "plugins") if law is not None else ("trainer", "plugins")
+        echo_json({"model": folder.name, "bands": bands} | {n: vars(c) for n, c in zip(names, columns, strict=True)})
+        return
+    for line in rehearsal.lines:
+        click.echo(line)
+    click.echo("Share of the training steps by t (1 is pure noise), and median with the range of 90 %:\n")
+    for line in distributions.as_text(columns, block=_block()):
+        click.echo(line)
+    if plot is not None:
+        click.echo(f"\nPicture: {plot}")
+
+
+def _check_plot(plot: Path) -> None:
+    """Raises Refusal for a file that could not be drawn."""
+    import importlib.util
+
+    if plot.suffix.lower() not in _PICTURES:
+        raise Refusal(
+            f"--plot {plot} is no {', '.join(_PICTURES)} file. Name the picture so, as in --plot timesteps.png"
+        )
+    if not plot.absolute().parent.is_dir():
+        raise Refusal(f"No folder {plot.absolute().parent} for the picture. Make it first, or name another --plot.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Refusal("A picture needs matplotlib, which is not installed here: pip install 'sidestep-plugin[plot]'")
+
+
+def _block() -> str:
+    """A full block where the console has it, else a plain sign."""
+    try:
+        "█".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "#"
+    return "█"
