@@ -6,6 +6,7 @@
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resuming             checkpoints from which a training really goes on
+    training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
 Nothing in here imports torch at import time, so that ``--help`` can list the options at once.
 """
@@ -23,17 +24,21 @@ from .loss_watch import acestep_step_finished
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .resuming import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
+from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 
 __all__ = [
     "acestep_adapter_saved",
+    "acestep_epoch_finished",
     "acestep_model_chosen",
     "acestep_options",
     "acestep_prepare_batch",
     "acestep_resume",
+    "acestep_run_ended",
     "acestep_run_started",
     "acestep_sample_timesteps",
     "acestep_step_finished",
     "keep_resume_state",
+    "note_step",
 ]
 
 

@@ -7,7 +7,7 @@ draws its noise, which is the order of random draws in the models' own ``forward
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.run import Step
@@ -16,6 +16,10 @@ from .model_treatment import treatment_of
 
 if TYPE_CHECKING:
     import torch
+
+
+DROPPED: Final = "sidestep.dropped"
+"""Where a run keeps which rows were dropped, a tensor a step, until the epoch is summed up."""
 
 
 @hookimpl
@@ -34,6 +38,7 @@ def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, 
             "were preprocessed with another model. Preprocess them again with this one."
         )
     dropped = torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio
+    step.run.state.setdefault(DROPPED, []).append(dropped)
     if step.device.type == "cpu" and not dropped.any():
         return None  # nothing to copy; on a GPU, asking would wait for it
     return {"encoder_hidden_states": torch.where(dropped.view(-1, 1, 1), null, conditions)}

@@ -12,11 +12,12 @@ import inspect
 import os
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -319,6 +320,7 @@ class Attachment:
         )
         if self.registry.implements("acestep_sample_timesteps") or looked_at:
             replace(trainer, upstream.SAMPLER, self._wrap_sampler)
+        watches_saves = self.registry.implements("acestep_adapter_saved")
         for kind in kinds:
             module_class = getattr(trainer, upstream.MODULE_CLASS[kind])
             if kind in misfits:
@@ -329,9 +331,9 @@ class Attachment:
             replace(module_class, "training_step", partial(self._wrap_step, kind=kind))
             replace(trainer_class, "train_from_preprocessed", partial(self._wrap_train, kind=kind))
             for name in upstream.SAVE_FUNCTIONS[kind]:
-                if hasattr(trainer, name) and self.registry.implements("acestep_adapter_saved"):
+                if hasattr(trainer, name) and (watches_saves or self._keeps_journal):
                     replace(trainer, name, partial(self._wrap_save, kind=kind))
-        if self._resumes:
+        if self._keeps_journal:
             for owner, name, make in self._journal_seams():
                 replace(owner, name, make)
         if self.allowed_folders:
@@ -341,8 +343,13 @@ class Attachment:
 
     @property
     def _resumes(self) -> bool:
-        """Whether runs keep a journal, from which they can be resumed."""
+        """Whether a plugin reads checkpoints, so that runs can be resumed and are worth saving when they stop."""
         return self.registry.implements("acestep_resume")
+
+    @property
+    def _keeps_journal(self) -> bool:
+        """Whether any plugin needs what a run's journal knows."""
+        return any(map(self.registry.implements, ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended")))
 
     @property
     def _sampler(self) -> str | None:
@@ -421,9 +428,10 @@ class Attachment:
                 return
             if point is not None:
                 call.arguments.pop("resume_from", None)
-            if self._resumes:
+            if self._keeps_journal:
                 each = getattr(run.training_config, "gradient_accumulation_steps", 0)
                 run.journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
+                run.journal.epoch_finished = partial(self._epoch_finished, trainer)
             state = call.arguments.get("training_state")
             yield from self._followed(run, trainer, original(*call.args, **call.kwargs), state)
 
@@ -453,8 +461,11 @@ class Attachment:
                 if report is None:
                     break
                 step, loss, text = report
+                if journal.finished:
+                    for line in self._summed_up(run, "finished"):
+                        yield step, loss, line
                 if text.startswith("❌"):
-                    for line in self._saved_after(run, trainer, failed=True):
+                    for line in [*self._summed_up(run, "failed"), *self._saved_after(run, trainer, failed=True)]:
                         yield step, loss, line
                     yield step, loss, _with_advice(text, run, trainer)
                 elif journal.unsaved and text.startswith("💾"):
@@ -465,11 +476,11 @@ class Attachment:
                 yield 0, 0.0, f"❌ {_DETACHED}"
                 return
             if _stopped(state):
-                for line in self._saved_after(run, trainer):
+                for line in [*self._summed_up(run, "stopped"), *self._saved_after(run, trainer)]:
                     yield step, loss, line
         except GeneratorExit:  # whoever listens has stopped it, and listens no more
-            if _stopped(state) and self.attached:
-                for line in self._saved_after(run, trainer):
+            if _stopped(state) and self.attached and journal is not None:
+                for line in [*self._summed_up(run, "stopped"), *self._saved_after(run, trainer)]:
                     self._announce(line)
             raise
         finally:
@@ -501,7 +512,7 @@ class Attachment:
     def _saved_after(self, run: Run, trainer: Any, *, failed: bool = False) -> list[str]:
         """Save a run that ends before its end, so that it can be resumed | returns lines for the user."""
         journal = run.journal
-        if journal is None or journal.finished or journal.catching_up or journal.computed == 0:
+        if journal is None or not self._resumes or journal.finished or journal.catching_up or not journal.computed:
             return []
         module, save, checkpoint = trainer.module, *upstream.SAVE_FUNCTIONS[run.adapter_type]
         point = journal.here(run, failed=failed)
@@ -529,6 +540,36 @@ class Attachment:
             return [f"⚠️ What was trained since the newest checkpoint could not be saved: {reason}"]
         self.interrupted = upstream.place_of(self.trainer, str(folder))
         return [f"💾 Saved as it was after {journal.steps} training steps: {self.interrupted}"]
+
+    def _summed_up(self, run: Run, ending: str) -> list[str]:
+        """What plugins have to say of a run that has ended, once."""
+        journal = run.journal
+        if journal is None or journal.summed_up or journal.computed == 0 or (ending != "finished" and journal.finished):
+            return []
+        journal.summed_up = True
+        folder = upstream.place_of(self.trainer, run.training_config.output_dir)
+        told: list[str] = []
+        try:
+            for plugin, lines in self.registry.call("acestep_run_ended", run=run, ending=ending, folder=folder):
+                told += _checked_lines(plugin, "acestep_run_ended", lines)
+        except Refusal as refusal:  # the adapter is saved, or is about to be: a summary is not worth losing it
+            told.append(f"⚠️ {refusal}")
+        return told
+
+    def _epoch_finished(self, trainer: Any, run: Run, epoch: int, loss: float) -> None:
+        """Put what plugins return of an epoch into upstream's log. Raises Refusal."""
+        loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
+        for plugin, entries in self.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
+            if not isinstance(entries, Mapping):
+                raise PluginError(
+                    f"Plugin {plugin!r} returned {_described(entries)} from acestep_epoch_finished, expected numbers "
+                    "and tensors by name."
+                )
+            for logger, (name, value) in product(loggers, entries.items()):
+                if isinstance(value, int | float):
+                    logger.log_metrics({name: value}, epoch)
+                elif hasattr(logger.experiment, "add_histogram"):
+                    logger.experiment.add_histogram(name, value, epoch)
 
     def _journal_seams(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         """Where a run's journal looks in. A version without them trains all the same, and cannot be resumed."""
@@ -723,10 +764,14 @@ class Attachment:
     def _ask_and_say(self, hook: str, **arguments: Any) -> None:
         """Ask every plugin, and announce the lines that they return. Raises Refusal."""
         for plugin, lines in self.registry.call(hook, **arguments):
-            if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
-                raise PluginError(f"Plugin {plugin!r} returned {lines!r} from {hook}, expected a list of lines.")
-            for line in lines:
+            for line in _checked_lines(plugin, hook, lines):
                 self._announce(line)
+
+
+def _checked_lines(plugin: str, hook: str, lines: Any) -> Sequence[str]:
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+        raise PluginError(f"Plugin {plugin!r} returned {lines!r} from {hook}, expected a list of lines.")
+    return lines
 
 
 def _noted(step: Step, sampled: Any) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRAINERS_SHIFT: Final = 3.0
 """Shift of the 8 timesteps that ACE-Step's trainer draws from, whatever the model."""
 
-_WIDTH: Final = 16  # of a bar
+_WIDTH: Final = 14  # of a bar
 _FEW: Final = 50  # distinct values of what is not continuous
 
 

@@ -165,6 +165,41 @@ def acestep_step_finished(step: Step) -> None:
 
 
 @hookspec
+def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, float | torch.Tensor] | None:
+    """Return numbers and histograms of an epoch for upstream's log, which TensorBoard shows.
+
+    When: after the last training step of an epoch, before its validation and its checkpoint. Here, once an epoch,
+    values may be fetched from a GPU. Not for epochs that a resumed run walks over.
+
+    Args:
+        run: the run.
+        epoch: number of the epoch, from 1.
+        loss: mean loss of its training steps.
+
+    Returns:
+        By name, such as ``train/loss at t 0.0-0.2``, a number, or a tensor of values whose histogram is logged. None
+        for nothing to log.
+    """
+
+
+@hookspec
+def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | None:
+    """Sum up a run.
+
+    When: once, when upstream's trainer has saved the finished adapter, was stopped, or has failed; only when at least
+    one training step was computed.
+
+    Args:
+        run: the run.
+        ending: ``finished``, ``stopped`` or ``failed``.
+        folder: the output folder.
+
+    Returns:
+        Lines to announce; None for nothing to say.
+    """
+
+
+@hookspec
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
     """Add to an adapter that upstream has just written: a checkpoint, the best one, the final one.
 

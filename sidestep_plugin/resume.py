@@ -88,6 +88,8 @@ class Journal:
         finished: whether the finished adapter was saved.
         unsaved: whether the newest checkpoint could not be saved, which upstream does not know.
         ending: whether the run has stopped or failed, and is saved as it is.
+        summed_up: whether plugins were asked for their summary.
+        epoch_finished: called with run, number and mean loss after the last step of every epoch that was computed.
     """
 
     def __init__(self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0) -> None:
@@ -95,7 +97,8 @@ class Journal:
         self.point = point
         self.catching_up = point is not None
         self.scheduler: Any = None
-        self.finished = self.unsaved = self.ending = False
+        self.finished = self.unsaved = self.ending = self.summed_up = False
+        self.epoch_finished: Callable[[Run, int, float], None] | None = None
         self.lines: list[str] = []  # what there is to say since the last look
         self._losses, self._validation = _Losses(), _Losses()
         self._epochs_begun = self._in_epoch = 0
@@ -156,6 +159,8 @@ class Journal:
             next(batches)  # the sampler's order has to be gone through
             yield _SKIPPED
         yield from batches
+        if self.epoch_finished is not None and self._in_epoch:
+            self.epoch_finished(run, self._epochs_begun, self._losses.mean_of_newest(self._in_epoch))
 
     def validation(self, run: Run, songs: Callable[[], Iterator[Any]], length: int) -> Generator[Any, None, None]:
         """One pass of the validation loop, likewise."""
@@ -334,6 +339,14 @@ class _Losses:
         self._count += 1
         if len(self._newest) == _TOGETHER:
             self._join()
+
+    def mean_of_newest(self, count: int) -> float:
+        """Mean of the newest ones. Waits for the GPU."""
+        import torch
+
+        if count <= len(self._newest):
+            return float(torch.stack([loss.float() for loss in self._newest[-count:]]).mean())
+        return float(self.all()[-count:].float().mean())
 
     def all(self) -> torch.Tensor:
         """All of them, on the CPU."""

@@ -103,6 +103,26 @@ def test_acestep_step_finished(train, capsys, monkeypatch):
     assert all(t.equal(seen) for t, seen in zip(kept["timesteps"], done.timesteps, strict=True))
 
 
+def test_acestep_epoch_finished(train, trainer, capsys, monkeypatch):
+    logged = []
+    if getattr(trainer, "LIGHTNING_AVAILABLE", False):
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        def log_metrics(_, metrics, step=None):
+            logged.append((metrics, step))
+
+        monkeypatch.setattr(TensorBoardLogger, "log_metrics", log_metrics)
+    done, _ = trained_with(train, "acestep_epoch_finished", capsys)
+    assert len(done.losses) == 6
+    ours = [(values, step) for values, step in logged if "songs seen" in values]
+    assert ours == ([({"songs seen": 6.0}, 1), ({"songs seen": 12.0}, 2)] if logged else [])
+
+
+def test_acestep_run_ended(train, capsys):
+    done, _ = trained_with(train, "acestep_run_ended", capsys)
+    assert f"{done.output.name}: finished after 6 steps" in done.messages
+
+
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_acestep_resume(train, trainer, load, kind, tmp_path):
     done = train("base", kind)

@@ -101,10 +101,12 @@ def test_the_plugin_sidestep_is_installed_and_loads():
     assert loaded.names == ["sidestep"]
     assert loaded.hooks_of("sidestep") == [
         "acestep_adapter_saved",
+        "acestep_epoch_finished",
         "acestep_model_chosen",
         "acestep_options",
         "acestep_prepare_batch",
         "acestep_resume",
+        "acestep_run_ended",
         "acestep_run_started",
         "acestep_sample_timesteps",
         "acestep_step_finished",
