@@ -27,6 +27,9 @@ SONG_TENSORS: Final = {
 }
 """Tensors of a song with their number of dimensions: [T,64], [T], [L,D], [L], [T,128]."""
 
+FRAMES_A_SECOND: Final = 25
+"""Frames of ACE-Step 1.5's latents in a second of music."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -38,6 +41,7 @@ class Dataset:
         condition_width: D of every song's ``encoder_hidden_states [L,D]``.
         channels: channels of latents and context together, the same for every song.
         missing: entries of manifest.json for which there is no file; upstream leaves them out.
+        frames: length of all songs together, in frames of latents.
     """
 
     folder: Path
@@ -45,6 +49,12 @@ class Dataset:
     condition_width: int
     channels: int
     missing: tuple[str, ...]
+    frames: int = 0
+
+    @property
+    def minutes(self) -> float:
+        """Length of all songs together."""
+        return self.frames / FRAMES_A_SECOND / 60.0
 
 
 def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
@@ -68,11 +78,13 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
     widths: dict[int, list[str]] = {}
     channels: dict[int, list[str]] = {}
+    frames = 0
     for file in dict.fromkeys(files):
         song, problem = _read_song(file)
         if problem:
             problems.append(f"{file.name} ({problem})")
         else:
+            frames += song["target_latents"].shape[0] * files.count(file)
             widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
             both = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
             channels.setdefault(both, []).append(file.name)
@@ -92,7 +104,7 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
         ]
         found = ", ".join(problems + duplicates)
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
-    return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing))
+    return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing), frames)
 
 
 def fingerprint(folder: Path | None) -> str:

@@ -92,12 +92,13 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         seams=tuple(seams),
         versions=_versions(),
         checkpoint_dir=str(checkpoints),
-        models=tuple(_model(checkpoints / name) for name in models_in(checkpoints)),
+        models=tuple(examine_model(checkpoints / name) for name in models_in(checkpoints)),
         plugins=tuple(list_plugins()),
     )
 
 
-def _model(folder: Path) -> FoundModel:
+def examine_model(folder: Path) -> FoundModel:
+    """The variant of a model folder, or why it cannot be told."""
     try:
         decision = decide_variant(ModelFacts.from_folder(folder))
     except Refusal as refusal:

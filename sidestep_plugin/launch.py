@@ -205,13 +205,12 @@ def prepare(
     resumed = _resume_folder(request, registry, say)
     request = dataclasses.replace(request, resume_from=resumed)
     if not request.overwrite:
-        _check_unused(output_dir, resumed)
+        check_unused(output_dir, resumed)
     restrict_gpus(request.device)
 
     device = pick_device(request.device)
     dataset = inspect_dataset(dataset_dir, allow_duplicates=request.allow_duplicates)
-    _check_widths(dataset, facts)
-    _check_made_for(dataset, facts)
+    check_songs(dataset, facts)
     module = upstream.import_trainer(root)
     upstream.require(module, request.adapter_type, registry.implements)
     configs = build_configs(module, request, device)
@@ -490,7 +489,7 @@ def _resume_folder(request: Request, registry: Registry, say: Callable[[str], No
     return request.resume_from.absolute()
 
 
-def _check_unused(output: Path, resumed: Path | None) -> None:
+def check_unused(output: Path, resumed: Path | None) -> None:
     """Refuse an output folder with the adapters of another training, which would be replaced or mixed up."""
     if resumed is not None and resumed.is_relative_to(output):
         return
@@ -500,6 +499,12 @@ def _check_unused(output: Path, resumed: Path | None) -> None:
             f"{output} holds adapters of another training already ({', '.join(found)}). Choose another --output-dir, "
             "go on with that training (--resume-from latest), or let it be replaced: --overwrite."
         )
+
+
+def check_songs(dataset: Dataset, facts: ModelFacts) -> None:
+    """Refuse songs that do not fit a model, as far as its config tells. Raises Refusal."""
+    _check_widths(dataset, facts)
+    _check_made_for(dataset, facts)
 
 
 def _check_widths(dataset: Dataset, facts: ModelFacts) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat
@@ -128,12 +129,12 @@ def settings_from(arguments: dict[str, Any]) -> dict[str, Any]:
 @click.command(cls=PluginCommand)
 @click.option(
     "--model",
-    required=True,
     metavar="NAME|DIR",
     help="Model to train for: base, sft, turbo, xl-base, ..., a folder's name under the checkpoint folder, or a path.",
 )
-@click.option("--dataset-dir", required=True, type=FOLDER, help="Folder of preprocessed songs (.pt files).")
-@click.option("--output-dir", required=True, type=FOLDER, help="Folder for checkpoints and the finished adapter.")
+@click.option("--dataset-dir", type=FOLDER, help="Folder of preprocessed songs (.pt files).")
+@click.option("--output-dir", type=FOLDER, help="Folder for checkpoints and the finished adapter.")
+@click.option("--yes", is_flag=True, help="Never ask: what is missing is an error.")
 @click.option(
     "--acestep-root",
     type=FOLDER,
@@ -166,9 +167,10 @@ def settings_from(arguments: dict[str, Any]) -> dict[str, Any]:
 @click.option("--allow-duplicates", is_flag=True, help="Train on songs that are in the dataset more than once.")
 @adapter_and_training_options
 def train(
-    model: str,
-    dataset_dir: Path,
-    output_dir: Path,
+    model: str | None,
+    dataset_dir: Path | None,
+    output_dir: Path | None,
+    yes: bool,
     acestep_root: Path | None,
     checkpoint_dir: Path | None,
     device: str,
@@ -190,27 +192,39 @@ def train(
     Before the first step it prints what was decided for the model and from what evidence. Ctrl-C ends the training
     after the step that is running and saves the adapter as it is; the same command with --resume-from latest goes on
     from there as if it had never stopped.
+
+    On a terminal, what is missing of --model, --dataset-dir and --output-dir is asked for.
     """
     from sidestep_plugin.launch import Request
 
-    run_training(
-        Request(
-            model=model,
-            dataset_dir=dataset_dir,
-            output_dir=output_dir,
-            adapter_type="lokr" if adapter_type == "lokr" else "lora",
-            acestep_root=acestep_root,
-            checkpoint_dir=checkpoint_dir,
-            settings=settings_from(settings),
-            plugins=plugins,
-            wins=wins,
-            options=options,
-            device=device,
-            resume_from=resume_from,
-            overwrite=overwrite,
-            allow_duplicates=allow_duplicates,
-        )
+    context = click.get_current_context()
+    needed = {"model": model, "dataset_dir": dataset_dir, "output_dir": output_dir}
+    missing = [param for param in context.command.params if param.name in needed and needed[param.name] is None]
+    asks = bool(missing) and not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    if missing and not asks:
+        raise click.MissingParameter(ctx=context, param=missing[0])
+    request = Request(
+        model=model or "",
+        dataset_dir=dataset_dir or Path(),
+        output_dir=output_dir or Path(),
+        adapter_type="lokr" if adapter_type == "lokr" else "lora",
+        acestep_root=acestep_root,
+        checkpoint_dir=checkpoint_dir,
+        settings=settings_from(settings),
+        plugins=plugins,
+        wins=wins,
+        options=options,
+        device=device,
+        resume_from=resume_from,
+        overwrite=overwrite,
+        allow_duplicates=allow_duplicates,
     )
+    if asks:
+        from .guided import ask
+
+        said = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        request = ask(request, {*context.params, *settings, "variant"} - said)
+    run_training(request)
 
 
 def run_training(request: Request) -> None:

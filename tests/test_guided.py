@@ -1,0 +1,199 @@
+"""The questions of ``acestep-train --plugin sidestep`` on a terminal, answered in a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from sidestep_plugin.cli import cli
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+TRAIN = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "--plugin", "sidestep"]
+MODEL, SONGS, SAVE = r"Model \[1\]: $", r"\.pt files(.|\n)*Folder: $", r"Where to save\s+Folder \[.*\]: $"
+KIND, EPOCHS, RANK, START = r"lora or lokr \[lora\]: $", r"Epochs \[\d+\]: $", r"Rank \[64\]: $", r"Start\? .*: $"
+AGAIN = r"Folder(?: \[.*\])?: $"
+
+
+@pytest.fixture
+def place(checkout, tmp_path):
+    """A checkout's folder with models and songs, as a user has it."""
+    from sidestep_plugin import miniature
+
+    if checkout.real:
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root" / "acestep").symlink_to(checkout.root / "acestep")
+        shutil.copytree(checkout.checkpoints, tmp_path / "root" / "checkpoints")
+        shutil.copytree(checkout.tensors, tmp_path / "root" / "my songs")
+        return tmp_path / "root"
+    built = miniature.build(tmp_path / "built", songs=4)
+    shutil.copytree(built.tensors, built.root / "my songs")
+    return built.root
+
+
+@pytest.fixture
+def answer(place):
+    from terminal import in_a_terminal
+
+    def run(*typed, more=()):
+        return in_a_terminal([*TRAIN, "--device", "cpu", *more], typed, cwd=place)
+
+    return run
+
+
+def facts_of(folder):
+    return json.loads((folder / "final" / "adapter" / "training_config.json").read_text(encoding="utf-8"))
+
+
+def test_from_nothing_to_an_adapter(answer, place, monkeypatch):
+    seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (KIND, ""), (EPOCHS, "2"), (RANK, "4"), (START, ""))
+    assert seen.code == 0, seen.text
+    assert re.search(r"1  acestep-v15-base +base +\d\.\d MB", seen.text)
+    assert re.search(r"\d songs, 0\.\d minutes", seen.text)
+    assert "Timesteps: continuous, maximum of two logit-normal draws" in seen.text
+    assert "To generate: shift 1.0, 50 steps, CFG on" in seen.text
+    folder = place / "adapters" / "my songs-base"
+    assert f"Adapter: {folder / 'final' / 'adapter'}" in seen.text
+    facts = facts_of(folder)
+    assert (facts["model_name"], facts["rank"], facts["alpha"]) == ("acestep-v15-base", 4, 8)
+    assert (facts["max_epochs"], facts["batch_size"], facts["learning_rate"]) == (2, 1, 1e-4)
+
+    # The command line that was shown does the same without a question.
+    (command,) = re.findall(r"^  (acestep-train .*)$", seen.text, flags=re.MULTILINE)
+    words = [word.replace("adapters/my songs-base", "other") for word in shlex.split(command)[1:]]
+    monkeypatch.chdir(place)
+    # It would change the log of the tests after this one.
+    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    facts, other = (
+        {name: value for name, value in told.items() if name not in ("created", "title")}
+        for told in (facts, facts_of(place / "other"))
+    )
+    assert other == facts
+
+
+def test_answers_are_checked_when_they_are_given(answer, place):
+    (place / "empty").mkdir()
+    seen = answer(
+        (MODEL, "9"),
+        (MODEL, "no-such-model"),
+        (MODEL, "acestep-v15-turbo"),
+        (SONGS, "nowhere"),
+        (AGAIN, "empty"),
+        (AGAIN, "'my songs'"),
+        (SAVE, "my songs/song_01.pt/under a file"),
+        (AGAIN, "out"),
+        (KIND, "loha"),
+        (KIND, "lora"),
+        (EPOCHS, "many"),
+        (EPOCHS, "0"),
+        (EPOCHS, "2"),
+        (RANK, "-1"),
+        (RANK, "4"),
+        (START, "perhaps"),
+        (START, "n"),
+    )
+    assert seen.code == 0
+    for says in (
+        "There is no number 9: expected 1 to ",
+        "No model 'no-such-model'",
+        "No dataset folder ",
+        "No songs in ",
+        "Cannot write to ",
+        "Expected lora or lokr.",
+        "'many' is not epochs. Expected a whole number from 1.",
+        "'-1' is not a rank.",
+        "Expected y, n or b.",
+        "Nothing was started, nothing was written.",
+        "variant turbo",
+    ):
+        assert says in seen.text, seen.text
+    assert not (place / "out").exists()
+
+
+def test_b_goes_back_and_changes_what_was_said(answer, place):
+    seen = answer(
+        (MODEL, "b"),
+        (MODEL, "1"),
+        (SONGS, "b"),
+        (MODEL, "acestep-v15-turbo"),
+        (SONGS, "my songs"),
+        (SAVE, "out"),
+        (KIND, ""),
+        (EPOCHS, "2"),
+        (RANK, "4"),
+        (START, "b"),
+        (RANK, "b"),
+        (EPOCHS, "1"),
+        (RANK, "2"),
+        (START, "y"),
+    )
+    assert seen.code == 0, seen.text
+    facts = facts_of(place / "out")
+    assert (facts["model_name"], facts["max_epochs"], facts["rank"]) == ("acestep-v15-turbo", 1, 2)
+
+
+def test_what_was_said_is_not_asked(answer, place):
+    said = "--model sft --output-dir out --adapter-type lora --epochs 1 --rank 4"
+    seen = answer((SONGS, "my songs"), (START, ""), more=said.split())
+    assert seen.code == 0, seen.text
+    assert facts_of(place / "out")["model_variant"] == "sft" and "Where to save" not in seen.text
+
+
+def test_an_output_folder_that_is_in_use(answer, place):
+    first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, "")]
+    assert answer(*first).code == 0
+    first[2:3] = [(SAVE, "out"), (AGAIN, "resume")]
+    seen = answer(*[(EPOCHS, "2") if question == EPOCHS else (question, said) for question, said in first])
+    assert seen.code == 0, seen.text
+    assert "out holds adapters of another training. Type another folder; resume to go on" in seen.text
+    assert "goes on with the newest checkpoint" in seen.text and "Resumed: " in seen.text
+
+
+def test_a_model_whose_variant_nothing_tells(answer, place):
+    folder = place / "checkpoints" / "my-tune"
+    shutil.copytree(place / "checkpoints" / "acestep-v15-base", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["is_turbo"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    seen = answer(
+        (MODEL, "my-tune"),
+        (r"turbo, base or sft: $", "other"),
+        (r"turbo, base or sft: $", "base"),
+        (SONGS, "my songs"),
+        (SAVE, "out"),
+        (KIND, ""),
+        (EPOCHS, "1"),
+        (RANK, "4"),
+        (START, ""),
+    )
+    assert seen.code == 0, seen.text
+    assert "variant not known" in seen.text and "Variant: neither config.json nor" in seen.text
+    assert facts_of(place / "out")["model_variant"] == "base"
+
+
+def test_ctrl_c_leaves_everything_as_it_was(answer, place):
+    from terminal import CTRL_C
+
+    before = sorted(place.rglob("*"))
+    seen = answer((MODEL, ""), (SONGS, CTRL_C))
+    assert seen.code != 0 and "Traceback" not in seen.text
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [["--yes"], []])
+def test_nobody_is_asked_with_yes_or_without_a_terminal(checkout, tmp_path, more):
+    done = CliRunner().invoke(cli, ["--plugin", "sidestep", *more, "--acestep-root", str(checkout.root)])
+    assert done.exit_code == 2 and "Missing option '--model'" in done.stderr
+
+
+def test_yes_on_a_terminal_asks_nothing(answer):
+    seen = answer(more=["--yes"])
+    assert seen.code == 2 and "Missing option '--model'" in seen.text
