@@ -850,7 +850,8 @@ def _unused(module: Any, what: str) -> UpstreamMismatch:
 def _no_module(trainer: Any) -> UpstreamMismatch:
     name = getattr(trainer, "__name__", trainer)
     return UpstreamMismatch(
-        f"{name} has neither {' nor '.join(upstream.MODULE_CLASS.values())}: this is not ACE-Step 1.5's trainer."
+        f"{name} has neither {' nor '.join(upstream.MODULE_CLASS.values())}: this is not ACE-Step 1.5's trainer. "
+        "Say where your checkout is: --acestep-root DIR."
     )
 
 

@@ -73,7 +73,8 @@ def check_exportable(adapter: Adapter) -> None:
         flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
         if adapter.kind == "lora" and flat and not is_known_layer(layer.name):
             raise Refusal(
-                f"{path} adapts {shown(layer.name, 80)}, which is no layer that ComfyUI knows in ACE-Step 1.5."
+                f"{path} adapts {shown(layer.name, 80)}, which is no layer that ComfyUI knows in ACE-Step 1.5. "
+                "Use it in ACE-Step's app."
             )
     if adapter.kind == "lokr":
         _check_lokr(adapter)
@@ -101,9 +102,15 @@ def _check_lokr(adapter: Adapter) -> None:
     path, tensors = adapter.file.path, adapter.file.tensors
     for layer in adapter.layers.values():
         if "alpha" not in layer.parts:
-            raise Refusal(f"{path} has no alpha among its tensors, so ComfyUI would not play it as it was trained.")
+            raise Refusal(
+                f"{path} has no alpha among its tensors, so ComfyUI would not play it as it was trained. Use it in "
+                "ACE-Step's app."
+            )
         if "lokr_t2" in layer.parts:
-            raise Refusal(f"{path} is a LoKr with a Tucker decomposition, which ComfyUI does not play for ACE-Step.")
+            raise Refusal(
+                f"{path} is a LoKr with a Tucker decomposition, which ComfyUI does not play for ACE-Step. Use it in "
+                "ACE-Step's app."
+            )
         if "magnitude" in layer.parts and tensors[layer.parts["magnitude"]].shape[:1] != (1,):
             raise Refusal(
                 f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by other norms than LyCORIS, so "

@@ -338,7 +338,7 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 
-_UNQUANTIZED: Final = "Training needs the weights as they were published, in bf16 or fp32."
+_UNQUANTIZED: Final = "Training needs the weights as they were published, in bf16 or fp32. Take that model."
 
 
 def pick_device(said: str) -> torch.device:
@@ -358,7 +358,9 @@ def pick_device(said: str) -> torch.device:
     if said == "auto":
         return torch.device(present[0])
     if said.split(":")[0] not in present:
-        raise Refusal(f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}.")
+        raise Refusal(
+            f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}. Choose one of these."
+        )
     # A chosen GPU is the only visible one by now, and so the first.
     return torch.device(said.split(":")[0])
 
@@ -369,7 +371,9 @@ def restrict_gpus(said: str) -> None:
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
         index = int(said.partition(":")[2])
         if visible and index >= len(visible):
-            raise Refusal(f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0.")
+            raise Refusal(
+                f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0. Choose one."
+            )
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
 
 
@@ -399,7 +403,10 @@ def load_model(folder: Path, device: torch.device) -> Handler:
         )
     except (Exception, SystemExit) as error:  # the model's own code may do anything
         reason = " ".join(str(error).split())
-        raise Refusal(f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}") from error
+        raise Refusal(
+            f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}. Use the Python "
+            "environment in which ACE-Step runs; if it is that, download the model again."
+        ) from error
     missing = sorted(loaded["missing_keys"])
     lost = [key for key in missing if key.startswith("decoder.")]
     if lost:

@@ -88,7 +88,10 @@ class Registry:
         registry = cls(wins)
         names = list(dict.fromkeys(names))
         if wins is not None and wins not in (*names, *later):
-            raise PluginError(f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}).")
+            raise PluginError(
+                f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}). "
+                "Name it with --plugin, too, or leave --wins out."
+            )
         for name in names:
             plugin = _find(name)
             _check_version(plugin)
@@ -211,7 +214,10 @@ class Registry:
             for option in declared:
                 owner = owners.setdefault(str(option.name), plugin)
                 if owner != plugin:
-                    raise PluginError(f"Plugins {owner!r} and {plugin!r} both declare the option {option.name!r}.")
+                    raise PluginError(
+                        f"Plugins {owner!r} and {plugin!r} both declare the option {option.name!r}. "
+                        "Name only one of them."
+                    )
                 options.append(option)
         return options
 

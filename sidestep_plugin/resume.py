@@ -188,7 +188,8 @@ class Journal:
             check_weights(run, self.point)
             if self.scheduler is None:
                 raise Refusal(
-                    "This ACE-Step makes its optimizer otherwise than is known: nothing can be resumed in it."
+                    "This ACE-Step makes its optimizer otherwise than is known, so nothing can be resumed in it. "
+                    "Train anew, or use upstream's main version."
                 )
             self._checked = True
         if not training:
@@ -383,13 +384,13 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
     """The adapter's own tensors of a run, under the names that they are saved with. Raises Refusal."""
     module = run.module_ref() if run.module_ref else None
     if module is None:
-        raise Refusal("The training module of this run was freed while the run went on.")
+        raise Refusal("The training module of this run was freed while the run went on. Start it again.")
     if run.adapter_type == "lokr":
         return dict(module.lycoris_net.state_dict())
     decoder = module.model.decoder
     decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
     if not hasattr(decoder, "peft_config"):
-        raise Refusal("This ACE-Step trains without PEFT here, and such an adapter cannot be resumed.")
+        raise Refusal("This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Train anew.")
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(decoder, save_embedding_layers=False))
@@ -422,7 +423,10 @@ def put_weights(run: Run, point: ResumePoint) -> None:
                 tensor.copy_(point.weights[name])
     for name, tensor in live_weights(run).items():
         if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
-            raise Refusal(f"The adapter's tensor {name} is not what the checkpoint holds after loading it.")
+            raise Refusal(
+                f"The adapter's tensor {name} is not what the checkpoint holds after loading it. "
+                "Resume from another checkpoint, or train anew."
+            )
 
 
 def check_weights(run: Run, point: ResumePoint) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Refusal(f"No config.json in {file.parent}. Expected the folder of an ACE-Step 1.5 model.") from None
     except OSError as error:
-        raise Refusal(f"Cannot read {file}: {error.strerror or error}.") from None
+        raise Refusal(f"Cannot read {file}: {error.strerror or error}. Make it readable, or copy it again.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly long or nested
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
@@ -114,7 +114,7 @@ class Run:
         """The whole model (AceStepConditionGenerationModel), not only its decoder."""
         model = self.model_ref()
         if model is None:
-            raise Refusal("The model of this run was freed while the run went on.")
+            raise Refusal("The model of this run was freed while the run went on. Start it again.")
         return model
 
 

@@ -103,10 +103,10 @@ def settle_below(folder: Path) -> None:
 
 def _keep_the_rest(old: Path, folder: Path) -> None:
     """Move what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
+    replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}
     for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
-        replaced = any((place.parent / name).is_file() for name in _WEIGHTS)
-        if not place.exists() and not (replaced and file.name in _WEIGHTS | _BESIDE_WEIGHTS):
+        if not place.exists() and not (place.parent in replaced and file.name in _WEIGHTS | _BESIDE_WEIGHTS):
             place.parent.mkdir(parents=True, exist_ok=True)
             move(file, place)
 

@@ -108,7 +108,8 @@ def import_trainer(root: Path | None = None) -> ModuleType:
             )
         ) from error
     found = Path(str(trainer.__file__)).resolve()
-    if root is not None and not found.is_relative_to(root.resolve()):
+    # The package itself may be a link to where it really is.
+    if root is not None and not found.is_relative_to((root / "acestep").resolve()):
         raise UpstreamMismatch(
             f"acestep was imported from {found.parents[2]}, not from {root}. Start a new process for another checkout."
         )

@@ -95,7 +95,9 @@ def decide_variant(facts: ModelFacts, said: Variant | None = None) -> Decision:
     source = "config" if facts.written is None else "config.json"
     is_turbo = written.get("is_turbo")
     if is_turbo is not None and not isinstance(is_turbo, bool):
-        raise Refusal(f"{source} of {facts.name or 'the model'} has is_turbo = {is_turbo!r}, expected true or false.")
+        raise Refusal(
+            f"{source} of {facts.name or 'the model'} has is_turbo = {is_turbo!r}, expected true or false. {_ASK}"
+        )
     flag = None if is_turbo is None else f"{source}: is_turbo = {str(is_turbo).lower()}"
     named = [variant for variant in VARIANTS if variant in words_of(facts.name)]
     folder = f"folder name: {facts.name}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ COMMANDS = [
     if name != "write-a-plugin.md"
     for block in re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines()
-    if line.startswith("acestep-train ")
+    if line.startswith("acestep-train ") and name != "guided.md"  # test_the_recording_is_what_is_seen
 ]
 
 GOING_ON = [command for command in COMMANDS if "--resume-from latest" in command]
@@ -38,7 +41,7 @@ def output(checkout, trainer, tmp_path_factory):
     done = run(training, checkout, folder, *place, *settings, "--epochs", "1")
     assert done.exit_code == 0, done.output
     assert "For ComfyUI: " in done.output
-    for command in GOING_ON:
+    for command in dict.fromkeys(GOING_ON):
         done = run(command, checkout, folder, *place, *settings, "--epochs", "2")
         assert done.exit_code == 0 and "✅ Resumed: " in done.output, done.output
     return folder
@@ -50,8 +53,19 @@ def run(command, checkout, output, *more):
     return CliRunner().invoke(cli, [*arguments, *more])
 
 
-@pytest.mark.parametrize("command", sorted(command for command in COMMANDS if "--dataset-dir" not in command))
-def test_every_command_runs_as_it_stands_there(command, checkout, output):
+ELSEWHERE = {
+    "acestep-train run --plugin sidestep -- acestep",  # test_running.py, upstream/test_app.py
+    "acestep-train patch apply",  # test_patching.py
+}
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "--dataset-dir" not in c} - ELSEWHERE))
+def test_every_command_runs_as_it_stands_there(command, checkout, output, tmp_path, monkeypatch):
+    if "timesteps" in command:
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sidestep-plugin[plot]'")
+        monkeypatch.setenv("ACESTEP_CHECKPOINTS_DIR", str(checkout.checkpoints))
+        command += f" --acestep-root {checkout.root}"
+        monkeypatch.chdir(tmp_path)
     for copy in output.rglob("comfyui_*"):
         copy.unlink()  # written by the training; export refuses to replace it unasked
     done = run(command, checkout, output)
@@ -87,3 +101,51 @@ def test_every_key_of_the_files_is_listed(output):
 )
 def test_links_lead_somewhere(page, link):
     assert (ROOT / "docs" / link).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_the_recording_is_what_is_seen(checkout):
+    if checkout.real:
+        pytest.skip("the page shows the stand-in; a real checkout is recorded by hand")
+    import record_guided
+
+    shown = re.findall(r"```text\n(\$ acestep-train.*?)```", PAGES["guided.md"], flags=re.DOTALL)[0]
+    changing = re.compile(r"(steps/s|s a step|^Loss by t|^Report: |^Loss: ).*", re.MULTILINE)
+
+    def steady(text):
+        # Numbers may differ in the last digit from one processor to another.
+        return re.sub(r"\d\.\d{4}", "x", changing.sub("", text))
+
+    assert steady(record_guided.on_the_stand_in()).splitlines() == steady(shown).splitlines()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script for clusters")
+def test_the_script_for_batch_jobs(tmp_path):
+    """Killed by SIGTERM and started again by the same lines, until it is through."""
+    from sidestep_plugin import miniature
+
+    built = miniature.build(tmp_path, songs=4)
+    (script,) = re.findall(r"```bash\n(.*?)```", PAGES["cluster-and-notebook.md"], flags=re.DOTALL)
+    command = f"{shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
+    script = script.replace("acestep-train", command).replace(
+        "--yes", "--yes --epochs 300 --save-every 100 --device cpu"
+    )
+    environment = os.environ | {"SONGS": str(built.tensors), "OUTPUT": str(tmp_path / "out"), "PYTHONUTF8": "1"}
+    script = script.replace(command, f"exec {command}")
+    with subprocess.Popen(
+        ["bash", "-euc", script], cwd=built.root, env=environment, stdout=subprocess.PIPE, text=True
+    ) as job:
+        for line in job.stdout:
+            if "epoch 3/" in line:
+                break
+        job.terminate()
+        said = job.communicate(timeout=60)[0]
+    assert job.returncode == 130 and "Saved as it was after" in said, said
+    done = subprocess.run(["bash", "-euc", script], cwd=built.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "✅ Resumed: " in done.stdout, done.stdout + done.stderr
+
+
+def test_every_page_is_linked_from_the_readme_or_from_one_that_is():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    texts = [readme, *PAGES.values()]
+    assert all(any(f"{name})" in text or f"{name}#" in text for text in texts) for name in PAGES)

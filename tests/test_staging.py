@@ -44,11 +44,12 @@ def test_what_is_not_ours_stays_and_what_belonged_to_the_old_weights_goes(tmp_pa
     final = tmp_path / "final"
     save(final, "lora", names=["adapter/adapter_model.safetensors", "adapter/comfyui_lora.safetensors"])
     (final / "adapter" / "cover.png").write_text("picture")
-    save(final, "lora again", names=["adapter/adapter_model.safetensors"])
-    assert content(final) == {"adapter/adapter_model.safetensors": "lora again", "adapter/cover.png": "picture"}
+    lora = ["adapter/adapter_model.safetensors", "adapter/training_config.json", "adapter/adapter_config.json"]
+    save(final, "lora again", names=lora)
+    kept = dict.fromkeys(lora, "lora again") | {"adapter/cover.png": "picture"}
+    assert content(final) == kept
     save(final, "lokr", names=["lokr_weights.safetensors"])  # another kind of adapter in the same folder
-    assert content(final)["adapter/adapter_model.safetensors"] == "lora again"
-    assert content(final)["lokr_weights.safetensors"] == "lokr"
+    assert content(final) == kept | {"lokr_weights.safetensors": "lokr"}
 
 
 def test_a_program_killed_between_the_two_renames(tmp_path):

@@ -237,7 +237,7 @@ def test_empty_dataset(refused, tmp_path):
 def test_dataset_of_something_else(refused, tmp_path):
     (tmp_path / "songs").mkdir()
     (tmp_path / "songs" / "song.pt").write_bytes(b"not a tensor")
-    refused("--model", "base", says=r"Not preprocessed songs.*song.pt", dataset_dir=tmp_path / "songs")
+    refused("--model", "base", says=r"Not songs to train on.*song.pt", dataset_dir=tmp_path / "songs")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"null"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 
 import click
@@ -62,10 +63,33 @@ cli.add_command(demo)
 cli.add_command(plugins)
 
 
+_PLAIN = {
+    "✅": "OK",
+    "❌": "Failed:",
+    "⚠": "Warning:",
+    "💾": "Saved:",
+    "📂": "-",
+    "🚀": "-",
+    "🎯": "-",
+    "🧠": "-",
+    "ℹ": "Note:",
+}
+_PLAIN |= {"⏹": "-", "🔄": "-", "\ufe0f": "", "–": "-", "—": "-", "×": "x", "’": "'", "…": "..."}
+"""What stands for a character that the console cannot show, most of them ACE-Step's."""
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Error handler for encoding: plain words for the signs that are known, a question mark for others."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
 def main() -> None:
     """Entry point of the console script."""
-    # A console that cannot show a character should show a question mark, not end the training.
+    # A console that cannot show a character should show another, not end the training.
+    codecs.register_error("acestep-plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="acestep-plain")
     cli(prog_name="acestep-train")
