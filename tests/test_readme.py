@@ -36,6 +36,7 @@ def test_every_other_command_has_a_test():
     }
     assert commands == {
         "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
+        "acestep-train --plugin sidestep",  # test_guided.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
         # test_docs.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
