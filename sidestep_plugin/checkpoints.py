@@ -146,6 +146,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _incomplete(folder, f"what was saved of the training cannot be understood ({error!r})") from None
+    if point.losses is not None and len(point.losses) != point.epochs * (point.steps_per_epoch or 0) + point.steps:
+        raise _incomplete(folder, f"{len(point.losses)} losses are not those of {point.epochs} epochs")
     return Checkpoint(folder, point, read_training_config(weights.parent), alone)
 
 

@@ -210,12 +210,12 @@ class Journal:
         return loss.nan_to_num(0.0).to(anchor.device) + 0.0 * anchor.flatten()[0].to(loss.dtype)
 
     def here(self, run: Run, *, failed: bool = False) -> ResumePoint | None:
-        """The place where the run stands; None before its first step, or when upstream's scheduler is not known.
+        """The place where the run stands; None before its first step, and where upstream is not known well enough.
 
         Args:
             failed: the newest step failed on its way, so that what it left of gradients is worth nothing.
         """
-        if self.scheduler is None or not len(self._losses):
+        if self.scheduler is None or not len(self._losses) or self._epochs_begun == 0:
             return None
         between = self._in_epoch in (0, self._steps_per_epoch)
         begun = self._epochs_begun - (self._in_epoch != self._steps_per_epoch)
@@ -246,6 +246,15 @@ class Journal:
 
         point, self.catching_up = self.point, False
         assert point is not None
+        for values in (point.parameters, point.gradients):
+            if values is not None and [weight.shape for weight in self._trained()] != [
+                weight.shape if value is None else value.shape
+                for weight, value in zip(self._trained(), values, strict=False)
+            ]:
+                raise Refusal(
+                    "The checkpoint does not fit this adapter: other tensors were trained in it than are trained here. "
+                    "Resume with the settings that it was made with."
+                )
         put_weights(run, point)
         if point.parameters is not None:
             with torch.no_grad():

@@ -194,6 +194,14 @@ def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, t
     assert same(whole, job("again", resume_from=job.output / "whole" / "checkpoints" / "best", **settings))
 
 
+def test_songs_that_worker_processes_load(job):
+    """They are read ahead; the order, and what is drawn beside it, has to be the same all the same."""
+    settings = {"num_workers": 1, "prefetch_factor": 2, "max_epochs": 3, "batch_size": 1}
+    whole = job("whole", **settings)
+    job("stopped", stop_at=8, **settings)
+    assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted", **settings))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_lightning(job, trainer, monkeypatch, kind):
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
@@ -366,6 +374,20 @@ def test_whatever_is_cut_off_or_missing_is_refused(job, kind, tmp_path):
                 damaged.write_bytes(content[: len(content) // 2 if damage == "cut off" else 0])
             with pytest.raises(Refusal, match=r"not complete|is no checkpoint"):
                 read_checkpoint(copy)
+
+
+def test_a_state_that_does_not_hang_together_is_refused(job):
+    job("whole", "lokr", max_epochs=3)
+    folder = checkpoint_of(job.output / "whole", 3)
+    state = torch.load(folder / "resume_state.pt", weights_only=True)
+    for broken in ({"losses": state["losses"][:-1]}, {"epochs": "three"}, {"steps": None}, {"schema_version": 99}):
+        torch.save(state | broken, folder / "resume_state.pt")
+        with pytest.raises(Refusal):
+            read_checkpoint(folder)
+    torch.save(state | {"parameters": state["parameters"][:-1]}, folder / "resume_state.pt")
+    with pytest.raises(AssertionError):
+        job("resumed", "lokr", max_epochs=4, resume_from=folder)
+    assert "other tensors were trained in it" in "".join(job.said)
 
 
 def test_latest_is_the_newest_that_is_whole(job):

@@ -62,11 +62,12 @@ def demo(
     check_writable(directory.absolute())
     click.echo("This is a stand-in for ACE-Step 1.5: random tensors instead of songs, and it makes no music.")
     miniature = build(directory)
+    output = directory / "output" / f"{model}-{adapter_type}"
     run_training(
         Request(
             model=model,
             dataset_dir=miniature.tensors,
-            output_dir=directory / "output" / f"{model}-{adapter_type}",
+            output_dir=output,
             adapter_type="lokr" if adapter_type == "lokr" else "lora",
             acestep_root=miniature.root,
             settings=_SETTINGS | settings_from(settings),
@@ -77,3 +78,4 @@ def demo(
             overwrite=True,
         )
     )
+    click.echo(f"What it says about itself: acestep-train inspect {output}")

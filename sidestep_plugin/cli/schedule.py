@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from sidestep_plugin.options import FiniteFloat
-from sidestep_plugin.schedule import inference_timesteps
 
 from .commands import echo_json
 
@@ -30,6 +29,8 @@ def schedule(shift: float, steps: int, as_json: bool) -> None:
         acestep-train schedule --shift 3 --steps 8      turbo
         acestep-train schedule --shift 1 --steps 50     base and sft
     """
+    from sidestep_plugin.schedule import inference_timesteps  # takes long to import, for a command not yet chosen
+
     values = inference_timesteps(shift, steps)
     if as_json:
         echo_json({"shift": shift, "steps": steps, "timesteps": list(values)})
