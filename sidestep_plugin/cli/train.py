@@ -200,7 +200,7 @@ def train(
     context = click.get_current_context()
     needed = {"model": model, "dataset_dir": dataset_dir, "output_dir": output_dir}
     missing = [param for param in context.command.params if param.name in needed and needed[param.name] is None]
-    asks = bool(missing) and not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    asks = bool(missing) and not yes and on_a_terminal()
     if missing and not asks:
         raise click.MissingParameter(ctx=context, param=missing[0])
     request = Request(
@@ -225,6 +225,11 @@ def train(
         said = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
         request = ask(request, {*context.params, *settings, "variant"} - said)
     run_training(request)
+
+
+def on_a_terminal() -> bool:
+    """Whether somebody is there to be asked."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def run_training(request: Request) -> None:
