@@ -113,10 +113,12 @@ def test_the_recording_is_what_is_seen(checkout):
     changing = re.compile(r"(^Training  |^Loss by t|^Report: |^Loss: ).*", re.MULTILINE)
 
     def steady(text):
-        # Numbers may differ in the last digit from one processor to another.
-        return re.sub(r"\d\.\d{4}", "x", changing.sub("", text))
+        # Numbers may differ in the last digit from one processor to another, and some versions of transformers show a
+        # bar of their own while they load.
+        lines = re.sub(r"\d\.\d{4}", "x", changing.sub("", text)).splitlines()
+        return [line for line in lines if line.strip() and "Loading weights" not in line]
 
-    assert steady(record_guided.on_the_stand_in()).splitlines() == steady(shown).splitlines()
+    assert steady(record_guided.on_the_stand_in()) == steady(shown)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for clusters")
