@@ -14,7 +14,8 @@ import pytest
 # Parts of a sentence that another message ends.
 FRAGMENTS = re.compile(
     r"^(ended without calling|gave its decoder|there are no adapter weights|\{.*\} (is not what was saved|is missing)"
-    r"|\{.*\} (cannot be read \(|holds a .*, expected a dictionary$)|what was saved of the training|\{.*\} losses are not those of)"
+    r"|\{.*\} (cannot be read \(|holds a .*, expected a dictionary$)|what was saved of the training"
+    r"|\{.*\} losses are not those of)"
 )
 TO_DO = re.compile(
     r"\b([Ee]xpected|Choose|Say|Name|Put|Copy|Download|Use|[Ii]nstall|Installed|Uninstall|Delete|Leave|Preprocess"
