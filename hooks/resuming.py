@@ -84,7 +84,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     point = checkpoint.point
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
-            f"{checkpoint.folder} was saved in epoch {point.epochs + 1}, and {max_epochs} epochs were asked for. "
+            f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
             "Say more --epochs."
         )
     if _changed("batch_size", checkpoint, run):

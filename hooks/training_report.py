@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin import hookimpl
 from sidestep_plugin.distributions import band_of, save_picture
-from sidestep_plugin.files import read_json_object, replacing
+from sidestep_plugin.files import replacing
 from sidestep_plugin.run import Run, Step
 
 from .cfg_dropout import DROPPED
@@ -41,7 +41,6 @@ class _Notes:
     """What was seen of a run."""
 
     steps: list[tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=list)  # of the running epoch
-    loss_by_epoch: dict[int, float] = field(default_factory=dict)
     rows: list[int] = field(default_factory=lambda: [0] * BANDS)
     losses: list[float] = field(default_factory=lambda: [0.0] * BANDS)
     dropped: int = 0
@@ -67,7 +66,6 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
     notes: _Notes | None = run.state.get(_KEY)
     if notes is None:
         return None
-    notes.loss_by_epoch[epoch] = loss
     before = list(zip(notes.rows, notes.losses, strict=True))
     times = _count(run, notes)
     logged: dict[str, float | torch.Tensor] = {} if times is None else {"train/t": times}
@@ -83,7 +81,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     if notes is None:
         return None
     _count(run, notes)
-    report = _report(run, notes, ending, folder)
+    report = _report(run, notes, ending)
     lines = _lines(report)
     try:
         with replacing(folder / FILE_NAME) as stream:
@@ -119,12 +117,9 @@ def _count(run: Run, notes: _Notes) -> torch.Tensor | None:
     return times
 
 
-def _report(run: Run, notes: _Notes, ending: str, folder: Path) -> dict[str, Any]:
+def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
     treatment = treatment_of(run)
-    by_epoch = dict(notes.loss_by_epoch)
-    if run.resumed_at:  # epochs of the runs before, as their report has them
-        first = min(by_epoch, default=0)
-        by_epoch = {epoch: loss for epoch, loss in _earlier(folder).items() if epoch < first} | by_epoch
+    by_epoch = run.loss_by_epoch
     rows = sum(notes.rows)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -149,14 +144,6 @@ def _report(run: Run, notes: _Notes, ending: str, folder: Path) -> dict[str, Any
         "rows_without_condition": notes.dropped,
         "cfg_ratio": treatment.cfg_ratio,
     }
-
-
-def _earlier(folder: Path) -> dict[int, float]:
-    try:
-        entries = read_json_object(folder / FILE_NAME)["loss_by_epoch"]
-        return {int(entry["epoch"]): float(entry["loss"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _finite(number: float) -> float | None:

@@ -717,7 +717,8 @@ class Attachment:
                 return original(*args, **kwargs)
             said = call.arguments["output_dir"]
             folder = upstream.place_of(self.trainer, said)
-            journal, final = run.journal, folder.name == FINAL
+            # The folder may be a link to one of another name.
+            journal, final = run.journal, Path(said).name == FINAL
             if journal is not None and journal.catching_up:
                 if not final:  # a checkpoint of a step that an earlier run has done
                     return said

@@ -29,6 +29,7 @@ UPSTREAMS_FILE: Final = "training_state.pt"
 SCHEMA_VERSION: Final = 1
 
 _WEIGHTS: Final = ("adapter/adapter_model.safetensors", "adapter_model.safetensors", "lokr_weights.safetensors")
+_BEGAN: Final = ".training_began"
 _BUFFER: Final = 2**20
 
 
@@ -108,12 +109,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise _incomplete(folder, f"there are no adapter weights ({' or '.join(_WEIGHTS)})")
     alone = not (folder / STATE_FILE).is_file()
     state = {} if alone else _load(folder / STATE_FILE)
+    if not isinstance(state.get("schema_version", 1), int):
+        raise _incomplete(folder, f"{STATE_FILE} has no version that is a number")
     if state.get("schema_version", 1) != SCHEMA_VERSION:
         raise Refusal(
             f"{folder / STATE_FILE} is of version {state['schema_version']}, this is version {SCHEMA_VERSION}. "
             "Resume it with the sidestep-plugin that made it, or a newer one."
         )
-    for name, expected in state.get("files", {}).items():
+    files = state.get("files", {})
+    for name, expected in files.items() if isinstance(files, dict) else ():
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
         try:
@@ -144,11 +148,62 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
         )
+        wrong = _wrong_in(point)
     except (KeyError, TypeError, ValueError) as error:
-        raise _incomplete(folder, f"what was saved of the training cannot be understood ({error!r})") from None
-    if point.losses is not None and len(point.losses) != point.epochs * (point.steps_per_epoch or 0) + point.steps:
-        raise _incomplete(folder, f"{len(point.losses)} losses are not those of {point.epochs} epochs")
+        wrong = repr(error)
+    if wrong:
+        raise _incomplete(folder, f"what was saved of the training cannot be understood ({wrong})")
     return Checkpoint(folder, point, read_training_config(weights.parent), alone)
+
+
+def _wrong_in(point: ResumePoint) -> str:
+    """What of a point that was read cannot be used, "" when nothing."""
+    import torch
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dim() == 1 and value.is_floating_point()
+
+    def tensors(value: Any) -> bool:
+        return isinstance(value, list) and all(entry is None or isinstance(entry, torch.Tensor) for entry in value)
+
+    def states(value: Any) -> bool:
+        state = value.get("torch") if isinstance(value, dict) else None
+        return isinstance(state, torch.Tensor) and state.shape == torch.get_rng_state().shape
+
+    def state_dict(value: Any) -> bool:
+        return isinstance(value, dict) and isinstance(value.get("state"), dict) and "param_groups" in value
+
+    length = point.steps_per_epoch
+    checks = {
+        "epochs": point.epochs >= 0 <= point.steps and point.epochs + point.steps > 0,
+        "steps_per_epoch": length is None or (isinstance(length, int) and length > 0),
+        "losses": point.losses is None or numbers(point.losses),
+        "validation": point.validation is None or numbers(point.validation),
+        "random": point.random is None or states(point.random),
+        "epoch_random": point.epoch_random is None or states(point.epoch_random),
+        "gradients": point.gradients is None or tensors(point.gradients),
+        "parameters": point.parameters is None or tensors(point.parameters),
+        "optimizer": point.optimizer is None or state_dict(point.optimizer),
+        "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
+        "songs": isinstance(point.songs, str),
+    }
+    wrong = ", ".join(name for name, right in checks.items() if not right)
+    if not wrong and point.losses is not None and len(point.losses) != point.epochs * (length or 0) + point.steps:
+        wrong = f"{len(point.losses)} losses for {point.epochs} epochs of {length} steps and {point.steps} steps"
+    return wrong
+
+
+def begin_anew(output: Path) -> None:
+    """Note that a new training begins in an output folder: checkpoints that are there already are another's."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _BEGAN).write_text(f"{time.time()}\n", encoding="utf-8")
+
+
+def _began(output: Path) -> float:
+    try:
+        return float((output / _BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
@@ -161,7 +216,11 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     """
     settle_below(output)
     notes: list[str] = []
+    began = _began(output)
     for folder in sorted(_checkpoints_in(output), key=_saved_at, reverse=True):
+        if _saved_at(folder) < began:
+            notes.append(f"Note: {folder.name} and what is older is of the training that --overwrite replaced.")
+            break
         try:
             read_checkpoint(folder)
         except Refusal as refusal:
@@ -177,8 +236,8 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _checkpoints_in(output: Path) -> Iterator[Path]:
-    """Folders up to two levels below an output folder that hold a training's state."""
-    for pattern in ("*/", "*/*/"):
+    """Folders of one training that hold a state: below its output folder, and below ``checkpoints`` there."""
+    for pattern in ("*/", "checkpoints/*/"):
         for folder in sorted(output.glob(pattern)):
             if not folder.name.startswith(".") and _is_checkpoint(folder):
                 yield folder

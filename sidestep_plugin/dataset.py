@@ -108,11 +108,19 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
 
 
 def fingerprint(folder: Path | None) -> str:
-    """A text that tells one folder of songs from another by the names and sizes of its files; "" without a folder."""
+    """A text that tells one folder of songs from another by the names and sizes of its songs; "" without a folder."""
     if folder is None or not folder.is_dir():
         return ""
-    songs = sorted((file.name, file.stat().st_size) for file in folder.glob("*.pt"))
+    songs = [(file.name, file.stat().st_size) for file in songs_in(folder)]
     return hashlib.sha256(repr(songs).encode()).hexdigest()
+
+
+def songs_in(folder: Path) -> list[Path]:
+    """The files that a training in a folder reads: those of manifest.json, else every .pt file, sorted."""
+    try:
+        return list(_song_files(folder, [], []))
+    except (Refusal, OSError):
+        return []
 
 
 def made_for(folder: Path) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import upstream
 from .attach import FINAL, INTERRUPTED, WEIGHT_FILES, Attachment, attach
-from .checkpoints import newest_checkpoint, read_checkpoint
+from .checkpoints import begin_anew, newest_checkpoint, read_checkpoint
 from .dataset import Dataset, inspect_dataset, made_for
 from .errors import Refusal
 from .registry import Registry
@@ -47,7 +47,7 @@ MODEL_ALIASES: Final = {
 }
 
 # What the options are called in upstream's configurations.
-_TRAINING_FIELDS: Final = {
+TRAINING_FIELDS: Final = {
     "epochs": "max_epochs",
     "batch_size": "batch_size",
     "gradient_accumulation": "gradient_accumulation_steps",
@@ -61,7 +61,7 @@ _TRAINING_FIELDS: Final = {
     "num_workers": "num_workers",
     "log_every": "log_every_n_steps",
 }
-_ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
+ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
     "lora": {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
     "lokr": {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"},
 }
@@ -140,6 +140,8 @@ class Launch:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
         request = self.request
         arguments: dict[str, Any] = {"training_state": self.state}
+        if request.overwrite and request.resume_from is None:
+            begin_anew(request.output_dir.absolute())
         if request.resume_from is not None:
             arguments["resume_from"] = str(request.resume_from)
         yield from self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
@@ -431,10 +433,10 @@ def build_configs(module: Any, request: Request, device: torch.device) -> tuple[
         Refusal: a setting was given that this version has no field for, or a value that it refuses.
     """
     kind = request.adapter_type
-    fields = _ADAPTER_FIELDS[kind]
+    fields = ADAPTER_FIELDS[kind]
     settings = request.settings
     adapter = {fields[name]: settings[name] for name in fields if name in settings}
-    training = {known: settings[name] for name, known in _TRAINING_FIELDS.items() if name in settings}
+    training = {known: settings[name] for name, known in TRAINING_FIELDS.items() if name in settings}
     workers = training.get("num_workers", 0)
     precision = {"cuda": "bf16", "xpu": "bf16", "mps": "fp16"}.get(device.type, "fp32")
     ours = {
@@ -446,7 +448,7 @@ def build_configs(module: Any, request: Request, device: torch.device) -> tuple[
     training["output_dir"] = str(request.output_dir.absolute())
     return (
         _build(getattr(module, upstream.CONFIG_CLASS[kind]), adapter, {}, fields),
-        _build(module.TrainingConfig, training, ours, _TRAINING_FIELDS),
+        _build(module.TrainingConfig, training, ours, TRAINING_FIELDS),
     )
 
 
@@ -498,7 +500,7 @@ def _resume_folder(request: Request, registry: Registry, say: Callable[[str], No
 
 def check_unused(output: Path, resumed: Path | None) -> None:
     """Refuse an output folder with the adapters of another training, which would be replaced or mixed up."""
-    if resumed is not None and resumed.is_relative_to(output):
+    if resumed is not None and resumed.resolve().is_relative_to(output.resolve()):
         return
     found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
     if found:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .adapter import DIFFUSERS_KEY, diffusers_config, understand
+from .dataset import songs_in
 from .errors import Refusal
 from .files import read_json_object, replacing
 from .run import Run, SavedAdapter
@@ -369,12 +370,7 @@ def _is_xl(run: Run, model_name: str) -> bool:
 
 
 def _songs(folder: Path | None) -> int | None:
-    if folder is None:
-        return None
-    try:
-        return sum(1 for file in folder.glob("*.pt")) or None
-    except OSError:
-        return None
+    return None if folder is None or not folder.is_dir() else len(songs_in(folder)) or None
 
 
 def _training_settings(config: Any) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class ResumePoint:
     lines: tuple[str, ...] = ()
 
     @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"in epoch {self.epochs + 1}" if self.steps else f"after epoch {self.epochs}"
+
+    @property
     def steps_done(self) -> int | None:
         """Training steps so far, None when an epoch's number of them is not known."""
         if self.losses is not None:
@@ -75,7 +80,7 @@ class ResumePoint:
 
 
 class Journal:
-    """What the host keeps of one run: how far it is, its losses, its random states. It never waits for a GPU.
+    """What the host keeps of one run: how far it is, its losses, its random states. No step waits for a GPU.
 
     Args:
         device: where the run computes.
@@ -104,7 +109,7 @@ class Journal:
         self._epochs_begun = self._in_epoch = 0
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
-        self._walked = self._validated = 0
+        self._walked = self._validated = self._unknown = 0
         self._checked = self._told_accumulation = False
         self._accumulation = accumulation
         self._optimizer_steps = 0
@@ -118,6 +123,18 @@ class Journal:
     def steps(self) -> int:
         """Training steps that are done, those of earlier runs among them."""
         return len(self._losses)
+
+    def loss_by_epoch(self) -> dict[int, float]:
+        """Mean loss of every whole epoch whose losses are known, those of earlier runs, too. Waits for the GPU."""
+        length = self._steps_per_epoch
+        if not length:
+            return {}
+        losses = self._losses.all().float()
+        first = -(-self._unknown // length)
+        return {
+            number + 1: float(losses[number * length : (number + 1) * length].mean())
+            for number in range(first, len(losses) // length)
+        }
 
     @property
     def computed(self) -> int:
@@ -204,6 +221,7 @@ class Journal:
         known = self.point.losses
         loss = torch.zeros(()) if known is None else known[self._walked].clone()
         self._walked += 1
+        self._unknown += known is None
         self.record(loss, training)
         # A gradient of zero for one tensor: some versions stop, and loss scaling fails, where there is none at all.
         anchor = self._trained()[0]
@@ -266,8 +284,8 @@ class Journal:
         if point.random is not None:
             set_random_states(point.random, self.device)
         self.lines.append(
-            f"✅ Resumed: {count} of {count} tensors of the adapter, epoch {point.epochs + 1}, "
-            f"after {len(self._losses)} training steps"
+            f"✅ Resumed: {count} of {count} tensors of the adapter, {point.where}, "
+            f"{len(self._losses)} training steps done"
         )
         self.point = None  # its tensors are not needed any more
 
@@ -285,9 +303,11 @@ class Journal:
                 made_with = f"the checkpoint was made with {point.optimizer_class}, here it is {name}"
                 self.lines.append(f"⚠️ The optimizer's memory begins anew: {made_with}")
             return
-        now = optimizer.state_dict()["param_groups"]
+        groups = optimizer.state_dict()["param_groups"]
         same = point.scheduler is not None and _law(point.scheduler) == _law(self.scheduler.state_dict())
-        groups = point.optimizer["param_groups"] if same else now
+        if same:  # of the old settings the learning rate alone: weight decay and others are this run's
+            for group, old in zip(groups, point.optimizer["param_groups"], strict=False):
+                group |= {name: old[name] for name in ("lr", "initial_lr") if name in old}
         optimizer.load_state_dict({"state": point.optimizer["state"], "param_groups": groups})
         if same:
             self.scheduler.load_state_dict(point.scheduler)

@@ -110,6 +110,11 @@ class Run:
         return self.steps - self.resumed_at <= 1
 
     @property
+    def loss_by_epoch(self) -> dict[int, float]:
+        """Mean loss of every whole epoch so far, of a resumed run those before it, too; {} where nobody keeps it."""
+        return {} if self.journal is None else self.journal.loss_by_epoch()
+
+    @property
     def model(self) -> Any:
         """The whole model (AceStepConditionGenerationModel), not only its decoder."""
         model = self.model_ref()

@@ -175,11 +175,58 @@ def test_what_was_said_is_not_asked(answer, place):
 def test_an_output_folder_that_is_in_use(answer, place):
     first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, "")]
     assert answer(*first).code == 0
-    first[2:3] = [(SAVE, "out"), (AGAIN, "resume")]
-    seen = answer(*[(EPOCHS, "2") if question == EPOCHS else (question, said) for question, said in first])
+    seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume"), (EPOCHS, "2"), (START, ""))
     assert seen.code == 0, seen.text
     assert "out holds adapters of another training. Type another folder; resume to go on" in seen.text
-    assert "goes on with the newest checkpoint" in seen.text and "Resumed: " in seen.text
+    assert "goes on from the checkpoint latest" in seen.text and "Resumed: " in seen.text
+
+
+def test_resuming_takes_the_settings_of_the_checkpoint(answer, place):
+    more = ["--rank", "2", "--alpha", "2", "--learning-rate", "0.001", "--batch-size", "2", "--save-every", "1"]
+    first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (START, "")]
+    assert answer(*first, more=more).code == 0
+    seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume"), (EPOCHS, "3"), (START, ""))
+    assert seen.code == 0, seen.text
+    facts = facts_of(place / "out")
+    assert (facts["rank"], facts["learning_rate"], facts["batch_size"], facts["max_epochs"]) == (2, 0.001, 2, 3)
+
+
+def test_what_was_said_of_resuming_and_overwriting_is_kept(answer, place):
+    first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, "")]
+    assert answer(*first).code == 0
+    seen = answer(*first, more=["--overwrite"])
+    assert seen.code == 0 and "out (replaces what is there)" in seen.text, seen.text
+    (checkpoint,) = (place / "out" / "checkpoints").iterdir()
+    first = [(question, "2" if question == EPOCHS else "new" if question == SAVE else said) for question, said in first]
+    first = [entry for entry in first if entry[0] not in (KIND, RANK)]
+    seen = answer(*first, more=["--resume-from", str(checkpoint)])
+    assert seen.code == 0 and "Resumed: " in seen.text and f"--resume-from {checkpoint}" in seen.text, seen.text
+
+
+def test_what_was_said_is_looked_at_before_anything_is_asked(answer, place):
+    for more, says in (
+        (["--model", "nosuch"], "No model 'nosuch'"),
+        (["--model", "base", "--dataset-dir", "nowhere"], "No dataset folder"),
+    ):
+        done = answer(more=more)
+        assert done.code == 2 and says in done.text and "Where to save" not in done.text, done.text
+
+
+def test_songs_that_were_said_decide_about_the_defaults(answer, place):
+    said = ["--model", "base", "--dataset-dir", "my songs"]
+    seen = answer((SAVE, "out"), (KIND, ""), (r"Epochs \[800\]: $", ""), (RANK, ""), (START, "n"), more=said)
+    steps = len([*(place / "my songs").glob("*.pt")])
+    each = next(each for each in (4, 3, 2, 1) if steps % each == 0)
+    assert f"save every 80, batch size 1, gradient accumulation {each}" in seen.text
+
+
+def test_typos_that_are_no_names_at_all(answer, place):
+    typed = [(MODEL, "²"), (MODEL, "~nobody-at-all/x"), (MODEL, "x" * 300), (MODEL, "1")]
+    typed += [(SONGS, "~nobody-at-all/x"), (AGAIN, "y" * 300), (AGAIN, "''"), (AGAIN, "my songs")]
+    typed += [(SAVE, "''"), (AGAIN, "out"), (KIND, ""), (EPOCHS, "²"), (EPOCHS, "1"), (RANK, "4"), (START, "n")]
+    seen = answer(*typed)
+    assert seen.code == 0 and "Traceback" not in seen.text
+    assert "There is no home folder for ~nobody-at-all" in seen.text and "Nothing was typed" in seen.text
 
 
 def test_a_model_whose_variant_nothing_tells(answer, place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from sidestep_plugin.hooks.resuming import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl, upstream
-from sidestep_plugin.checkpoints import newest_checkpoint, read_checkpoint
+from sidestep_plugin.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from sidestep_plugin.dataset import fingerprint, songs_in
 
 KINDS = ("lora", "lokr")
 
@@ -230,8 +232,33 @@ def test_a_smaller_batch_after_the_memory_was_not_enough(job):
     assert final
     said = "\n".join(job.said)
     assert "its batch size was 2, here it is 1" in said and "epoch 2 begins anew" in said
-    assert "of the adapter, epoch 2, after 6 training steps" in said
+    assert "of the adapter, after epoch 1, 6 training steps done" in said
     assert "Epoch 2/3" in said and "Epoch 1/3" not in said
+
+
+def test_another_weight_decay_is_used_and_not_only_told(job):
+    job("stopped", stop_at=7)
+    shutil.copytree(job.output / "stopped", job.output / "other")
+    kept = job("stopped", resume_from=job.output / "stopped" / "interrupted")
+    changed = job("other", weight_decay=50.0, resume_from=job.output / "other" / "interrupted")
+    assert any("weight decay was 0.01, here it is 50.0" in line for line in job.said)
+    assert not same(kept, changed)
+
+
+def test_songs_that_the_manifest_names_are_the_songs(job, checkout, tmp_path):
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+
+    def chosen(*numbers):
+        names = [f"song_{number:02}.pt" for number in numbers]
+        (songs / "manifest.json").write_text(json.dumps({"samples": names}), encoding="utf-8")
+
+    assert [file.name for file in songs_in(songs)] == [f"song_{number:02}.pt" for number in range(1, 7)]
+    one = fingerprint(songs)
+    chosen(1, 2, 3)
+    assert len(songs_in(songs)) == 3
+    two = fingerprint(songs)
+    chosen(4, 5, 6)
+    assert len({one, two, fingerprint(songs)}) == 3
 
 
 def test_another_accumulation_leaves_waiting_gradients_out(job):
@@ -311,7 +338,7 @@ def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
     ("change", "says"),
     [
         ({"model": "sft"}, "its model was acestep-v15-base, here it is acestep-v15-sft"),
-        ({"max_epochs": 2}, "saved in epoch 4, and 2 epochs were asked for"),
+        ({"max_epochs": 2}, "saved later than that (after epoch 3), and 2 epochs were asked for"),
     ],
 )
 def test_another_training_is_refused(job, change, says):
@@ -380,7 +407,20 @@ def test_a_state_that_does_not_hang_together_is_refused(job):
     job("whole", "lokr", max_epochs=3)
     folder = checkpoint_of(job.output / "whole", 3)
     state = torch.load(folder / "resume_state.pt", weights_only=True)
-    for broken in ({"losses": state["losses"][:-1]}, {"epochs": "three"}, {"steps": None}, {"schema_version": 99}):
+    for broken in (
+        {"losses": state["losses"][:-1]},
+        {"losses": state["losses"].tolist()},
+        {"losses": state["losses"].long()},
+        {"epochs": "three"},
+        {"steps": None},
+        {"steps_per_epoch": "3"},
+        {"schema_version": 99},
+        {"schema_version": "1"},
+        {"random": {}},
+        {"random": {"torch": torch.zeros(3, dtype=torch.uint8)}},
+        {"optimizer": {"state": {}}},
+        {"gradients": {}},
+    ):
         torch.save(state | broken, folder / "resume_state.pt")
         with pytest.raises(Refusal):
             read_checkpoint(folder)
@@ -399,9 +439,21 @@ def test_latest_is_the_newest_that_is_whole(job):
     folder, notes = newest_checkpoint(output)
     assert folder == checkpoint_of(output, 3)
     assert len(notes) == 1 and "skipped" in notes[0] and newest.name in notes[0]
+    # Another training that lies in this folder is another training.
+    shutil.copytree(output, output / "inner")
     shutil.rmtree(output / "checkpoints")
     with pytest.raises(Refusal, match="No checkpoint to resume from"):
         newest_checkpoint(output)
+
+
+def test_the_checkpoints_of_a_training_that_was_replaced_are_not_its_successors(job):
+    job("whole")
+    begin_anew(job.output / "whole")
+    with pytest.raises(Refusal, match="of the training that --overwrite replaced"):
+        newest_checkpoint(job.output / "whole")
+    job("whole", max_epochs=3)
+    folder, notes = newest_checkpoint(job.output / "whole")
+    assert read_checkpoint(folder).point.epochs == 3 and not notes
 
 
 def test_what_is_not_a_checkpoint_says_so(job, tmp_path):

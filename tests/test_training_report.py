@@ -98,6 +98,17 @@ def test_a_resumed_training_reports_the_epochs_before_it(train):
     assert (text["training_steps"], text["steps_of_this_run"]) == (12, 6)
 
 
+def test_it_keeps_every_epoch_whatever_lies_there_and_however_often_it_was_stopped(train):
+    first = train("base", max_epochs=3)
+    (first.output / "training_report.json").write_text('{"loss_by_epoch": [{"epoch": 1e400}]}', encoding="utf-8")
+    (checkpoint,) = (first.output / "checkpoints").glob("epoch_2*")
+    again = train("base", max_epochs=5, resume_from=str(checkpoint))  # into another folder
+    entries = report_of(again)["loss_by_epoch"]
+    assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5]
+    for number, entry in enumerate(entries[:2]):
+        assert entry["loss"] == pytest.approx(sum(first.losses[3 * number : 3 * number + 3]) / 3, abs=1e-5)
+
+
 def test_a_report_that_cannot_be_written_costs_no_adapter(train, monkeypatch):
     from sidestep_plugin.hooks import training_report
 

@@ -43,12 +43,14 @@ class Answers:
         asked: names of what was not on the command line.
         models: model folders that were found, as they are numbered.
         dataset: the songs, once their folder is known.
+        used: an output folder that was answered and holds another training's adapters.
     """
 
     request: Request
     asked: set[str]
     models: list[str] = field(default_factory=list)
     dataset: Dataset | None = None
+    used: Path | None = None
 
     def set(self, **values: Any) -> None:
         self.request = replace(self.request, **values)
@@ -91,13 +93,23 @@ def ask(request: Request, missing: set[str]) -> Request:
     answers = Answers(request, missing)
     click.echo(f"A few questions. Enter takes what is in brackets, {BACK} goes back, Ctrl-C leaves.")
     questions = [question for question in QUESTIONS if question.name in missing]
-    number = 0
+    number, checked = 0, False
     before: list[tuple[int, Answers]] = []
-    while number < len(questions):
+    while True:
+        if number == len(questions):
+            try:
+                _confirm(answers)
+            except GoBack:
+                number, answers = before.pop()
+                continue
+            return answers.request
         question = questions[number]
         if not question.wanted(answers):
             number += 1
             continue
+        if not checked and question.name != "acestep_root":
+            checked = True
+            _check_said(answers)
         kept = replace(answers)
         try:
             _put(question, answers)
@@ -107,12 +119,6 @@ def ask(request: Request, missing: set[str]) -> Request:
             continue
         before.append((number, kept))
         number += 1
-        if number == len(questions):
-            try:
-                _confirm(answers)
-            except GoBack:
-                number, answers = before.pop()
-    return answers.request
 
 
 def _put(question: Question, answers: Answers) -> None:
@@ -130,9 +136,37 @@ def _put(question: Question, answers: Answers) -> None:
         except Refusal as refusal:
             click.echo(f"  {refusal}")
             continue
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            click.echo(f"  {text[:80]}: {error.strerror or error}. Type another.")
+            continue
         for line in lines:
             click.echo(f"  {line}")
         return
+
+
+def _check_said(answers: Answers) -> None:
+    """Look at what was said on the command line before anything is asked. Raises Refusal."""
+    from sidestep_plugin.launch import check_unused
+
+    request = answers.request
+    if "model" not in answers.asked:
+        _model(answers, request.model)
+        if "dataset_dir" not in answers.asked:
+            _songs(answers, str(request.dataset_dir))
+    if "output_dir" not in answers.asked and request.resume_from is not None:
+        _go_on(answers)
+    elif "output_dir" not in answers.asked and not request.overwrite:
+        check_unused(request.output_dir.absolute(), None)
+
+
+def _place(text: str) -> Path:
+    """A folder or file as it was typed. Raises Refusal."""
+    if not text:
+        raise Refusal("Nothing was typed. Expected the name of a folder.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise Refusal(f"There is no home folder for {text.split('/')[0]}. Type the whole path.") from None
 
 
 def _confirm(answers: Answers) -> None:
@@ -161,6 +195,7 @@ def command_line(request: Request) -> str:
     words = ["acestep-train"]
     for name in request.plugins:
         words += ["--plugin", name]
+    words += ["--wins", request.wins] if request.wins else []
     for option, value in (
         ("--acestep-root", request.acestep_root),
         ("--checkpoint-dir", request.checkpoint_dir),
@@ -189,7 +224,7 @@ def command_line(request: Request) -> str:
 def _root(answers: Answers, text: str) -> list[str]:
     from sidestep_plugin.upstream import find_root
 
-    answers.set(acestep_root=find_root(Path(text).expanduser()))
+    answers.set(acestep_root=find_root(_place(text)))
     return []
 
 
@@ -232,11 +267,12 @@ def _model(answers: Answers, text: str) -> list[str]:
     from sidestep_plugin.launch import check_weights, find_model
     from sidestep_plugin.run import ModelFacts
 
-    if text.isdigit() and text not in answers.models:
+    if text.isascii() and text.isdecimal() and text not in answers.models:
         if not 1 <= int(text) <= len(answers.models):
             raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
         text = answers.models[int(text) - 1]
-    folder = find_model(str(Path(text).expanduser()) if text.startswith("~") else text, _checkpoints(answers))
+    text = str(_place(text)) if text.startswith("~") else text
+    folder = find_model(text, _checkpoints(answers))
     check_weights(folder, ModelFacts.from_folder(folder))
     answers.set(model=text)
     return []
@@ -250,8 +286,9 @@ def _variant_is_unclear(answers: Answers) -> bool:
 
     if answers.request.options.get("variant") != "auto":
         return False
+    folder = find_model(answers.request.model, _checkpoints(answers))
     try:
-        decide_variant(ModelFacts.from_folder(find_model(answers.request.model, _checkpoints(answers))))
+        decide_variant(ModelFacts.from_folder(folder))
     except Refusal:
         return True
     return False
@@ -271,7 +308,7 @@ def _songs(answers: Answers, text: str) -> list[str]:
     from sidestep_plugin.launch import check_songs, find_model
     from sidestep_plugin.run import ModelFacts
 
-    folder = Path(text).expanduser()
+    folder = _place(text)
     dataset = inspect_dataset(folder.absolute(), allow_duplicates=answers.request.allow_duplicates)
     check_songs(dataset, ModelFacts.from_folder(find_model(answers.request.model, _checkpoints(answers))))
     answers.dataset = dataset
@@ -286,22 +323,57 @@ def _default_output(answers: Answers) -> str:
 
 
 def _output(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.launch import LATEST, check_unused, check_writable
+    from sidestep_plugin.launch import check_unused, check_writable
 
-    if text in ("resume", "overwrite") and answers.request.output_dir != Path():
-        answers.set(**({"overwrite": True} if text == "overwrite" else {"resume_from": LATEST}))
+    if text in ("resume", "overwrite") and answers.used is not None:
+        answers.set(output_dir=answers.used)
+        if text == "resume":
+            return _go_on(answers)
+        answers.set(overwrite=True)
         return []
-    folder = Path(text).expanduser()
+    folder = _place(text)
     check_writable(folder.absolute())
-    answers.set(output_dir=folder, overwrite=False, resume_from=None)
+    answers.set(output_dir=folder)
+    if "resume_from" not in answers.asked:
+        return _go_on(answers)
+    if "overwrite" not in answers.asked:
+        return []
+    answers.set(overwrite=False, resume_from=None)
     try:
         check_unused(folder.absolute(), None)
     except Refusal:
+        answers.used = folder
         raise Refusal(
             f"{folder} holds adapters of another training. Type another folder; resume to go on with that training; "
             "or overwrite to replace it."
         ) from None
     return []
+
+
+def _go_on(answers: Answers) -> list[str]:
+    """Take a checkpoint, the newest when none was said, and the settings that it was made with. Raises Refusal."""
+    from sidestep_plugin.checkpoints import newest_checkpoint, read_checkpoint
+    from sidestep_plugin.launch import ADAPTER_FIELDS, LATEST, TRAINING_FIELDS
+
+    said, notes = answers.request.resume_from, list[str]()
+    if said is None or said == LATEST:
+        said = LATEST
+        folder, notes = newest_checkpoint(answers.request.output_dir.absolute())
+    else:
+        folder = said.absolute()
+    checkpoint = read_checkpoint(folder)
+    facts = checkpoint.facts or {}
+    kind = facts.get("adapter_type", answers.request.adapter_type)
+    answers.set(resume_from=said, adapter_type="lokr" if kind == "lokr" else "lora")
+    named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
+    for name, fact in named.items():
+        if name in answers.asked and facts.get(fact) is not None:
+            answers.setting(name, facts[fact])
+    return [*notes, f"{folder.name} ({checkpoint.point.where}), with the settings that it was made with"]
+
+
+def _begins_anew(answers: Answers) -> bool:
+    return answers.request.resume_from is None
 
 
 def _kind(answers: Answers, text: str) -> list[str]:
@@ -316,6 +388,8 @@ def _kind(answers: Answers, text: str) -> list[str]:
 
 
 def _default_epochs(answers: Answers) -> str:
+    if not _begins_anew(answers) and answers.request.settings.get("epochs"):
+        return str(answers.request.settings["epochs"])
     few = answers.dataset is not None and answers.dataset.songs <= FEW_SONGS and answers.request.adapter_type == "lora"
     return str(EPOCHS_FEW_SONGS if few else EPOCHS_MANY_SONGS)
 
@@ -323,11 +397,14 @@ def _default_epochs(answers: Answers) -> str:
 def _epochs(answers: Answers, text: str) -> list[str]:
     epochs = _whole(text, "epochs")
     answers.setting("epochs", epochs)
+    if not _begins_anew(answers):
+        return []
     songs = answers.dataset.songs if answers.dataset is not None else 1
+    steps = -(-songs // (answers.request.settings.get("batch_size") or 1))
     defaults = {
         "save_every": max(1, epochs // 10),
         "batch_size": 1,
-        "gradient_accumulation": next(each for each in (4, 3, 2, 1) if songs % each == 0),
+        "gradient_accumulation": next(each for each in (4, 3, 2, 1) if steps % each == 0),
         "learning_rate": LEARNING_RATE[answers.request.adapter_type],
     }
     for name, value in defaults.items():
@@ -382,6 +459,7 @@ QUESTIONS: Final = (
         "lora or lokr",
         lambda _: "lora",
         _kind,
+        _begins_anew,
     ),
     Question(
         "epochs",
@@ -396,6 +474,7 @@ QUESTIONS: Final = (
         "Rank",
         lambda _: str(RANK),
         _rank,
+        _begins_anew,
     ),
 )
 
@@ -423,6 +502,6 @@ def _in_words(answers: Answers) -> list[str]:
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in request.settings.items() if value is not None
     )
-    how = "goes on with the newest checkpoint" if request.resume_from is not None else ""
+    how = "" if request.resume_from is None else f"goes on from the checkpoint {request.resume_from}"
     how = how or ("replaces what is there" if request.overwrite else "new")
     return [f"Train: {request.adapter_type}, {settings}", f"Save to: {request.output_dir} ({how})"]

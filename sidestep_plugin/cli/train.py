@@ -243,7 +243,8 @@ def run_training(request: Request) -> None:
         quiet_third_parties()
         quiet_upstream()
     progress = Progress()
-    launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
+    with terminated_like_ctrl_c():
+        launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
     with launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
@@ -298,6 +299,20 @@ def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
             f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
         )
+
+
+@contextmanager
+def terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the program like Ctrl-C, with a word and its exit code, before there is anything to save."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
