@@ -290,12 +290,15 @@ class Faults:
 
 
 def readable_by_others() -> bool:
-    """Whether another user could run what this one runs."""
+    """Whether another user could look into what this one runs; everything else has been imported by then."""
+    places = (sysconfig.get_path("purelib"), str(Path(__file__).parent.parent))
     child = os.fork()
     if child == 0:
-        os.setuid(NOBODY)
-        places = (sysconfig.get_path("purelib"), str(Path(__file__).parent.parent), sys.executable)
-        os._exit(0 if all(os.access(place, os.R_OK | os.X_OK) for place in places) else 1)
+        try:
+            os.setuid(NOBODY)
+            os._exit(0 if all(os.access(place, os.R_OK | os.X_OK) for place in places) else 1)
+        finally:
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
