@@ -69,7 +69,7 @@ def bare_trainer(device: torch.device, dtype: torch.dtype) -> Any:
     # The look at the code wants the sampler called as a global of the step's module.
     namespace = trainer.__dict__
     source = "def training_step(self, batch, record_loss=True):\n    noise(batch)\n    move(self, batch)\n"
-    source += "    return sample_discrete_timestep(len(batch['target_latents']), self.timesteps_tensor)\n"
+    source += "    return sample_discrete_timestep(len(batch['target_latents']), self.timesteps_tensor)[0].sum()\n"
     namespace |= {
         "sample_discrete_timestep": sample_discrete_timestep,
         "noise": lambda batch: torch.randn_like(batch["target_latents"]),
