@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from sidestep_plugin.hooks.training_report import BANDS
+from sidestep_plugin.schedule import inference_timesteps
 
 KINDS = ("lora", "lokr")
 
@@ -32,6 +33,8 @@ def test_the_report_is_what_happened(train, load, model, kind):
     rows, losses = [0] * BANDS, [0.0] * BANDS
     for times, loss in zip(done.timesteps, done.losses, strict=True):
         for t in times.float().tolist():
+            # Some versions round what they give the decoder to bf16, across the edge of a band.
+            t = min(inference_timesteps(3.0, 8), key=lambda step, t=t: abs(step - t)) if model == "turbo" else t
             band = min(int(t * BANDS + 1e-6), BANDS - 1)
             rows[band], losses[band] = rows[band] + 1, losses[band] + loss
     assert [entry["rows"] for entry in report["loss_by_t"]] == rows and report["rows"] == sum(rows)
