@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from sidestep_plugin.hooks.training_report import BANDS
+
 from sidestep_plugin.schedule import inference_timesteps
 
 KINDS = ("lora", "lokr")
