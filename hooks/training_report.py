@@ -62,7 +62,7 @@ def note_step(step: Step) -> None:
 
 
 @hookimpl
-def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, float | torch.Tensor] | None:
+def acestep_epoch_finished(run: Run) -> Mapping[str, float | torch.Tensor] | None:
     notes: _Notes | None = run.state.get(_KEY)
     if notes is None:
         return None

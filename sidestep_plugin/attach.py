@@ -467,7 +467,7 @@ class Attachment:
                 if text.startswith("❌"):
                     for line in [*self._summed_up(run, "failed"), *self._saved_after(run, trainer, failed=True)]:
                         yield step, loss, line
-                    yield step, loss, _with_advice(text, run, trainer)
+                    yield step, loss, _with_advice(text, run)
                 elif journal.unsaved and text.startswith("💾"):
                     journal.unsaved = False  # upstream says that it saved a checkpoint, which it could not
                 elif not journal.walking:
@@ -793,7 +793,7 @@ def _device_of(trainer: Any) -> torch.device:
     return torch.device(trainer.dit_handler.device)
 
 
-def _with_advice(text: str, run: Run, trainer: Any) -> str:
+def _with_advice(text: str, run: Run) -> str:
     """Upstream's report of a failure, and what to do about it when that is known."""
     known = advice(text, run.training_config, run.adapter_config, Path(run.training_config.output_dir))
     return f"{text.rstrip('. ')}. {known}" if known else text

@@ -199,6 +199,24 @@ def known_fields(config_class: Any, values: Mapping[str, Any]) -> Any:
     return config_class(**{name: value for name, value in values.items() if name in known})
 
 
+SETTINGS = {
+    "batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "max_epochs": 2,
+    "save_every_n_epochs": 1,
+    "learning_rate": 1e-2,
+    "num_workers": 0,
+    "pin_memory": False,
+    "persistent_workers": False,
+    "seed": 7,
+    "log_every_n_steps": 1,
+}
+"""Upstream's training settings for a training of seconds."""
+
+COMMAND = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()"]
+"""``acestep-train`` in a process of its own, without the script that pip installs."""
+
+
 @dataclass
 class Trained:
     """What a whole training left behind."""
@@ -253,19 +271,7 @@ def train(
         hook = handler.model.decoder.register_forward_pre_hook(record, with_kwargs=True)
         config_class = getattr(trainer, upstream.CONFIG_CLASS[kind])
         adapter = config_class(r=4, alpha=8) if kind == "lora" else config_class(linear_dim=4, linear_alpha=8)
-        training = {
-            "batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "max_epochs": 2,
-            "save_every_n_epochs": 1,
-            "learning_rate": 1e-2,
-            "num_workers": 0,
-            "pin_memory": False,
-            "persistent_workers": False,
-            "seed": 7,
-            "log_every_n_steps": 1,
-            "output_dir": str(output),
-        } | settings
+        training = SETTINGS | {"output_dir": str(output)} | settings
         attached = (
             nullcontext()
             if plugins is None

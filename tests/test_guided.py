@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from conftest import COMMAND
 
 from sidestep_plugin.cli import cli
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-TRAIN = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "--plugin", "sidestep"]
+TRAIN = [*COMMAND, "--plugin", "sidestep"]
 MODEL, SONGS, SAVE = r"Model \[1\]: $", r"\.pt files(.|\n)*?Folder: $", r"Where to save\s+Folder \[.*\]: $"
 KIND, EPOCHS, RANK, START = r"lora or lokr \[lora\]: $", r"Epochs \[\d+\]: $", r"Rank \[64\]: $", r"Start\? .*: $"
 AGAIN = r"Folder(?: \[.*\])?: $"
@@ -95,7 +96,7 @@ def test_from_nothing_to_an_adapter(answer_in_a_terminal, place, monkeypatch):
     # The command line that was shown does the same without a question.
     (command,) = re.findall(r"^  (acestep-train .*)$", seen.text, flags=re.MULTILINE)
     words = [word.replace("adapters/my songs-base", "other") for word in shlex.split(command)[1:]]
-    done = subprocess.run([*TRAIN[:3], *words], cwd=place, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([*COMMAND, *words], cwd=place, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     facts, other = (
         {name: value for name, value in told.items() if name not in ("created", "title")}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import messages
 import pytest
+from conftest import COMMAND
 
 # Parts of a sentence that another message ends.
 FRAGMENTS = re.compile(
@@ -57,14 +57,7 @@ def test_the_page_of_messages_has_words_that_are_printed():
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437"])
 def test_a_console_that_cannot_show_more_gets_plain_text(tmp_path, encoding):
-    line = [
-        sys.executable,
-        "-c",
-        "from sidestep_plugin.cli import main; main()",
-        "demo",
-        "--dir",
-        str(tmp_path / "demo"),
-    ]
+    line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
     done = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode(encoding)

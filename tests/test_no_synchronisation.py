@@ -6,14 +6,18 @@ would have to be fetched. Copies between host and device are caught by looking a
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from sidestep_plugin.hooks import acestep_step_finished, note_step
 from sidestep_plugin.hooks.cfg_dropout import acestep_prepare_batch
 from sidestep_plugin.hooks.model_treatment import acestep_run_started
 from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sidestep_plugin.resume import Journal
 from sidestep_plugin.run import Run, Step
 
 CUDA = torch.device("cuda", 0)
@@ -78,6 +82,22 @@ def test_a_step_stays_on_the_gpu(on_gpu, variant):
     assert watcher.crossings == []
     assert (t is None) == (variant == "turbo")
     assert bool(watcher.calls) == (variant != "turbo"), "turbo adds nothing at all"
+
+
+def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):
+    """For the report, for resuming, and by the watch over the loss: all is fetched later, or was by upstream."""
+    with FakeTensorMode():
+        step, _ = on_gpu("base")
+        step.module = SimpleNamespace(training_losses=[1.0])
+        step.t, step.loss = torch.rand(4, device=CUDA), torch.rand((), device=CUDA)
+        journal = Journal(CUDA)
+        with Watcher() as watcher:
+            for _ in range(3):
+                journal.record(step.loss, training=True)
+                note_step(step)
+                acestep_step_finished(step)
+    assert watcher.crossings == [] and watcher.calls
+    assert journal.steps == 3
 
 
 def test_an_offloaded_null_condition_is_fetched_once_a_run(on_gpu):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import known_fields
+from conftest import SETTINGS, known_fields
 from safetensors.torch import load_file
 from sidestep_plugin.hooks.resuming import keep_resume_state
 
@@ -55,20 +55,8 @@ def job(checkout, trainer, load, tmp_path, require_kind):
         output = tmp_path / name
         config = getattr(trainer, upstream.CONFIG_CLASS[kind])
         adapter = config(r=4, alpha=8) if kind == "lora" else config(linear_dim=4, linear_alpha=8)
-        training = {
-            "batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "max_epochs": 6,
-            "save_every_n_epochs": 3,
-            "learning_rate": 1e-2,
-            "warmup_steps": 2,
-            "num_workers": 0,
-            "pin_memory": False,
-            "persistent_workers": False,
-            "seed": 7,
-            "log_every_n_steps": 1,
-            "output_dir": str(output),
-        } | settings
+        training = SETTINGS | {"max_epochs": 6, "save_every_n_epochs": 3, "warmup_steps": 2} | settings
+        training["output_dir"] = str(output)
         state = {"should_stop": False}
         stopper = Stopper(state, stop_at)
         attached = (

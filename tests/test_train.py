@@ -9,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import COMMAND
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -158,7 +158,7 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
     require_kind(kind)
     if checkout.real:
         pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
-    line = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "--plugin", "sidestep"]
+    line = [*COMMAND, "--plugin", "sidestep"]
     line += ["--model", "base", "--adapter-type", kind, "--epochs", "100000", "--batch-size", "2", "--device", "cpu"]
     line += ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
     line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
@@ -560,45 +560,17 @@ def test_an_adapter_that_is_no_number_any_more_is_not_saved_over_a_good_one(run,
 def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     if checkout.real:
         pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
-    import pty
+    from terminal import in_a_terminal
 
-    line = [
-        sys.executable,
-        "-c",
-        "from sidestep_plugin.cli import main; main()",
-        "demo",
-        "--dir",
-        str(tmp_path / "demo"),
-    ]
-    read, write = pty.openpty()
-    process = subprocess.Popen(line, stdout=write, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "120"})
-    os.close(write)
-    shown = b""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            chunk = os.read(read, 65536)
-        except OSError:  # the terminal's other side was closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(read)
-    assert process.wait(timeout=60) == 0
-    text = shown.decode()
-    assert "12/12" in text and re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", text)
+    seen = in_a_terminal([*COMMAND, "demo", "--dir", tmp_path / "demo"], [], cwd=tmp_path, width=120)
+    assert seen.code == 0
+    assert "12/12" in seen.text
+    assert re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", seen.text)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
-    line = [
-        sys.executable,
-        "-c",
-        "from sidestep_plugin.cli import main; main()",
-        "demo",
-        "--dir",
-        str(tmp_path / "demo"),
-    ]
+    line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.readline()
