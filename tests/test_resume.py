@@ -304,6 +304,26 @@ def test_a_rest_that_upstream_carries_over_is_told_once(job, trainer, monkeypatc
     assert len(told) == (0 if right else 1), job.said
 
 
+def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monkeypatch):
+    """Some versions then divide by zero. What was trained until then is saved, and it is said what to change."""
+    compute, calls = trainer.F.mse_loss, []
+
+    def spoilt(*arguments):
+        calls.append(1)
+        return compute(*arguments) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", spoilt)
+    settings = {"gradient_accumulation_steps": 2, "save_every_n_epochs": 50}
+    try:
+        job("spoilt", **settings)
+    except AssertionError:
+        assert "division by zero" in job.said[-1], job.said
+        assert "The gradients were not finite numbers. Lower --learning-rate" in job.said[-1]
+        assert any("Saved as it was after 6 training steps" in line for line in job.said)
+        monkeypatch.undo()
+        job("spoilt", resume_from=job.output / "spoilt" / "interrupted", **settings)
+
+
 def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
     job("whole", max_epochs=3)
     folder = checkpoint_of(job.output / "whole", 3)
