@@ -5,7 +5,7 @@
     cfg_dropout          condition dropout, for the models that are generated with guidance
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
-    resuming             checkpoints from which a training really goes on
+    resume_training             checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
 Nothing in here imports torch at import time, so that ``--help`` can list the options at once.
@@ -22,7 +22,7 @@ from .adapter_metadata import acestep_adapter_saved
 from .cfg_dropout import acestep_prepare_batch
 from .loss_watch import acestep_step_finished
 from .model_treatment import acestep_model_chosen, acestep_run_started
-from .resuming import acestep_resume, keep_resume_state
+from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.adapter import read_adapter
-from sidestep_plugin.comfyui import FILE_NAMES, write_comfyui_copy
-from sidestep_plugin.metadata import describe_adapter, forget_folders, write_header, write_training_config
+from sidestep_plugin.adapters.comfyui import FILE_NAMES, write_comfyui_copy
+from sidestep_plugin.adapters.facts import write_training_config
+from sidestep_plugin.adapters.header import write_header
+from sidestep_plugin.adapters.layers import read_adapter
+from sidestep_plugin.adapters.paths import forget_folders
 from sidestep_plugin.options import Line
 from sidestep_plugin.run import Run, SavedAdapter
 
+from .adapter_facts import describe_adapter
 from .model_treatment import other_sampler, treatment_of
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.metadata import guidance
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run
-from sidestep_plugin.variant import CFG_RATIO, VARIANTS, Treatment, decide_treatment
+from sidestep_plugin.timesteps.treatment import CFG_RATIO, Treatment, decide_treatment
+from sidestep_plugin.variants import VARIANTS, guidance
 
 NAME = "sidestep"
 """The plugin's name, under which it keeps what it decided."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sidestep_plugin import hookimpl
 from sidestep_plugin.run import Run, Step
-from sidestep_plugin.schedule import logit_normal
+from sidestep_plugin.timesteps.schedule import logit_normal
 
 from .model_treatment import treatment_of
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin import hookimpl
-from sidestep_plugin.distributions import band_of, save_picture
 from sidestep_plugin.files import replacing
 from sidestep_plugin.run import Run, Step
+from sidestep_plugin.timesteps.shares import band_of, save_picture
 
 from .cfg_dropout import DROPPED
 from .model_treatment import treatment_of

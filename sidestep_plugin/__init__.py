@@ -6,18 +6,18 @@
         ...                 # train as always
 
 Plugin authors import :data:`hookimpl`; the hooks are described in :mod:`sidestep_plugin.hookspecs`.
-Importing this package does not import torch.
+Importing this package imports nothing else: each name is fetched when it is first asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from .attach import Attachment, attach
-from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
     from .hookspecs import hookimpl
+    from .trainer.attachment import Attachment, attach
 
 __all__ = [
     "Attachment",
@@ -32,11 +32,15 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+_PLACES: Final = {
+    "Attachment": "trainer.attachment",
+    "attach": "trainer.attachment",
+    "hookimpl": "hookspecs",
+    **dict.fromkeys(("DetachError", "PluginError", "Refusal", "UpstreamMismatch"), "errors"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The marker brings pluggy, which a command that only prints its help does not need.
-    if name == "hookimpl":
-        from .hookspecs import hookimpl
-
-        return hookimpl
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

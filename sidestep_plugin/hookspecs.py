@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .resume import ResumePoint
-    from .run import ModelFacts, Run, SavedAdapter, Step
+    from .run import ModelFacts, ResumePoint, Run, SavedAdapter, Step
 
 PROJECT: Final = "acestep"
 

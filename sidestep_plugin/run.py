@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +14,6 @@ from .errors import Refusal
 
 if TYPE_CHECKING:
     import torch
-
-    from .resume import Journal, ResumePoint
 
 AdapterType = Literal["lora", "lokr"]
 
@@ -87,7 +85,7 @@ class Run:
         state: room for plugins to keep what they decided; by convention under the plugin's own name.
         steps: training steps begun so far, validation not counted; of a resumed run those before it, too.
         resumed_at: training steps that earlier runs had done; 0 for a run from the start.
-        journal: how far the run is and what resuming it would need; the host's own.
+        epoch_losses: asked for :attr:`loss_by_epoch`; the host's own.
     """
 
     adapter_type: AdapterType
@@ -102,7 +100,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
-    journal: Journal | None = None
+    epoch_losses: Callable[[], Mapping[int, float]] = dict
 
     @property
     def first_step(self) -> bool:
@@ -110,9 +108,9 @@ class Run:
         return self.steps - self.resumed_at <= 1
 
     @property
-    def loss_by_epoch(self) -> dict[int, float]:
+    def loss_by_epoch(self) -> Mapping[int, float]:
         """Mean loss of every whole epoch so far, of a resumed run those before it, too; {} where nobody keeps it."""
-        return {} if self.journal is None else self.journal.loss_by_epoch()
+        return self.epoch_losses()
 
     @property
     def model(self) -> Any:
@@ -147,6 +145,57 @@ class Step:
     sampled_by: str | None = None
     loss: torch.Tensor | None = None
     sampler_called: bool = False
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A place in a training, and everything that the rest of it depends on.
+
+    Attributes:
+        epochs: whole passes through the songs.
+        steps: training steps of the pass after them; 0 between two passes.
+        steps_per_epoch: training steps of a whole pass; None when they were not recorded.
+        losses: the loss of every training step so far, shape [N]; None when they were not recorded.
+        validation: the loss of every validation step so far, shape [M]; None when they were not recorded.
+        random: states of the random generators here; None when they were not recorded.
+        epoch_random: the same at the start of the pass that has begun, which shuffles the songs; None between two.
+        gradients: of each trained tensor what waits for the next optimizer step, None when nothing does.
+        optimizer, scheduler: their ``state_dict()``; None to begin with new ones.
+        optimizer_class: name of the optimizer's class, "" when unknown.
+        weights: the adapter's tensors under the names that they are saved with; empty when they lie in a file.
+        parameters: the trained tensors themselves, where the file's are computed from them (LyCORIS multiplies its
+            scalar into them); None where they are the same.
+        songs: fingerprint of the songs that it was trained on, "" when unknown.
+        lines: what the user should know about going on from here.
+    """
+
+    epochs: int
+    steps: int
+    steps_per_epoch: int | None = None
+    losses: torch.Tensor | None = None
+    validation: torch.Tensor | None = None
+    random: Mapping[str, Any] | None = None
+    epoch_random: Mapping[str, Any] | None = None
+    gradients: list[torch.Tensor | None] | None = None
+    optimizer: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
+    optimizer_class: str = ""
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: list[torch.Tensor] | None = None
+    songs: str = ""
+    lines: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"in epoch {self.epochs + 1}" if self.steps else f"after epoch {self.epochs}"
+
+    @property
+    def steps_done(self) -> int | None:
+        """Training steps so far, None when an epoch's number of them is not known."""
+        if self.losses is not None:
+            return len(self.losses)
+        return None if self.steps_per_epoch is None else self.epochs * self.steps_per_epoch + self.steps
 
 
 @dataclass(frozen=True)

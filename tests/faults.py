@@ -43,8 +43,8 @@ class Faults:
         import torch
 
         from sidestep_plugin import miniature
-        from sidestep_plugin.launch import find_model, load_model
-        from sidestep_plugin.upstream import import_trainer
+        from sidestep_plugin.trainer.checkout import import_trainer
+        from sidestep_plugin.trainer.models import find_model, load_model
 
         self.work, self.draw = work, random.Random(seed)
         self.built = miniature.build(work / "miniature", models=["acestep-v15-base"], songs=5)
@@ -137,9 +137,9 @@ class Faults:
 
     def look(self, fault: str, output: Path) -> None:
         """Everything that was reported as saved is there; everything that is there is whole."""
-        from sidestep_plugin.checkpoints import read_checkpoint
+        from sidestep_plugin.adapters.staging import settle_below
         from sidestep_plugin.errors import Refusal
-        from sidestep_plugin.staging import settle_below
+        from sidestep_plugin.resuming.checkpoints import read_checkpoint
 
         settle_below(output)  # what the next command does first
         there = {re.sub(r"_loss.*", "", folder.name): folder for folder in output.glob("checkpoints/*/")}

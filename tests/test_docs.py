@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 
+from sidestep_plugin.adapters.facts import FACTS, SCHEMA_VERSION, read_training_config
 from sidestep_plugin.cli import cli
-from sidestep_plugin.metadata import FACTS, SCHEMA_VERSION, read_training_config
 
 ROOT = Path(__file__).parent.parent
 # The commands of write-a-plugin.md are run in test_plugins_of_others.py, with its plugin installed.
@@ -54,8 +54,8 @@ def run(command, checkout, output, *more):
 
 
 ELSEWHERE = {
-    "acestep-train run --plugin sidestep -- acestep",  # test_running.py, upstream/test_app.py
-    "acestep-train patch apply",  # test_patching.py
+    "acestep-train run --plugin sidestep -- acestep",  # trainer/test_programs.py, upstream/test_app.py
+    "acestep-train patch apply",  # trainer/test_checkout_patch.py
 }
 
 

@@ -43,7 +43,7 @@ def test_an_unknown_model_is_refused(tmp_path):
 @pytest.mark.parametrize("name", miniature.OFFICIAL_MODELS)
 def test_every_official_model_is_decided_by_its_folder(tmp_path, name):
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.variant import decide_variant
+    from sidestep_plugin.timesteps.treatment import decide_variant
 
     folder = miniature.write_model(tmp_path, name, seed=1)
     expected = next(variant for variant in ("turbo", "base", "sft") if variant in name)

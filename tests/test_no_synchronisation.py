@@ -17,7 +17,7 @@ from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidestep_plugin.resume import Journal
+from sidestep_plugin.resuming.journal import Journal
 from sidestep_plugin.run import Run, Step
 
 CUDA = torch.device("cuda", 0)

@@ -36,14 +36,14 @@ def test_every_other_command_has_a_test():
     }
     assert commands == {
         "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
-        "acestep-train --plugin sidestep",  # test_guided.py
+        "acestep-train --plugin sidestep",  # cli/test_guided.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
         # test_docs.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
         "acestep-train check",  # below
-        "acestep-train run --plugin sidestep -- acestep",  # test_running.py, upstream/test_app.py
-        "acestep-train patch apply",  # test_patching.py
-        "acestep-train patch revert",  # test_patching.py
+        "acestep-train run --plugin sidestep -- acestep",  # trainer/test_programs.py, upstream/test_app.py
+        "acestep-train patch apply",  # trainer/test_checkout_patch.py
+        "acestep-train patch revert",  # trainer/test_checkout_patch.py
         "acestep-train inspect OUTPUT",  # test_docs.py
         "acestep-train export OUTPUT --to comfyui",  # test_docs.py
         "python -m pytest --acestep-root DIR",  # below
@@ -84,7 +84,7 @@ def test_the_tests_take_a_checkout(tmp_path):
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, models=[], songs=0)
-    line = [sys.executable, "-m", "pytest", "--acestep-root", built.root, "-q", "tests/test_upstream.py"]
+    line = [sys.executable, "-m", "pytest", "--acestep-root", built.root, "-q", "tests/trainer/test_seams.py"]
     done = subprocess.run([*line, "-k", "the_checkout_fits"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 

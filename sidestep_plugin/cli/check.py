@@ -42,9 +42,10 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     import dataclasses
     import logging
 
-    from sidestep_plugin.fitness import examine_checkout
-    from sidestep_plugin.launch import checkpoint_folder
-    from sidestep_plugin.upstream import MODULE_CLASS, find_root
+    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.trainer.compatibility import examine_checkout
+    from sidestep_plugin.trainer.models import checkpoint_folder
+    from sidestep_plugin.trainer.seams import MODULE_CLASS
 
     from .train import quiet_upstream
 

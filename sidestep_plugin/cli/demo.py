@@ -55,8 +55,8 @@ def demo(
     """
     import torch
 
-    from sidestep_plugin.launch import Request, check_writable
     from sidestep_plugin.miniature import build
+    from sidestep_plugin.trainer.launch import Request, check_writable
 
     torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())

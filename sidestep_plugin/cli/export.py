@@ -38,8 +38,8 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
         acestep-train export adapters/jazz/final --to comfyui --output ComfyUI/models/loras/jazz.safetensors
     """
     assert program == "comfyui"
-    from sidestep_plugin.comfyui import FILE_NAMES, check_exportable, write_comfyui_copy
-    from sidestep_plugin.inspection import inspect_adapter
+    from sidestep_plugin.adapters.comfyui import FILE_NAMES, check_exportable, write_comfyui_copy
+    from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:
         report = inspect_adapter(adapter)

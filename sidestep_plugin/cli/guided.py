@@ -15,8 +15,8 @@ import click
 from sidestep_plugin.errors import Refusal
 
 if TYPE_CHECKING:
-    from sidestep_plugin.dataset import Dataset
-    from sidestep_plugin.launch import Request
+    from sidestep_plugin.songs.dataset import Dataset
+    from sidestep_plugin.trainer.launch import Request
 
 BACK: Final = "b"
 
@@ -146,7 +146,7 @@ def _put(question: Question, answers: Answers) -> None:
 
 def _check_said(answers: Answers) -> None:
     """Look at what was said on the command line before anything is asked. Raises Refusal."""
-    from sidestep_plugin.launch import check_unused
+    from sidestep_plugin.trainer.launch import check_unused
 
     request = answers.request
     if "model" not in answers.asked:
@@ -222,14 +222,14 @@ def command_line(request: Request) -> str:
 
 
 def _root(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.upstream import find_root
+    from sidestep_plugin.trainer.checkout import find_root
 
     answers.set(acestep_root=find_root(_place(text)))
     return []
 
 
 def _lacks_root(answers: Answers) -> bool:
-    from sidestep_plugin.upstream import find_root
+    from sidestep_plugin.trainer.checkout import find_root
 
     try:
         find_root(answers.request.acestep_root)
@@ -239,15 +239,15 @@ def _lacks_root(answers: Answers) -> bool:
 
 
 def _checkpoints(answers: Answers) -> Path:
-    from sidestep_plugin.launch import checkpoint_folder
-    from sidestep_plugin.upstream import find_root
+    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.trainer.models import checkpoint_folder
 
     return checkpoint_folder(answers.request.checkpoint_dir, find_root(answers.request.acestep_root))
 
 
 def _list_models(answers: Answers) -> list[str]:
-    from sidestep_plugin.fitness import examine_model
-    from sidestep_plugin.launch import models_in
+    from sidestep_plugin.trainer.compatibility import examine_model
+    from sidestep_plugin.trainer.models import models_in
 
     folder = _checkpoints(answers)
     answers.models = models_in(folder)
@@ -264,8 +264,8 @@ def _list_models(answers: Answers) -> list[str]:
 
 
 def _model(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.launch import check_weights, find_model
     from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.trainer.models import check_weights, find_model
 
     if text.isascii() and text.isdecimal() and text not in answers.models:
         if not 1 <= int(text) <= len(answers.models):
@@ -280,9 +280,9 @@ def _model(answers: Answers, text: str) -> list[str]:
 
 def _variant_is_unclear(answers: Answers) -> bool:
     """Whether a plugin has the option, nobody said it, and it cannot be told without."""
-    from sidestep_plugin.launch import find_model
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.variant import decide_variant
+    from sidestep_plugin.timesteps.treatment import decide_variant
+    from sidestep_plugin.trainer.models import find_model
 
     if answers.request.options.get("variant") != "auto":
         return False
@@ -295,7 +295,7 @@ def _variant_is_unclear(answers: Answers) -> bool:
 
 
 def _variant(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.variant import VARIANTS
+    from sidestep_plugin.variants import VARIANTS
 
     if text not in VARIANTS:
         raise Refusal(f"Expected {', '.join(VARIANTS)}.")
@@ -304,9 +304,10 @@ def _variant(answers: Answers, text: str) -> list[str]:
 
 
 def _songs(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.dataset import inspect_dataset
-    from sidestep_plugin.launch import check_songs, find_model
     from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.songs.dataset import inspect_dataset
+    from sidestep_plugin.songs.fit import check_songs
+    from sidestep_plugin.trainer.models import find_model
 
     folder = _place(text)
     dataset = inspect_dataset(folder.absolute(), allow_duplicates=answers.request.allow_duplicates)
@@ -323,7 +324,7 @@ def _default_output(answers: Answers) -> str:
 
 
 def _output(answers: Answers, text: str) -> list[str]:
-    from sidestep_plugin.launch import check_unused, check_writable
+    from sidestep_plugin.trainer.launch import check_unused, check_writable
 
     if text in ("resume", "overwrite") and answers.used is not None:
         answers.set(output_dir=answers.used)
@@ -352,8 +353,9 @@ def _output(answers: Answers, text: str) -> list[str]:
 
 def _go_on(answers: Answers) -> list[str]:
     """Take a checkpoint, the newest when none was said, and the settings that it was made with. Raises Refusal."""
-    from sidestep_plugin.checkpoints import newest_checkpoint, read_checkpoint
-    from sidestep_plugin.launch import ADAPTER_FIELDS, LATEST, TRAINING_FIELDS
+    from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
+    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.trainer.launch import LATEST
 
     said, notes = answers.request.resume_from, list[str]()
     if said is None or said == LATEST:
@@ -484,9 +486,9 @@ QUESTIONS: Final = (
 
 def _decided(answers: Answers) -> list[str]:
     """What the plugins say they will do."""
-    from sidestep_plugin.launch import find_model
     from sidestep_plugin.registry import Registry
-    from sidestep_plugin.rehearsal import rehearse
+    from sidestep_plugin.trainer.models import find_model
+    from sidestep_plugin.trainer.rehearsal import rehearse
 
     request = answers.request
     if not request.plugins:

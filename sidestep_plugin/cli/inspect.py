@@ -28,7 +28,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
     The exit code is 0, and 2 when the adapter cannot be read or something is wrong with it.
     """
-    from sidestep_plugin import inspection
+    from sidestep_plugin.adapters import inspection
 
     try:
         report = inspection.inspect_adapter(path)

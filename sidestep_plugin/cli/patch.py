@@ -36,7 +36,7 @@ ROOT = click.option(
 
 
 def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any, Path]:
-    from sidestep_plugin.upstream import find_root
+    from sidestep_plugin.trainer.checkout import find_root
 
     try:
         root = find_root(said)
@@ -51,7 +51,7 @@ def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any,
 @ROOT
 def apply(acestep_root: Path | None) -> None:
     """Put the lines in. Does nothing when they are there."""
-    from sidestep_plugin import patching
+    from sidestep_plugin.trainer import checkout_patch as patching
 
     changed, root = _in_checkout(patching.apply, acestep_root)
     done = "five lines were added at its top." if changed else "has the lines already."
@@ -63,7 +63,7 @@ def apply(acestep_root: Path | None) -> None:
 @ROOT
 def revert(acestep_root: Path | None) -> None:
     """Take the lines out, leaving the file as it was. Does nothing when they are not there."""
-    from sidestep_plugin import patching
+    from sidestep_plugin.trainer import checkout_patch as patching
 
     changed, root = _in_checkout(patching.revert, acestep_root)
     done = "is as it was before the patch." if changed else "has no such lines."
@@ -74,7 +74,7 @@ def revert(acestep_root: Path | None) -> None:
 @ROOT
 def status(acestep_root: Path | None) -> None:
     """Say whether the lines are in."""
-    from sidestep_plugin import patching
+    from sidestep_plugin.trainer import checkout_patch as patching
 
     state, root = _in_checkout(patching.status, acestep_root)
     todo = "acestep-train patch revert takes it out." if state == "applied" else "acestep-train patch apply puts it in."
@@ -84,6 +84,6 @@ def status(acestep_root: Path | None) -> None:
 @patch.command()
 def show() -> None:
     """Print the patch, as git apply --unidiff-zero and patch -p1 take it."""
-    from sidestep_plugin import patching
+    from sidestep_plugin.trainer import checkout_patch as patching
 
     click.echo(patching.patch_text(), nl=False)

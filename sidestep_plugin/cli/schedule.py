@@ -29,7 +29,9 @@ def schedule(shift: float, steps: int, as_json: bool) -> None:
         acestep-train schedule --shift 3 --steps 8      turbo
         acestep-train schedule --shift 1 --steps 50     base and sft
     """
-    from sidestep_plugin.schedule import inference_timesteps  # takes long to import, for a command not yet chosen
+    from sidestep_plugin.timesteps.schedule import (
+        inference_timesteps,  # takes long to import, for a command not yet chosen
+    )
 
     values = inference_timesteps(shift, steps)
     if as_json:

@@ -54,33 +54,34 @@ def timesteps(
     """
     import torch
 
-    from sidestep_plugin import distributions
-    from sidestep_plugin.launch import checkpoint_folder, find_model
     from sidestep_plugin.registry import Registry
-    from sidestep_plugin.rehearsal import rehearse
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.schedule import TURBO_STEPS, inference_timesteps
-    from sidestep_plugin.upstream import find_root
-    from sidestep_plugin.variant import law_of
+    from sidestep_plugin.timesteps import shares
+    from sidestep_plugin.timesteps.schedule import inference_timesteps
+    from sidestep_plugin.timesteps.treatment import law_of
+    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.trainer.models import checkpoint_folder, find_model
+    from sidestep_plugin.trainer.rehearsal import rehearse
+    from sidestep_plugin.variants import TURBO_SHIFT, TURBO_STEPS
 
     if plot is not None:
         _check_plot(plot)
     registry = Registry.load(plugins, wins)
     folder = find_model(model, checkpoint_folder(checkpoint_dir, find_root(acestep_root)))
     rehearsal = rehearse(registry, folder, registry.resolve_options(options))
-    schedule = inference_timesteps(distributions.TRAINERS_SHIFT, TURBO_STEPS)
+    schedule = inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
     torch.manual_seed(seed)
     drawn = rehearsal.timesteps(draws)
     if drawn is None:  # the plugin leaves it to ACE-Step's own sampler
         drawn = torch.tensor(schedule)[torch.randint(len(schedule), (draws,))]
     law = law_of(ModelFacts.from_folder(folder))
-    columns = [distributions.of_the_trainer("ACE-Step's trainer", bands)]
+    columns = [shares.of_the_trainer("ACE-Step's trainer", bands)]
     if law is not None:
-        columns.append(distributions.of_the_law("the model's own law", *law, bands))
-    columns.append(distributions.of_values(f"with {', '.join(registry.names)}", drawn.tolist(), bands))
+        columns.append(shares.of_the_law("the model's own law", *law, bands))
+    columns.append(shares.of_values(f"with {', '.join(registry.names)}", drawn.tolist(), bands))
     if plot is not None:
-        figure = distributions.draw(f"Training timesteps of {folder.name}", schedule, law, drawn, columns[-1].name)
-        distributions.save_picture(figure, plot)
+        figure = shares.draw(f"Training timesteps of {folder.name}", schedule, law, drawn, columns[-1].name)
+        shares.save_picture(figure, plot)
     if as_json:
         names = ("trainer", "law", "plugins") if law is not None else ("trainer", "plugins")
         echo_json({"model": folder.name, "bands": bands} | {n: vars(c) for n, c in zip(names, columns, strict=True)})
@@ -88,7 +89,7 @@ def timesteps(
     for line in rehearsal.lines:
         click.echo(line)
     click.echo("Share of the training steps by t (1 is pure noise), and median with the range of 90 %:\n")
-    for line in distributions.as_text(columns, block=_block()):
+    for line in shares.as_text(columns, block=_block()):
         click.echo(line)
     if plot is not None:
         click.echo(f"\nPicture: {plot}")

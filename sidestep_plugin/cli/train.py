@@ -20,7 +20,7 @@ from sidestep_plugin.options import FiniteFloat
 from .commands import FAILED, INTERRUPTED, Place, PluginCommand
 
 if TYPE_CHECKING:
-    from sidestep_plugin.launch import Launch, Request
+    from sidestep_plugin.trainer.launch import Launch, Request
 
     from .progress import Progress
 
@@ -195,7 +195,7 @@ def train(
 
     On a terminal, what is missing of --model, --dataset-dir and --output-dir is asked for.
     """
-    from sidestep_plugin.launch import Request
+    from sidestep_plugin.trainer.launch import Request
 
     context = click.get_current_context()
     needed = {"model": model, "dataset_dir": dataset_dir, "output_dir": output_dir}
@@ -234,7 +234,7 @@ def on_a_terminal() -> bool:
 
 def run_training(request: Request) -> None:
     """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
-    from sidestep_plugin.launch import prepare
+    from sidestep_plugin.trainer.launch import prepare
 
     from .progress import Progress
 
@@ -288,8 +288,9 @@ def run_training(request: Request) -> None:
 
 
 def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
-    from sidestep_plugin.comfyui import FILE_NAMES
-    from sidestep_plugin.metadata import guidance, read_training_config
+    from sidestep_plugin.adapters.comfyui import FILE_NAMES
+    from sidestep_plugin.adapters.facts import read_training_config
+    from sidestep_plugin.variants import guidance
 
     if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
         click.echo(f"For ComfyUI: {copy}")

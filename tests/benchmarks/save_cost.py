@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sidestep_plugin.metadata import write_header
+from sidestep_plugin.adapters.header import write_header
 
 FACTS = {"schema_version": 1, "title": "benchmark", "model_name": "acestep-v15-base", "model_variant": "base"}
 FACTS |= {"shift": 1.0, "num_inference_steps": 50, "adapter_type": "lora", "rank": 64, "alpha": 128}

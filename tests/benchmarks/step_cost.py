@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestep_plugin import attach
-from sidestep_plugin.schedule import inference_timesteps
+from sidestep_plugin.timesteps.schedule import inference_timesteps
 
 TOKENS, WIDTH = 512, 2048
 ROUNDS, STEPS = 30, 40

@@ -33,7 +33,7 @@ from typing import Any
 
 from checkouts import Checkout, extract_versions
 
-from sidestep_plugin.schedule import inference_timesteps, max_of_two_logit_normal_cdf
+from sidestep_plugin.timesteps.schedule import inference_timesteps, max_of_two_logit_normal_cdf
 
 TO_GENERATE = {"base": (1.0, 50), "turbo": (3.0, 8)}
 CFG_RATIO = 0.5  # high, so that every version shows it within few rows

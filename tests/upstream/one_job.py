@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, tensors: Path) -> None:
         from sidestep_plugin import hookimpl
-        from sidestep_plugin.schedule import inference_timesteps
+        from sidestep_plugin.timesteps.schedule import inference_timesteps
 
         self.steps: list[dict[str, Any]] = []
         songs = [torch.load(file, weights_only=True) for file in sorted(tensors.glob("*.pt"))]
@@ -91,7 +91,8 @@ class Recorder:
 
 def train_with_plugin(arguments: list[str]) -> dict[str, Any]:
     """Run the real command line; the recorder joins it as one more plugin."""
-    from sidestep_plugin import cli, launch
+    from sidestep_plugin import cli
+    from sidestep_plugin.trainer import launch
 
     recorder = Recorder(Path(arguments[arguments.index("--dataset-dir") + 1]))
     prepare, load_model = launch.prepare, launch.load_model

@@ -131,8 +131,8 @@ def compare_with_forward(trainer, module, model, songs, seed, options=None):
 def test_the_loss_is_that_of_the_real_models_forward(
     trainer, real_model, module_for, require_kind, kind, family, dtype
 ):
-    from sidestep_plugin.launch import Handler
-    from sidestep_plugin.upstream import sampler_style
+    from sidestep_plugin.trainer.models import Handler
+    from sidestep_plugin.trainer.seams import sampler_style
 
     require_kind(kind)
     if sampler_style(trainer.sample_discrete_timestep) == "device and dtype" and dtype != torch.bfloat16:
@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_real_models_forward(
 
 @pytest.mark.parametrize("family", list(FILES))
 def test_the_timesteps_are_those_of_the_real_sample_t_r(trainer, real_model, module_for, family):
-    from sidestep_plugin.launch import Handler
+    from sidestep_plugin.trainer.models import Handler
 
     class Recorder:
         from sidestep_plugin import hookimpl

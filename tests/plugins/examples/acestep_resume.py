@@ -1,8 +1,8 @@
 """Takes from a checkpoint its weights alone: epochs, optimizer and learning rate begin anew."""
 
 from sidestep_plugin import hookimpl
-from sidestep_plugin.checkpoints import read_checkpoint
-from sidestep_plugin.resume import ResumePoint
+from sidestep_plugin.resuming.checkpoints import read_checkpoint
+from sidestep_plugin.run import ResumePoint
 
 
 @hookimpl

@@ -1,0 +1,122 @@
+"""Makes every checkpoint resumable, and lets a training go on from one as if it had never stopped.
+
+The host keeps the journal of a run and puts things in place; here is decided what a checkpoint says, and whether it is
+one of this training: another model, rank or set of layers is refused, another learning rate is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.resuming.checkpoints import Checkpoint, read_checkpoint, write_resume_state
+from sidestep_plugin.run import ResumePoint, Run, SavedAdapter
+from sidestep_plugin.songs.dataset import fingerprint
+
+from .adapter_facts import describe_run
+from .model_treatment import other_sampler, treatment_of
+
+MUST_BE_EQUAL: Final = {
+    "adapter_type": "adapter type",
+    "model_name": "model",
+    "model_variant": "variant",
+    "rank": "rank",
+    "alpha": "alpha",
+    "target_modules": "target modules",
+    "songs": "number of songs",
+    "val_split": "validation split",
+}
+"""Facts of a checkpoint that decide whether its weights and its place in the songs mean anything in another run."""
+
+MAY_CHANGE: Final = {
+    "batch_size": "batch size",
+    "timestep_law": "timesteps",
+    "cfg_ratio": "condition dropout",
+    "dropout": "dropout",
+    "learning_rate": "learning rate",
+    "max_epochs": "epochs",
+    "warmup_steps": "warmup steps",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "longest gradient",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "mixed_precision": "precision",
+    "seed": "seed (the random states are those of the checkpoint)",
+}
+"""Facts that may be other ones from here on, as long as that is said."""
+
+
+@hookimpl(specname="acestep_adapter_saved")
+def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
+    point = saved.resume_point
+    if point is None:
+        return None
+    try:
+        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir)))
+    except OSError as error:
+        return [f"Warning: nothing can be resumed from {saved.destination.parent}: {error.strerror or error}."]
+    if "loss_0.0000" in str(saved.destination) and point.losses is not None and point.steps_per_epoch:
+        mean = float(point.losses[-point.steps_per_epoch :].float().mean())
+        return [f"Note: ACE-Step names this checkpoint loss_0.0000; the mean loss of its epoch was {mean:.4f}."]
+    return None
+
+
+@hookimpl
+def acestep_resume(run: Run, folder: Path) -> ResumePoint:
+    checkpoint = read_checkpoint(folder)
+    lines = [f"Resuming from {checkpoint.folder}: the adapter's weights, optimizer, learning rate, random states"]
+    if checkpoint.facts is None:
+        lines.append("Note: the checkpoint does not say for which model it was made, so only its tensors are compared.")
+    else:
+        now = describe_run(run, treatment_of(run), other_sampler(run))
+        if other := _differences(MUST_BE_EQUAL, checkpoint.facts, now):
+            raise Refusal(
+                f"{checkpoint.folder} is a checkpoint of another training: {'; '.join(other)}. Resume with the "
+                "settings that it was made with, or train anew without --resume-from."
+            )
+        lines += [
+            f"Note: changed since the checkpoint: {what}" for what in _differences(MAY_CHANGE, checkpoint.facts, now)
+        ]
+    max_epochs = getattr(run.training_config, "max_epochs", None)
+    point = checkpoint.point
+    if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
+        raise Refusal(
+            f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
+            "Say more --epochs."
+        )
+    if _changed("batch_size", checkpoint, run):
+        # Another number of steps an epoch: places in the midst of one mean nothing any more.
+        if point.steps:
+            lines.append(f"Note: with another batch size, epoch {point.epochs + 1} begins anew.")
+        nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
+        point = dataclasses.replace(point, steps=0, **nothing)
+    elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
+        lines.append("Note: the gradients that waited for the next optimizer step are left out.")
+        point = dataclasses.replace(point, gradients=None)
+    if point.songs and point.songs != fingerprint(run.tensor_dir):
+        lines.append("Note: the songs are not the files that the checkpoint was trained on (other names or sizes).")
+    if point.random is None:
+        lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
+    if point.optimizer is None:
+        lines.append("Note: the checkpoint has no optimizer, whose memory begins anew.")
+    if point.losses is None:
+        lines.append("Note: the losses up to here are not known any more, so the curves show zeros for them.")
+    return dataclasses.replace(point, lines=tuple(lines))
+
+
+def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
+    """Whether one of upstream's settings is known to be another one than it was."""
+    if checkpoint.facts is None or setting not in checkpoint.facts:
+        return False
+    return bool(checkpoint.facts[setting] != getattr(run.training_config, setting, None))
+
+
+def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Facts that both know and that differ, in words."""
+    return [
+        f"its {words} was {then[name]}, here it is {now[name]}"
+        for name, words in names.items()
+        if name in then and name in now and then[name] is not None and then[name] != now[name]
+    ]

@@ -1,0 +1,147 @@
+"""The facts in a safetensors file's header: ours, and under the keys that other people's tools show.
+
+ModelSpec's ``modelspec.*``, kohya's ``ss_*``, diffusers' ``lora_adapter_metadata``, and ours under ``sidestep.``. All
+values of a header are texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import Refusal
+from ..variants import guidance
+from .facts import TEXT_FACTS, TEXT_SETTINGS
+from .layers import DIFFUSERS_KEY, diffusers_config, understand
+from .paths import without_paths
+from .weights_file import HASH_KEY, WeightsFile, read_weights_file, write_metadata
+
+PREFIX: Final = "sidestep."
+"""What our own keys in a header begin with."""
+
+
+def write_header(weights: Path, facts: Mapping[str, Any]) -> None:
+    """Write the facts into a safetensors file's header, beside what stands there; the tensors stay byte for byte.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+        Refusal: it is no safetensors file.
+    """
+    file = read_weights_file(weights)
+    write_metadata(file, header_of(file, facts))
+
+
+def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
+    """The header texts of an adapter: upstream's own without its paths, and the facts under everybody's keys."""
+    header = {key: text for key, text in file.metadata.items() if not key.startswith(PREFIX)}
+    for key, text in header.items():
+        header[key] = without_paths(text, facts)
+    # A list or null in JSON, a plain text as it is.
+    ours = {
+        PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in facts.items()
+        if value is not None
+    }
+    for_diffusers: dict[str, str] = {}
+    with contextlib.suppress(Refusal):  # layers that nobody knows: then diffusers does not know them either
+        if (config := diffusers_config(understand(file))) is not None:
+            for_diffusers = {DIFFUSERS_KEY: json.dumps(config)}
+    return header | for_diffusers | _modelspec(facts) | _kohya(facts) | ours
+
+
+def facts_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The facts that a header carries under our prefix; None when there are none."""
+    facts = {
+        key.removeprefix(PREFIX): _value(key.removeprefix(PREFIX), text)
+        for key, text in metadata.items()
+        if key.startswith(PREFIX)
+    }
+    return facts or None
+
+
+def usage_hint(facts: Mapping[str, Any]) -> str:
+    """One sentence that says how to generate: "ACE-Step 1.5 base: shift 1.0, 50 steps, CFG on"."""
+    size = "XL " if facts.get("model_size") == "XL" else ""
+    variant = facts.get("model_variant")
+    trigger = f"; trigger: {facts['trigger']}" if facts.get("trigger") else ""
+    return (
+        f"ACE-Step 1.5 {size}{variant}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
+        f"CFG {guidance(variant)}{trigger}"
+    )
+
+
+def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
+    """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): required keys first, then those that tools show."""
+    kind = "LoRA" if facts.get("adapter_type") == "lora" else "LoKr"
+    songs = f" on {facts['songs']} songs" if facts.get("songs") else ""
+    entries = {
+        "sai_model_spec": "1.0.1",
+        # No id is registered for ACE-Step; XL layers have other widths, so they are another architecture.
+        "architecture": f"ace-step-1.5{'-xl' if facts.get('model_size') == 'XL' else ''}/{facts.get('adapter_type')}",
+        "implementation": "https://github.com/ace-step/ACE-Step-1.5",
+        "title": facts.get("title"),
+        "description": f"{kind} for {facts.get('model_name') or 'ACE-Step 1.5'}, rank {facts.get('rank')}, alpha "
+        f"{facts.get('alpha')}, trained{songs} for {facts.get('training_steps')} steps; timesteps: "
+        f"{facts.get('timestep_law')}; condition dropout: {facts.get('cfg_ratio')}.",
+        "author": facts.get("author"),
+        "license": facts.get("license"),
+        "date": facts.get("created"),
+        "usage_hint": usage_hint(facts),
+        "trigger_phrase": facts.get("trigger"),
+    }
+    texts = {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}
+    return texts | {HASH_KEY: ""}  # computed while the tensors are copied
+
+
+def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The ``ss_*`` keys of kohya-ss/sd-scripts that mean the same thing here."""
+    lora = facts.get("adapter_type") == "lora"
+    entries = {
+        "ss_base_model_version": "ace_step_15_xl" if facts.get("model_size") == "XL" else "ace_step_15",
+        "ss_sd_model_name": facts.get("model_name") or None,
+        "ss_output_name": facts.get("title"),
+        "ss_network_module": "peft.tuners.lora" if lora else "lycoris",
+        "ss_network_args": None if lora else json.dumps({"algo": "lokr"}),
+        "ss_network_dim": facts.get("rank"),
+        "ss_network_alpha": facts.get("alpha"),
+        "ss_network_dropout": facts.get("dropout"),
+        "ss_timestep_sampling": facts.get("timestep_law"),
+        # kohya's is the shift of the training timesteps. Only a schedule has one here; a continuous law is not shifted.
+        "ss_discrete_flow_shift": _trained_shift(facts),
+        "ss_logit_mean": facts.get("timestep_mu"),
+        "ss_logit_std": facts.get("timestep_sigma"),
+        "ss_epoch": facts.get("epoch"),
+        "ss_steps": facts.get("global_step"),
+        "ss_num_epochs": facts.get("max_epochs"),
+        "ss_learning_rate": facts.get("learning_rate"),
+        "ss_batch_size_per_device": facts.get("batch_size"),
+        "ss_gradient_accumulation_steps": facts.get("gradient_accumulation_steps"),
+        "ss_lr_warmup_steps": facts.get("warmup_steps"),
+        "ss_max_grad_norm": facts.get("max_grad_norm"),
+        "ss_mixed_precision": facts.get("mixed_precision"),
+        "ss_seed": facts.get("seed"),
+    }
+    return {key: str(value) for key, value in entries.items() if value is not None}
+
+
+def _trained_shift(facts: Mapping[str, Any]) -> float | None:
+    """Shift of the training timesteps: 1 for a continuous law, else what makes the schedule's second value."""
+    schedule = facts.get("timestep_schedule")
+    if not schedule:
+        return 1.0 if facts.get("timestep_mode") == "continuous" else None
+    # t' = s·t / (1 + (s−1)·t) at t = 7/8, solved for s.
+    second = float(schedule[1])
+    return round(second / (7.0 * (1.0 - second)), 6)
+
+
+def _value(key: str, text: str) -> Any:
+    if key in TEXT_FACTS or key in TEXT_SETTINGS or (key.endswith("_version") and key != "schema_version"):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str | dict) else value

@@ -1,0 +1,76 @@
+"""Takes local paths out of what trainers write: an adapter is shared, its trainer's folders are private."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ..files import read_json_object, replacing
+
+_PLACE: Final = re.compile(r"(.*_)?(dir|dirs|path|paths|folder|file|root|location)", re.IGNORECASE)
+
+
+def forget_folders(folder: Path, model_name: str) -> None:
+    """Take the trainer's local paths out of what PEFT writes beside the weights: its configuration and its README.
+
+    PEFT notes the model's folder as ``base_model_name_or_path``; loading an adapter does not read it.
+
+    Raises:
+        OSError: a file cannot be written; it is as it was.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = read_json_object(file)
+    except (OSError, ValueError):
+        return
+    place = config.get("base_model_name_or_path")
+    if not isinstance(place, str) or not _is_path(place):
+        return
+    name = model_name or "ACE-Step-1.5"
+    readme = folder / "README.md"
+    # The README first: as long as the configuration knows the path, an interrupted attempt can be made again.
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="surrogateescape")
+        with replacing(readme) as stream:
+            stream.write(text.replace(place, name).encode("utf-8", "surrogateescape"))
+    with replacing(file) as stream:
+        stream.write((json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n").encode("utf-8"))
+
+
+def without_paths(text: str, facts: Mapping[str, Any]) -> str:
+    """A header text without local paths: a path itself becomes empty, in JSON the entries that hold one are left out.
+
+    Upstream's record of a LoKr's run (``run_metadata``) also holds turbo's shift and steps for every model; they
+    become those of this adapter, so that a file never says two things.
+    """
+    if _is_path(text):
+        return ""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        value = json.loads(text)
+        cleaned = _cleaned(value, facts)
+    except ValueError:
+        return text
+    except RecursionError:  # nested as nothing is that somebody wrote: whether there is a path in it is not known
+        return ""
+    return text if cleaned == value else json.dumps(cleaned, ensure_ascii=False)
+
+
+def _cleaned(value: Any, facts: Mapping[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: facts[key] if key in ("shift", "num_inference_steps") and key in facts else _cleaned(entry, facts)
+            for key, entry in value.items()
+            if not (isinstance(entry, str) and (_PLACE.fullmatch(key) or _is_path(entry)))
+        }
+    if isinstance(value, list):
+        return [_cleaned(entry, facts) for entry in value if not (isinstance(entry, str) and _is_path(entry))]
+    return value
+
+
+def _is_path(text: str) -> bool:
+    return re.match(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:", text) is not None

@@ -1,0 +1,276 @@
+"""Reads and writes safetensors files by their bytes: tensors are copied, never loaded, and torch is not needed.
+
+The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes, the header's length N as an unsigned
+little-endian integer; N bytes of JSON in UTF-8 that name each tensor's dtype, shape and place, and under
+``__metadata__`` hold texts by key; then the tensors' bytes without gaps.
+
+Everything here takes memory for the header and one buffer, however large the tensors are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ..errors import Refusal
+from ..files import replacing
+
+MAX_HEADER: Final = 4 * 2**20
+"""Longest header in bytes that is read. An adapter's takes some hundred kilobytes; parsing takes many times that."""
+
+HASH_KEY: Final = "modelspec.hash_sha256"
+
+_BUFFER: Final = 2**20
+_BITS: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_DIMENSIONS: Final = 32
+_PLACEHOLDER: Final = "0x" + "0" * 64
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is and what it is.
+
+    Attributes:
+        dtype: safetensors' name, such as "F32" or "BF16".
+        shape: its shape, ``()`` for a single number.
+        start, end: its bytes, counted from the first tensor byte of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A safetensors file whose header was read and fits its length.
+
+    Attributes:
+        path: the file.
+        tensors: its tensors by name.
+        metadata: the texts of its header.
+        data_start: number of bytes before the first tensor.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    data_start: int
+
+    def read(self, tensor: Tensor) -> bytes:
+        """The bytes of a tensor. For small ones: it is all in memory at once."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.data_start + tensor.start)
+            return stream.read(tensor.end - tensor.start)
+
+    def data_hash(self) -> str:
+        """SHA-256 of all tensor bytes, as ModelSpec writes it: "0x" and 64 lower-case digits."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            stream.seek(self.data_start)
+            while piece := stream.read(_BUFFER):
+                digest.update(piece)
+        return "0x" + digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor of a file to be written.
+
+    Attributes:
+        dtype, shape: as in :class:`Tensor`.
+        content: its bytes, or a tensor of the source file whose bytes are copied.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes | Tensor
+
+
+def read_weights_file(path: Path) -> WeightsFile:
+    """Read a safetensors file's header and check it against the file's length. Tensor bytes are not looked at.
+
+    Raises:
+        Refusal: it is not there, is a pickle, is cut off, or is no safetensors file.
+    """
+    if path.suffix.lower() in _PICKLES and path.is_file():
+        raise _pickle(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+                # A header of such a length would be beyond any limit, so nothing valid is refused here.
+                raise _pickle(path)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8 or length > MAX_HEADER:
+                raise _no_weights(path, _length_problem(size, start, length))
+            raw = stream.read(length)
+    except OSError as error:
+        raise Refusal(f"Cannot read {path}: {error.strerror or error}.") from None
+    try:
+        header = json.loads(raw.decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds a {type(header).__name__}, expected an object")
+        metadata = _texts(header.pop("__metadata__", {}))
+        tensors = {name: _tensor(name, entry) for name, entry in header.items()}
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly nested, not what it should be
+        raise _no_weights(path, f"its header cannot be read: {_shortened(str(error))}") from None
+    _check_places(path, tensors, size - 8 - length)
+    return WeightsFile(path, tensors, metadata, 8 + length)
+
+
+def write_metadata(source: WeightsFile, metadata: Mapping[str, str]) -> None:
+    """Give a file another header text, its tensors' bytes untouched, at any moment the old file or the new one.
+
+    Where `metadata` has :data:`HASH_KEY`, its value is replaced by the tensors' own hash.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    tensors = {name: NewTensor(entry.dtype, entry.shape, entry) for name, entry in source.tensors.items()}
+    write_copy(source, source.path, tensors, metadata)
+
+
+def write_copy(
+    source: WeightsFile, target: Path, tensors: Mapping[str, NewTensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors, their bytes copied from another file or given.
+
+    Where `metadata` has :data:`HASH_KEY`, its value is replaced by the new tensors' own hash.
+
+    Raises:
+        OSError: the file cannot be written; a file that was there is as it was.
+    """
+    # What is copied keeps its order, so that a file whose header alone changes keeps its bytes as they are.
+    ordered = sorted(tensors.items(), key=lambda item: _position(item[1].content))
+    texts = dict(metadata)
+    if HASH_KEY in texts:
+        texts[HASH_KEY] = _PLACEHOLDER
+    header: dict[str, Any] = {"__metadata__": texts}
+    position = 0
+    for name, tensor in ordered:
+        end = position + _length(tensor.content)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    with replacing(target) as stream:
+        stream.write(len(raw).to_bytes(8, "little"))
+        stream.write(raw)
+        for piece in _pieces(source, (tensor.content for _, tensor in ordered)):
+            digest.update(piece)
+            stream.write(piece)
+        if HASH_KEY in texts:
+            # Known only now; it takes as many bytes as its placeholder.
+            place = raw.index(json.dumps(HASH_KEY).encode() + b":" + json.dumps(_PLACEHOLDER).encode())
+            stream.seek(8 + place + len(json.dumps(HASH_KEY)) + 1)
+            stream.write(json.dumps("0x" + digest.hexdigest()).encode())
+            stream.seek(0, os.SEEK_END)
+
+
+def _position(content: bytes | Tensor) -> int:
+    return -1 if isinstance(content, bytes) else content.start
+
+
+def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator[bytes]:
+    with source.path.open("rb") as stream:
+        for content in contents:
+            if isinstance(content, bytes):
+                yield content
+                continue
+            stream.seek(source.data_start + content.start)
+            yield from _read_exactly(stream, content.end - content.start, source.path)
+
+
+def _read_exactly(stream: BinaryIO, length: int, path: Path) -> Iterator[bytes]:
+    while length:
+        piece = stream.read(min(length, _BUFFER))
+        if not piece:
+            raise OSError(f"{path} became shorter while it was read")
+        length -= len(piece)
+        yield piece
+
+
+def _length(content: bytes | Tensor) -> int:
+    return len(content) if isinstance(content, bytes) else content.end - content.start
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("its __metadata__ is not an object of texts")
+    for text in (*value, *value.values()):
+        text.encode("utf-8")  # JSON can spell half a character, which no file can hold
+    return value
+
+
+def _tensor(name: str, entry: Any) -> Tensor:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{name!r} is no tensor entry") from None
+    name.encode("utf-8")
+    numbers = (*shape, start, end)
+    sound = len(shape) <= _DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not sound or not isinstance(dtype, str) or not re.fullmatch(r"[A-Z0-9_]{1,20}", dtype):
+        raise ValueError(f"{name!r} is no tensor entry")
+    bits = _BITS.get(dtype)
+    if bits is not None and (end - start) * 8 != math.prod(shape) * bits:
+        raise ValueError(f"{name!r} is {dtype} of shape {list(shape)}, which does not take {end - start} bytes")
+    return Tensor(dtype, shape, start, end)
+
+
+def _check_places(path: Path, tensors: Mapping[str, Tensor], found: int) -> None:
+    position = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != position:
+            raise _no_weights(path, "its tensors overlap or leave gaps")
+        position = tensor.end
+    if position != found:
+        what = "cut off" if found < position else "longer than it should be"
+        raise _no_weights(path, f"it is {what}: its header promises {position} bytes of tensors, {found} are there")
+
+
+def _length_problem(size: int, start: bytes, length: int) -> str:
+    if len(start) < 8:
+        return f"it has {size} bytes"
+    if length > MAX_HEADER and length <= size - 8:
+        return f"its header takes {length} bytes, and no more than {MAX_HEADER} are read"
+    return f"it says that its header takes {length} bytes, and the whole file has {size}"
+
+
+def _no_weights(path: Path, problem: str) -> Refusal:
+    return Refusal(f"{path} is no readable safetensors file: {problem}. Copy or download it again.")
+
+
+def _pickle(path: Path) -> Refusal:
+    return Refusal(
+        f"{path} is a pickle file, which may run code when it is opened, so it was not. "
+        "Save the adapter as safetensors."
+    )
+
+
+def _shortened(text: str, longest: int = 200) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."

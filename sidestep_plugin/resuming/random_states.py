@@ -1,0 +1,52 @@
+"""States of the random generators that a training may draw from: taken, kept as plain values, put back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of the random generators that a training may draw from: torch's, of its device too, Python's, numpy's."""
+    import torch
+
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _as_lists(random.getstate())}
+    if device.type in ("cuda", "xpu", "mps"):
+        states[device.type] = _of_device(device, "get_rng_state")
+    if (numpy := sys.modules.get("numpy")) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        states["numpy"] = [name, [int(key) for key in keys], *rest]
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put the random generators into states of :func:`random_states`; those of another device are left out."""
+    import torch
+
+    torch.set_rng_state(states["torch"].cpu())
+    if "python" in states:
+        version, keys, gauss = states["python"]
+        random.setstate((version, tuple(keys), gauss))
+    if device.type in states:
+        _of_device(device, "set_rng_state", states[device.type].cpu())
+    if "numpy" in states and (numpy := sys.modules.get("numpy")) is not None:
+        name, keys, *rest = states["numpy"]
+        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def _of_device(device: torch.device, function: str, *state: torch.Tensor) -> Any:
+    import torch
+
+    ask = getattr(getattr(torch, device.type), function)
+    # MPS has one generator, CUDA and XPU one for each device.
+    return ask(*state) if device.type == "mps" else ask(*state, device)
+
+
+def _as_lists(state: tuple[Any, ...]) -> list[Any]:
+    version, keys, gauss = state
+    return [version, list(keys), gauss]

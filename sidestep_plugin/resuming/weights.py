@@ -1,0 +1,77 @@
+"""The adapter's own tensors: reading the live ones, comparing them with a checkpoint's, putting those in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import Refusal
+from ..run import ResumePoint, Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def live_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors of a run, under the names that they are saved with. Raises Refusal."""
+    module = run.module_ref() if run.module_ref else None
+    if module is None:
+        raise Refusal("The training module of this run was freed while the run went on. Start it again.")
+    if run.adapter_type == "lokr":
+        return dict(module.lycoris_net.state_dict())
+    decoder = module.model.decoder
+    decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
+    if not hasattr(decoder, "peft_config"):
+        raise Refusal("This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Train anew.")
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(decoder, save_embedding_layers=False))
+
+
+def check_finite(run: Run) -> None:
+    """Raise Refusal when the adapter holds numbers that are not finite: saved, it would replace one that is of use."""
+    for name, tensor in live_weights(run).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            rate = getattr(run.training_config, "learning_rate", None)
+            raise Refusal(
+                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}), so it was not saved "
+                f"over anything and the training was ended. Lower --learning-rate (now {rate}), and go on from an "
+                "earlier checkpoint, if there is one."
+            )
+
+
+def put_weights(run: Run, point: ResumePoint) -> None:
+    """Put a checkpoint's tensors into the adapter, and look whether they are there. Raises Refusal."""
+    import torch
+
+    live = check_weights(run, point)
+    if run.adapter_type == "lokr":  # its state_dict is computed, so it has to be loaded the same way
+        module = run.module_ref() if run.module_ref else None
+        assert module is not None
+        module.lycoris_net.load_state_dict(dict(point.weights), strict=False)
+    else:
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(point.weights[name])
+    for name, tensor in live_weights(run).items():
+        if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
+            raise Refusal(
+                f"The adapter's tensor {name} is not what the checkpoint holds after loading it. "
+                "Resume from another checkpoint, or train anew."
+            )
+
+
+def check_weights(run: Run, point: ResumePoint) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, when each has one of its name and shape in the checkpoint. Raises Refusal."""
+    live = live_weights(run)
+    missing = sorted(live.keys() - point.weights.keys())
+    foreign = sorted(point.weights.keys() - live.keys())
+    shapes = [name for name in live if name in point.weights and live[name].shape != point.weights[name].shape]
+    if not live or missing or foreign or shapes:
+        example = f"{shapes[0]} has shape {list(point.weights[shapes[0]].shape)} there" if shapes else ""
+        example = example or f"{(missing or foreign or ['an adapter without tensors'])[0]} is only on one side"
+        raise Refusal(
+            f"The checkpoint does not fit this adapter: of {len(live)} tensors {len(missing)} are missing in it and "
+            f"{len(shapes)} have another shape, {len(foreign)} more belong to no layer here ({example}). Nothing was "
+            "trained. Resume with the model, the rank and the target modules that it was made with."
+        )
+    return live

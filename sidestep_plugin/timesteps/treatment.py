@@ -1,0 +1,192 @@
+"""Which model is this, and what follows from it for training and for generating. Pure.
+
+Order of evidence: what the user says; the config file's own ``is_turbo``; a whole word of the folder's name. Without
+any, or when two of them contradict each other, nothing is guessed: the user is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import Refusal
+from ..run import ModelFacts
+from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
+from .schedule import inference_timesteps
+
+TimestepMode = Literal["discrete", "continuous"]
+
+CFG_RATIO = 0.15
+"""Probability with which the models' own ``forward()`` replaces a condition by the null condition."""
+
+_ASK = "Say which one it is: --variant turbo, --variant base or --variant sft."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The variant, and how it was found.
+
+    Attributes:
+        variant: turbo, base or sft.
+        evidence: what it was read from, for people.
+        note: a contradiction that ``--variant`` has settled, or None.
+    """
+
+    variant: Variant
+    evidence: str
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a model is trained, and how its adapters are meant to be played.
+
+    Attributes:
+        model_name: folder name of the model, ``""`` when unknown.
+        decision: its variant and the evidence.
+        timestep_mode: "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws).
+        schedule: the discrete timesteps, noisiest first; empty when continuous.
+        mu, sigma: parameters of the logit-normal law; None when discrete.
+        cfg_ratio: probability in [0, 1] with which a row's condition is replaced by the null condition.
+        shift, num_inference_steps: for generating only. No training value depends on them.
+    """
+
+    model_name: str
+    decision: Decision
+    timestep_mode: TimestepMode
+    schedule: tuple[float, ...]
+    mu: float | None
+    sigma: float | None
+    cfg_ratio: float
+    shift: float
+    num_inference_steps: int
+
+    @property
+    def variant(self) -> Variant:
+        return self.decision.variant
+
+    @property
+    def is_upstreams_own(self) -> bool:
+        """Whether upstream's own sampler draws exactly this schedule, and so may as well answer itself."""
+        return self.timestep_mode == "discrete" and self.schedule == inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
+
+
+def decide_variant(facts: ModelFacts, said: Variant | None = None) -> Decision:
+    """Find the variant by the order of evidence.
+
+    Args:
+        facts: what is known of the model.
+        said: the user's word (``--variant``), which wins and whose contradictions are reported.
+
+    Raises:
+        Refusal: no evidence, contradicting evidence, or an ``is_turbo`` that is neither true nor false.
+    """
+    written = facts.config if facts.written is None else facts.written
+    source = "config" if facts.written is None else "config.json"
+    is_turbo = written.get("is_turbo")
+    if is_turbo is not None and not isinstance(is_turbo, bool):
+        raise Refusal(
+            f"{source} of {facts.name or 'the model'} has is_turbo = {is_turbo!r}, expected true or false. {_ASK}"
+        )
+    flag = None if is_turbo is None else f"{source}: is_turbo = {str(is_turbo).lower()}"
+    named = [variant for variant in VARIANTS if variant in words_of(facts.name)]
+    folder = f"folder name: {facts.name}"
+
+    if said is not None:
+        against = [
+            text
+            for text, contradicts in (
+                (flag, is_turbo is not None and is_turbo != (said == "turbo")),
+                (folder, bool(named) and said not in named),
+            )
+            if contradicts and text
+        ]
+        note = f"--variant {said} stands against {' and '.join(against)}" if against else None
+        return Decision(said, f"--variant {said}", note)
+
+    says_turbo, says_other = "turbo" in named, any(name != "turbo" for name in named)
+    # A tuned sft model often keeps the word of what it came from; both are trained alike.
+    other: Variant = "sft" if "sft" in named else "base"
+    if is_turbo is None:
+        if says_turbo and says_other:
+            raise Refusal(f"The folder name {facts.name!r} names more than one variant. {_ASK}")
+        if not named:
+            raise Refusal(
+                f"Cannot tell the variant of {facts.name or 'this model'!r}: {source} has no is_turbo, and the folder "
+                f"name has none of the words turbo, base, sft. {_ASK}"
+            )
+        return Decision("turbo" if says_turbo else other, folder)
+    if named and (says_turbo if is_turbo else says_other) is False:
+        raise Refusal(f"{flag}, but the {folder}. These contradict each other. {_ASK}")
+    assert flag is not None
+    if is_turbo:
+        return Decision("turbo", f"{flag}; {folder}" if says_turbo else flag)
+    return Decision(other, f"{flag}; {folder}" if says_other else flag)
+
+
+def decide_treatment(
+    facts: ModelFacts,
+    *,
+    variant: Variant | None = None,
+    timestep_mode: TimestepMode | None = None,
+    cfg_ratio: float = CFG_RATIO,
+    shift: float | None = None,
+    num_inference_steps: int | None = None,
+) -> Treatment:
+    """Decide how a model is trained. ``None`` means: what the model's variant asks for.
+
+    Continuous timesteps and condition dropout are the models' own training (their ``forward()``), and come together;
+    a turbo model on its discrete schedule has no dropout, because its 8 steps are generated without guidance.
+
+    Raises:
+        Refusal: the variant cannot be told, or the config's mu and sigma are needed and missing or absurd.
+    """
+    decision = decide_variant(facts, variant)
+    turbo = decision.variant == "turbo"
+    mode: TimestepMode = timestep_mode or ("discrete" if turbo else "continuous")
+    own_shift, own_steps = inference_settings(decision.variant, facts.name)
+    mu = sigma = None
+    if mode == "continuous":
+        mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
+        if sigma <= 0.0:
+            raise Refusal(
+                f"{facts.name or 'The model'} has timestep_sigma = {sigma!r} in its config, expected a number above 0 "
+                "(the official models have 1.0). Correct config.json."
+            )
+    return Treatment(
+        model_name=facts.name,
+        decision=decision,
+        timestep_mode=mode,
+        schedule=inference_timesteps(own_shift if turbo else TURBO_SHIFT, TURBO_STEPS) if mode == "discrete" else (),
+        mu=mu,
+        sigma=sigma,
+        cfg_ratio=0.0 if turbo and mode == "discrete" else cfg_ratio,
+        shift=own_shift if shift is None else shift,
+        num_inference_steps=own_steps if num_inference_steps is None else num_inference_steps,
+    )
+
+
+def law_of(facts: ModelFacts) -> tuple[float, float] | None:
+    """mu and sigma of the model's own training law, for every variant; None when its config lacks or garbles them."""
+    try:
+        mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
+    except Refusal:
+        return None
+    return (mu, sigma) if sigma > 0.0 else None
+
+
+def _number(facts: ModelFacts, key: str) -> float:
+    # The live value is the one that the model's own forward() would use; it counts only if somebody wrote it down.
+    value = facts.config.get(key) if facts.written is None or key in facts.written else None
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        found = "no value" if value is None else repr(value)[:80]
+        raise Refusal(
+            f"{facts.name or 'The model'} has {found} for {key} in its config, expected a number (the official models "
+            "have timestep_mu -0.4 and timestep_sigma 1.0). Correct config.json."
+        )
+    return number

@@ -1,0 +1,65 @@
+"""Whether what plugins answered can be used. Nothing is moved, cast or clipped for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PluginError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def checked_lines(plugin: str, hook: str, lines: Any) -> Sequence[str]:
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+        raise PluginError(f"Plugin {plugin!r} returned {lines!r} from {hook}, expected a list of lines.")
+    return lines
+
+
+def writes(batch: Mapping[str, Any]) -> list[int]:
+    """How often each tensor of a batch was written to; torch counts that without a look at the values."""
+    return [value._version for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
+
+
+def check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any, device: torch.device) -> None:
+    if key not in batch:
+        found = f"an entry {key!r}, which the batch does not have ({', '.join(batch)})"
+    elif getattr(tensor, "shape", None) != batch[key].shape:
+        found = f"{key!r} as {described(tensor)}, expected a tensor of shape {list(batch[key].shape)}"
+    elif tensor.is_floating_point() != batch[key].is_floating_point():
+        kind = "floating" if batch[key].is_floating_point() else "whole"
+        found = f"{key!r} as {described(tensor)}, expected {kind} numbers"
+    elif tensor.device.type not in ("cpu", device.type, batch[key].device.type):
+        found = f"{key!r} as {described(tensor)}, expected it on {device}"
+    else:
+        return
+    raise PluginError(f"Plugin {plugin!r} returned {found} from acestep_prepare_batch.")
+
+
+def check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: torch.dtype, *, first: bool) -> None:
+    import torch
+
+    wanted = torch.device(device)
+    if not isinstance(t, torch.Tensor):
+        fits = False
+    else:
+        # "cuda" and "cuda:0" name the same place when there is no index to disagree on.
+        same_index = wanted.index is None or t.device.index is None or wanted.index == t.device.index
+        fits = t.shape == (batch_size,) and t.dtype == dtype and t.device.type == wanted.type and same_index
+    # Looking at the values waits for the GPU, so it is done where a mistake would show: in the first step.
+    if fits and (not first or bool(((t >= 0) & (t <= 1)).all())):
+        return
+    found = f"timesteps outside [0, 1] ({t.tolist()})" if fits else described(t)
+    raise PluginError(
+        f"Plugin {plugin!r} returned {found} from acestep_sample_timesteps, expected {batch_size} values in [0, 1], "
+        f"shape [{batch_size}], {dtype} on {wanted}."
+    )
+
+
+def described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        kind = type(value).__name__
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return f"a tensor of shape {list(shape)}, {getattr(value, 'dtype', '?')} on {getattr(value, 'device', '?')}"

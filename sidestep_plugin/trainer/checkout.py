@@ -1,0 +1,104 @@
+"""Where upstream is: finding an ACE-Step checkout, importing its trainer, and where that puts what it saves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from ..errors import UpstreamMismatch
+
+TRAINER: Final = "acestep.training.trainer"
+"""The module that plugins are attached to."""
+
+_automatic = True
+
+
+def find_root(said: Path | None) -> Path:
+    """The folder that holds the package ``acestep``: the one said, else the importable one, else the current one.
+
+    Raises:
+        UpstreamMismatch: none of them holds ``acestep/training/trainer.py``.
+    """
+    looked: list[str] = []
+    for candidate, origin in _candidates(said):
+        if (candidate / "acestep" / "training" / "trainer.py").is_file():
+            return candidate.absolute()
+        looked.append(f"{candidate} ({origin})")
+    raise UpstreamMismatch(
+        f"No ACE-Step 1.5 found: no acestep/training/trainer.py in {', '.join(looked)}. "
+        "Say where your checkout is: --acestep-root DIR."
+    )
+
+
+def _candidates(said: Path | None) -> Iterator[tuple[Path, str]]:
+    if said is not None:
+        yield said, "--acestep-root"
+        return
+    spec = importlib.util.find_spec("acestep")
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        yield Path(location).parent, "the importable acestep"
+    yield Path.cwd(), "the current directory"
+
+
+def import_trainer(root: Path | None = None) -> ModuleType:
+    """Import ``acestep.training.trainer``, from a checkout when one is given.
+
+    Args:
+        root: the folder that holds the package ``acestep``; it is put first on ``sys.path``. None: as importable.
+
+    Raises:
+        UpstreamMismatch: upstream's code cannot be imported (its own error is shown), or another checkout's
+            ``acestep`` has already been imported in this process.
+    """
+    if root is not None and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        # Whoever calls this decides about plugins himself, also in a checkout that loads some by itself.
+        with not_automatic():
+            trainer = importlib.import_module(TRAINER)
+    except Exception as error:  # whatever upstream's code raises at import is upstream's to explain
+        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
+        raise UpstreamMismatch(
+            f"{TRAINER} cannot be imported. Upstream's own error: {type(error).__name__}: {error}. "
+            + (
+                "Use the Python environment in which ACE-Step runs, or install its requirements there."
+                if missing
+                else "The same import fails without any plugin. Try another version of ACE-Step."
+            )
+        ) from error
+    found = Path(str(trainer.__file__)).resolve()
+    # The package itself may be a link to where it really is.
+    if root is not None and not found.is_relative_to((root / "acestep").resolve()):
+        raise UpstreamMismatch(
+            f"acestep was imported from {found.parents[2]}, not from {root}. Start a new process for another checkout."
+        )
+    return trainer
+
+
+def place_of(trainer: Any, said: str) -> Path:
+    """Where upstream puts what it was told to save: relative names count from its path guard's root, if it has one."""
+    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
+    root = getattr(sys.modules.get(f"{package}.path_safety"), "_SAFE_ROOT", None)
+    return (Path(root) / said if isinstance(root, str) else Path(said)).resolve()
+
+
+@contextmanager
+def not_automatic() -> Iterator[None]:
+    """Import the trainer without attaching: for somebody who decides about plugins himself."""
+    global _automatic
+    before, _automatic = _automatic, False
+    try:
+        yield
+    finally:
+        _automatic = before
+
+
+def attaches_automatically() -> bool:
+    """Whether the trainer gets the plugins of a patched checkout when it is imported now."""
+    return _automatic

@@ -1,0 +1,123 @@
+"""Says whether a checkout fits: its seams, the versions that matter, its models and their variants, the plugins."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..errors import Refusal, UpstreamMismatch
+from ..registry import Listing, list_plugins
+from ..run import AdapterType, ModelFacts
+from ..timesteps.treatment import decide_variant
+from .checkout import import_trainer
+from .models import models_in
+from .seams import Seam, adapter_types, examine
+
+_VERSIONS: Final = (
+    "sidestep-plugin",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "lightning",
+    "lycoris-lora",
+    "tensorboard",
+)
+_NAMES: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model folder: its variant and what that was read from, or why the variant cannot be told."""
+
+    name: str
+    variant: str | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """What ``acestep-train check`` found.
+
+    Attributes:
+        root: the checkout.
+        fits: whether every kind of adapter that was asked for would be trained right.
+        verdict: the same in a sentence.
+        seams: every seam that was looked at; empty when the trainer cannot be imported.
+        versions: distribution names with versions, "not installed" for a missing one.
+    """
+
+    root: str
+    fits: bool
+    verdict: str
+    seams: tuple[Seam, ...]
+    versions: dict[str, str]
+    checkpoint_dir: str
+    models: tuple[FoundModel, ...]
+    plugins: tuple[Listing, ...]
+
+
+def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType] = ()) -> Fitness:
+    """Look at a checkout without changing or training anything.
+
+    Args:
+        root: the folder that holds the package ``acestep``; its trainer is imported.
+        checkpoints: the folder of models.
+        kinds: kinds of adapter to judge by; empty: every kind that this trainer trains.
+    """
+    seams: list[Seam] = []
+    try:
+        trainer = import_trainer(root)
+        judged = list(kinds) or adapter_types(trainer) or ["lora"]
+        verdicts = []
+        for kind in judged:
+            looked = examine(trainer, kind)
+            seams += looked
+            misfits = [seam for seam in looked if seam.status != "found"]
+            verdicts.append((kind, f"{misfits[0].name}: {misfits[0].reason}" if misfits else _uninstalled(kind)))
+        problems = [f"{_NAMES[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
+        fitting = " and ".join(_NAMES[kind] for kind, problem in verdicts if not problem)
+        good = [f"{fitting}: a training with --plugin sidestep would be right"] if fitting else []
+        fits, verdict = not problems, ". ".join(good + problems)
+    except UpstreamMismatch as mismatch:
+        fits, verdict = False, str(mismatch).removesuffix(".")
+    return Fitness(
+        root=str(root),
+        fits=fits,
+        verdict=f"{verdict}.",
+        seams=tuple(seams),
+        versions=_versions(),
+        checkpoint_dir=str(checkpoints),
+        models=tuple(examine_model(checkpoints / name) for name in models_in(checkpoints)),
+        plugins=tuple(list_plugins()),
+    )
+
+
+def examine_model(folder: Path) -> FoundModel:
+    """The variant of a model folder, or why it cannot be told."""
+    try:
+        decision = decide_variant(ModelFacts.from_folder(folder))
+    except Refusal as refusal:
+        return FoundModel(folder.name, None, str(refusal))
+    return FoundModel(folder.name, decision.variant, decision.evidence)
+
+
+def _uninstalled(kind: AdapterType) -> str:
+    """What this kind of adapter needs and this environment lacks, "" when nothing."""
+    needed = {"lora": "peft", "lokr": "lycoris-lora"}[kind]
+    return f"{needed} is not installed (pip install {needed})" if _version(needed) is None else ""
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: _version(name) or "not installed" for name in _VERSIONS}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

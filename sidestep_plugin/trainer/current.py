@@ -1,0 +1,31 @@
+"""What is running now: the step, the training, a save. Context variables, so that two threads do not meet."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..resuming.journal import Journal
+    from ..run import Run, Step
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """One call of upstream's ``train_from_preprocessed``.
+
+    Attributes:
+        run: what plugins know of it.
+        trainer: upstream's LoRATrainer or LoKRTrainer.
+        journal: how far it is, None when no plugin needs to know.
+    """
+
+    run: Run
+    trainer: Any
+    journal: Journal | None
+
+
+running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
+running_training: ContextVar[Training | None] = ContextVar("acestep_running_training", default=None)
+saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)

@@ -1,0 +1,109 @@
+"""What the wrappers of one attachment share: the plugins whom they ask, and the runs that they have seen begin."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Refusal
+from ..run import AdapterType, Run
+from .answers import checked_lines
+
+if TYPE_CHECKING:
+    from ..registry import Registry
+    from ..resuming.journal import Journal
+
+
+class Host:
+    """The plugins of one attachment, and what is known of their runs.
+
+    Attributes:
+        trainer: upstream's trainer module.
+        registry: the loaded plugins.
+        options: the plugins' options.
+        announce: takes each line that the plugins have to say.
+        attached: whether the wrappers stand in the trainer.
+        refusal: the refusal that stopped the newest run, or None.
+        interrupted: where the newest run was saved when it was stopped or failed, else None.
+        journals: how far each run is.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        registry: Registry,
+        options: Mapping[str, Any],
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.registry = registry
+        self.options = dict(options)
+        self.announce: Callable[[str], None] = announce or log_of(trainer).info
+        self.attached = False
+        self.refusal: Refusal | None = None
+        self.interrupted: Path | None = None
+        self.journals: weakref.WeakKeyDictionary[Run, Journal] = weakref.WeakKeyDictionary()
+        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a plugin reads checkpoints, so that runs can be resumed and are worth saving when they stop."""
+        return self.registry.implements("acestep_resume")
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether any plugin needs what a run's journal knows."""
+        return any(map(self.registry.implements, ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended")))
+
+    def new_run(
+        self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None
+    ) -> Run:
+        """A run that has not begun | owner: upstream's trainer or training module, which holds the configurations."""
+        return Run(
+            adapter_type=kind,
+            adapter_config=getattr(owner, f"{kind}_config", None),
+            training_config=getattr(owner, "training_config", None),
+            options=self.options,
+            sampled_by=next((name for name, _ in self.registry.callers("acestep_sample_timesteps")), None),
+            tensor_dir=tensor_dir,
+            model_ref=weakref.ref(model),
+            module_ref=None if module is None else weakref.ref(module),
+        )
+
+    def start(self, run: Run) -> None:
+        """Let the plugins decide on a run, and remember it once they have. Raises Refusal."""
+        self._runs.pop(run.model, None)
+        self.ask_and_announce("acestep_run_started", run=run)
+        self._runs[run.model] = run
+
+    def run_of_step(self, module: Any, kind: AdapterType) -> Run:
+        """The run that a training module steps for; a module used without upstream's trainer starts its own."""
+        run = self._runs.get(module.model)
+        if run is not None and run.module_ref is None and run.adapter_type == kind:
+            run.module_ref = weakref.ref(module)
+        if run is None or run.module_ref is None or run.module_ref() is not module:
+            run = self.new_run(kind, module, module.model, module=module)
+            self.start(run)
+        return run
+
+    def run_of_save(self, saved: Any) -> Run | None:
+        """The run that a model or a LyCORIS network belongs to; None for one that was not trained under us."""
+        for run in list(self._runs.values()):
+            module = run.module_ref() if run.module_ref else None
+            if saved is run.model_ref() or (module is not None and saved is getattr(module, "lycoris_net", None)):
+                return run
+        return None
+
+    def ask_and_announce(self, hook: str, **arguments: Any) -> None:
+        """Ask every plugin, and announce the lines that they return. Raises Refusal."""
+        for plugin, lines in self.registry.call(hook, **arguments):
+            for line in checked_lines(plugin, hook, lines):
+                self.announce(line)
+
+
+def log_of(trainer: Any) -> Any:
+    """Upstream's own log, or ours in versions without one."""
+    return getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")

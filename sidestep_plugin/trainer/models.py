@@ -1,0 +1,173 @@
+"""Model folders: finding one, what can be told from its files, the device, and loading it for training."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import Refusal
+from ..run import ModelFacts
+from ..variants import MODEL_ALIASES
+
+if TYPE_CHECKING:
+    import torch
+
+_WEIGHT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_UNQUANTIZED: Final = "Training needs the weights as they were published, in bf16 or fp32. Take that model."
+
+
+@dataclass
+class Handler:
+    """What upstream's trainers want of the app's handler."""
+
+    model: Any
+    device: str
+    dtype: torch.dtype
+    quantization: str | None = None
+
+
+def checkpoint_folder(said: Path | None, root: Path) -> Path:
+    """The folder of models: the one said, else ``$ACESTEP_CHECKPOINTS_DIR``, else ``checkpoints`` in the checkout."""
+    if said is not None:
+        return said
+    from_environment = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
+    return Path(from_environment).expanduser() if from_environment else root / "checkpoints"
+
+
+def models_in(checkpoints: Path) -> list[str]:
+    """Names of the model folders in a checkpoint folder, sorted."""
+    try:
+        return sorted(entry.name for entry in checkpoints.iterdir() if _is_model(entry))
+    except OSError:
+        return []
+
+
+def _is_model(folder: Path) -> bool:
+    """A folder of ACE-Step's DiT: the language model and the VAE beside it have other config.json files."""
+    config = folder / "config.json"
+    try:
+        return config.is_file() and re.search(r'"model_type"\s*:\s*"acestep"', config.read_text("utf-8")) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def find_model(name: str, checkpoints: Path) -> Path:
+    """The folder of a model: an alias ("base", "xl-sft"), a folder name, or a path. Raises Refusal."""
+    candidates = [checkpoints / MODEL_ALIASES[name]] if name in MODEL_ALIASES else []
+    if name.strip(".") and not re.search(r"[\\/]", name):  # a bare name, not a path
+        candidates.append(checkpoints / name)
+    candidates.append(Path(name).absolute())
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate.absolute()
+    found = ", ".join(models_in(checkpoints)) or "none"
+    tried = " or ".join(str(candidate) for candidate in candidates)
+    raise Refusal(
+        f"No model {name!r}: expected the folder {tried}. Models in {checkpoints}: {found}. "
+        "Name one of them with --model, or say where they are: --checkpoint-dir DIR."
+    )
+
+
+def check_weights(folder: Path, facts: ModelFacts) -> None:
+    """Refuse quantized weights and missing weight files by their headers alone. Raises Refusal."""
+    from safetensors import SafetensorError, safe_open
+
+    if facts.config.get("quantization_config") is not None:
+        raise Refusal(f"{folder.name} is quantized (quantization_config in its config.json). {_UNQUANTIZED}")
+    if not isinstance(facts.config.get("auto_map"), dict):
+        raise Refusal(
+            f"config.json of {folder.name} names no model code (auto_map). Copy the whole model folder again."
+        )
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a mapping
+                    dtype = weights.get_slice(key).get_dtype()
+                    if key.startswith("decoder.") and dtype not in _WEIGHT_DTYPES:
+                        raise Refusal(f"{file.name} of {folder.name} is quantized ({key} is {dtype}). {_UNQUANTIZED}")
+        except (SafetensorError, OSError) as error:
+            raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
+
+
+def pick_device(said: str) -> torch.device:
+    """The device to train on | given auto, cpu, cuda, cuda:N, mps or xpu | raises Refusal when it is not there."""
+    import torch
+
+    present = [
+        name
+        for name, there in (
+            ("cuda", torch.cuda.is_available()),
+            ("xpu", hasattr(torch, "xpu") and torch.xpu.is_available()),
+            ("mps", torch.backends.mps.is_available()),
+            ("cpu", True),
+        )
+        if there
+    ]
+    if said == "auto":
+        return torch.device(present[0])
+    if said.split(":")[0] not in present:
+        raise Refusal(
+            f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}. Choose one of these."
+        )
+    # A chosen GPU is the only visible one by now, and so the first.
+    return torch.device(said.split(":")[0])
+
+
+def restrict_gpus(said: str) -> None:
+    """Make ``cuda:N`` the only visible GPU: upstream's trainer takes the first one it sees. Before CUDA is touched."""
+    if said.startswith("cuda:"):
+        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+        index = int(said.partition(":")[2])
+        if visible and index >= len(visible):
+            raise Refusal(
+                f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0. Choose one."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
+
+
+def load_model(folder: Path, device: torch.device) -> Handler:
+    """Load a model folder for training, from this folder alone.
+
+    bf16 on cuda and xpu, fp32 elsewhere: the compute type of upstream's trainer, or wider. Only the decoder goes to
+    the device; training calls nothing else.
+
+    Raises:
+        Refusal: the folder cannot be loaded, or its weights lack some of the decoder's.
+    """
+    import torch
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    try:
+        model, loaded = transformers.AutoModel.from_pretrained(
+            str(folder),
+            trust_remote_code=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
+        )
+    except (Exception, SystemExit) as error:  # the model's own code may do anything
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}. Use the Python "
+            "environment in which ACE-Step runs; if it is that, download the model again."
+        ) from error
+    missing = sorted(loaded["missing_keys"])
+    lost = [key for key in missing if key.startswith("decoder.")]
+    if lost:
+        raise Refusal(
+            f"The weights of {folder.name} lack {len(lost)} tensors of the decoder ({lost[0]}, ...). Download it again."
+        )
+    if "null_condition_emb" in missing:
+        # transformers has filled it with random numbers; nobody may train towards those.
+        model.null_condition_emb = None
+    model.eval()
+    model.decoder.to(device)
+    return Handler(model, str(device), dtype)

@@ -1,0 +1,230 @@
+"""The seams of upstream's trainer as data: names, shapes, and whether they fit.
+
+It reads the trainer's own code, not a list of versions: a sampler that is defined and never called does not fit.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Final, Literal
+
+from ..errors import UpstreamMismatch
+from ..run import AdapterType
+from .checkout import TRAINER
+
+SAMPLER = "sample_discrete_timestep"
+
+MODULE_CLASS: dict[AdapterType, str] = {"lora": "PreprocessedLoRAModule", "lokr": "PreprocessedLoKRModule"}
+TRAINER_CLASS: dict[AdapterType, str] = {"lora": "LoRATrainer", "lokr": "LoKRTrainer"}
+CONFIG_CLASS: dict[AdapterType, str] = {"lora": "LoRAConfig", "lokr": "LoKRConfig"}
+SAVE_FUNCTIONS: dict[AdapterType, tuple[str, ...]] = {
+    "lora": ("save_lora_weights", "save_training_checkpoint"),
+    "lokr": ("save_lokr_weights", "save_lokr_training_checkpoint"),
+}
+
+WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {
+    "lora": (
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_model.bin",
+        "adapter_model.safetensors",
+        "lora_weights.pt",
+        "model.pt",
+    ),
+    "lokr": ("lokr_weights.safetensors",),
+}
+"""Where upstream's save functions put the weights, in the folder that they are told."""
+
+FINAL: Final = "final"
+"""Folder below the output folder into which upstream saves the finished adapter."""
+
+Status = Literal["found", "missing", "wrong shape"]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One name in the trainer where we attach, and whether it fits.
+
+    Attributes:
+        name: the name as it stands in the trainer's module.
+        adapter_type: the kind of adapter whose training needs it.
+        status: found, missing, or wrong shape.
+        reason: why it does not fit; "" when found.
+        for_hook: the hook that cannot work without it; None when every attachment needs it.
+    """
+
+    name: str
+    adapter_type: AdapterType
+    status: Status
+    reason: str = ""
+    for_hook: str | None = None
+
+
+def adapter_types(trainer: Any) -> list[AdapterType]:
+    """The kinds of adapter that this trainer trains."""
+    return [kind for kind in MODULE_CLASS if hasattr(trainer, MODULE_CLASS[kind])]
+
+
+def examine(trainer: Any, adapter_type: AdapterType) -> list[Seam]:
+    """Look at every seam that one kind of adapter needs, without changing anything."""
+    seams: list[Seam] = []
+
+    def look(name: str, problem: Callable[[], str | None], *, for_hook: str | None = None) -> None:
+        if _resolve(trainer, name) is None:
+            reason = f"{TRAINER} has no {name}"
+            seams.append(Seam(name, adapter_type, "missing", reason, for_hook))
+        elif reason := problem() or "":
+            seams.append(Seam(name, adapter_type, "wrong shape", reason, for_hook))
+        else:
+            seams.append(Seam(name, adapter_type, "found", for_hook=for_hook))
+
+    module_class, trainer_class = MODULE_CLASS[adapter_type], TRAINER_CLASS[adapter_type]
+    step, train = f"{module_class}.training_step", f"{trainer_class}.train_from_preprocessed"
+    look(step, lambda: _lacks_parameter(trainer, step, "batch"))
+    look(
+        SAMPLER,
+        lambda: sampler_problem(trainer, module_class),
+        for_hook="acestep_sample_timesteps",
+    )
+    look(train, lambda: _lacks_parameter(trainer, train, "tensor_dir"))
+    weights, checkpoint = SAVE_FUNCTIONS[adapter_type]
+    look(weights, lambda: _save_problem(trainer, trainer_class, weights), for_hook="acestep_adapter_saved")
+    if hasattr(trainer, checkpoint):  # the first versions save checkpoints with the function above
+        look(checkpoint, lambda: _lacks_parameter(trainer, checkpoint, "output_dir"), for_hook="acestep_adapter_saved")
+    return seams
+
+
+def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str], bool]) -> None:
+    """Check the seams of one kind of adapter. Raises UpstreamMismatch naming the first that does not fit.
+
+    Args:
+        trainer: upstream's trainer module.
+        adapter_type: the kind of adapter.
+        implements: tells whether a hook is in use; a seam that only serves other hooks may be missing.
+    """
+    if not hasattr(trainer, MODULE_CLASS[adapter_type]):
+        kinds = (
+            " and ".join(f"--adapter-type {kind}" for kind in adapter_types(trainer)) or "nothing that is known here"
+        )
+        raise UpstreamMismatch(
+            f"This ACE-Step does not train a {adapter_type}: its trainer has no {MODULE_CLASS[adapter_type]}. "
+            f"It trains {kinds}; a newer version trains more."
+        )
+    for seam in examine(trainer, adapter_type):
+        if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
+            raise UpstreamMismatch(
+                f"This ACE-Step's trainer does not fit ({seam.name}): {seam.reason}. Nothing was changed. "
+                "Use upstream's main version of ACE-Step; acestep-train check tells whether one fits."
+            )
+
+
+def sampler_style(function: Callable[..., Any]) -> Literal["timesteps_tensor", "device and dtype"] | None:
+    """How a ``sample_discrete_timestep`` learns device and dtype, by its parameters; None for an unknown signature."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    names = [parameter.name for parameter in parameters]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if names[1:3] == ["device", "dtype"] and required == names[:3]:
+        return "device and dtype"
+    if len(names) >= 2 and names[1] == "timesteps_tensor" and required == names[:2]:
+        return "timesteps_tensor"
+    return None
+
+
+def sampler_problem(trainer: Any, module_class: str) -> str | None:
+    """Why replacing the sampler would not work for one training module, or None when it would."""
+    sampler = getattr(trainer, SAMPLER)
+    owner = getattr(trainer, module_class, None)
+    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    if sampler_style(sampler) is None:
+        signature = _signature_text(sampler)
+        return f"it takes {signature}, expected (bsz, timesteps_tensor) or (bsz, device, dtype)"
+    if step is None:
+        return f"{module_class} has no training_step that could call it"
+    if not _reaches(step, SAMPLER, trainer, owner):
+        return f"{module_class}.training_step never calls it, so replacing it would change nothing"
+    for call in _calls_in(step, SAMPLER):
+        try:
+            inspect.signature(sampler).bind(*call.args, **{k.arg: k.value for k in call.keywords if k.arg})
+        except TypeError:
+            return (
+                f"{module_class}.training_step calls it as {ast.unparse(call)}, but it takes "
+                f"{_signature_text(sampler)}: upstream's own error, training fails without the plugin too"
+            )
+    return None
+
+
+def _save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
+    owner = getattr(trainer, trainer_class)
+    methods = [method for _, method in inspect.getmembers(owner, inspect.isfunction)]
+    if not any(_reaches(method, name, trainer, owner) for method in methods):
+        return f"{trainer_class} never calls it, so saved adapters would go unnoticed"
+    return _lacks_parameter(trainer, name, "output_dir")
+
+
+def _lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
+    function = _resolve(trainer, name)
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return "it cannot be called"
+    if parameter in known:
+        return None
+    return f"it takes {_signature_text(function)}, expected a parameter {parameter}"
+
+
+def _resolve(trainer: Any, dotted: str) -> Any:
+    value = trainer
+    for part in dotted.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _signature_text(function: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(function))
+    except (TypeError, ValueError):
+        return "nothing that can be read"
+
+
+def _reaches(function: Callable[..., Any], name: str, trainer: Any, owner: Any) -> bool:
+    """Whether a function's code names something, directly or through functions and methods of the trainer's module."""
+    seen: set[CodeType] = set()
+    stack = [getattr(inspect.unwrap(function), "__code__", None)]
+    while stack:
+        code = stack.pop()
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        if name in code.co_names:
+            return True
+        stack += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        for called in code.co_names:
+            for place in (trainer, owner):
+                target = getattr(place, called, None)
+                if inspect.isfunction(target) and target.__module__ == getattr(trainer, "__name__", None):
+                    stack.append(getattr(inspect.unwrap(target), "__code__", None))
+    return False
+
+
+def _calls_in(function: Callable[..., Any], name: str) -> list[ast.Call]:
+    """Calls of a global by name in a function's source; none when the source cannot be read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == name
+        and not any(isinstance(argument, ast.Starred) for argument in node.args)
+        and all(keyword.arg for keyword in node.keywords)
+    ]

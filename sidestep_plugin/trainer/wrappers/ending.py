@@ -1,0 +1,69 @@
+"""How a training ends: a run that was stopped or failed is saved, and plugins sum it up."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ...errors import Refusal
+from ..answers import checked_lines
+from ..checkout import place_of
+from ..failures import room
+from ..seams import SAVE_FUNCTIONS
+
+if TYPE_CHECKING:
+    from ..current import Training
+    from ..host import Host
+
+INTERRUPTED: Final = "interrupted"
+"""Folder below the output folder into which a training is saved that was stopped or failed."""
+
+
+def saved_after(host: Host, training: Training, *, failed: bool = False) -> list[str]:
+    """Save a run that ends before its end, so that it can be resumed | returns lines for the user."""
+    run, trainer, journal = training.run, training.trainer, training.journal
+    if journal is None or not host.resumes or journal.finished or journal.catching_up or not journal.computed:
+        return []
+    module, save, checkpoint = trainer.module, *SAVE_FUNCTIONS[run.adapter_type]
+    point = journal.here(run, failed=failed)
+    folder = Path(run.training_config.output_dir) / INTERRUPTED
+    config = getattr(module, "lokr_config", None)
+    known = {
+        "model": module.model,
+        "lycoris_net": getattr(module, "lycoris_net", None),
+        "epoch": 0 if point is None else point.epochs,
+        "global_step": 0 if point is None else int(journal.scheduler.last_epoch),
+        "output_dir": str(folder),
+        "lokr_config": config,
+        "run_metadata": getattr(trainer, "run_metadata", None),
+        "metadata": {"lokr_config": config.to_dict()} if config is not None else None,
+    }
+    if point is not None:
+        known |= {"optimizer": journal.scheduler.optimizer, "scheduler": journal.scheduler}
+    function = getattr(host.trainer, checkpoint, None) if point is not None else None
+    function = function or getattr(host.trainer, save)
+    journal.ending = True
+    try:
+        function(**{name: known[name] for name in inspect.signature(function).parameters if name in known})
+    except Exception as error:  # a disk that is full, most likely; the training is over in any case
+        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}. {room(folder)}"
+        return [f"⚠️ What was trained since the newest checkpoint could not be saved: {reason}"]
+    host.interrupted = place_of(host.trainer, str(folder))
+    return [f"💾 Saved as it was after {journal.steps} training steps: {host.interrupted}"]
+
+
+def summed_up(host: Host, training: Training, ending: str) -> list[str]:
+    """What plugins have to say of a run that has ended, once."""
+    run, journal = training.run, training.journal
+    if journal is None or journal.summed_up or journal.computed == 0 or (ending != "finished" and journal.finished):
+        return []
+    journal.summed_up = True
+    folder = place_of(host.trainer, run.training_config.output_dir)
+    told: list[str] = []
+    try:
+        for plugin, lines in host.registry.call("acestep_run_ended", run=run, ending=ending, folder=folder):
+            told += checked_lines(plugin, "acestep_run_ended", lines)
+    except Refusal as refusal:  # the adapter is saved, or is about to be: a summary is not worth losing it
+        told.append(f"⚠️ {refusal}")
+    return told

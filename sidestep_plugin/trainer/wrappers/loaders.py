@@ -1,0 +1,61 @@
+"""The loaders of songs: the journal counts their passes, and a resumed run walks over those that are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ...errors import PluginError
+from ..answers import described
+from ..current import running_training
+
+if TYPE_CHECKING:
+    from ...run import Run
+    from ..host import Host
+
+
+def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let every pass of a loader that upstream makes go by way of `passes`, one of the journal's."""
+
+    @wraps(original)
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        made, training = original(*args, **kwargs), running_training.get()
+        if made is None or training is None or training.journal is None:
+            return made
+        return _watched(made, partial(passes, training.journal, training.run))
+
+    return loader
+
+
+def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
+    """Put what plugins return of an epoch into upstream's log. Raises Refusal."""
+    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
+    for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
+        if not isinstance(entries, Mapping):
+            raise PluginError(
+                f"Plugin {plugin!r} returned {described(entries)} from acestep_epoch_finished, expected numbers "
+                "and tensors by name."
+            )
+        for logger, (name, value) in product(loggers, entries.items()):
+            if isinstance(value, int | float):
+                logger.log_metrics({name: value}, epoch)
+            elif hasattr(logger.experiment, "add_histogram"):
+                logger.experiment.add_histogram(name, value, epoch)
+
+
+def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:
+    """Let every pass through a DataLoader go by way of `passes`, which is given its own iterator and its length.
+
+    The loader stays what it is, a DataLoader of upstream's: Lightning looks at it closely.
+    """
+    own = type(loader)
+
+    class Watched(own):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[Any]:
+            return passes(super().__iter__, len(self))
+
+    Watched.__name__, Watched.__qualname__, Watched.__module__ = own.__name__, own.__qualname__, own.__module__
+    loader.__class__ = Watched
+    return loader

@@ -1,0 +1,59 @@
+"""The sampler: asks the plugin that samples timesteps, in the step that is running.
+
+Upstream calls it without saying for which model, so the wrapper learns that from the step, and it answers to every
+signature that upstream has had.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from ..answers import check_timesteps
+from ..current import running_step
+from ..seams import sampler_style
+
+if TYPE_CHECKING:
+    from ...run import Step
+    from ..host import Host
+
+
+def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    takes_table = sampler_style(original) == "timesteps_tensor"
+    signature = inspect.signature(original)
+    asked_plugins = host.registry.callers("acestep_sample_timesteps")  # one, or none
+
+    @wraps(original)
+    def sample_discrete_timestep(*args: Any, **kwargs: Any) -> Any:
+        step = running_step.get()
+        if step is None:  # called from outside a training step: none of our business
+            return original(*args, **kwargs)
+        step.sampler_called = True
+        if not asked_plugins:
+            return _noted(step, original(*args, **kwargs))
+        ((plugin, caller),) = asked_plugins
+        values = list(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
+        batch_size = int(values[0])
+        if takes_table:
+            device, dtype = values[1].device, values[1].dtype
+        else:
+            device, dtype = torch.device(values[1]), values[2]
+        asked = {"step": step, "batch_size": batch_size, "device": device, "dtype": dtype}
+        for t in host.registry.ask(plugin, caller, "acestep_sample_timesteps", asked):
+            check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.first_step)
+            step.t, step.sampled_by = t, plugin
+            return t, t
+        return _noted(step, original(*args, **kwargs))
+
+    return sample_discrete_timestep
+
+
+def _noted(step: Step, sampled: Any) -> Any:
+    """What upstream's own sampler returned, which the step is told."""
+    t = sampled[0] if isinstance(sampled, tuple) and sampled else sampled
+    step.t = t if hasattr(t, "shape") else None
+    return sampled

@@ -1,0 +1,160 @@
+"""A whole training: lets plugins decide on it before anything changes, follows its reports, ends it well."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ...errors import PluginError, Refusal
+from ...resuming.journal import Journal
+from ...run import AdapterType, ResumePoint, Run
+from ..answers import described
+from ..current import Training, running_training
+from ..failures import advice
+from .ending import saved_after, summed_up
+from .loaders import epoch_finished
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..host import Host
+
+_DETACHED: Final = (
+    "The plugins were detached while this training was running, so it was stopped. Keep all of the training inside the "
+    "with block of attach()."
+)
+
+
+def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def train_from_preprocessed(trainer: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, None]:
+        host.refusal = host.interrupted = None
+        if not host.attached:
+            yield 0, 0.0, f"❌ {_DETACHED}"
+            return
+        model = trainer.dit_handler.model
+        # A LoKr's trainer has no such argument; with us it has.
+        ours = {} if "resume_from" in signature.parameters else {"resume_from": kwargs.pop("resume_from", None)}
+        call = signature.bind(trainer, *args, **kwargs)
+        resume_from = call.arguments.get("resume_from") or ours.get("resume_from")
+        if model is None or (ours.get("resume_from") and not host.resumes):
+            # upstream says so itself: no model, or no such argument
+            yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
+            return
+        run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
+        try:
+            host.start(run)
+            point = _point(host, run, resume_from) if resume_from and host.resumes else None
+        except Refusal as refusal:
+            host.refusal = refusal
+            yield 0, 0.0, f"❌ {refusal}"
+            return
+        if point is not None:
+            call.arguments.pop("resume_from", None)
+        journal = None
+        if host.keeps_journal:
+            each = getattr(run.training_config, "gradient_accumulation_steps", 0)
+            journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
+            journal.epoch_finished = partial(epoch_finished, host, trainer)
+            run.epoch_losses = journal.loss_by_epoch
+            host.journals[run] = journal
+        state = call.arguments.get("training_state")
+        yield from _followed(host, Training(run, trainer, journal), original(*call.args, **call.kwargs), state)
+
+    return train_from_preprocessed
+
+
+def _followed(
+    host: Host, training: Training, running: Generator[Any, Any, None], state: Mapping[str, Any] | None
+) -> Generator[Any, Any, None]:
+    """What upstream's training reports, and what becomes of it: a run that stops or fails is saved."""
+    run, journal = training.run, training.journal
+    step, loss = 0, 0.0
+    try:
+        # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
+        while host.attached:
+            token = running_training.set(training)
+            try:
+                report = next(running, None)
+            finally:
+                running_training.reset(token)
+            if journal is None:
+                if report is None:
+                    return
+                yield report
+                continue
+            while journal.lines:
+                yield step, loss, journal.lines.pop(0)
+            if report is None:
+                break
+            step, loss, text = report
+            if journal.finished:
+                for line in summed_up(host, training, "finished"):
+                    yield step, loss, line
+            if text.startswith("❌"):
+                for line in [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]:
+                    yield step, loss, line
+                yield step, loss, _with_advice(text, run)
+            elif journal.unsaved and text.startswith("💾"):
+                journal.unsaved = False  # upstream says that it saved a checkpoint, which it could not
+            elif not journal.walking:
+                yield report
+        else:
+            yield 0, 0.0, f"❌ {_DETACHED}"
+            return
+        if _stopped(state):
+            for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
+                yield step, loss, line
+    except GeneratorExit:  # whoever listens has stopped it, and listens no more
+        if _stopped(state) and host.attached and journal is not None:
+            for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
+                host.announce(line)
+        raise
+    finally:
+        running.close()
+        if journal is not None:
+            journal.scheduler = None  # it holds the optimizer, and that all that was trained
+
+
+def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
+    """Where the plugin that resumes says that a run goes on; None leaves that to upstream. Raises Refusal."""
+    guard = getattr(host.trainer, "safe_path", None)
+    try:
+        # The app may be open to strangers: what they may not read, a checkpoint is not looked for in either.
+        folder = guard(str(folder)) if callable(guard) else folder
+    except ValueError:
+        raise Refusal(
+            f"The checkpoint {folder} lies outside of the folders that ACE-Step may read. Copy it into the "
+            "checkout's folder, or resume on the command line: acestep-train --resume-from."
+        ) from None
+    for plugin, point in host.registry.call("acestep_resume", run=run, folder=Path(folder)):
+        if not isinstance(point, ResumePoint):
+            raise PluginError(
+                f"Plugin {plugin!r} returned {described(point)} from acestep_resume, expected a ResumePoint."
+            )
+        for line in point.lines:
+            host.announce(line)
+        return point
+    return None
+
+
+def _stopped(state: Mapping[str, Any] | None) -> bool:
+    """Whether upstream's stop button was pressed."""
+    return bool(state and state.get("should_stop"))
+
+
+def _device_of(trainer: Any) -> torch.device:
+    import torch
+
+    return torch.device(trainer.dit_handler.device)
+
+
+def _with_advice(text: str, run: Run) -> str:
+    """Upstream's report of a failure, and what to do about it when that is known."""
+    known = advice(text, run.training_config, run.adapter_config, Path(run.training_config.output_dir))
+    return f"{text.rstrip('. ')}. {known}" if known else text
