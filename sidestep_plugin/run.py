@@ -121,9 +121,9 @@ class Run:
         return model
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, frozen=True, slots=True)
 class Step:
-    """One ``training_step``: training or validation.
+    """One ``training_step``: training or validation. Read only.
 
     Attributes:
         run: the run that it belongs to.
@@ -133,7 +133,8 @@ class Step:
         dtype: floating type that the step computes in.
         t: the timesteps that were used, shape [B], once they are sampled; None where upstream has no sampler.
         sampled_by: name of the plugin that sampled them, None when upstream did by itself.
-        loss: what upstream's step returned, a scalar tensor on `device`; None until it has.
+        loss: a copy of what upstream's step returned, a scalar tensor on `device`; None until it has.
+        sampler_called: whether upstream has called its sampler in this step.
     """
 
     run: Run
@@ -145,6 +146,12 @@ class Step:
     sampled_by: str | None = None
     loss: torch.Tensor | None = None
     sampler_called: bool = False
+
+
+def note(step: Step, **values: Any) -> None:
+    """Write attributes of a step, which only the host does: for plugins it is read only."""
+    for name, value in values.items():
+        object.__setattr__(step, name, value)
 
 
 @dataclass(frozen=True)

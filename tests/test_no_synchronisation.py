@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestep_plugin.resuming.journal import Journal
-from sidestep_plugin.run import Run, Step
+from sidestep_plugin.run import Run, Step, note
 
 CUDA = torch.device("cuda", 0)
 
@@ -88,8 +88,8 @@ def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):
     """For the report, for resuming, and by the watch over the loss: all is fetched later, or was by upstream."""
     with FakeTensorMode():
         step, _ = on_gpu("base")
-        step.module = SimpleNamespace(training_losses=[1.0])
-        step.t, step.loss = torch.rand(4, device=CUDA), torch.rand((), device=CUDA)
+        t, loss = torch.rand(4, device=CUDA), torch.rand((), device=CUDA)
+        note(step, module=SimpleNamespace(training_losses=[1.0]), t=t, loss=loss)
         journal = Journal(CUDA)
         with Watcher() as watcher:
             for _ in range(3):

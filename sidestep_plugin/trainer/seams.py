@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final, Literal
@@ -41,6 +42,9 @@ WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {
 
 FINAL: Final = "final"
 """Folder below the output folder into which upstream saves the finished adapter."""
+
+_DROPOUT: Final = re.compile(r"\w*(null_cond|cfg_drop|cond_drop|condition_drop|drop_cond|cfg_ratio)\w*", re.IGNORECASE)
+"""Names that a training step has only when it replaces conditions by itself."""
 
 Status = Literal["found", "missing", "wrong shape"]
 
@@ -90,6 +94,9 @@ def examine(trainer: Any, adapter_type: AdapterType) -> list[Seam]:
         lambda: sampler_problem(trainer, module_class),
         for_hook="acestep_sample_timesteps",
     )
+    if (own := _own_dropout(trainer, module_class)) is not None:
+        reason = f"it drops conditions by itself ({own}), so they would be dropped twice"
+        seams.append(Seam(step, adapter_type, "wrong shape", reason, for_hook="acestep_prepare_batch"))
     look(train, lambda: _lacks_parameter(trainer, train, "tensor_dir"))
     weights, checkpoint = SAVE_FUNCTIONS[adapter_type]
     look(weights, lambda: _save_problem(trainer, trainer_class, weights), for_hook="acestep_adapter_saved")
@@ -195,6 +202,11 @@ def _signature_text(function: Callable[..., Any]) -> str:
 
 def _reaches(function: Callable[..., Any], name: str, trainer: Any, owner: Any) -> bool:
     """Whether a function's code names something, directly or through functions and methods of the trainer's module."""
+    return any(name in code.co_names for code in _codes(function, trainer, owner))
+
+
+def _codes(function: Callable[..., Any], trainer: Any, owner: Any) -> Iterator[CodeType]:
+    """The code of a function, and of the functions and methods of the trainer's module that it names."""
     seen: set[CodeType] = set()
     stack = [getattr(inspect.unwrap(function), "__code__", None)]
     while stack:
@@ -202,15 +214,29 @@ def _reaches(function: Callable[..., Any], name: str, trainer: Any, owner: Any) 
         if code is None or code in seen:
             continue
         seen.add(code)
-        if name in code.co_names:
-            return True
+        yield code
         stack += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         for called in code.co_names:
             for place in (trainer, owner):
                 target = getattr(place, called, None)
                 if inspect.isfunction(target) and target.__module__ == getattr(trainer, "__name__", None):
                     stack.append(getattr(inspect.unwrap(target), "__code__", None))
-    return False
+
+
+def _own_dropout(trainer: Any, module_class: str) -> str | None:
+    """The name by which a training step drops conditions itself, as some forks do; None when it names none.
+
+    One step cannot show it: a single row keeps its condition 85 times of 100. So the code is read: names, and texts
+    such as those that ``getattr`` is given.
+    """
+    owner = getattr(trainer, module_class, None)
+    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    for code in _codes(step, trainer, owner) if step is not None else ():
+        texts = [constant for constant in code.co_consts if isinstance(constant, str)]
+        for name in (*code.co_names, *code.co_varnames, *texts):
+            if _DROPOUT.fullmatch(name):
+                return name
+    return None
 
 
 def _calls_in(function: Callable[..., Any], name: str) -> list[ast.Call]:

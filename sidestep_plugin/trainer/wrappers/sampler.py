@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from ...run import note
 from ..answers import check_timesteps
 from ..current import running_step
 from ..seams import sampler_style
@@ -32,7 +33,7 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
         step = running_step.get()
         if step is None:  # called from outside a training step: none of our business
             return original(*args, **kwargs)
-        step.sampler_called = True
+        note(step, sampler_called=True)
         if not asked_plugins:
             return _noted(step, original(*args, **kwargs))
         ((plugin, caller),) = asked_plugins
@@ -45,7 +46,7 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
         asked = {"step": step, "batch_size": batch_size, "device": device, "dtype": dtype}
         for t in host.registry.ask(plugin, caller, "acestep_sample_timesteps", asked):
             check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.first_step)
-            step.t, step.sampled_by = t, plugin
+            note(step, t=t, sampled_by=plugin)
             return t, t
         return _noted(step, original(*args, **kwargs))
 
@@ -55,5 +56,5 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
 def _noted(step: Step, sampled: Any) -> Any:
     """What upstream's own sampler returned, which the step is told."""
     t = sampled[0] if isinstance(sampled, tuple) and sampled else sampled
-    step.t = t if hasattr(t, "shape") else None
+    note(step, t=t if hasattr(t, "shape") else None)
     return sampled

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError, Refusal, UpstreamMismatch
-from ...run import AdapterType, Step
+from ...errors import PluginError, Refusal
+from ...run import AdapterType, Step, note
 from ..answers import check_replaced, described, writes
 from ..current import running_step
+from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
 from ..seams import SAMPLER
 
 if TYPE_CHECKING:
-    import torch
-
     from ..host import Host
 
 
@@ -47,25 +46,25 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             run.steps += training
             token = running_step.set(step)
             try:
-                # Reading values waits for a GPU, so what the decoder was given is looked at in the first step only.
-                look: AbstractContextManager[list[torch.Tensor]]
-                look = _watched(module) if samples and run.first_step else nullcontext([])
-                with look as given:
-                    step.loss = original(module, batch, *args, **kwargs)
+                look = run.first_step and (samples or prepares)
+                watch: AbstractContextManager[list[Given]] = watched_decoder(module) if look else nullcontext([])
+                with watch as calls:
+                    loss = original(module, batch, *args, **kwargs)
             finally:
                 running_step.reset(token)
             if samples and not step.sampler_called:
-                raise _unused(module, f"ended without calling {SAMPLER}")
-            if samples and step.t is not None and any(not _same_times(step.t, t) for t in given):
-                raise _unused(module, f"gave its decoder other timesteps than {SAMPLER} returned")
+                raise unused(module, f"ended without calling {SAMPLER}")
+            check_decoder_input(step, batch, calls, samples=samples)
             if journal is not None:
-                journal.record(step.loss, training)
+                journal.record(loss, training)
             if finishes:
+                # A copy: nothing that a plugin does to it reaches the training.
+                note(step, loss=loss.detach().clone())
                 host.registry.call("acestep_step_finished", step=step)
         except Refusal as refusal:
             host.refusal = refusal
             raise
-        return step.loss
+        return loss
 
     return training_step
 
@@ -91,37 +90,3 @@ def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any
                 check_replaced(name, prepared, key, tensor, step.device)
             prepared = {**prepared, **replaced}
     return prepared
-
-
-@contextmanager
-def _watched(module: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect the timesteps that a step gives its decoder; none when the decoder is not called by keyword."""
-    import torch
-
-    given: list[torch.Tensor] = []
-
-    def note(_: Any, __: Any, arguments: Mapping[str, Any]) -> None:
-        if isinstance(arguments.get("timestep"), torch.Tensor):
-            given.append(arguments["timestep"].detach())
-
-    decoder = getattr(module.model, "decoder", None)
-    if not isinstance(decoder, torch.nn.Module):
-        yield given
-        return
-    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield given
-    finally:
-        hook.remove()
-
-
-def _same_times(sampled: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether these are the same timesteps, up to the rounding to bf16 that some versions of upstream make."""
-    return sampled.shape == given.shape and bool(((sampled.float() - given.float()).abs() <= 2**-8).all())
-
-
-def _unused(module: Any, what: str) -> UpstreamMismatch:
-    return UpstreamMismatch(
-        f"{type(module).__name__}.training_step {what}: the plugin's timesteps were not used. Stopped before the "
-        "optimizer changed anything. Use upstream's main version of ACE-Step."
-    )
