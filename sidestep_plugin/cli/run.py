@@ -48,7 +48,7 @@ def run(
     Example, in the checkout's folder:
         acestep-train run --plugin sidestep -- acestep --port 7860
     """
-    from sidestep_plugin.trainer.autoload import Wanted, attach_on_import
+    from sidestep_plugin.trainer.autoload import Wanted, attach_on_import, carry_over
     from sidestep_plugin.trainer.checkout import find_root
     from sidestep_plugin.trainer.programs import find_command
 
@@ -61,5 +61,8 @@ def run(
     if root is not None and str(root) not in sys.path:
         sys.path.insert(0, str(root))
     start = find_command(command, root)
-    attach_on_import(Wanted(plugins, options, wins))
+    wanted = Wanted(plugins, options, wins, on_request=True)
+    attach_on_import(wanted)
+    if plugins:
+        carry_over(wanted)
     return start

@@ -26,7 +26,7 @@ from .host import Host, log_of
 from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types, require
 from .wrappers.loaders import wrap_loader
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
-from .wrappers.refusing import refuse_steps, refuse_training
+from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
@@ -145,6 +145,31 @@ def attach_automatically(
         attachment._apply()
         return
     log.info(f"Plugins attached to the trainer: {_listed(registry.names)}")
+
+
+def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
+    """Say that plugins take no part in ``acestep.training_v2``, upstream's other trainer, when a training starts in it.
+
+    Args:
+        module: ``acestep.training_v2.trainer_fixed``.
+        refuse: whether such a training is refused, because this program was started to run with the plugins.
+    """
+    trainer_class = getattr(module, "FixedLoRATrainer", None)
+    if trainer_class is None:
+        return
+    message = (
+        f"acestep.training_v2 has its own training step, in which plugins ({_listed(list(plugins))}) take no part. "
+        "It uses continuous timesteps and condition dropout for every model, turbo too."
+    )
+    if refuse:
+        message += (
+            " Refused, because plugins were asked for. Train with acestep-train --plugin, or start the program "
+            "without acestep-train run."
+        )
+        wrapper = refuse_construction(message, trainer_class.__init__)
+    else:
+        wrapper = announce_construction(log_of(module).warning, message, trainer_class.__init__)
+    trainer_class.__init__ = wrapper
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """Attaches plugins the moment upstream's trainer is imported: in a patched checkout, and under ``acestep-train run``.
 
-Upstream's app, its HTTP server and its scripts import their trainer whenever they like, some of them only when the
-first training is started. A patched checkout (see ``patches/``) imports this module first, and so gets the plugins that
-``$ACESTEP_PLUGINS`` names.
+Upstream's app, its HTTP server and its scripts import the trainer at different times, some of them only when the first
+training starts. A patched checkout (see ``patches/``) imports this module first and gets the plugins that
+``$ACESTEP_PLUGINS`` names. Under ``acestep-train run`` the plugins also reach the Python processes that the program
+starts, by the environment.
 
-Nothing in here may keep the app from starting or from generating: until the trainer is imported, the standard library
-and two small modules are all that this needs, and whatever goes wrong later is said in upstream's log and stops
-trainings, not programs.
+Nothing in here may keep the app from starting or from generating. Until the trainer is imported, this needs the
+standard library and two small modules. If something goes wrong later, upstream's log says so and trainings stop, not
+programs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 PLUGINS: Final = "ACESTEP_PLUGINS"
 WINS: Final = "ACESTEP_WINS"
 DEFAULT_PLUGINS: Final = "sidestep"
+CARRIED_OVER: Final = "ACESTEP_RUN"
+"""What ``acestep-train run`` was asked for, as JSON, for the Python processes that its program starts."""
+
+TRAINING_V2: Final = "acestep.training_v2.trainer_fixed"
+"""Upstream's other trainer, in which no plugin takes part."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,18 @@ class Wanted:
     Attributes:
         plugins: names, in the order in which they are asked.
         options: the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``).
-        wins: of two plugins that want what only one can do, the one that does.
+        wins: of two plugins that implement an exclusive hook, the one that is asked.
+        on_request: whether the user asked for this program to run with plugins; not so in a patched checkout.
     """
 
     plugins: tuple[str, ...]
     options: Mapping[str, Any] | None = None
     wins: str | None = None
+    on_request: bool = False
 
     @classmethod
     def by_environment(cls) -> Wanted:
-        """``$ACESTEP_PLUGINS``: names separated by commas or blanks; sidestep when unset, none when empty."""
+        """``$ACESTEP_PLUGINS``: names separated by commas or spaces; sidestep when unset, none when empty."""
         names = os.environ.get(PLUGINS, DEFAULT_PLUGINS).replace(",", " ").split()
         return cls(tuple(names), None, os.environ.get(WINS, "").strip() or None)
 
@@ -56,18 +66,44 @@ def attach_on_import(wanted: Wanted) -> None:
         return
     finder = _Finder(wanted)
     sys.meta_path.insert(0, finder)
-    if TRAINER in sys.modules:
-        finder.attach(sys.modules[TRAINER])
+    for name in _WATCHED:
+        if name in sys.modules:
+            finder.imported(sys.modules[name])
+
+
+def carry_over(wanted: Wanted) -> None:
+    """Let the Python processes that this one starts attach the same plugins (spawned workers, a server's children).
+
+    Options travel as JSON, so their values have to be plain; those of click options are.
+    """
+    content = {"plugins": wanted.plugins, "options": wanted.options, "wins": wanted.wins}
+    os.environ[CARRIED_OVER] = json.dumps(content)
+    folder = str(Path(__file__).parent / "in_children")
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place != folder]
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *places])
+
+
+def load_carried_over() -> None:
+    """Attach what a parent process was asked for. Does nothing when none was, or when it cannot be read."""
+    try:
+        content = json.loads(os.environ.get(CARRIED_OVER, "null"))
+        wanted = Wanted(tuple(content["plugins"]), content["options"], content["wins"], on_request=True)
+    except (ValueError, TypeError, KeyError):
+        return
+    attach_on_import(wanted)
+
+
+_WATCHED: Final = (TRAINER, TRAINING_V2)
 
 
 class _Finder:
-    """Finds one module as everybody else does, and has plugins attached once its code has run."""
+    """Finds upstream's trainers like any other module, and has plugins attached once their code has run."""
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != TRAINER:
+        if name not in _WATCHED:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -77,15 +113,19 @@ class _Finder:
                 return spec
         return None
 
-    def attach(self, trainer: ModuleType) -> None:
+    def imported(self, module: ModuleType) -> None:
+        """Attach plugins to the trainer, or say that they take no part in the other one."""
         if not self.wanted.plugins or not attaches_automatically():
             return
         try:
-            from .attachment import attach_automatically
+            from .attachment import attach_automatically, leave_alone
         except Exception as error:  # our own dependencies: nothing of ours can say it in a better way
-            _complain(trainer, f"sidestep-plugin cannot be imported: {type(error).__name__}: {error}. Reinstall it.")
+            _complain(module, f"sidestep-plugin cannot be imported: {type(error).__name__}: {error}. Reinstall it.")
             return
-        attach_automatically(trainer, self.wanted.plugins, self.wanted.options, self.wanted.wins)
+        if module.__name__ == TRAINING_V2:
+            leave_alone(module, self.wanted.plugins, refuse=self.wanted.on_request)
+        else:
+            attach_automatically(module, self.wanted.plugins, self.wanted.options, self.wanted.wins)
 
 
 class _Loader:
@@ -106,7 +146,7 @@ class _Loader:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self._finder.attach(module)
+        self._finder.imported(module)
 
 
 def _complain(trainer: ModuleType, message: str) -> None:

@@ -371,6 +371,24 @@ def test_one_kind_that_does_not_fit_leaves_the_other(trainer, load, module_for, 
             lokr_module.training_step(batch_of(lokr.model, 2))
 
 
+def test_two_threads_get_one_handle(trainer):
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    barrier = Barrier(8)
+
+    def ask(_):
+        barrier.wait(timeout=60)
+        return attach(trainer, plugins=("sidestep",))
+
+    with ThreadPoolExecutor(8) as threads:
+        handles = list(threads.map(ask, range(8)))
+    try:
+        assert len({id(handle) for handle in handles}) == 1 and handles[0].attached
+    finally:
+        handles[0].detach()
+
+
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +411,19 @@ def test_a_refused_module_is_refused_again(trainer, load, module_for, batch_of):
         for _ in range(2):
             with pytest.raises(Refusal, match="Cannot tell the variant"):
                 module.training_step(batch_of(handler.model, 2))
+
+
+@pytest.mark.parametrize("plugins", [("sidestep",), ()])
+def test_several_processes_are_refused(train, monkeypatch, plugins):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = train("base", plugins=plugins)
+    assert len(result.messages) == 1 and "WORLD_SIZE is 2" in result.messages[0] and not result.output.exists()
+
+
+@pytest.mark.parametrize("size", ["1", "", "many"])
+def test_one_process_of_torchrun_is_one_process(train, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert train("base", max_epochs=1).tensors
 
 
 @pytest.mark.parametrize("lines", ["one text", [1, 2]])

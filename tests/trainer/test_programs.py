@@ -141,3 +141,104 @@ def test_a_module_that_is_not_there_says_so_itself(run):
 def test_a_checkout_without_pyproject_has_no_commands(tmp_path):
     with pytest.raises(Refusal, match="No command 'acestep-app'"):
         find_command(("acestep-app",), tmp_path)
+
+
+# -- other processes -------------------------------------------------------------------------------------------------
+
+WORKER = """
+import multiprocessing
+import subprocess
+import sys
+
+
+def train(answer):
+    from acestep.training import trainer
+    from sidestep_plugin.trainer.attachment import _attached
+
+    answer.put([(one.registry.names, one.options.get("cfg_ratio")) for one in _attached])
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    worker = context.Process(target=train, args=(answer,))
+    worker.start()
+    print("spawned:", answer.get(timeout=100))
+    worker.join(timeout=100)
+    code = "import queue, worker; answer = queue.Queue(); worker.train(answer); print('started:', answer.get())"
+    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True).stdout)
+"""
+
+
+def test_processes_that_the_program_starts_get_the_plugins_too(checkout, run):
+    (checkout / "worker.py").write_text(WORKER, encoding="utf-8")
+    done = run("--plugin", "sidestep", "--cfg-ratio", "0.25", "--", "worker.py", PYTHONPATH=str(checkout))
+    assert "spawned: [(['sidestep'], 0.25)]" in done.stdout, done.stderr
+    assert "started: [(['sidestep'], 0.25)]" in done.stdout, done.stderr
+
+
+def test_the_machines_own_sitecustomize_is_run_as_well(checkout, run, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['SEEN'] = 'yes'\n", encoding="utf-8")
+    (checkout / "child.py").write_text(
+        "import subprocess, sys\n"
+        "code = 'import os; print(os.environ.get(\"SEEN\"))'\n"
+        "subprocess.run([sys.executable, '-c', code], check=True)\n",
+        encoding="utf-8",
+    )
+    done = run("--plugin", "sidestep", "--", "child.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.strip() == "yes", done.stderr
+
+
+# -- upstream's other trainer ----------------------------------------------------------------------------------------
+
+OTHER_TRAINER = """
+from dataclasses import dataclass
+
+
+@dataclass
+class FixedLoRATrainer:
+    model: object
+
+    def train(self):
+        yield 0, 0.0, "trained"
+"""
+
+
+@pytest.fixture(scope="module")
+def with_training_v2(checkout):
+    package = checkout / "acestep" / "training_v2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "trainer_fixed.py").write_text(OTHER_TRAINER, encoding="utf-8")
+    script = checkout / "fixed.py"
+    script.write_text(
+        "import acestep.training\nfrom acestep.training_v2.trainer_fixed import FixedLoRATrainer\n"
+        "print(list(FixedLoRATrainer(1).train()))\n",
+        encoding="utf-8",
+    )
+    return script
+
+
+def test_training_v2_is_refused_by_name(with_training_v2, run):
+    done = run("--plugin", "sidestep", "--", with_training_v2.name)
+    assert done.returncode != 0 and "trained" not in done.stdout
+    assert "acestep.training_v2 has its own training step" in done.stderr
+    assert "Train with acestep-train --plugin" in done.stderr
+
+
+def test_without_a_plugin_training_v2_is_left_alone(with_training_v2, run):
+    done = run("--", with_training_v2.name)
+    assert done.returncode == 0 and "trained" in done.stdout and "training_v2" not in done.stderr
+
+
+def test_in_a_patched_checkout_training_v2_trains_and_the_log_says_what_takes_no_part(with_training_v2, checkout):
+    from sidestep_plugin.trainer import checkout_patch
+
+    checkout_patch.apply(checkout)
+    try:
+        line = [sys.executable, with_training_v2.name]
+        done = subprocess.run(line, cwd=checkout, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    finally:
+        checkout_patch.revert(checkout)
+    assert done.returncode == 0 and "trained" in done.stdout, done.stderr
+    assert "plugins (sidestep) take no part" in done.stderr

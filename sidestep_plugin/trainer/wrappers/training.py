@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Generator, Mapping
 from functools import partial, wraps
 from pathlib import Path
@@ -48,6 +49,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             return
         run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
         try:
+            refuse_several_processes()
             host.start(run)
             point = _point(host, run, resume_from) if resume_from and host.resumes else None
         except Refusal as refusal:
@@ -67,6 +69,16 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
         yield from _followed(host, Training(run, trainer, journal), original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
+
+
+def refuse_several_processes() -> None:
+    """Raise Refusal under torchrun: upstream would train the same adapter in every process, all into one folder."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size.isdigit() and int(size) > 1:
+        raise Refusal(
+            f"WORLD_SIZE is {size}: ACE-Step's trainer uses one GPU, so every process would train the same adapter and "
+            "save it to the same folder. Start a single process, without torchrun, and choose the GPU with --device."
+        )
 
 
 def _followed(
