@@ -1,4 +1,4 @@
-"""Whether what plugins answered can be used. Nothing is moved, cast or clipped for them."""
+"""Checks of what plugins return. Nothing is moved, cast or clipped for them: a wrong value is an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def checked_lines(plugin: str, hook: str, lines: Any) -> Sequence[str]:
 
 
 def writes(batch: Mapping[str, Any]) -> list[int]:
-    """How often each tensor of a batch was written to; torch counts that without a look at the values."""
+    """How often each tensor of a batch was written to. torch counts this, so no values are read."""
     return [value._version for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
 
 
@@ -47,7 +47,7 @@ def check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: to
         # "cuda" and "cuda:0" name the same place when there is no index to disagree on.
         same_index = wanted.index is None or t.device.index is None or wanted.index == t.device.index
         fits = t.shape == (batch_size,) and t.dtype == dtype and t.device.type == wanted.type and same_index
-    # Looking at the values waits for the GPU, so it is done where a mistake would show: in the first step.
+    # Reading values waits for the GPU, so they are checked in the first step only, where a mistake would show.
     if fits and (not first or bool(((t >= 0) & (t <= 1)).all())):
         return
     found = f"timesteps outside [0, 1] ({t.tolist()})" if fits else described(t)

@@ -1,9 +1,9 @@
-"""Puts the wrappers in place and takes them back: the only file that sets a name of upstream's.
+"""Puts the wrappers in place and takes them out again: the only file that sets names of upstream's.
 
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
-LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, what makes
-the learning-rate schedule and the loaders of songs; and (only when folders are allowed by name) the path guard.
-Everything is checked before anything is touched. What the replacements do is in ``wrappers``.
+LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, the
+learning-rate scheduler and the data loaders; and, only if the user allowed folders by name, the path guard.
+Everything is checked before anything is changed. What the replacements do is in ``wrappers``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _attached: list[Attachment] = []
 _lock: Final = threading.RLock()
 
 _INHERITED: Final = object()
-"""Stands for "not in this class's own namespace": undone by deleting, not by setting."""
+"""Means "not in this class's own namespace": undone by deleting, not by setting."""
 
 
 def attach(
@@ -50,25 +50,25 @@ def attach(
     announce: Callable[[str], None] | None = None,
     wins: str | None = None,
 ) -> Attachment:
-    """Attach plugins to upstream's trainer, until the returned handle is detached.
+    """Attach plugins to upstream's trainer until the returned handle is detached.
 
-    Plugins that a patched checkout attached by itself make room until then.
+    Plugins that a patched checkout attached by itself are detached until then.
 
     Args:
-        trainer: the module ``acestep.training.trainer``; imported when None.
-        plugins: names of installed plugins, in the order in which they are asked.
-        options: values of the plugins' options by name (``cfg_ratio``), others at their defaults.
-        extra_plugins: plugin objects that are not installed, by name; asked after the named ones.
-        allowed_folders: folders that upstream's path guard is to accept besides its own root, and nothing else.
-        announce: takes each line that the plugins have to say; upstream's log when None.
-        wins: of two plugins that want what only one can do (sampling timesteps), the one that does it.
+        trainer: the module ``acestep.training.trainer``. None: it is imported.
+        plugins: names of installed plugins, in the order in which they are called.
+        options: values of the plugins' options by name (``cfg_ratio``); the others keep their defaults.
+        extra_plugins: plugin objects that are not installed, by name; called after the installed ones.
+        allowed_folders: folders that upstream's path guard accepts in addition to its own root.
+        announce: called with each line that the plugins announce. None: upstream's log.
+        wins: if two plugins implement an exclusive hook (sampling timesteps), the one that is called.
 
     Returns:
         A handle with ``detach()``, also a context manager. A second call with the same plugins and options returns
-        the same handle and changes nothing; leaving its ``with`` block leaves the first one attached.
+        the same handle and changes nothing. Leaving its ``with`` block leaves the first one attached.
 
     Raises:
-        UpstreamMismatch: no trainer, or one that does not fit. Nothing was changed.
+        UpstreamMismatch: no trainer, or one that is not compatible. Nothing was changed.
         PluginError: a plugin is missing or broken. Nothing was changed.
         Refusal: an option is unknown or unusable, or other plugins are attached already. Nothing was changed.
     """
@@ -113,16 +113,16 @@ def attach(
 def attach_automatically(
     trainer: Any, plugins: Iterable[str], options: Mapping[str, Any] | None = None, wins: str | None = None
 ) -> None:
-    """Attach what a patched checkout or ``acestep-train run`` wants, when the trainer has just been imported.
+    """Attach the plugins of a patched checkout or of ``acestep-train run`` right after the trainer was imported.
 
-    Never raises: the app shall start and generate. What goes wrong is an error in upstream's log, and every training
-    ends at once with the same message.
+    Never raises, so that the app always starts and generates. An error goes to upstream's log, and every training ends
+    at once with the same message.
 
     Args:
-        options: the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``).
+        options: the plugins' options. None: from the environment (``SIDESTEP_CFG_RATIO=0.1``).
     """
     for stale in [attached for attached in _attached if attached.trainer is trainer]:
-        _attached.remove(stale)  # the module was loaded again, and its names are new ones
+        _attached.remove(stale)  # the module was reloaded, so its names are new objects
         stale._replacements.clear()
     log, names = log_of(trainer), list(plugins)
     try:
@@ -131,13 +131,13 @@ def attach_automatically(
         if options is None:
             values, unknown = registry.options_in(os.environ)
             for name in unknown:
-                log.warning(f"{name} is set, but no loaded plugin has such an option; it is not used.")
+                log.warning(f"{name} is set, but no loaded plugin has such an option. It is ignored.")
         attachment = Attachment(trainer, registry, registry.resolve_options(values))
         attachment.automatic = True
         attachment._apply()
     except Exception as error:
         told = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-        message = f"Plugins {_listed(names)} could not be attached, so nothing is trained: {told}"
+        message = f"Plugins {_listed(names)} could not be attached, so trainings are refused: {told}"
         log.error(message)
         attachment = Attachment(trainer, Registry(), {})
         attachment.automatic = True
@@ -148,11 +148,11 @@ def attach_automatically(
 
 
 def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
-    """Say that plugins take no part in ``acestep.training_v2``, upstream's other trainer, when a training starts in it.
+    """Say that plugins take no part in ``acestep.training_v2``, upstream's other trainer, when it starts a training.
 
     Args:
         module: ``acestep.training_v2.trainer_fixed``.
-        refuse: whether such a training is refused, because this program was started to run with the plugins.
+        refuse: whether such a training is refused because the user asked for plugins.
     """
     trainer_class = getattr(module, "FixedLoRATrainer", None)
     if trainer_class is None:
@@ -174,7 +174,7 @@ def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """One name of upstream's, what stood there and what stands there while attached."""
+    """One of upstream's names, with its original value and our wrapper."""
 
     owner: Any
     name: str
@@ -199,17 +199,17 @@ class _Replacement:
 
 
 class Attachment:
-    """What :func:`attach` returns: the handle of one set of plugins on one trainer.
+    """The handle that :func:`attach` returns: one set of plugins on one trainer.
 
     Attributes:
-        trainer: the module that it is attached to.
+        trainer: the trainer's module.
         registry: the loaded plugins.
         options: the plugins' options.
-        allowed_folders: folders that the path guard accepts besides its own root.
-        automatic: whether a patched checkout attached it by itself; such a one makes room for any other.
+        allowed_folders: folders that the path guard accepts in addition to its own root.
+        automatic: whether a patched checkout attached it by itself; any other attachment replaces it.
         refusal: the refusal that stopped the newest run, or None. Upstream reports every failure as a message; this
-            keeps the exception for callers that need to tell a refused run from a failed one.
-        interrupted: where the newest run was saved when it was stopped or failed, else None.
+            lets callers tell a refused run from a failed one.
+        interrupted: where the newest run was saved if it was stopped or failed, else None.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Attachment:
         self._message: str | None = None  # with which every training ends at once
 
     def __enter__(self) -> Attachment:
-        if self._blocks == 0:  # somebody attached before without a block, and expects to stay so after this one
+        if self._blocks == 0:  # attached earlier without a block: stays attached after this one
             self._held_outside = self._calls > 1
         self._blocks += 1
         return self
@@ -259,16 +259,16 @@ class Attachment:
         return self._host.interrupted
 
     def detach(self) -> None:
-        """Put every name back, newest first. Does nothing when already detached.
+        """Restore every name, newest first. Does nothing when already detached.
 
         Raises:
-            DetachError: somebody replaced one of the names after us; nothing was put back.
+            DetachError: another wrapper replaced one of the names; nothing was restored.
         """
         foreign = [replacement.label for replacement in self._replacements if not replacement.still_there()]
         if foreign:
             raise DetachError(
-                f"{', '.join(foreign)} was replaced by somebody else after the plugins were attached. "
-                "Undo that first: detaching now would remove their wrapper. Nothing was changed."
+                f"{', '.join(foreign)} was replaced by another program after the plugins were attached. "
+                "Undo that first, because detaching now would remove that wrapper. Nothing was changed."
             )
         while self._replacements:
             self._replacements.pop().undo()
@@ -304,14 +304,14 @@ class Attachment:
         ]
 
     def _plan(self) -> list[_Replacement]:
-        """Decide on every replacement without making one. Raises UpstreamMismatch."""
+        """Make every wrapper without putting any in place. Raises UpstreamMismatch."""
         return [
             _Replacement(owner, name, vars(owner).get(name, _INHERITED), make(getattr(owner, name)))
             for owner, name, make in self._wanted()
         ]
 
     def _wanted(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
-        """Each name to replace: its owner, itself, and what makes the wrapper of what stands there."""
+        """Yield each name to replace: its owner, the name, and what makes the wrapper. Raises UpstreamMismatch."""
         trainer, host, implements = self.trainer, self._host, self.registry.implements
         misfits: dict[AdapterType, UpstreamMismatch] = {}
         kinds = adapter_types(trainer)
@@ -323,14 +323,14 @@ class Attachment:
         if len(misfits) == len(kinds):
             raise next(iter(misfits.values())) if misfits else _no_module(trainer)
 
-        # Also where nobody replaces it: whoever looks at finished steps is told the timesteps.
+        # Also if no plugin samples: plugins that look at finished steps receive the timesteps.
         looked_at = implements("acestep_step_finished") and callable(getattr(trainer, SAMPLER, None))
         if implements("acestep_sample_timesteps") or looked_at:
             yield trainer, SAMPLER, partial(wrap_sampler, host)
         for kind in kinds:
             module_class = getattr(trainer, MODULE_CLASS[kind])
             if kind in misfits:
-                # The other kind of adapter fits and may train; this one must fail before its first step.
+                # The other adapter type is compatible and may train; this one must fail before its first step.
                 yield module_class, "training_step", partial(refuse_steps, misfits[kind])
                 continue
             yield module_class, "training_step", partial(wrap_step, host, kind=kind)
@@ -339,7 +339,7 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
-        # A version without the names that follow trains all the same, and cannot be resumed.
+        # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
             songs = getattr(trainer, "PreprocessedDataModule", None)
             if callable(getattr(trainer, "SequentialLR", None)):
@@ -357,7 +357,7 @@ def _no_module(trainer: Any) -> UpstreamMismatch:
     name = getattr(trainer, "__name__", trainer)
     return UpstreamMismatch(
         f"{name} has neither {' nor '.join(MODULE_CLASS.values())}: this is not ACE-Step 1.5's trainer. "
-        "Say where your checkout is: --acestep-root DIR."
+        "Give your checkout's folder with --acestep-root DIR."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where upstream is: finding an ACE-Step checkout, importing its trainer, and where that puts what it saves."""
+"""Where upstream is: finds an ACE-Step checkout, imports its trainer, and tells where the trainer saves files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _automatic = True
 
 
 def find_root(said: Path | None) -> Path:
-    """The folder that holds the package ``acestep``: the one said, else the importable one, else the current one.
+    """The folder that contains the package ``acestep``: the given one, else the importable one, else the current one.
 
     Raises:
-        UpstreamMismatch: none of them holds ``acestep/training/trainer.py``.
+        UpstreamMismatch: none of them contains ``acestep/training/trainer.py``.
     """
     looked: list[str] = []
     for candidate, origin in _candidates(said):
@@ -32,7 +32,7 @@ def find_root(said: Path | None) -> Path:
         looked.append(f"{candidate} ({origin})")
     raise UpstreamMismatch(
         f"No ACE-Step 1.5 found: no acestep/training/trainer.py in {', '.join(looked)}. "
-        "Say where your checkout is: --acestep-root DIR."
+        "Give your checkout's folder with --acestep-root DIR."
     )
 
 
@@ -59,10 +59,10 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     if root is not None and str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        # Whoever calls this decides about plugins himself, also in a checkout that loads some by itself.
+        # The caller decides about plugins, even in a patched checkout, which loads some by itself.
         with not_automatic():
             trainer = importlib.import_module(TRAINER)
-    except Exception as error:  # whatever upstream's code raises at import is upstream's to explain
+    except Exception as error:  # upstream's code may raise anything at import
         missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
         raise UpstreamMismatch(
             f"{TRAINER} cannot be imported. Upstream's own error: {type(error).__name__}: {error}. "
@@ -73,7 +73,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
             )
         ) from error
     found = Path(str(trainer.__file__)).resolve()
-    # The package itself may be a link to where it really is.
+    # The package folder may be a symbolic link.
     if root is not None and not found.is_relative_to((root / "acestep").resolve()):
         raise UpstreamMismatch(
             f"acestep was imported from {found.parents[2]}, not from {root}. Start a new process for another checkout."
@@ -82,7 +82,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
 
 
 def place_of(trainer: Any, said: str) -> Path:
-    """Where upstream puts what it was told to save: relative names count from its path guard's root, if it has one."""
+    """Where upstream saves to when it is given a path: relative to its path guard's root, if it has one."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
     root = getattr(sys.modules.get(f"{package}.path_safety"), "_SAFE_ROOT", None)
     return (Path(root) / said if isinstance(root, str) else Path(said)).resolve()
@@ -90,7 +90,7 @@ def place_of(trainer: Any, said: str) -> Path:
 
 @contextmanager
 def not_automatic() -> Iterator[None]:
-    """Import the trainer without attaching: for somebody who decides about plugins himself."""
+    """Import the trainer without attaching anything: the caller decides about plugins."""
     global _automatic
     before, _automatic = _automatic, False
     try:
@@ -100,5 +100,5 @@ def not_automatic() -> Iterator[None]:
 
 
 def attaches_automatically() -> bool:
-    """Whether the trainer gets the plugins of a patched checkout when it is imported now."""
+    """Whether importing the trainer now attaches the plugins of a patched checkout."""
     return _automatic

@@ -1,4 +1,4 @@
-"""The minimal diff in a checkout: five lines at the top of ``acestep/training/__init__.py``, put in and taken out.
+"""The minimal diff in a checkout: five lines at the top of ``acestep/training/__init__.py``, added and removed.
 
 The lines are those of ``patches/sidestep-plugin.patch``; git and patch apply the same file. Here it also works without
 either, in a checkout with Windows line ends, and as often as one likes.
@@ -38,14 +38,14 @@ def status(root: Path) -> Status:
         return "applied"
     if _TRACE in content:
         raise Refusal(
-            f"{root / TARGET} has other lines about sidestep_plugin than this version puts in. Take them out by hand, "
+            f"{root / TARGET} contains other lines about sidestep_plugin than this version adds. Remove them by hand, "
             "then apply the patch again."
         )
     return "not applied"
 
 
 def apply(root: Path) -> bool:
-    """Put the lines in | returns whether anything was changed | raises Refusal or OSError and changes nothing then."""
+    """Add the lines | returns whether anything was changed | raises Refusal or OSError and then changes nothing."""
     if status(root) == "applied":
         return False
     content = _read(root)
@@ -57,13 +57,15 @@ def apply(root: Path) -> bool:
         compile(content, str(TARGET), "exec", dont_inherit=True)
         compile(patched, str(TARGET), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        raise Refusal(f"{root / TARGET} is no Python file to which lines can be added ({error}).") from None
+        raise Refusal(
+            f"{root / TARGET} cannot take lines at its top ({error}). Use acestep-train run instead, or restore the file."
+        ) from None
     _write(root, patched)
     return True
 
 
 def revert(root: Path) -> bool:
-    """Take the lines out, leaving the file as it was | returns whether anything was changed | raises as apply."""
+    """Remove the lines, restoring the file byte for byte | returns whether anything was changed | raises like apply."""
     if status(root) == "not applied":
         return False
     content = _read(root)
@@ -89,8 +91,8 @@ def _read(root: Path) -> bytes:
         return (root / TARGET).read_bytes()
     except OSError as error:
         raise Refusal(
-            f"Cannot read {root / TARGET}: {error.strerror or error}. Say where your ACE-Step 1.5 is: "
-            "--acestep-root DIR."
+            f"Cannot read {root / TARGET}: {error.strerror or error}. Give your ACE-Step 1.5 "
+            "folder with --acestep-root DIR."
         ) from None
 
 

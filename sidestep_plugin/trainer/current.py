@@ -1,4 +1,4 @@
-"""What is running now: the step, the training, a save. Context variables, so that two threads do not meet."""
+"""What is running now: the step, the training, a save. Context variables keep threads apart."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Training:
     """One call of upstream's ``train_from_preprocessed``.
 
     Attributes:
-        run: what plugins know of it.
+        run: what plugins see of it.
         trainer: upstream's LoRATrainer or LoKRTrainer.
-        journal: how far it is, None when no plugin needs to know.
+        journal: its progress; None if no plugin needs it.
     """
 
     run: Run

@@ -1,7 +1,7 @@
 """Checks, in the first step of a run, that the decoder receives what the plugins decided.
 
-A trainer may call the sampler and ignore its answer, or drop conditions a second time. Reading values waits for a GPU,
-so only the first step is checked this way; :mod:`seams` reads the trainer's code for what one step cannot show.
+A trainer may call the sampler and ignore the result, or drop conditions a second time. Reading values waits for a GPU,
+so only the first step is checked this way. :mod:`seams` reads the trainer's code for what one step cannot show.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the wrappers of one attachment share: the plugins whom they ask, and the runs that they have seen begin."""
+"""What the wrappers of one attachment share: the plugins that they call, and the runs that have started."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class Host:
-    """The plugins of one attachment, and what is known of their runs.
+    """The plugins of one attachment and the state of their runs.
 
     Attributes:
         trainer: upstream's trainer module.
         registry: the loaded plugins.
         options: the plugins' options.
-        announce: takes each line that the plugins have to say.
-        attached: whether the wrappers stand in the trainer.
+        announce: called with each line that the plugins announce.
+        attached: whether the wrappers are in place.
         refusal: the refusal that stopped the newest run, or None.
-        interrupted: where the newest run was saved when it was stopped or failed, else None.
-        journals: how far each run is.
+        interrupted: where the newest run was saved if it was stopped or failed, else None.
+        journals: the progress of each run.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Host:
 
     @property
     def resumes(self) -> bool:
-        """Whether a plugin reads checkpoints, so that runs can be resumed and are worth saving when they stop."""
+        """Whether a plugin reads checkpoints, so that runs can be resumed and are saved when they stop."""
         return self.registry.implements("acestep_resume")
 
     @property
     def keeps_journal(self) -> bool:
-        """Whether any plugin needs what a run's journal knows."""
+        """Whether any plugin needs a run's journal."""
         return any(map(self.registry.implements, ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended")))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None
     ) -> Run:
-        """A run that has not begun | owner: upstream's trainer or training module, which holds the configurations."""
+        """A run that has not started | owner: upstream's trainer or training module, which has the configurations."""
         return Run(
             adapter_type=kind,
             adapter_config=getattr(owner, f"{kind}_config", None),
@@ -74,13 +74,13 @@ class Host:
         )
 
     def start(self, run: Run) -> None:
-        """Let the plugins decide on a run, and remember it once they have. Raises Refusal."""
+        """Let the plugins decide about a run, and keep it if they accept. Raises Refusal."""
         self._runs.pop(run.model, None)
         self.ask_and_announce("acestep_run_started", run=run)
         self._runs[run.model] = run
 
     def run_of_step(self, module: Any, kind: AdapterType) -> Run:
-        """The run that a training module steps for; a module used without upstream's trainer starts its own."""
+        """The run of a training module. A module that is used without upstream's trainer starts its own."""
         run = self._runs.get(module.model)
         if run is not None and run.module_ref is None and run.adapter_type == kind:
             run.module_ref = weakref.ref(module)
@@ -90,7 +90,7 @@ class Host:
         return run
 
     def run_of_save(self, saved: Any) -> Run | None:
-        """The run that a model or a LyCORIS network belongs to; None for one that was not trained under us."""
+        """The run of a model or a LyCORIS network; None if it was not trained with these plugins."""
         for run in list(self._runs.values()):
             module = run.module_ref() if run.module_ref else None
             if saved is run.model_ref() or (module is not None and saved is getattr(module, "lycoris_net", None)):
@@ -98,12 +98,12 @@ class Host:
         return None
 
     def ask_and_announce(self, hook: str, **arguments: Any) -> None:
-        """Ask every plugin, and announce the lines that they return. Raises Refusal."""
+        """Call a hook of every plugin and announce the lines that they return. Raises Refusal."""
         for plugin, lines in self.registry.call(hook, **arguments):
             for line in checked_lines(plugin, hook, lines):
                 self.announce(line)
 
 
 def log_of(trainer: Any) -> Any:
-    """Upstream's own log, or ours in versions without one."""
+    """Upstream's log, or ours in versions without one."""
     return getattr(trainer, "logger", None) or logging.getLogger("sidestep_plugin")

@@ -34,23 +34,23 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
             raise Refusal(f"Expected a script or -m MODULE after {name}, found {' '.join(arguments) or 'nothing'}.")
         name, *arguments = arguments
     if name == "uv":
-        raise Refusal("uv starts a process of its own. Put it in front: uv run acestep-train run ... -- acestep")
+        raise Refusal("uv starts its own process. Put it first: uv run acestep-train run ... -- acestep")
     if name == "-m":
         if not arguments:
-            raise Refusal("Expected a module's name after -m.")
+            raise Refusal("Expected a module name after -m, as in -m acestep.acestep_v15_pipeline.")
         module, *arguments = arguments
         return lambda: _with_arguments([module, *arguments], lambda: _run_module(module))
     if Path(name).suffix == ".py" or Path(name).is_file():
         script = Path(name)
         if not script.is_file():
-            raise Refusal(f"No script {script}.")
+            raise Refusal(f"No script {script}. Give the path of an existing file.")
         return lambda: _with_arguments([str(script), *arguments], lambda: _run_script(script))
     commands = _installed() | _in_checkout(root)
     if name not in commands:
         ours = [command for command in sorted(commands) if command.startswith("acestep") and command != "acestep-train"]
         raise Refusal(
             f"No command {name!r}. Expected one of ACE-Step's ({', '.join(ours) or 'none is installed'}), "
-            "-m MODULE, or a script's name."
+            "-m MODULE, or the path of a script."
         )
     place = commands[name]
     return lambda: _with_arguments([name, *arguments], lambda: _run_entry(place))

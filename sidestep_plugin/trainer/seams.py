@@ -1,6 +1,7 @@
 """The seams of upstream's trainer as data: names, shapes, and whether they fit.
 
-It reads the trainer's own code, not a list of versions: a sampler that is defined and never called does not fit.
+It reads the trainer's own code instead of a list of versions: a sampler that is defined but never called is not
+compatible.
 """
 
 from __future__ import annotations
@@ -106,26 +107,26 @@ def examine(trainer: Any, adapter_type: AdapterType) -> list[Seam]:
 
 
 def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str], bool]) -> None:
-    """Check the seams of one kind of adapter. Raises UpstreamMismatch naming the first that does not fit.
+    """Check the seams of one kind of adapter. Raises UpstreamMismatch with the first that is not compatible.
 
     Args:
         trainer: upstream's trainer module.
         adapter_type: the kind of adapter.
-        implements: tells whether a hook is in use; a seam that only serves other hooks may be missing.
+        implements: tells whether a hook is in use; a seam that serves only other hooks may be missing.
     """
     if not hasattr(trainer, MODULE_CLASS[adapter_type]):
         kinds = (
             " and ".join(f"--adapter-type {kind}" for kind in adapter_types(trainer)) or "nothing that is known here"
         )
         raise UpstreamMismatch(
-            f"This ACE-Step does not train a {adapter_type}: its trainer has no {MODULE_CLASS[adapter_type]}. "
-            f"It trains {kinds}; a newer version trains more."
+            f"This version of ACE-Step cannot train --adapter-type {adapter_type}: its trainer has no "
+            f"{MODULE_CLASS[adapter_type]}. It can train {kinds}. Use a newer version."
         )
     for seam in examine(trainer, adapter_type):
         if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
             raise UpstreamMismatch(
-                f"This ACE-Step's trainer does not fit ({seam.name}): {seam.reason}. Nothing was changed. "
-                "Use upstream's main version of ACE-Step; acestep-train check tells whether one fits."
+                f"This version of ACE-Step is not compatible ({seam.name}): {seam.reason}. Nothing was changed. "
+                "Use upstream's main version of ACE-Step; acestep-train check shows whether a version is compatible."
             )
 
 
@@ -155,14 +156,14 @@ def sampler_problem(trainer: Any, module_class: str) -> str | None:
     if step is None:
         return f"{module_class} has no training_step that could call it"
     if not _reaches(step, SAMPLER, trainer, owner):
-        return f"{module_class}.training_step never calls it, so replacing it would change nothing"
+        return f"{module_class}.training_step never calls it, so the plugin's timesteps would have no effect"
     for call in _calls_in(step, SAMPLER):
         try:
             inspect.signature(sampler).bind(*call.args, **{k.arg: k.value for k in call.keywords if k.arg})
         except TypeError:
             return (
                 f"{module_class}.training_step calls it as {ast.unparse(call)}, but it takes "
-                f"{_signature_text(sampler)}: upstream's own error, training fails without the plugin too"
+                f"{_signature_text(sampler)}: an error of upstream's own, training fails without the plugin too"
             )
     return None
 
@@ -171,7 +172,7 @@ def _save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
     owner = getattr(trainer, trainer_class)
     methods = [method for _, method in inspect.getmembers(owner, inspect.isfunction)]
     if not any(_reaches(method, name, trainer, owner) for method in methods):
-        return f"{trainer_class} never calls it, so saved adapters would go unnoticed"
+        return f"{trainer_class} never calls it, so saved adapters would not be described"
     return _lacks_parameter(trainer, name, "output_dir")
 
 
@@ -197,7 +198,7 @@ def _signature_text(function: Callable[..., Any]) -> str:
     try:
         return str(inspect.signature(function))
     except (TypeError, ValueError):
-        return "nothing that can be read"
+        return "an unreadable signature"
 
 
 def _reaches(function: Callable[..., Any], name: str, trainer: Any, owner: Any) -> bool:
@@ -226,8 +227,8 @@ def _codes(function: Callable[..., Any], trainer: Any, owner: Any) -> Iterator[C
 def _own_dropout(trainer: Any, module_class: str) -> str | None:
     """The name by which a training step drops conditions itself, as some forks do; None when it names none.
 
-    One step cannot show it: a single row keeps its condition 85 times of 100. So the code is read: names, and texts
-    such as those that ``getattr`` is given.
+    One step cannot show it, because a row keeps its condition in 85 % of the steps. So the code is searched for names,
+    and for strings such as the arguments of ``getattr``.
     """
     owner = getattr(trainer, module_class, None)
     step = inspect.getattr_static(owner, "training_step", None) if owner else None

@@ -115,7 +115,7 @@ def test_changed_lines_are_left_alone(change, checkout_of):
 )
 def test_a_file_that_cannot_take_lines_at_its_top_is_refused(content, checkout_of):
     root, file = checkout_of(content)
-    with pytest.raises(Refusal, match="is no Python file to which lines can be added"):
+    with pytest.raises(Refusal, match="cannot take lines at its top"):
         patching.apply(root)
     assert file.read_bytes() == content
     assert sorted(entry.name for entry in file.parent.iterdir()) == ["__init__.py", "trainer.py"]

@@ -115,7 +115,7 @@ def test_what_the_command_raises_is_its_own(run):
         (["--plugin", "sidestep", "--", "nowhere.py"], "No script nowhere.py"),
         (["--plugin", "sidestep", "--", "uv", "run", "acestep"], "uv run acestep-train run"),
         (["--plugin", "sidestep", "--", "python", "-c", "pass"], "Expected a script or -m MODULE"),
-        (["--plugin", "sidestep", "--", "-m"], "Expected a module's name"),
+        (["--plugin", "sidestep", "--", "-m"], "Expected a module name"),
         (["--acestep-root", "nowhere", "--", "acestep-app"], "No ACE-Step 1.5 found"),
     ],
 )

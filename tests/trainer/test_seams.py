@@ -92,7 +92,7 @@ def test_a_sampler_that_is_never_called_does_not_fit(trainer_with):
     assert found == {
         "sample_discrete_timestep": (
             "wrong shape",
-            "PreprocessedLoRAModule.training_step never calls it, so replacing it would change nothing",
+            "PreprocessedLoRAModule.training_step never calls it, so the plugin's timesteps would have no effect",
         )
     }
 
@@ -100,7 +100,7 @@ def test_a_sampler_that_is_never_called_does_not_fit(trainer_with):
 def test_a_call_that_disagrees_with_the_signature_is_upstreams_own_error(trainer_with):
     status, reason = misfits(trainer_with(call="sample_discrete_timestep(2, 'cpu', 3)"))["sample_discrete_timestep"]
     assert status == "wrong shape"
-    assert "calls it as sample_discrete_timestep(2, 'cpu', 3)" in reason and "upstream's own error" in reason
+    assert "calls it as sample_discrete_timestep(2, 'cpu', 3)" in reason and "an error of upstream's own" in reason
 
 
 def test_an_unknown_signature_does_not_fit(trainer_with):
@@ -122,7 +122,7 @@ def test_the_checkout_fits(trainer, kinds):
 
 def test_attach_names_the_seam_and_what_to_do(trainer_with):
     with pytest.raises(
-        UpstreamMismatch, match=r"does not fit \(sample_discrete_timestep\).*never calls it.*Use upstream"
+        UpstreamMismatch, match=r"not compatible \(sample_discrete_timestep\).*never calls it.*Use upstream"
     ):
         attach(trainer_with(call="t = 0.5"))
 

@@ -1,1 +1,1 @@
-"""What stands in the trainer while plugins are attached: one file a seam, each a function that makes the wrapper."""
+"""The wrappers that replace names of upstream's while plugins are attached: one file per seam."""

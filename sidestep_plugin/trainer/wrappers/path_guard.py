@@ -1,4 +1,4 @@
-"""The path guard: lets through, besides what upstream allows, the folders that the user named, and nothing else."""
+"""The path guard: also accepts the folders that the user named, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def guarded_modules(trainer: Any) -> Iterator[Any]:
-    """Upstream's modules that look up its path guard by name; none in versions without one."""
+    """Upstream's modules that use its path guard; none in versions without one."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
     guard = getattr(sys.modules.get(f"{package}.path_safety"), "safe_path", None)
     if guard is None:
@@ -21,7 +21,7 @@ def guarded_modules(trainer: Any) -> Iterator[Any]:
 
 
 def wrap_path_guard(folders: tuple[Path, ...], guard: Callable[..., str]) -> Callable[..., str]:
-    """Upstream's guard, which also lets through absolute paths inside the folders that the user named."""
+    """Upstream's guard, which also accepts absolute paths inside the folders that the user named."""
 
     @wraps(guard)
     def safe_path(user_path: str, **kwargs: Any) -> str:

@@ -1,4 +1,4 @@
-"""What stands where nothing may be trained: it says why, before the first step."""
+"""Replacements for what must not train: they say why, before the first step."""
 
 from __future__ import annotations
 

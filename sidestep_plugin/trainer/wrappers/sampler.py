@@ -1,7 +1,7 @@
-"""The sampler: asks the plugin that samples timesteps, in the step that is running.
+"""The sampler: calls the plugin that samples timesteps.
 
-Upstream calls it without saying for which model, so the wrapper learns that from the step, and it answers to every
-signature that upstream has had.
+Upstream does not pass the model, so the wrapper takes it from the running step. It supports every signature that
+upstream has had.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
     @wraps(original)
     def sample_discrete_timestep(*args: Any, **kwargs: Any) -> Any:
         step = running_step.get()
-        if step is None:  # called from outside a training step: none of our business
+        if step is None:  # called from outside a training step: leave it alone
             return original(*args, **kwargs)
         note(step, sampler_called=True)
         if not asked_plugins:
@@ -54,7 +54,7 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _noted(step: Step, sampled: Any) -> Any:
-    """What upstream's own sampler returned, which the step is told."""
+    """Keep what upstream's own sampler returned in the step."""
     t = sampled[0] if isinstance(sampled, tuple) and sampled else sampled
     note(step, t=t if hasattr(t, "shape") else None)
     return sampled

@@ -1,4 +1,4 @@
-"""What makes the learning rate's schedule: the journal is told it, because it knows the optimizer."""
+"""The learning-rate scheduler: handed to the journal, because it references the optimizer."""
 
 from __future__ import annotations
 

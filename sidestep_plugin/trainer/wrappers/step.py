@@ -1,4 +1,4 @@
-"""The step: tells plugins which one is running, lets them replace the batch before it and look at it afterwards."""
+"""The step: plugins may replace the batch before it and look at the result after it."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any
         answers = host.registry.ask(name, caller, "acestep_prepare_batch", asked)
         if written != writes(batch):
             raise PluginError(
-                f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch, which belong to "
-                "upstream. Return new ones."
+                f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch. They belong to "
+                "upstream: return new tensors."
             )
         for replaced in answers:
             if not isinstance(replaced, Mapping):

@@ -1,4 +1,4 @@
-"""A whole training: lets plugins decide on it before anything changes, follows its reports, ends it well."""
+"""A whole training: plugins decide about it first, its reports are followed, and it ends with everything saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..host import Host
 
 _DETACHED: Final = (
-    "The plugins were detached while this training was running, so it was stopped. Keep all of the training inside the "
+    "The plugins were detached while this training was running, so it was stopped. Keep the whole training inside the "
     "with block of attach()."
 )
 
@@ -39,12 +39,12 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         model = trainer.dit_handler.model
-        # A LoKr's trainer has no such argument; with us it has.
+        # Upstream's LoKr trainer has no such argument; here it does.
         ours = {} if "resume_from" in signature.parameters else {"resume_from": kwargs.pop("resume_from", None)}
         call = signature.bind(trainer, *args, **kwargs)
         resume_from = call.arguments.get("resume_from") or ours.get("resume_from")
         if model is None or (ours.get("resume_from") and not host.resumes):
-            # upstream says so itself: no model, or no such argument
+            # upstream reports this itself: no model, or no such argument
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
         run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
@@ -84,11 +84,11 @@ def refuse_several_processes() -> None:
 def _followed(
     host: Host, training: Training, running: Generator[Any, Any, None], state: Mapping[str, Any] | None
 ) -> Generator[Any, Any, None]:
-    """What upstream's training reports, and what becomes of it: a run that stops or fails is saved."""
+    """Yield what upstream reports. A run that is stopped or fails is saved."""
     run, journal = training.run, training.journal
     step, loss = 0, 0.0
     try:
-        # A generator may be run on after the block that attached us was left; the rest would be upstream's own.
+        # The generator may outlive the block of attach(); from then on it would be upstream's own training.
         while host.attached:
             token = running_training.set(training)
             try:
@@ -113,7 +113,7 @@ def _followed(
                     yield step, loss, line
                 yield step, loss, _with_advice(text, run)
             elif journal.unsaved and text.startswith("💾"):
-                journal.unsaved = False  # upstream says that it saved a checkpoint, which it could not
+                journal.unsaved = False  # upstream reports a checkpoint that could not be saved
             elif not journal.walking:
                 yield report
         else:
@@ -122,7 +122,7 @@ def _followed(
         if _stopped(state):
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 yield step, loss, line
-    except GeneratorExit:  # whoever listens has stopped it, and listens no more
+    except GeneratorExit:  # the caller stopped listening
         if _stopped(state) and host.attached and journal is not None:
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 host.announce(line)
@@ -130,18 +130,18 @@ def _followed(
     finally:
         running.close()
         if journal is not None:
-            journal.scheduler = None  # it holds the optimizer, and that all that was trained
+            journal.scheduler = None  # it references the optimizer and so every trained tensor
 
 
 def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
-    """Where the plugin that resumes says that a run goes on; None leaves that to upstream. Raises Refusal."""
+    """Ask the plugins where to resume; None leaves resuming to upstream. Raises Refusal."""
     guard = getattr(host.trainer, "safe_path", None)
     try:
-        # The app may be open to strangers: what they may not read, a checkpoint is not looked for in either.
+        # The app may be public: no checkpoint is read from where upstream's guard forbids reading.
         folder = guard(str(folder)) if callable(guard) else folder
     except ValueError:
         raise Refusal(
-            f"The checkpoint {folder} lies outside of the folders that ACE-Step may read. Copy it into the "
+            f"The checkpoint {folder} is outside the folders that ACE-Step may read. Copy it into the "
             "checkout's folder, or resume on the command line: acestep-train --resume-from."
         ) from None
     for plugin, point in host.registry.call("acestep_resume", run=run, folder=Path(folder)):
@@ -167,6 +167,6 @@ def _device_of(trainer: Any) -> torch.device:
 
 
 def _with_advice(text: str, run: Run) -> str:
-    """Upstream's report of a failure, and what to do about it when that is known."""
+    """Upstream's report of a failure, with advice where the cause is known."""
     known = advice(text, run.training_config, run.adapter_config, Path(run.training_config.output_dir))
     return f"{text.rstrip('. ')}. {known}" if known else text
