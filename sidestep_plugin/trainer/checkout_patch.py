@@ -58,7 +58,7 @@ def apply(root: Path) -> bool:
         compile(patched, str(TARGET), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise Refusal(
-            f"{root / TARGET} cannot take lines at its top ({error}). Use acestep-train run instead, or restore the file."
+            f"{root / TARGET} cannot take lines at its top ({error}). Use acestep-train run instead."
         ) from None
     _write(root, patched)
     return True
