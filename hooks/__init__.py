@@ -3,6 +3,7 @@
     model_treatment      which variant this model is, what follows from it, and saying so before the first step
     timestep_sampling    the timesteps that the model's variant is trained with
     cfg_dropout          condition dropout, for the models that are generated with guidance
+    memory               half the memory of the base model's weights, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resume_training             checkpoints from which a training really goes on
@@ -17,10 +18,11 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, model_treatment
+from . import adapter_metadata, memory, model_treatment
 from .adapter_metadata import acestep_adapter_saved
 from .cfg_dropout import acestep_prepare_batch
 from .loss_watch import acestep_step_finished
+from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
@@ -31,6 +33,7 @@ __all__ = [
     "acestep_epoch_finished",
     "acestep_model_chosen",
     "acestep_options",
+    "acestep_plan_memory",
     "acestep_prepare_batch",
     "acestep_resume",
     "acestep_run_ended",
@@ -44,4 +47,4 @@ __all__ = [
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [*model_treatment.options(), *adapter_metadata.options()]
+    return [*model_treatment.options(), *adapter_metadata.options(), *memory.options()]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .run import ModelFacts, ResumePoint, Run, SavedAdapter, Step
+    from .run import MemoryPlan, ModelFacts, ResumePoint, Run, SavedAdapter, Step
 
 PROJECT: Final = "acestep"
 
@@ -105,6 +105,29 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
 
     Raises:
         Refusal: the folder holds no complete checkpoint, or one of another training.
+    """
+
+
+@hookspec
+def acestep_plan_memory(
+    run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
+) -> MemoryPlan | None:
+    """Return what this training need not keep in memory or compute, if the adapter stays the same bit for bit.
+
+    When: once per training with Lightning, after the adapter was injected, before upstream casts the decoder and
+    moves it to the device. Never without Lightning.
+
+    Args:
+        run: the run.
+        decoder: the decoder with the adapter in it. Read only.
+        network: the LyCORIS network of a LoKr, None for a LoRA. Read only.
+        autocast: the type that autocast computes in, None without autocast.
+
+    Returns:
+        A MemoryPlan, or None to leave everything to upstream.
+
+    Raises:
+        Refusal: to stop the run before its first step.
     """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,6 +203,24 @@ class ResumePoint:
         if self.losses is not None:
             return len(self.losses)
         return None if self.steps_per_epoch is None else self.epochs * self.steps_per_epoch + self.steps
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a plugin wants to save while a training runs.
+
+    Attributes:
+        kept: names of decoder parameters that keep their type when upstream casts the decoder to fp32.
+        bypassed: names of LyCORIS modules that are taken out of the forward pass until the training ends.
+        lines: lines to announce now.
+        outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
+            did not cast the decoder to fp32; returns lines to announce.
+    """
+
+    kept: frozenset[str] = frozenset()
+    bypassed: frozenset[str] = frozenset()
+    lines: tuple[str, ...] = ()
+    outcome: Callable[[int | None], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
 from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types, require
+from .wrappers.engine import wrap_engine
+from .wrappers.gradient_check import wrap_gradient_check
 from .wrappers.loaders import wrap_loader
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
@@ -339,6 +341,11 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
+        if implements("acestep_plan_memory"):
+            if isinstance(getattr(trainer, "Fabric", None), type):
+                yield trainer, "Fabric", partial(wrap_engine, host)
+            if callable(getattr(trainer, "_count_nonfinite_grads", None)):
+                yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
             songs = getattr(trainer, "PreprocessedDataModule", None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ class Training:
         run: what plugins see of it.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         journal: its progress; None if no plugin needs it.
+        at_end: called when the training is over, last one first, to undo what was done for it alone.
     """
 
     run: Run
     trainer: Any
     journal: Journal | None
+    at_end: list[Callable[[], object]] = field(default_factory=list)
 
 
 running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)

@@ -129,6 +129,8 @@ def _followed(
         raise
     finally:
         running.close()
+        while training.at_end:
+            training.at_end.pop()()
         if journal is not None:
             journal.scheduler = None  # it references the optimizer and so every trained tensor
 

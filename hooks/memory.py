@@ -1,0 +1,106 @@
+"""Saves memory and time in ways that change no bit of the adapter.
+
+Frozen weights stay in bf16: upstream casts the whole decoder to fp32, and autocast casts the weights of linear and
+convolution layers back to bf16 in every forward pass. Kept in bf16 these give the same bits, at half the memory.
+Norms and tables are computed in their own type and stay fp32, and so do the layers that a LoKr adapts: LyCORIS computes
+the difference to the base weight in that weight's type.
+
+Idle LoKr layers are bypassed: LyCORIS wraps every linear layer and upstream freezes those that are not targets. Their
+difference is exactly zero, and they would rebuild it in every forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.run import MemoryPlan, Run
+
+if TYPE_CHECKING:
+    import torch
+
+FACT: Final = "frozen_weights"
+"""Where a run keeps the type of its frozen weights for the adapter's facts."""
+
+
+def options() -> list[click.Option]:
+    """What can be said about memory."""
+    return [
+        click.Option(
+            ["--frozen-weights"],
+            type=click.Choice(["auto", "bf16", "fp32"]),
+            default="auto",
+            show_default=True,
+            help="Type of the base model's weights while training. auto: bf16 where the adapter stays the same bit for "
+            "bit, at half the memory. bf16: the same, or stop. fp32: as ACE-Step does.",
+        ),
+    ]
+
+
+@hookimpl
+def acestep_plan_memory(
+    run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
+) -> MemoryPlan | None:
+    import torch
+
+    wanted = run.options["frozen_weights"]
+    lines = []
+    idle = dict(_idle(network))
+    if idle:
+        total = len(network.loras)
+        lines.append(f"LoKr: {len(idle)} of {total} wrapped layers are not trained, so they are bypassed (same result)")
+    adapted = {id(lora.org_module[0]) for lora in getattr(network, "loras", ()) if lora.lora_name not in idle}
+    kept = (
+        {name: size for name, size in _frozen_bf16(decoder, adapted)}
+        if wanted != "fp32" and autocast is torch.bfloat16
+        else {}
+    )
+    if wanted == "bf16" and not kept:
+        where = "autocast does not compute in bf16 here" if autocast is not torch.bfloat16 else "none is in bf16"
+        raise Refusal(f"--frozen-weights bf16: no frozen weight can stay in bf16 ({where}). Use --frozen-weights auto.")
+
+    def outcome(saved: int | None) -> list[str]:
+        if any(weight.requires_grad and weight.dtype is torch.bfloat16 for weight in decoder.parameters()):
+            return [
+                "Warning: this version of ACE-Step keeps the adapter itself in bf16, which rounds small updates away. "
+                "A version from 2026-02-09 or later trains it in fp32."
+            ]
+        if not kept:
+            return []
+        if saved is None:
+            return ["Frozen weights: nothing to save, this version of ACE-Step does not cast them to fp32"]
+        run.state[FACT] = "bf16"
+        return [f"Frozen weights: bf16 instead of fp32, {saved / 2**20:,.0f} MiB less (same result, bit for bit)"]
+
+    return MemoryPlan(kept=frozenset(kept), bypassed=frozenset(idle), lines=tuple(lines), outcome=outcome)
+
+
+def _frozen_bf16(decoder: torch.nn.Module, adapted: set[int]) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the frozen bf16 weights that autocast would cast back, except those of a LoKr's targets."""
+    import torch
+
+    cast_by_autocast = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
+    for prefix, module in decoder.named_modules():
+        if isinstance(module, cast_by_autocast) and id(module) not in adapted:
+            for name, weight in module.named_parameters(recurse=False):
+                if not weight.requires_grad and weight.dtype is torch.bfloat16:
+                    yield f"{prefix}.{name}", weight.numel()
+
+
+def _idle(network: Any) -> Iterator[tuple[str, Any]]:
+    """LyCORIS modules that are not trained and add exactly zero, by name."""
+    for module in getattr(network, "loras", ()):
+        weights = dict(module.named_parameters())
+        trained = any(weight.requires_grad for weight in weights.values())
+        # Dropout draws random numbers, and a decomposed weight is rounded: such modules stay where they are.
+        plain = not any(getattr(module, name, 0) for name in ("dropout", "rank_dropout", "module_dropout", "wd"))
+        if weights and not trained and plain and any(not bool(weight.any()) for weight in _factors(weights)):
+            yield module.lora_name, module
+
+
+def _factors(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The factors of a LoKr's product; the product is zero when one of them is."""
+    return [weight for name, weight in weights.items() if name.startswith("lokr_") or name == "scalar"]

@@ -1,0 +1,139 @@
+"""The engine (Lightning Fabric): saves memory when it is made, before upstream casts the decoder and sets it up.
+
+At that moment the adapter is injected and nothing has been cast. Plugins say what may stay as it is; what they say is
+applied to this one training and undone when it ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
+
+from ...errors import PluginError
+from ...run import MemoryPlan
+from ..answers import described
+from ..current import Training, running_training
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..host import Host
+
+_MIXED = {"bf16-mixed": "bfloat16"}
+"""Precisions of Fabric in which autocast computes, and the type that it computes in."""
+
+
+def wrap_engine(host: Host, original: Any) -> Any:
+    """A subclass of what stands there, which lets plugins plan the memory of the training that it is made for."""
+    signature = inspect.signature(original.__init__)
+
+    class Engine(original):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._acestep_plans: list[_Cast] = []
+            training = running_training.get()
+            if training is not None:
+                precision = signature.bind(self, *args, **kwargs).arguments.get("precision")
+                self._acestep_plans = _apply_plans(host, training, str(precision))
+
+        def setup(self, *args: Any, **kwargs: Any) -> Any:
+            for cast in self._acestep_plans:
+                cast.end()
+            return super().setup(*args, **kwargs)
+
+        def backward(self, *args: Any, **kwargs: Any) -> Any:
+            # Upstream casts once more after the setup; by the first backward pass all types are final.
+            while self._acestep_plans:
+                self._acestep_plans.pop(0).report(host)
+            return super().backward(*args, **kwargs)
+
+    Engine.__name__, Engine.__qualname__, Engine.__module__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__module__,
+    )
+    return Engine
+
+
+def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
+    """Ask the plugins and apply their plans | returns the casts to come, which end when the decoder is set up."""
+    import torch
+
+    module = training.trainer.module
+    name = _MIXED.get(precision)
+    asked = {
+        "run": training.run,
+        "decoder": module.model.decoder,
+        "network": getattr(module, "lycoris_net", None),
+        "autocast": None if name is None else getattr(torch, name),
+    }
+    casts = []
+    for plugin, plan in host.registry.call("acestep_plan_memory", **asked):
+        if not isinstance(plan, MemoryPlan):
+            raise PluginError(
+                f"Plugin {plugin!r} returned {described(plan)} from acestep_plan_memory, expected a MemoryPlan."
+            )
+        for line in plan.lines:
+            host.announce(line)
+        _bypass(training, asked["network"], plan.bypassed)
+        casts.append(_Cast(asked["decoder"], plan))
+        training.at_end.append(casts[-1].end)
+    return casts
+
+
+def _bypass(training: Training, network: Any, names: Set[str]) -> None:
+    """Take LyCORIS modules out of the forward pass until the training ends. They stay in the network and its file."""
+    for module in getattr(network, "loras", ()):
+        if module.lora_name in names:
+            module.restore()
+            training.at_end.append(module.apply_to)
+
+
+class _Cast:
+    """Upstream's cast of the decoder, ``decoder.to(dtype=torch.float32)``, which leaves the weights of a plan alone.
+
+    Nothing is fp32 in between, so the peak is lower, too.
+    """
+
+    def __init__(self, decoder: Any, plan: MemoryPlan) -> None:
+        self._decoder, self._plan = decoder, plan
+        self._saved: int | None = None
+        self._original = decoder.to
+        if plan.kept:
+            decoder.to = self._to
+
+    def _to(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        dtype = kwargs.get("dtype", args[0] if len(args) == 1 else None)
+        if dtype is not torch.float32 or len(args) + len(kwargs) != 1:
+            return self._original(*args, **kwargs)
+        self.end()
+        self._saved = _cast_all_but(self._decoder, self._plan.kept, dtype)
+        return self._decoder
+
+    def end(self) -> None:
+        """Let the decoder's ``to`` be its own again."""
+        if vars(self._decoder).get("to") == self._to:
+            del self._decoder.to
+
+    def report(self, host: Host) -> None:
+        """Announce what came of it."""
+        if self._plan.outcome is not None:
+            for line in self._plan.outcome(self._saved):
+                host.announce(line)
+
+
+def _cast_all_but(decoder: torch.nn.Module, kept: Set[str], dtype: torch.dtype) -> int:
+    """Cast floating parameters and buffers | returns how many bytes were saved by those that were kept."""
+    saved = 0
+    for name, parameter in decoder.named_parameters():
+        if name in kept and parameter.dtype != dtype:
+            saved += parameter.numel() * (dtype.itemsize - parameter.dtype.itemsize)
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for buffer in decoder.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    return saved
