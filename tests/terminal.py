@@ -28,7 +28,8 @@ def in_a_terminal(
 ) -> Seen:
     """Run a command; wait for each pattern in what is printed since the last answer, and type what belongs to it.
 
-    A typed text ends with Enter, but for control characters. Raises AssertionError when a pattern does not come.
+    A typed text ends with Enter, except for control characters. Raises AssertionError when a pattern does not come or
+    the command has not ended after `timeout` seconds; the command is killed then.
     """
     import pty
 
@@ -42,19 +43,21 @@ def in_a_terminal(
         cwd=cwd,
         env=environment,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=_as_a_shell_starts_it,
     )
     os.close(follower)
     seen, since = "", 0
     waiting = list(typed)
     deadline = time.monotonic() + timeout
     try:
-        while time.monotonic() < deadline:
+        while True:
             if waiting and re.search(waiting[0][0], seen[since:]):
                 answer = waiting.pop(0)[1]
                 since = len(seen)
                 os.write(leader, (answer if answer and answer < " " else f"{answer}\n").encode())
-            if not select.select([leader], [], [], 0.1)[0]:
+            left = deadline - time.monotonic()
+            assert left > 0, f"still running after {timeout:.0f} s; printed since the last answer: {seen[since:]!r}"
+            if not select.select([leader], [], [], left)[0]:
                 continue
             try:
                 piece = os.read(leader, 65536)
@@ -63,13 +66,25 @@ def in_a_terminal(
             if not piece:
                 break
             seen += piece.decode(errors="replace")
+        code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
     finally:
         os.close(leader)
-        if process.poll() is None and time.monotonic() >= deadline:
-            process.send_signal(signal.SIGKILL)
-    code = process.wait(timeout=60)
+        process.kill()  # does nothing to a process that has ended
+        process.wait()
     assert not waiting, f"never seen: {waiting[0][0]!r} in {seen[since:]!r}"
     return Seen(as_seen(seen), code)
+
+
+def _as_a_shell_starts_it() -> None:
+    """In the new process: make the terminal its own, and let Ctrl-C reach it.
+
+    A test run that was started in the background ignores SIGINT, and every process inherits that.
+    """
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def as_seen(raw: str) -> str:

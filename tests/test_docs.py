@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import running
 from safetensors import safe_open
 
 from sidestep_plugin.adapters.facts import FACTS, SCHEMA_VERSION, read_training_config
@@ -121,30 +122,33 @@ def test_the_recording_is_what_is_seen(checkout):
     assert steady(record_guided.on_the_stand_in()) == steady(shown)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for clusters")
 def test_the_script_for_batch_jobs(tmp_path):
-    """Killed by SIGTERM and started again by the same lines, until it is through."""
+    """Stopped by SIGTERM and started again by the same lines, until the training has finished."""
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, songs=4)
     (script,) = re.findall(r"```bash\n(.*?)```", PAGES["cluster-and-notebook.md"], flags=re.DOTALL)
-    command = f"{shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
-    script = script.replace("acestep-train", command).replace(
-        "--yes", "--yes --epochs 300 --save-every 100 --device cpu"
-    )
+    command = f"exec {shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
+    script = script.replace("--yes", '--yes --epochs "$EPOCHS" --save-every 100 --device cpu')
+    line = ["bash", "-euc", script.replace("acestep-train", command)]
     environment = os.environ | {"SONGS": str(built.tensors), "OUTPUT": str(tmp_path / "out"), "PYTHONUTF8": "1"}
-    script = script.replace(command, f"exec {command}")
-    with subprocess.Popen(
-        ["bash", "-euc", script], cwd=built.root, env=environment, stdout=subprocess.PIPE, text=True
-    ) as job:
-        for line in job.stdout:
-            if "epoch 3/" in line:
+    job = {"cwd": built.root, "stderr": subprocess.STDOUT}
+
+    # So many epochs that it cannot be through before the signal reaches it.
+    with running(line, env=environment | {"EPOCHS": "100000"}, **job) as first:
+        for text in first.stdout:
+            if "epoch 3/" in text:
                 break
-        job.terminate()
-        said = job.communicate(timeout=60)[0]
-    assert job.returncode == 130 and "Saved as it was after" in said, said
-    done = subprocess.run(["bash", "-euc", script], cwd=built.root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "✅ Resumed: " in done.stdout, done.stdout + done.stderr
+        first.terminate()
+        said = first.communicate()[0]
+    assert first.returncode == 130 and "Saved as it was after" in said, said
+
+    epochs = int(re.search(r"Saved as it was after (\d+) training steps", said)[1]) // 4 + 2
+    with running(line, env=environment | {"EPOCHS": str(epochs)}, **job) as second:
+        said = second.communicate()[0]
+    assert second.returncode == 0 and "✅ Resumed: " in said, said
 
 
 def test_every_page_is_linked_from_the_readme_or_from_one_that_is():
