@@ -21,9 +21,12 @@ def test_the_first_two_blocks_are_the_commands_of_a_fresh_machine():
     assert kind == other_kind == "bash"
     assert "acestep-train demo" in demo and "pytest" in tests
     assert all("python3 -m venv" in block and "pip install" in block for block in (demo, tests))
-    # .ci/run takes them out of the README by number, word for word.
+    # .ci/run takes them out of the README by number, word for word, and what follows the demo by what it begins with.
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "readme_block 1" in ci and "readme_block 2" in ci
+    assert "readme_block 1" in ci and "readme_block 2" in ci and "acestep-train inspect [^`]*" in ci
+    assert len(re.findall(r"`\.venv/bin/acestep-train inspect [^`]*`", README)) == 1
+    # What the quick run leaves out, .ci/run runs.
+    assert "-m 'not slow'" in tests and "pytest -m slow" in ci
 
 
 def test_every_other_command_has_a_test():
