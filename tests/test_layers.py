@@ -128,3 +128,26 @@ def test_the_trainers_name_is_written_once():
     """Everything else takes it from there."""
     places = [file for file, tree in TREES.items() if "acestep.training.trainer" in upstream_modules(tree)]
     assert [file for file in places if not file.startswith(STAND_IN)] == ["sidestep_plugin/trainer/checkout.py"]
+
+
+def test_the_timesteps_room_draws_no_random_number():
+    draws = re.compile(r"rand|bernoulli|multinomial|normal_$|uniform_$|manual_seed|^random$")
+    found = [
+        (file, name)
+        for file, tree in TREES.items()
+        if file.startswith("sidestep_plugin/timesteps/")
+        for name in used_names(tree)
+        if draws.search(name)
+    ]
+    assert found == []
+    assert any(draws.search(name) for name in used_names(TREES["hooks/timestep_sampling.py"])), "the rule finds nothing"
+
+
+def used_names(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.name
