@@ -155,3 +155,48 @@ def test_every_page_is_linked_from_the_readme_or_from_one_that_is():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     texts = [readme, *PAGES.values()]
     assert all(any(f"{name})" in text or f"{name}#" in text for text in texts) for name in PAGES)
+
+
+HOUSE = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+FOLDERS = ("sidestep_plugin/", "hooks/", "patches/", "tests/", "docs/", ".ci/", ".github/")
+
+
+@pytest.mark.parametrize("page", [*HOUSE, ROOT / "docs" / "how-it-is-tested.md"], ids=lambda page: page.stem)
+def test_files_and_tests_that_a_page_names_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {word for code in re.findall(r"`([^`]+)`", text) for word in code.split() if word.startswith(FOLDERS)}
+    assert len(named) > 3
+    for name in named:
+        file, _, test = name.partition("::")
+        assert (ROOT / file).exists(), f"{page.name} names {file}"
+        if test:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page.name} names {name}"
+
+
+def test_the_architecture_names_every_room_and_its_files_of_steps_and_saves():
+    text = HOUSE[0].read_text(encoding="utf-8")
+    rooms = [folder.name for folder in (ROOT / "sidestep_plugin").iterdir() if (folder / "__init__.py").is_file()]
+    assert rooms and {room for room in rooms if f"**`{room}/`**" not in text} == set()
+    for file in re.findall(r"(?<!tests/)\b(?:wrappers|hooks|adapters|resuming)/\w+\.py", text):
+        places = [ROOT / file, ROOT / "sidestep_plugin" / file, ROOT / "sidestep_plugin" / "trainer" / file]
+        assert any(place.is_file() for place in places), file
+
+
+def test_every_test_file_is_in_the_table_of_contributing():
+    text = HOUSE[1].read_text(encoding="utf-8")
+    files = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("test_*.py")]
+    named = set(re.findall(r"`(tests/[^`]*)`", text))
+    missing = [file for file in files if file not in named and f"{file.rpartition('/')[0]}/" not in named]
+    assert [file for file in missing if not file.startswith("tests/plugins/")] == []
+
+
+def test_the_recipes_that_contributing_names_are_there():
+    recipes = set(re.findall(r"^(\w+)[^:\n]*:(?!=)", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = HOUSE[1].read_text(encoding="utf-8")
+    table = text.partition("\n## Test\n")[2].partition("\n#")[0]
+    named = {name.split()[0] for name in re.findall(r"^\|.*\| `([^`]+)` \|$", table, re.MULTILINE)} - {"just"}
+    assert {"quick", "slow", "ci"} <= named <= recipes
+
+
+def test_the_index_lists_every_page():
+    assert {name for name in PAGES if name != "README.md" and f"({name})" not in PAGES["README.md"]} == set()
