@@ -1,4 +1,4 @@
-"""The pages under docs/: every command in them is run as it stands there, and every key that is written is listed."""
+"""The pages under docs/: every command in them is run, every key that is written is listed, every link leads somewhere."""
 
 from __future__ import annotations
 
