@@ -1,4 +1,4 @@
-"""The pages under docs/: every command in them is run, every key that is written is listed, every link leads somewhere."""
+"""The pages under docs/: every command is run, every key that is written is listed, every link leads somewhere."""
 
 from __future__ import annotations
 
