@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CTRL_C = "\x03"
+ECHO = "^C"
 
 
 @dataclass
@@ -28,8 +29,11 @@ def in_a_terminal(
 ) -> Seen:
     """Run a command; wait for each pattern in what is printed since the last answer, and type what belongs to it.
 
-    A typed text ends with Enter, except for control characters. Raises AssertionError when a pattern does not come or
-    the command has not ended after `timeout` seconds; the command is killed then.
+    A typed text ends with Enter, except for control characters. Those are typed again every second until the command
+    reacts, as a person would: Python misses a Ctrl-C that comes between its prompt and its waiting for input.
+
+    Raises AssertionError when a pattern does not come, or the command has not ended after `timeout` seconds and was
+    killed.
     """
     import pty
 
@@ -46,7 +50,7 @@ def in_a_terminal(
         preexec_fn=_as_a_shell_starts_it,
     )
     os.close(follower)
-    seen, since = "", 0
+    seen, since, pressed = "", 0, ""
     waiting = list(typed)
     deadline = time.monotonic() + timeout
     try:
@@ -54,10 +58,12 @@ def in_a_terminal(
             if waiting and re.search(waiting[0][0], seen[since:]):
                 answer = waiting.pop(0)[1]
                 since = len(seen)
-                os.write(leader, (answer if answer and answer < " " else f"{answer}\n").encode())
+                pressed = answer if answer and answer < " " else ""
+                os.write(leader, (pressed or f"{answer}\n").encode())
             left = deadline - time.monotonic()
             assert left > 0, f"still running after {timeout:.0f} s; printed since the last answer: {seen[since:]!r}"
-            if not select.select([leader], [], [], left)[0]:
+            if not select.select([leader], [], [], min(left, 1.0) if pressed else left)[0]:
+                os.write(leader, pressed.encode())
                 continue
             try:
                 piece = os.read(leader, 65536)
@@ -66,6 +72,7 @@ def in_a_terminal(
             if not piece:
                 break
             seen += piece.decode(errors="replace")
+            pressed = "" if seen[since:].replace(ECHO, "").strip() else pressed
         code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
     finally:
         os.close(leader)

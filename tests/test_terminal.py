@@ -53,3 +53,16 @@ def test_a_process_that_a_test_talks_to_never_outlives_it():
     with pytest.raises(KeyError), running(line) as left:
         raise KeyError
     assert left.returncode == -signal.SIGKILL
+
+
+def test_a_ctrl_c_that_comes_too_early_is_typed_again(tmp_path):
+    """The command under test notices the second one only, as Python's ``input`` may."""
+    code = (
+        "import signal, time\n"
+        "def again(*_): signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGINT, again)\n"
+        "print('ready')\n"
+        "time.sleep(600)\n"
+    )
+    seen = in_a_terminal([sys.executable, "-c", code], [("ready", CTRL_C)], cwd=tmp_path, timeout=60)
+    assert "KeyboardInterrupt" in seen.text and seen.code == -signal.SIGINT
