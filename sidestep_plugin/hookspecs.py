@@ -1,15 +1,15 @@
 """The hooks: every point at which a plugin can take part in a training. These docstrings are the reference.
 
-A plugin is a module or object with functions marked by :data:`hookimpl`, found under the entry-point group
-``acestep.plugins`` and loaded only when it is named. Plugins are asked in the order in which they were named; a
-plugin's own implementations of one hook are asked in pluggy's order (last defined first). An implementation may leave
-out arguments that it does not need.
+A plugin is a module or object with functions marked by :data:`hookimpl`. It is found under the entry-point group
+``acestep.plugins`` and loaded only if the user names it. Plugins are called in the order in which they were named;
+several implementations of one hook in a single plugin are called in pluggy's order (last defined first). An
+implementation may leave out arguments that it does not need.
 
-An exception raised in any hook stops the run, and the message names the plugin and the hook. Raise
-:class:`sidestep_plugin.Refusal` for what the user can mend: its text is shown as it is.
+An exception raised in a hook stops the run, with a message that names the plugin and the hook. Raise
+:class:`sidestep_plugin.Refusal` for something that the user can fix: its text is shown without any addition.
 
-Plugins return values; they never call upstream. Nothing they return is moved, cast or clipped for them: what does not
-fit is an error that says what was found and what was expected.
+Plugins return values; they never call upstream. The host does not move, cast or clip what they return: a value that
+does not fit is an error that says what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -32,53 +32,53 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
-"""Hooks whose implementations return nothing: a value would be somebody's misunderstanding."""
+"""Hooks whose implementations return nothing: returning a value would be a misunderstanding."""
 
 EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps", "acestep_resume"})
-"""Hooks that only one of the loaded plugins may implement: two answers could not both be right."""
+"""Hooks that only one of the loaded plugins may implement, because two answers cannot both be used."""
 
 
 @hookspec
 def acestep_options() -> Sequence[click.Option]:  # type: ignore[empty-body]
     """Return the command-line options that the plugin adds to ``acestep-train train``, ``demo`` and ``run``.
 
-    When: after loading. From Python the same options are the keys of ``attach(options={...})``, in a patched checkout
-    environment variables such as ``SIDESTEP_CFG_RATIO``, checked by the same types. A default of None should mean
-    "decide for me".
+    When: after the plugin is loaded. From Python, the same options are the keys of ``attach(options={...})``. In a
+    patched checkout they are environment variables such as ``SIDESTEP_CFG_RATIO``. Their types are checked in all
+    three cases. A default of None should mean "decide for me".
 
     Returns:
-        click options whose values arrive in ``run.options`` under the options' names.
+        click options. Their values arrive in ``run.options`` under the options' names.
     """
 
 
 @hookspec
 def acestep_model_chosen(facts: ModelFacts, options: Mapping[str, Any]) -> None:
-    """Refuse a model before it is loaded, when that can be told from its config and the options.
+    """Refuse a model before it is loaded, if its config and the options are reason enough.
 
-    When: on the command line only, before the model's weights are read; inside the app it is never called, so
-    :func:`acestep_run_started` has to refuse the same things.
+    When: before the model's weights are read, on the command line only. In the app this hook is never called, so
+    :func:`acestep_run_started` has to refuse the same models.
 
     Args:
-        facts: folder name and config.json.
-        options: the plugins' options.
+        facts: the model's folder name and config.json.
+        options: the values of all plugin options.
 
     Raises:
-        Refusal: to stop; nothing has been written yet.
+        Refusal: to stop. Nothing has been written yet.
     """
 
 
 @hookspec
 def acestep_run_started(run: Run) -> Sequence[str] | None:
-    """Decide what this run needs, refuse it if it cannot be had, and say in plain lines what was decided.
+    """Decide what this run needs, refuse it if that is impossible, and say in plain lines what was decided.
 
-    When: once a run, after the model was loaded and before upstream changes anything: before the adapter is injected
-    when upstream's trainer starts, before the first step when a training module is used on its own.
+    When: once per run, after the model is loaded and before upstream changes anything. With upstream's trainer that is
+    before the adapter is injected; if a training module is used on its own, it is before the first step.
 
     Args:
-        run: the run; ``run.state`` keeps what was decided for the other hooks.
+        run: the run. Keep what you decide in ``run.state`` for your other hooks.
 
     Returns:
-        Lines for the user, each a full statement, or None to say nothing.
+        Lines for the user, each a complete statement. None to say nothing.
 
     Raises:
         Refusal: to stop the run.
@@ -87,21 +87,21 @@ def acestep_run_started(run: Run) -> Sequence[str] | None:
 
 @hookspec(firstresult=True)
 def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
-    """Read the checkpoint that a run is to go on from, or refuse it.
+    """Read the checkpoint that a run resumes from, or refuse it.
 
-    When: after :func:`acestep_run_started`, when upstream's trainer was told ``resume_from``, before the adapter is
-    injected. What is returned is put in place by the host: weights, optimizer, learning rate and random states. Tensors
-    whose names or shapes are not the adapter's stop the run before its first step.
+    When: after :func:`acestep_run_started`, if upstream's trainer was given ``resume_from``, before the adapter is
+    injected. The host then restores what is returned: weights, optimizer, learning rate and random states. Tensors
+    whose names or shapes differ from the adapter's stop the run before its first step.
 
-    With a plugin that implements this hook, a training that is stopped or fails is saved as the folder ``interrupted``
-    of its output folder, and :func:`acestep_adapter_saved` is told of every checkpoint what resuming it would need.
+    If a plugin implements this hook, a training that is stopped or fails is saved in the folder ``interrupted`` inside
+    its output folder, and :func:`acestep_adapter_saved` receives with every checkpoint what resuming it needs.
 
     Args:
         run: the run, with upstream's configurations.
-        folder: the checkpoint's folder, as it was said.
+        folder: the checkpoint's folder, as the user named it.
 
     Returns:
-        Where to go on, or None to leave the resuming to upstream.
+        The place to resume from, or None to leave resuming to upstream.
 
     Raises:
         Refusal: the folder holds no complete checkpoint, or one of another training.
@@ -135,20 +135,21 @@ def acestep_plan_memory(
 def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, torch.Tensor] | None:
     """Return the entries of the batch to replace for this step.
 
-    When: before upstream's ``training_step``, in training and in validation (``step.training`` tells), before any
-    random number of the step is drawn.
+    When: before upstream's ``training_step`` and before the step draws any random number, in training and in
+    validation (see ``step.training``).
 
     Args:
-        step: the step; ``step.device`` and ``step.dtype`` are where and in what upstream will compute.
+        step: the step. Upstream will compute on ``step.device`` in ``step.dtype``.
         batch: ``target_latents [B,T,64]``, ``attention_mask [B,T]``, ``encoder_hidden_states [B,L,D]``,
             ``encoder_attention_mask [B,L]``, ``context_latents [B,T,128]``, ``metadata`` (list). Tensors may still be
-            on the CPU and in another dtype. Read only: never write into the tensors, they belong to the caller.
+            on the CPU and in another dtype. Never write into these tensors: they belong to the caller.
 
     Returns:
-        Only the replaced entries, existing names with tensors of unchanged shape; the next plugin sees them replaced.
-        None to leave the batch as it is.
+        Only the entries to replace, under their existing names and with tensors of the same shape. The next plugin
+        receives the batch with these entries replaced. None to leave the batch unchanged.
 
-    Random numbers: what a plugin draws here comes before upstream's noise and timesteps. Draw none when switched off.
+    Random numbers: what a plugin draws here comes before upstream's noise and timesteps. Draw none if your feature is
+    switched off.
     """
 
 
@@ -159,30 +160,29 @@ def acestep_sample_timesteps(
     """Return the timesteps of this step, in place of upstream's own sampler.
 
     When: in every step, in training and in validation, when upstream calls its sampler (after drawing the noise).
-    Only one of the loaded plugins may implement this hook.
 
     Args:
-        step: the step that is running.
+        step: the running step.
         batch_size: B, at least 1.
-        device, dtype: what upstream expects of the result.
+        device, dtype: the device and dtype that the result must have.
 
     Returns:
-        t, shape [B], on `device`, in `dtype`, values in [0, 1] with 1 for pure noise (the values are checked in the
-        first step of a run, everything else in every step). None lets upstream's own function answer.
+        t, shape [B], on `device`, in `dtype`, with values in [0, 1], where 1 is pure noise. The values are checked in
+        the first step of a run, everything else in every step. None to use upstream's own sampler.
 
-    Random numbers: from torch's default generator of `device`, so that the run's seed decides them.
+    Random numbers: draw them from torch's default generator of `device`, so that they follow the run's seed.
     """
 
 
 @hookspec
 def acestep_step_finished(step: Step) -> None:
-    """Look at a step that has just been computed, before its gradients are.
+    """Look at a step whose loss has just been computed, before its gradients are.
 
     When: after upstream's ``training_step`` returned, in training and in validation.
 
     Args:
-        step: with ``t`` and ``loss``. Reading their values on a GPU waits for it; most versions of upstream have put
-            the newest training loss into ``step.module.training_losses`` as a float.
+        step: the step, with ``t`` and ``loss``. Reading their values waits for the GPU. Most versions of upstream have
+            already stored the newest training loss as a float in ``step.module.training_losses``.
     """
 
 
@@ -190,17 +190,17 @@ def acestep_step_finished(step: Step) -> None:
 def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, float | torch.Tensor] | None:
     """Return numbers and histograms of an epoch for upstream's log, which TensorBoard shows.
 
-    When: after the last training step of an epoch, before its validation and its checkpoint. Here, once an epoch,
-    values may be fetched from a GPU. Not for epochs that a resumed run walks over.
+    When: after the last training step of an epoch, before its validation and its checkpoint. Reading values from a GPU
+    is fine here, once per epoch. Not called for epochs that a resumed run skips.
 
     Args:
         run: the run.
         epoch: number of the epoch, from 1.
-        loss: mean loss of its training steps.
+        loss: mean loss of the epoch's training steps.
 
     Returns:
-        By name, such as ``train/loss at t 0.0-0.2``, a number, or a tensor of values whose histogram is logged. None
-        for nothing to log.
+        A mapping from names such as ``train/loss at t 0.0-0.2`` to a number, or to a tensor of values whose histogram
+        is logged. None to log nothing.
     """
 
 
@@ -208,7 +208,7 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
 def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | None:
     """Sum up a run.
 
-    When: once, when upstream's trainer has saved the finished adapter, was stopped, or has failed; only when at least
+    When: once, after upstream's trainer has saved the finished adapter, was stopped, or has failed. Only if at least
     one training step was computed.
 
     Args:
@@ -217,21 +217,21 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | No
         folder: the output folder.
 
     Returns:
-        Lines to announce; None for nothing to say.
+        Lines for the user. None to say nothing.
     """
 
 
 @hookspec
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
-    """Add to an adapter that upstream has just written: a checkpoint, the best one, the final one.
+    """Add to an adapter that upstream has just written: a checkpoint, the best one, or the finished one.
 
-    When: after each of upstream's save functions returned, once per adapter, and before the adapter's folder is moved
-    to its place: what a plugin writes beside the weights appears together with them.
+    When: once per adapter, after upstream's save function returned and before the adapter's folder is moved to its
+    place. Files that a plugin writes beside the weights appear together with them.
 
     Args:
-        run: the run that it comes from.
-        saved: its weights file, where that will be, and the epoch and step when upstream said them.
+        run: the run that the adapter comes from.
+        saved: where its weights are now, where they will be, and the epoch and step if upstream said them.
 
     Returns:
-        Lines to announce, such as what could not be written; None for nothing to say.
+        Lines for the user, such as what could not be written. None to say nothing.
     """

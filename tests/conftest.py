@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import subprocess
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,30 @@ SETTINGS = {
 
 COMMAND = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()"]
 """``acestep-train`` in a process of its own, without the script that pip installs."""
+
+
+@contextmanager
+def running(line: Sequence[object], *, seconds: float = 120.0, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that a test talks to, with its output as text. It never outlives the ``with`` block.
+
+    Raises AssertionError when the process had to be killed because `seconds` had passed.
+    """
+    pipes = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    late = threading.Event()
+    with subprocess.Popen([*map(str, line)], **(pipes | more)) as process:
+
+        def kill() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            process.kill()  # does nothing to a process that has ended
+            assert not late.is_set(), f"still running after {seconds:.0f} s, and killed: {process.args}"
 
 
 @dataclass

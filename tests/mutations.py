@@ -197,7 +197,7 @@ MUTATIONS = [
         "tests/resuming/test_resume.py::test_three_and_three_epochs_are_six",
     ),
     Mutation(
-        "another order of the songs after a stop in the midst of an epoch",
+        "another order of the songs after a stop in the middle of an epoch",
         "sidestep_plugin/resuming/journal.py",
         "                set_random_states(self.point.epoch_random, self.device)",
         "                pass",

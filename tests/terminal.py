@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CTRL_C = "\x03"
+ECHO = "^C"
 
 
 @dataclass
@@ -28,7 +29,11 @@ def in_a_terminal(
 ) -> Seen:
     """Run a command; wait for each pattern in what is printed since the last answer, and type what belongs to it.
 
-    A typed text ends with Enter, but for control characters. Raises AssertionError when a pattern does not come.
+    A typed text ends with Enter, except for control characters. Those are typed again every second until the command
+    reacts, as a person would: Python misses a Ctrl-C that comes between its prompt and its waiting for input.
+
+    Raises AssertionError when a pattern does not come, or the command has not ended after `timeout` seconds and was
+    killed.
     """
     import pty
 
@@ -42,19 +47,23 @@ def in_a_terminal(
         cwd=cwd,
         env=environment,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=_as_a_shell_starts_it,
     )
     os.close(follower)
-    seen, since = "", 0
+    seen, since, pressed = "", 0, ""
     waiting = list(typed)
     deadline = time.monotonic() + timeout
     try:
-        while time.monotonic() < deadline:
+        while True:
             if waiting and re.search(waiting[0][0], seen[since:]):
                 answer = waiting.pop(0)[1]
                 since = len(seen)
-                os.write(leader, (answer if answer and answer < " " else f"{answer}\n").encode())
-            if not select.select([leader], [], [], 0.1)[0]:
+                pressed = answer if answer and answer < " " else ""
+                os.write(leader, (pressed or f"{answer}\n").encode())
+            left = deadline - time.monotonic()
+            assert left > 0, f"still running after {timeout:.0f} s; printed since the last answer: {seen[since:]!r}"
+            if not select.select([leader], [], [], min(left, 1.0) if pressed else left)[0]:
+                os.write(leader, pressed.encode())
                 continue
             try:
                 piece = os.read(leader, 65536)
@@ -63,13 +72,26 @@ def in_a_terminal(
             if not piece:
                 break
             seen += piece.decode(errors="replace")
+            pressed = "" if seen[since:].replace(ECHO, "").strip() else pressed
+        code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
     finally:
         os.close(leader)
-        if process.poll() is None and time.monotonic() >= deadline:
-            process.send_signal(signal.SIGKILL)
-    code = process.wait(timeout=60)
+        process.kill()  # does nothing to a process that has ended
+        process.wait()
     assert not waiting, f"never seen: {waiting[0][0]!r} in {seen[since:]!r}"
     return Seen(as_seen(seen), code)
+
+
+def _as_a_shell_starts_it() -> None:
+    """In the new process: make the terminal its own, and let Ctrl-C reach it.
+
+    A test run that was started in the background ignores SIGINT, and every process inherits that.
+    """
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def as_seen(raw: str) -> str:

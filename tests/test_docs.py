@@ -1,4 +1,4 @@
-"""The pages under docs/: every command in them is run as it stands there, and every key that is written is listed."""
+"""The pages under docs/: every command is run, every key that is written is listed, every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import running
 from safetensors import safe_open
 
 from sidestep_plugin.adapters.facts import FACTS, SCHEMA_VERSION, read_training_config
@@ -121,33 +122,81 @@ def test_the_recording_is_what_is_seen(checkout):
     assert steady(record_guided.on_the_stand_in()) == steady(shown)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for clusters")
 def test_the_script_for_batch_jobs(tmp_path):
-    """Killed by SIGTERM and started again by the same lines, until it is through."""
+    """Stopped by SIGTERM and started again by the same lines, until the training has finished."""
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, songs=4)
     (script,) = re.findall(r"```bash\n(.*?)```", PAGES["cluster-and-notebook.md"], flags=re.DOTALL)
-    command = f"{shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
-    script = script.replace("acestep-train", command).replace(
-        "--yes", "--yes --epochs 300 --save-every 100 --device cpu"
-    )
+    command = f"exec {shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
+    script = script.replace("--yes", '--yes --epochs "$EPOCHS" --save-every 100 --device cpu')
+    line = ["bash", "-euc", script.replace("acestep-train", command)]
     environment = os.environ | {"SONGS": str(built.tensors), "OUTPUT": str(tmp_path / "out"), "PYTHONUTF8": "1"}
-    script = script.replace(command, f"exec {command}")
-    with subprocess.Popen(
-        ["bash", "-euc", script], cwd=built.root, env=environment, stdout=subprocess.PIPE, text=True
-    ) as job:
-        for line in job.stdout:
-            if "epoch 3/" in line:
+    job = {"cwd": built.root, "stderr": subprocess.STDOUT}
+
+    # So many epochs that it cannot be through before the signal reaches it.
+    with running(line, env=environment | {"EPOCHS": "100000"}, **job) as first:
+        for text in first.stdout:
+            if "epoch 3/" in text:
                 break
-        job.terminate()
-        said = job.communicate(timeout=60)[0]
-    assert job.returncode == 130 and "Saved as it was after" in said, said
-    done = subprocess.run(["bash", "-euc", script], cwd=built.root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "✅ Resumed: " in done.stdout, done.stdout + done.stderr
+        first.terminate()
+        said = first.communicate()[0]
+    assert first.returncode == 130 and "Saved as it was after" in said, said
+
+    epochs = int(re.search(r"Saved as it was after (\d+) training steps", said)[1]) // 4 + 2
+    with running(line, env=environment | {"EPOCHS": str(epochs)}, **job) as second:
+        said = second.communicate()[0]
+    assert second.returncode == 0 and "✅ Resumed: " in said, said
 
 
 def test_every_page_is_linked_from_the_readme_or_from_one_that_is():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     texts = [readme, *PAGES.values()]
     assert all(any(f"{name})" in text or f"{name}#" in text for text in texts) for name in PAGES)
+
+
+HOUSE = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+FOLDERS = ("sidestep_plugin/", "hooks/", "patches/", "tests/", "docs/", ".ci/", ".github/")
+
+
+@pytest.mark.parametrize("page", [*HOUSE, ROOT / "docs" / "how-it-is-tested.md"], ids=lambda page: page.stem)
+def test_files_and_tests_that_a_page_names_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {word for code in re.findall(r"`([^`]+)`", text) for word in code.split() if word.startswith(FOLDERS)}
+    assert len(named) > 3
+    for name in named:
+        file, _, test = name.partition("::")
+        assert (ROOT / file).exists(), f"{page.name} names {file}"
+        if test:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page.name} names {name}"
+
+
+def test_the_architecture_names_every_room_and_its_files_of_steps_and_saves():
+    text = HOUSE[0].read_text(encoding="utf-8")
+    rooms = [folder.name for folder in (ROOT / "sidestep_plugin").iterdir() if (folder / "__init__.py").is_file()]
+    assert rooms and {room for room in rooms if f"**`{room}/`**" not in text} == set()
+    for file in re.findall(r"(?<!tests/)\b(?:wrappers|hooks|adapters|resuming)/\w+\.py", text):
+        places = [ROOT / file, ROOT / "sidestep_plugin" / file, ROOT / "sidestep_plugin" / "trainer" / file]
+        assert any(place.is_file() for place in places), file
+
+
+def test_every_test_file_is_in_the_table_of_contributing():
+    text = HOUSE[1].read_text(encoding="utf-8")
+    files = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("test_*.py")]
+    named = set(re.findall(r"`(tests/[^`]*)`", text))
+    missing = [file for file in files if file not in named and f"{file.rpartition('/')[0]}/" not in named]
+    assert [file for file in missing if not file.startswith("tests/plugins/")] == []
+
+
+def test_the_recipes_that_contributing_names_are_there():
+    recipes = set(re.findall(r"^(\w+)[^:\n]*:(?!=)", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = HOUSE[1].read_text(encoding="utf-8")
+    table = text.partition("\n## Test\n")[2].partition("\n#")[0]
+    named = {name.split()[0] for name in re.findall(r"^\|.*\| `([^`]+)` \|$", table, re.MULTILINE)} - {"just"}
+    assert {"quick", "slow", "ci"} <= named <= recipes
+
+
+def test_the_index_lists_every_page():
+    assert {name for name in PAGES if name != "README.md" and f"({name})" not in PAGES["README.md"]} == set()

@@ -1,4 +1,4 @@
-"""A few of tests/faults.py's bad days in every test run; all of them: ``python tests/faults.py``."""
+"""A few of the faults of tests/faults.py; all of them: ``python tests/faults.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its trainings")
 def test_nothing_that_was_reported_saved_is_lost(checkout, require_kind):
     if checkout.real:

@@ -55,6 +55,21 @@ def test_acestep_options(train, capsys):
         train("base", "lora", plugins=(), extra_plugins={"example": example("acestep_options")}, options={"noise": 2})
 
 
+def test_acestep_plan_memory(train, trainer, load, capsys, monkeypatch):
+    """As on a GPU: a model in bf16, and bf16 autocast. Early versions of upstream do not cast to fp32."""
+    for name in ("_precision", "_select_fabric_precision"):
+        if hasattr(trainer, name):
+            monkeypatch.setattr(trainer, name, lambda *_: "bf16-mixed")
+    handler = load("base")
+    handler.model.to(torch.bfloat16)
+    done, said = trained_with(train, "acestep_plan_memory", capsys, handler=handler)
+    casts = hasattr(trainer, "_precision") or hasattr(trainer, "_ensure_trainable_params_fp32")
+    assert done.tensors and ("Feed-forward weights in bf16" in said) == casts
+    monkeypatch.undo()
+    _, said = trained_with(train, "acestep_plan_memory", capsys)
+    assert "Feed-forward" not in said
+
+
 def test_acestep_model_chosen():
     chosen = example("acestep_model_chosen").acestep_model_chosen
     assert chosen(ModelFacts("acestep-v15-base", {}, {})) is None

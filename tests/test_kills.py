@@ -22,7 +22,7 @@ import pytest
 SAVES, KILLS = 200, 60
 LEFT_OVER = (".saving", ".tmp")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")]
 
 
 def damage(output):

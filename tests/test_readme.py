@@ -1,4 +1,4 @@
-"""Every command and snippet of the README is run: here, in test_docs.py, or by .ci/run, which reads the first two."""
+"""Every command and snippet in the README is run: here, in other tests that are named here, or by .ci/run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ def test_the_first_two_blocks_are_the_commands_of_a_fresh_machine():
     assert kind == other_kind == "bash"
     assert "acestep-train demo" in demo and "pytest" in tests
     assert all("python3 -m venv" in block and "pip install" in block for block in (demo, tests))
-    # .ci/run takes them out of the README by number, word for word.
+    # .ci/run takes them out of the README by number, word for word, and what follows the demo by what it begins with.
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "readme_block 1" in ci and "readme_block 2" in ci
+    assert "readme_block 1" in ci and "readme_block 2" in ci and "acestep-train inspect [^`]*" in ci
+    assert len(re.findall(r"`\.venv/bin/acestep-train inspect [^`]*`", README)) == 1
+    # What the quick run leaves out, .ci/run runs.
+    assert "-m 'not slow'" in tests and "pytest -m slow" in ci
 
 
 def test_every_other_command_has_a_test():
@@ -32,10 +35,10 @@ def test_every_other_command_has_a_test():
         for kind, block in BLOCKS[2:]
         if kind == "text"
         for line in block.splitlines()
-        if re.match(r"(pip|python|acestep-train)\b", line)
+        if line and not line.startswith(("Model: ", "Timesteps: ", "Condition dropout: ", "To generate: "))
     }
     assert commands == {
-        "pip install sidestep-plugin",  # .ci/run: the wheel in a clean environment
+        "pip install PATH/TO/THIS/CLONE",  # .ci/run, with this clone's path and the pinned torch: the first command
         "acestep-train --plugin sidestep",  # cli/test_guided.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
         # test_docs.py
@@ -46,7 +49,16 @@ def test_every_other_command_has_a_test():
         "acestep-train patch revert",  # trainer/test_checkout_patch.py
         "acestep-train inspect OUTPUT",  # test_docs.py
         "acestep-train export OUTPUT --to comfyui",  # test_docs.py
-        "python -m pytest --acestep-root DIR",  # below
+    }
+
+
+def test_every_command_in_the_text_has_a_test():
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    found = {" ".join(command.split()) for command in re.findall(r"`([^`]*)`", text) if " " in command}
+    assert {command for command in found if re.match(r"(\S*/)?(acestep|pip|python|git)", command)} == {
+        ".venv/bin/acestep-train inspect acestep-demo/output/base-lora",  # .ci/run, after the first command
+        "acestep-train --plugin sidestep --help",  # cli/test_train.py
+        "acestep-train timesteps --model base --plot timesteps.png",  # test_docs.py
     }
 
 
@@ -80,7 +92,27 @@ def test_checking_from_the_checkouts_folder(tmp_path):
     assert "acestep-v15-base: base" in done.stdout and "Verdict: LoRA" in done.stdout
 
 
+def test_only_commands_that_work_today():
+    """The package is on no registry."""
+    assert "pip install sidestep-plugin" not in README
+
+
+def test_it_begins_with_one_sentence_and_the_two_commands():
+    what, _, rest = README.partition("\n```bash\n")
+    assert what.startswith("# sidestep-plugin\n\nTrains ") and len(what) < 800
+    titles = re.findall(r"^## (.*)", rest, flags=re.MULTILINE)
+    assert titles == [
+        "Train on your songs",
+        "Use the adapter",
+        "Why it matters",
+        "In ACE-Step's own app",
+        "From Python",
+        "More",
+    ]
+
+
 def test_the_tests_take_a_checkout(tmp_path):
+    """As docs/how-it-is-tested.md and CONTRIBUTING.md say."""
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, models=[], songs=0)

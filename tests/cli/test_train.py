@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import COMMAND
+from conftest import COMMAND, running
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -162,13 +162,13 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
     line += ["--model", "base", "--adapter-type", kind, "--epochs", "100000", "--batch-size", "2", "--device", "cpu"]
     line += ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
     line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    with running(line, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         for text in process.stdout:
             if "epoch 3/" in text:
                 break
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "Stopping after this step" in output and "Adapter as it was then" in output
     assert "Go on with the same command and --resume-from latest." in output
@@ -571,11 +571,11 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with running(line, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        process.wait(timeout=120)
+        process.wait()
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
 
 

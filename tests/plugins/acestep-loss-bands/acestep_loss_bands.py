@@ -1,6 +1,6 @@
 """Writes a CSV file beside every adapter: the training loss by band of timesteps.
 
-Loss jumps about because timesteps do. By band it can be compared: noisy steps with noisy ones.
+The loss jumps because the timesteps do. Within a band it can be compared: noisy steps with noisy steps.
 """
 
 import csv
@@ -24,7 +24,7 @@ def acestep_run_started(run):
 @hookimpl
 def acestep_step_finished(step):
     if step.training and step.t is not None:
-        # Tensors, not numbers: those would make every step wait for the GPU.
+        # Keep tensors, not numbers: turning them into numbers would make every step wait for the GPU.
         step.run.state["loss-bands"].append((step.t.detach().float().mean(), step.loss.detach().float()))
 
 
