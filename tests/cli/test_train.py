@@ -377,6 +377,12 @@ def test_an_empty_folder_name(refused):
     refused("--model", "base", says="folder's name is empty", output_dir="")
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="every name of a file is text there")
+def test_an_output_folder_whose_name_is_not_utf8(refused, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/music-\xff/output")
+    refused("--model", "base", says=r"music-\\udcff/output is not UTF-8.*Choose another folder", output_dir=folder)
+
+
 def test_a_name_that_is_too_long(refused):
     refused("--model", "x" * 300, says="File name too long")
 
