@@ -23,6 +23,7 @@ from ..resuming.checkpoints import begin_anew
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
+from ..songs.values import check_values
 from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
@@ -153,6 +154,7 @@ def prepare(
     device = pick_device(request.device)
     dataset = _check_songs(request, model)
     upstream = _check_upstream(request, root, registry, device)
+    _check_values(dataset, upstream, options, say)
     _announce(request, registry, root, model, device, say)
     handler = _load(model, device, dataset)
     return _attach(request, upstream, handler, dataset, say, extra_plugins)
@@ -234,6 +236,20 @@ def _check_upstream(request: Request, root: Path, registry: Registry, device: to
     if request.resume_from is not None and "resume_from" not in arguments and not registry.implements("acestep_resume"):
         raise Refusal(f"This ACE-Step cannot resume a {kind} training. Start it without --resume-from.")
     return _Upstream(module, trainer_class, adapter_config, training_config)
+
+
+def _check_values(
+    dataset: Dataset, upstream: _Upstream, options: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Read every value of every song: slow for many songs, and quick compared with loading a model. Raises Refusal."""
+    if dataset.links and hasattr(upstream.module, "safe_path"):
+        names = ", ".join(f"{link.name} ({link.resolve()})" for link in dataset.links[:5])
+        raise Refusal(
+            f"Songs in {dataset.folder} are links to files outside of it: {names}. This ACE-Step only reads files "
+            "inside of the folder. Put the songs themselves there."
+        )
+    # An option of that name promises that a plugin zeroes such values behind the mask.
+    check_values(dataset.files, mask_nan=bool(options.get("mask_nan")), say=say)
 
 
 def _announce(

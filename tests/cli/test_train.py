@@ -406,7 +406,37 @@ def test_songs_that_are_links_out_of_the_folder(refused, checkout, trainer, tmp_
         pytest.skip("this checkout has no path guard")
     (tmp_path / "songs").mkdir()
     (tmp_path / "songs" / "song.pt").symlink_to(next(checkout.tensors.glob("*.pt")))
-    refused("--model", "base", says="ACE-Step cannot read the songs|train on", dataset_dir=tmp_path / "songs")
+    refused(
+        "--model",
+        "base",
+        says=r"links to files outside of it: song\.pt .*Put the songs themselves there",
+        dataset_dir=tmp_path / "songs",
+    )
+
+
+def test_songs_with_nan(refused, run, checkout, tmp_path):
+    import torch
+
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    song = torch.load(songs / "song_02.pt", weights_only=True)
+    song["encoder_hidden_states"][-1], song["encoder_attention_mask"][-1] = float("nan"), 0
+    torch.save(song, songs / "song_02.pt")
+    says = r"only in rows that the mask hides: song_02\.pt \(encoder_hidden_states row \d+\).*--mask-nan"
+    refused("--model", "base", says=says, dataset_dir=songs)
+    refused("--model", "base", says=says, dataset_dir=songs, plugin=None)
+    assert "Loading" not in run("--model", "base", dataset_dir=songs).output, "the model is not loaded for that"
+    result = run("--model", "base", "--mask-nan", *QUICK, dataset_dir=songs)
+    assert result.exit_code == 0, result.output
+    assert "NaN: set to zero in rows that the mask hides, in 1 of 6 songs (--mask-nan)" in result.output
+
+
+def test_a_named_pipe_among_the_songs(refused, checkout, tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("makes a named pipe")
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    (songs / "manifest.json").unlink(missing_ok=True)
+    os.mkfifo(songs / "song_09.pt")
+    refused("--model", "base", says=r"song_09\.pt \(is a named pipe, not a file\)", dataset_dir=songs)
 
 
 def test_songs_with_other_channels(refused, model_folder):
