@@ -13,7 +13,7 @@ from typing import Literal
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
-from .schedule import inference_timesteps
+from .schedule import inference_timesteps, why_no_training_law
 
 TimestepMode = Literal["discrete", "continuous"]
 
@@ -140,7 +140,7 @@ def decide_treatment(
     a turbo model on its discrete schedule has no dropout, because its 8 steps are generated without guidance.
 
     Raises:
-        Refusal: the variant cannot be told, or the config's mu and sigma are needed and missing or absurd.
+        Refusal: the variant cannot be told, or the config's mu and sigma are needed and missing or no training law.
     """
     decision = decide_variant(facts, variant)
     turbo = decision.variant == "turbo"
@@ -153,6 +153,12 @@ def decide_treatment(
             raise Refusal(
                 f"{facts.name or 'The model'} has timestep_sigma = {sigma!r} in its config, expected a number above 0 "
                 "(the official models have 1.0). Correct config.json."
+            )
+        if reason := why_no_training_law(mu, sigma):
+            raise Refusal(
+                f"{facts.name or 'The model'} has timestep_mu = {mu!r} and timestep_sigma = {sigma!r} in its config, "
+                f"which is no training law: {reason}. Expected values such as the official models' -0.4 and 1.0. "
+                "Correct config.json."
             )
     return Treatment(
         model_name=facts.name,
@@ -173,7 +179,7 @@ def law_of(facts: ModelFacts) -> tuple[float, float] | None:
         mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
     except Refusal:
         return None
-    return (mu, sigma) if sigma > 0.0 else None
+    return (mu, sigma) if sigma > 0.0 and not why_no_training_law(mu, sigma) else None
 
 
 def _number(facts: ModelFacts, key: str) -> float:

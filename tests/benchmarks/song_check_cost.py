@@ -2,9 +2,9 @@
 
     python tests/benchmarks/song_check_cost.py [--songs 1000] [--seconds 180] [--dtype bfloat16] [--rounds 3]
 
-Writes songs of that length to a temporary folder and times, in turn: mapping them and checking their shapes, looking for
-values that are not finite, and hashing the files (both happen once in a training). Prints medians. The files have just
-been written, so they come from memory: on a cold disk, its reading speed is added to the second row.
+Writes songs of that length to a temporary folder and times, in turn: mapping them and checking their shapes, looking
+for values that are not finite, and hashing the files (both happen once in a training). Prints medians. The files have
+just been written, so they come from memory: on a cold disk, its reading speed is added to the second row.
 """
 
 from __future__ import annotations
