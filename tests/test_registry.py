@@ -116,6 +116,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "cfg_ratio",
         "export",
         "license",
+        "mask_nan",
         "num_inference_steps",
         "shift",
         "timestep_mode",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import Refusal
-from ..files import read_json_object
-from .one_song import is_companion, not_a_file, read_song
+from ..files import is_companion, not_a_file, read_json_object
+from .one_song import read_song
 from .values import hash_of
 
 FRAMES_A_SECOND: Final = 25

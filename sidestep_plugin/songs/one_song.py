@@ -6,9 +6,10 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Any, Final
+
+from ..files import not_a_file
 
 SONG_TENSORS: Final = {
     "target_latents": 2,
@@ -34,31 +35,6 @@ _SAME_LENGTH: Final = (
 )
 _FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MASKS: Final = _FLOATS | {"bool", "uint8", "int8", "int16", "int32", "int64"}
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file name is that of macOS's companion files, such as ``._song.pt``, which hold no song."""
-    return name.startswith("._")
-
-
-def not_a_file(path: Path) -> str:
-    """What a path is when it is not a regular file or a link to one, "" when it is. The file is not opened."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        if path.is_symlink():
-            return f"is a link to {path.readlink()}, which is not there"
-        return "is not there"
-    if stat.S_ISREG(mode):
-        return ""
-    for test, kind in (
-        (stat.S_ISDIR, "folder"),
-        (stat.S_ISFIFO, "named pipe"),
-        (stat.S_ISSOCK, "socket"),
-    ):
-        if test(mode):
-            return f"is a {kind}, not a file"
-    return "is a device, not a file"
 
 
 def load_song(file: Path) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..run import AdapterType
+from ..run import AdapterType, ModelFacts
 from .seams import CONFIG_CLASS
 
 if TYPE_CHECKING:
@@ -33,6 +33,24 @@ ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
     "lora": {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
     "lokr": {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"},
 }
+
+
+def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts) -> None:
+    """Refuse a LoRA of a higher rank than the decoder's width, before anything is loaded.
+
+    Each layer that is trained has the decoder's width (``hidden_size``) on one of its two sides, so that no update of
+    it can have a higher rank: what is beyond only takes memory. A LoKr has no such bound: from some dimension on,
+    LyCORIS trains full matrices.
+
+    Raises:
+        Refusal: the rank, the width and what to choose.
+    """
+    rank, width = settings.get("rank"), facts.config.get("hidden_size")
+    if kind == "lora" and isinstance(rank, int) and isinstance(width, int) and 0 < width < rank:
+        raise Refusal(
+            f"--rank {rank} is higher than {facts.name} is wide ({width}), which adds nothing to what an adapter can "
+            "learn. Choose a lower one; 8 to 128 are usual."
+        )
 
 
 def build_configs(

@@ -27,7 +27,7 @@ from ..songs.values import check_values
 from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
-from .configs import build_configs
+from .configs import build_configs, check_rank
 from .models import Handler, check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
 from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
 from .seams import FINAL, WEIGHT_FILES
@@ -191,6 +191,7 @@ def _check_model(request: Request, root: Path, registry: Registry, options: Mapp
     """Find the model folder and read its config and the headers of its weights. Raises Refusal."""
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
+    check_rank(request.adapter_type, request.settings, facts)
     check_weights(folder, facts)
     registry.call("acestep_model_chosen", facts=facts, options=options)
     return _Model(folder, facts)

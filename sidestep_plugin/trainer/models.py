@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
+from ..files import is_companion, not_a_file
 from ..run import ModelFacts
 from ..variants import MODEL_ALIASES
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _WEIGHT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_READ: Final = frozenset({".safetensors", ".json", ".py"})
 _UNQUANTIZED: Final = "Training needs the weights as they were published, in bf16 or fp32. Take that model."
 
 
@@ -68,21 +70,33 @@ def find_model(name: str, checkpoints: Path) -> Path:
     tried = " or ".join(str(candidate) for candidate in candidates)
     raise Refusal(
         f"No model {name!r}: expected the folder {tried}. Models in {checkpoints}: {found}. "
-        "Name one of them with --model, or say where they are: --checkpoint-dir DIR."
+        "Name one of them with --model, say where they are (--checkpoint-dir DIR), or get one with ACE-Step's own "
+        f"command: {download_command(name)}"
     )
 
 
+def download_command(name: str = "base") -> str:
+    """ACE-Step's command that downloads a model, for an alias or a folder's name; all of them for any other name."""
+    folder = MODEL_ALIASES.get(name, name)
+    return f"acestep-download --model {folder}" if folder in MODEL_ALIASES.values() else "acestep-download --list"
+
+
 def check_weights(folder: Path, facts: ModelFacts) -> None:
-    """Refuse quantized weights and missing weight files by their headers alone. Raises Refusal."""
+    """Refuse quantized weights, and files that cannot be read, by their headers alone. Raises Refusal."""
     from safetensors import SafetensorError, safe_open
 
+    files = [file for file in sorted(folder.iterdir()) if not is_companion(file.name)]
+    for file in files:
+        # Opening a named pipe would wait for ever.
+        if file.suffix in _READ and (problem := not_a_file(file)):
+            raise Refusal(f"{file} {problem}. Copy the whole model folder again.")
     if facts.config.get("quantization_config") is not None:
         raise Refusal(f"{folder.name} is quantized (quantization_config in its config.json). {_UNQUANTIZED}")
     if not isinstance(facts.config.get("auto_map"), dict):
         raise Refusal(
             f"config.json of {folder.name} names no model code (auto_map). Copy the whole model folder again."
         )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (file for file in files if file.suffix == ".safetensors"):
         try:
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 - not a mapping

@@ -221,8 +221,15 @@ def test_unknown_plugin(refused):
     refused("--model", "base", plugin="nobody", says="No plugin 'nobody' is installed. Installed: .*sidestep")
 
 
+@pytest.mark.parametrize("name", ["side-step", "Sidestep", "sidstep", "side_step"])
+def test_a_plugin_of_almost_that_name(refused, name):
+    refused("--model", "base", plugin=name, says=rf"No plugin '{name}' is installed\. Did you mean sidestep\?")
+
+
 def test_missing_model_lists_what_is_there(refused):
     refused("--model", "bass", says="No model 'bass'.*acestep-v15-base, acestep-v15-sft, acestep-v15-turbo")
+    refused("--model", "bass", says="No model 'bass'.*acestep-download --list")
+    refused("--model", "xl-sft", says="No model 'xl-sft'.*acestep-download --model acestep-v15-xl-sft")
 
 
 def test_missing_dataset(refused, tmp_path):
@@ -251,6 +258,37 @@ def test_config_missing(refused, model_folder):
     folder = model_folder("acestep-v15-base")
     (folder / "config.json").unlink()
     refused("--model", folder, says="No config.json in")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "more.safetensors", "generation_config.json"])
+def test_a_named_pipe_in_a_model_folder_is_not_waited_for(refused, model_folder, name):
+    folder = model_folder("acestep-v15-base")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused("--model", folder, says=rf"{re.escape(name)}:?( it)? is a named pipe, not a file\. Copy the")
+
+
+def test_a_dead_link_in_a_model_folder(refused, model_folder, tmp_path):
+    if os.name == "nt":
+        pytest.skip("makes a symbolic link")
+    folder = model_folder("acestep-v15-base")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "gone")
+    refused("--model", folder, says=r"model\.safetensors is a link to .*gone, which is not there\. Copy")
+
+
+def test_the_companion_files_of_macos_in_a_model_folder_are_skipped(run, model_folder):
+    folder = model_folder("acestep-v15-base")
+    for name in ("._model.safetensors", "._config.json"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    result = run("--model", folder, *QUICK)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("rank", [65, 10**6, 10**18])
+def test_a_rank_beyond_the_width_of_the_model(refused, run, rank):
+    refused("--model", "base", "--rank", rank, says=rf"--rank {rank} is higher than acestep-v15-base is wide \(64\)")
 
 
 def test_undecidable_variant(refused, model_folder):
