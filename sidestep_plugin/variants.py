@@ -46,6 +46,11 @@ def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, i
     return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT, TURBO_STEPS
 
 
+def member(variant: Variant, model_name: str) -> str:
+    """The variant as people know it: turbo-shift1 is a turbo model that is trained and used in its own way."""
+    return "turbo-shift1" if variant == "turbo" and "shift1" in words_of(model_name) else variant
+
+
 def guidance(variant: object) -> str:
     """Whether to generate with classifier-free guidance: turbo is distilled to do without."""
     return "off" if variant == "turbo" else "on"

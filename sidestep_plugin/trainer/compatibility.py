@@ -13,8 +13,9 @@ from ..errors import Refusal, UpstreamMismatch
 from ..registry import Listing, list_plugins
 from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
+from ..variants import member
 from .checkout import import_trainer
-from .models import models_in
+from .models import download_command, models_in
 from .seams import Seam, adapter_types, examine
 
 _VERSIONS: Final = (
@@ -32,11 +33,19 @@ _NAMES: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model folder: its variant and what that was read from, or why the variant cannot be told."""
+    """A model folder.
+
+    Attributes:
+        name: the folder's name.
+        variant: turbo, base or sft; None when it cannot be told.
+        evidence: what the variant was read from, or why it cannot be told.
+        member: the variant in more words, such as turbo-shift1, which is trained on a schedule of its own.
+    """
 
     name: str
     variant: str | None
     evidence: str
+    member: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Fitness:
 
     Attributes:
         root: the checkout.
-        fits: whether every kind of adapter that was asked for would be trained right.
+        fits: whether every kind of adapter that was asked for can be trained here, for which a model must be there.
         verdict: the same in a sentence.
         seams: every seam that was looked at; empty when the trainer cannot be imported.
         versions: distribution names with versions, "not installed" for a missing one.
@@ -70,6 +79,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         kinds: kinds of adapter to judge by; empty: every kind that this trainer trains.
     """
     seams: list[Seam] = []
+    fitting = ""
     try:
         trainer = import_trainer(root)
         judged = list(kinds) or adapter_types(trainer) or ["lora"]
@@ -81,10 +91,17 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             verdicts.append((kind, f"{misfits[0].name}: {misfits[0].reason}" if misfits else _uninstalled(kind)))
         problems = [f"{_NAMES[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(_NAMES[kind] for kind, problem in verdicts if not problem)
-        good = [f"{fitting}: a training with --plugin sidestep would be right"] if fitting else []
+        good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
         fits, verdict = not problems, ". ".join(good + problems)
     except UpstreamMismatch as mismatch:
         fits, verdict = False, str(mismatch).removesuffix(".")
+    models = tuple(examine_model(checkpoints / name) for name in models_in(checkpoints))
+    if fits and not models:
+        fits = False
+        verdict = (
+            f"No model found in {checkpoints}, so nothing can be trained yet. Download one ({download_command()}), or "
+            f"say where yours are: --checkpoint-dir DIR. The trainer itself is compatible ({fitting})"
+        )
     return Fitness(
         root=str(root),
         fits=fits,
@@ -92,7 +109,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         seams=tuple(seams),
         versions=_versions(),
         checkpoint_dir=str(checkpoints),
-        models=tuple(examine_model(checkpoints / name) for name in models_in(checkpoints)),
+        models=models,
         plugins=tuple(list_plugins()),
     )
 
@@ -103,7 +120,7 @@ def examine_model(folder: Path) -> FoundModel:
         decision = decide_variant(ModelFacts.from_folder(folder))
     except Refusal as refusal:
         return FoundModel(folder.name, None, str(refusal))
-    return FoundModel(folder.name, decision.variant, decision.evidence)
+    return FoundModel(folder.name, decision.variant, decision.evidence, member(decision.variant, folder.name))
 
 
 def _uninstalled(kind: AdapterType) -> str:
