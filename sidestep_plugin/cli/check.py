@@ -37,8 +37,8 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     """Say whether a checkout's trainer fits, without training anything.
 
     It imports the trainer and looks at its code: every name that the plugins attach to, whether it is there, and
-    whether the trainer uses it. The exit code is 0 when the trainer is compatible and a
-    model is there, and 1 when not.
+    whether the trainer uses it. The exit code is 0 when the trainer is compatible and
+    a model is there, and 1 when not.
     """
     import dataclasses
     import logging

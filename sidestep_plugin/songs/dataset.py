@@ -73,9 +73,6 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     widths: dict[int, list[str]] = {}
     channels = frames = 0
     for file in dict.fromkeys(files):
-        if is_companion(file.name):
-            problems.append(f"{file.name} (macOS made it beside another file; ACE-Step would read it as a song)")
-            continue
         song, problem = read_song(file)
         if problem:
             problems.append(f"{file.name} ({problem})")
@@ -106,7 +103,7 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
 def songs_in(folder: Path) -> list[Path]:
     """The files that a training in a folder reads: those of manifest.json, else every .pt file, sorted."""
     try:
-        return [file for file in _song_files(folder, [], []) if not is_companion(file.name) and not not_a_file(file)]
+        return [file for file in _song_files(folder, [], []) if not not_a_file(file)]
     except (Refusal, OSError):
         return []
 
@@ -141,7 +138,7 @@ def _duplicates(files: list[Path]) -> list[str]:
     ]
     by_size: dict[int, list[Path]] = {}
     for file in dict.fromkeys(files):
-        if not is_companion(file.name) and not not_a_file(file):
+        if not not_a_file(file):
             by_size.setdefault(file.stat().st_size, []).append(file)
     first: dict[str, Path] = {}
     for alike in by_size.values():
@@ -155,11 +152,12 @@ def _duplicates(files: list[Path]) -> list[str]:
 def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
     """What upstream would read, in its order of search: manifest.json's entries if there is one, else every .pt file.
 
-    What is no file is among them: upstream fails on a folder ``x.pt``, and waits for ever for a named pipe.
+    What is no file is among them: upstream fails on a folder ``x.pt``, and waits for ever for a named pipe. macOS's
+    companion files are not: wrappers/song_list.py keeps upstream from reading them.
     """
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt")
+        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
         return
     if problem := not_a_file(manifest):
         raise Refusal(f"{manifest} {problem}. Delete it to use every .pt file.")
@@ -176,6 +174,8 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
         file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
         if file is None:
             missing.append(sample)
+        elif is_companion(file.name):
+            continue
         elif file.resolve().is_relative_to(whole):
             yield Path(os.path.normpath(file.absolute()))
         else:

@@ -477,6 +477,17 @@ def test_a_named_pipe_among_the_songs(refused, checkout, tmp_path):
     refused("--model", "base", says=r"song_09\.pt \(is a named pipe, not a file\)", dataset_dir=songs)
 
 
+@pytest.mark.parametrize("plugin", ["sidestep", None])
+def test_the_companion_files_of_macos_are_not_trained_on(run, checkout, tmp_path, plugin):
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    (songs / "manifest.json").unlink(missing_ok=True)
+    for number in range(1, 7):
+        (songs / f"._song_{number:02}.pt").write_bytes(b"\x00\x05\x16\x07")
+    result = run("--model", "base", *QUICK, dataset_dir=songs, plugin=plugin)
+    assert result.exit_code == 0, result.output
+    assert "step 6/6" in result.output, "6 songs, 2 a batch, 2 epochs"
+
+
 def test_songs_with_other_channels(refused, model_folder):
     refused("--model", model_folder("acestep-v15-base", in_channels=100), says="192 channels.*takes 100")
 
