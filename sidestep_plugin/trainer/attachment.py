@@ -2,7 +2,8 @@
 
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
 LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, what makes
-the learning-rate schedule and the loaders of songs; the list of songs; and (only when folders are allowed by name) the path guard.
+the learning-rate schedule and the loaders of songs; the list of songs; and (only when folders are allowed by name) the
+path guard.
 Everything is checked before anything is touched. What the replacements do is in ``wrappers``.
 """
 

@@ -569,7 +569,7 @@ def test_a_training_that_runs_out_of_memory_is_saved_and_told_what_to_change(run
     result = run("--model", "base", *QUICK)
     assert result.exit_code == 1, result.output
     assert "CUDA out of memory" in result.stderr
-    assert re.search(r"smaller --batch-size \(now 2\).*--gradient-accumulation.*--rank \(now 4\)", result.stderr)
+    assert re.search(r"Lower --batch-size \(now 2\).*--gradient-accumulation.*--rank \(now 4\)", result.stderr)
     assert "Saved as it was after 4 training steps" in result.output
     assert "--resume-from latest" in result.stderr
     monkeypatch.undo()
@@ -594,7 +594,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
     result = run("--model", "base", "--adapter-type", kind, *QUICK)
     assert result.exit_code == 0, result.output
     assert re.search(
-        r"Warning: .*epoch_1.* could not be saved: .*No space left.* MB left\. The training goes on", result.output
+        r"Warning: .*epoch_1.* could not be saved: .*No space left.* MB free\. The training goes on", result.output
     )
     assert "Checkpoint saved at epoch 1" not in result.output, "upstream does not know better"
     assert not [*(tmp_path / "output" / "checkpoints").glob("epoch_1*")]
@@ -613,7 +613,7 @@ def test_a_disk_that_is_full_for_the_finished_adapter_is_a_failure(run, monkeypa
     monkeypatch.setattr(attaching, "published", full)
     result = run("--model", "base", *QUICK)
     assert result.exit_code == 1
-    assert re.search(r"No space left.* MB left\. Make room there, or choose an --output-dir", result.stderr)
+    assert re.search(r"No space left.* MB free\. Free some space, or choose an --output-dir", result.stderr)
     # What could not become the finished adapter is there to go on from.
     assert [*(tmp_path / "output" / "checkpoints").glob("epoch_2*")]
 

@@ -351,7 +351,7 @@ def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monk
         job("spoilt", **settings)
     except AssertionError:
         assert "division by zero" in job.said[-1], job.said
-        assert "The gradients were not finite numbers. Lower --learning-rate" in job.said[-1]
+        assert "The gradients were NaN or infinite. Lower --learning-rate" in job.said[-1]
         assert any("Saved as it was after 6 training steps" in line for line in job.said)
         monkeypatch.undo()
         job("spoilt", resume_from=job.output / "spoilt" / "interrupted", **settings)
