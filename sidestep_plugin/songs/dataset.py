@@ -152,8 +152,8 @@ def _duplicates(files: list[Path]) -> list[str]:
 def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
     """What upstream would read, in its order of search: manifest.json's entries if there is one, else every .pt file.
 
-    What is no file is among them: upstream fails on a folder ``x.pt``, and waits for ever for a named pipe. macOS's
-    companion files are not: wrappers/song_list.py keeps upstream from reading them.
+    This includes what is not a file: upstream fails on a folder ``x.pt`` and hangs on a named pipe. It leaves out
+    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well.
     """
     manifest = folder / "manifest.json"
     if not manifest.exists():

@@ -1,7 +1,7 @@
 r"""The mathematics of timesteps. Pure: nothing here draws a random number or knows a model.
 
 Convention (ACE-Step's): t = 1 is pure noise and t = 0 is data, ``x_t = t*noise + (1 - t)*data``. Most flow-matching
-libraries count the other way round.
+libraries use the opposite direction.
 
 Sources: the inference warp and the 8-step tables are those of ACE-Step 1.5's ``generate_audio``; the logit-normal law
 is that of its ``sample_t_r``, after Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1.
@@ -34,8 +34,8 @@ def shift_warp(t: float, shift: float) -> float:
         raise ValueError(f"t must lie in [0, 1], got {t!r}")
     if not (math.isfinite(shift) and shift > 0.0):
         raise ValueError(f"shift must be a positive number, got {shift!r}")
-    # The same fraction with its denominator written as a sum of parts that are never negative: exactly 1 at t = 1 and
-    # never above it, for any shift.
+    # The denominator is written as a sum of terms that are never negative, so the result is exactly 1 at t = 1 and
+    # never above 1, for any shift.
     return shift * t / (shift * t + (1.0 - t))
 
 

@@ -1,4 +1,4 @@
-"""Says whether a checkout fits: its seams, the versions that matter, its models and their variants, the plugins."""
+"""The compatibility check: a checkout's seams, the versions that matter, its models and variants, the plugins."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class FoundModel:
 
     Attributes:
         name: the folder's name.
-        variant: turbo, base or sft; None when it cannot be told.
-        evidence: what the variant was read from, or why it cannot be told.
+        variant: turbo, base or sft; None when it is not known.
+        evidence: what the variant was read from, or why it is not known.
         member: the variant in more words, such as turbo-shift1, which is trained on a schedule of its own.
     """
 
@@ -56,7 +56,7 @@ class Fitness:
         root: the checkout.
         fits: whether every kind of adapter that was asked for can be trained here, for which a model must be there.
         verdict: the same in a sentence.
-        seams: every seam that was looked at; empty when the trainer cannot be imported.
+        seams: every seam that was checked; empty when the trainer cannot be imported.
         versions: distribution names with versions, "not installed" for a missing one.
     """
 
@@ -71,12 +71,12 @@ class Fitness:
 
 
 def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType] = ()) -> Fitness:
-    """Look at a checkout without changing or training anything.
+    """Check a checkout without changing or training anything.
 
     Args:
         root: the folder that holds the package ``acestep``; its trainer is imported.
         checkpoints: the folder of models.
-        kinds: kinds of adapter to judge by; empty: every kind that this trainer trains.
+        kinds: kinds of adapter to check; empty: every kind that this trainer trains.
     """
     seams: list[Seam] = []
     fitting = ""
@@ -115,7 +115,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
 
 
 def examine_model(folder: Path) -> FoundModel:
-    """The variant of a model folder, or why it cannot be told."""
+    """The variant of a model folder, or why it is not known."""
     try:
         decision = decide_variant(ModelFacts.from_folder(folder))
     except Refusal as refusal:
@@ -124,7 +124,7 @@ def examine_model(folder: Path) -> FoundModel:
 
 
 def _uninstalled(kind: AdapterType) -> str:
-    """What this kind of adapter needs and this environment lacks, "" when nothing."""
+    """What this kind of adapter needs and is not installed, "" when nothing is missing."""
     needed = {"lora": "peft", "lokr": "lycoris-lora"}[kind]
     return f"{needed} is not installed (pip install {needed})" if _version(needed) is None else ""
 

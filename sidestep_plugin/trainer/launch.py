@@ -1,7 +1,7 @@
-"""One training from the command line: checks everything that can be checked, loads the model, lets upstream train.
+"""One training from the command line: checks the request, loads the model, and lets upstream train.
 
-The order is from cheap to dear, so that a mistake is reported before minutes of loading, and nothing is written before
-every check has passed.
+Cheap checks come first, so that a mistake is reported before minutes of loading. Nothing is written before every check
+has passed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Request:
 
     Attributes:
         model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given; upstream's own defaults
-            hold for the rest.
-        plugins: names of plugins, none for upstream's own training.
-        wins: of two plugins that want what only one can do, the one that does it.
+        settings: training and adapter settings by option name, only those that were given; the rest have upstream's
+            defaults.
+        plugins: names of plugins; none: upstream's own training.
+        wins: the plugin that samples the timesteps when two of them could.
         options: the plugins' options, only those that were given.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
@@ -74,14 +74,14 @@ class Request:
 
 @dataclass
 class Launch:
-    """A training that has passed every check and has not begun.
+    """A training that has passed every check and has not started.
 
     Attributes:
         attachment: the attached plugins; detached when the training is over.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
-        state: upstream's control: ``state["should_stop"] = True`` ends the training after the step that is running.
+        state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
     """
 
     request: Request
@@ -108,13 +108,13 @@ class Launch:
 
     @property
     def final_adapter(self) -> Path | None:
-        """Folder of the finished adapter; None as long as upstream has not written it."""
+        """Folder of the finished adapter; None until upstream has written it."""
         final = Path(os.path.normpath(self.request.output_dir.absolute())) / FINAL
         files = (final / name for name in WEIGHT_FILES[self.request.adapter_type])
         return next((file.parent for file in files if file.is_file()), None)
 
     def save_interrupted(self) -> Path | None:
-        """Save the adapter as it is now with upstream's own function | returns its folder, None without an adapter."""
+        """Save the current adapter with upstream's own function | returns its folder, None without an adapter."""
         module = self.trainer.module
         if module is None:
             return None

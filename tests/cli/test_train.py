@@ -149,7 +149,7 @@ def test_metadata_options_are_only_metadata(run, tmp_path):
 def test_variant_settles_and_is_reported(run):
     result = run("--model", "base", "--variant", "turbo", *QUICK)
     assert result.exit_code == 0
-    assert "Note: --variant turbo stands against config.json: is_turbo = false" in result.output
+    assert "Note: --variant turbo contradicts config.json: is_turbo = false" in result.output
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
