@@ -2,11 +2,12 @@
 
     model_treatment      which variant this model is, what follows from it, and saying so before the first step
     timestep_sampling    the timesteps that the model's variant is trained with
+    nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
     memory               half the memory of the base model's weights, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
-    resume_training             checkpoints from which a training really goes on
+    resume_training      checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
 Nothing in here imports torch at import time, so that ``--help`` can list the options at once.
@@ -18,12 +19,12 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment
+from . import adapter_metadata, memory, model_treatment, nan_masking
 from .adapter_metadata import acestep_adapter_saved
-from .cfg_dropout import acestep_prepare_batch
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
+from .nan_masking import acestep_prepare_batch, check_song_values
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
@@ -40,6 +41,7 @@ __all__ = [
     "acestep_run_started",
     "acestep_sample_timesteps",
     "acestep_step_finished",
+    "check_song_values",
     "keep_resume_state",
     "note_step",
 ]
@@ -47,4 +49,9 @@ __all__ = [
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [*model_treatment.options(), *adapter_metadata.options(), *memory.options()]
+    return [
+        *model_treatment.options(),
+        *nan_masking.options(),
+        *adapter_metadata.options(),
+        *memory.options(),
+    ]

@@ -53,6 +53,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "num_inference_steps": treatment.num_inference_steps,
         **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
+        **({"mask_nan": True} if options.get("mask_nan") else {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),

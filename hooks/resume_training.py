@@ -14,7 +14,7 @@ from typing import Any, Final
 from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.resuming.checkpoints import Checkpoint, read_checkpoint, write_resume_state
 from sidestep_plugin.run import ResumePoint, Run, SavedAdapter
-from sidestep_plugin.songs.dataset import fingerprint
+from sidestep_plugin.songs.fingerprint import fingerprint, songs_changed
 
 from .adapter_facts import describe_run
 from .model_treatment import other_sampler, treatment_of
@@ -95,8 +95,8 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
         lines.append("Note: the gradients that waited for the next optimizer step are left out.")
         point = dataclasses.replace(point, gradients=None)
-    if point.songs and point.songs != fingerprint(run.tensor_dir):
-        lines.append("Note: the songs are not the files that the checkpoint was trained on (other names or sizes).")
+    if songs_changed(point.songs, run.tensor_dir):
+        lines.append("Note: the songs have changed since the checkpoint: others, more or fewer, or in another order.")
     if point.random is None:
         lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
     if point.optimizer is None:

@@ -1,4 +1,5 @@
-"""Writes files so that an interruption leaves the old one or the new one, never half of one; reads small JSON files."""
+"""Writes files so that an interruption leaves the old one or the new one, never half of one; reads small JSON files;
+and tells regular files from what only looks like one."""
 
 from __future__ import annotations
 
@@ -81,3 +82,31 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, expected an object")
     return value
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file name is that of macOS's companion files, such as ``._model.safetensors``.
+
+    macOS writes them beside files on disks that cannot hold its attributes; they hold nothing else.
+    """
+    return name.startswith("._")
+
+
+def not_a_file(path: Path) -> str:
+    """What a path is when it is not a regular file or a link to one, "" when it is. The file is not opened."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have that name
+        return f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return ""
+    for test, kind in (
+        (stat.S_ISDIR, "folder"),
+        (stat.S_ISFIFO, "named pipe"),
+        (stat.S_ISSOCK, "socket"),
+    ):
+        if test(mode):
+            return f"is a {kind}, not a file"
+    return "is a device, not a file"

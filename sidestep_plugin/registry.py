@@ -286,7 +286,9 @@ def _find(name: str) -> Installed:
     matching = [plugin for plugin in plugins if plugin.name == name]
     if not matching:
         known = ", ".join(plugin.name for plugin in plugins) or "none"
-        raise PluginError(f"No plugin {name!r} is installed. Installed: {known}.")
+        near = difflib.get_close_matches(name.lower(), [plugin.name for plugin in plugins], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise PluginError(f"No plugin {name!r} is installed.{hint} Installed: {known}.")
     if len(matching) > 1:
         offering = " and ".join(plugin.distribution for plugin in matching)
         raise PluginError(f"Plugin {name!r} is offered by {offering}. Uninstall one of them.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import Refusal
+from .files import not_a_file
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,9 @@ class ModelFacts:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Read a model's config.json. Raises Refusal if it is missing, unreadable, or not a JSON object in UTF-8."""
+    problem = not_a_file(file)
+    if problem and file.exists():  # a named pipe would be waited for
+        raise Refusal(f"Cannot read {file}: it {problem}. Copy the model folder again.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The official models: their names, their variants, and what to generate with. Pure, and known to every room."""
+"""The official models: their names, their variants, and the settings to generate with. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Variant = Literal["turbo", "base", "sft"]
 VARIANTS: Final[tuple[Variant, ...]] = ("turbo", "base", "sft")
 
 TURBO_SHIFT: Final = 3.0
-"""Shift of the 8-step schedule in upstream's trainer, and of every turbo model but the one distilled at shift 1."""
+"""Shift of the 8-step schedule in upstream's trainer, and of every turbo model except turbo-shift1."""
 TURBO_STEPS: Final = 8
-"""Number of denoising steps that the turbo models were distilled to."""
+"""Number of denoising steps that the turbo models were distilled for."""
 
 MODEL_ALIASES: Final = {
     alias: f"acestep-v15-{alias}"
@@ -37,15 +37,20 @@ def words_of(name: str) -> list[str]:
 
 
 def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, int]:
-    """Shift and number of steps to generate with, for a variant and, of turbo models, the one of that name.
+    """Shift and number of steps to generate with, for a variant; turbo models also differ by name.
 
-    turbo-shift1 was distilled at shift 1, every other turbo model is good at 3; base and sft take 50 steps unshifted.
+    turbo-shift1 was distilled at shift 1, every other turbo model works at 3; base and sft take 50 steps at shift 1.
     """
     if variant != "turbo":
         return 1.0, 50
     return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT, TURBO_STEPS
 
 
+def member(variant: Variant, model_name: str) -> str:
+    """The variant as people know it: turbo-shift1 is a turbo model that is trained and used in its own way."""
+    return "turbo-shift1" if variant == "turbo" and "shift1" in words_of(model_name) else variant
+
+
 def guidance(variant: object) -> str:
-    """Whether to generate with classifier-free guidance: turbo is distilled to do without."""
+    """Whether to generate with classifier-free guidance: turbo is distilled to work without it."""
     return "off" if variant == "turbo" else "on"

@@ -232,7 +232,7 @@ class Faults:
                     code, said = self.train(output, kind)
                     self.counts["disk full", "trainings"] += 1
                     self.counts["disk full", f"ended with {code}"] += 1
-                    if code == 1 and not re.search(r"MB left", said):
+                    if code == 1 and not re.search(r"MB free", said):
                         self.losses.append(f"disk full: not told what to do: {said[-400:]}")
                     self.look("disk full", output)
                     subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sidestep_plugin.hooks import acestep_step_finished, note_step
-from sidestep_plugin.hooks.cfg_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks import acestep_prepare_batch, acestep_step_finished, note_step
 from sidestep_plugin.hooks.model_treatment import acestep_run_started
 from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -61,7 +60,10 @@ def on_gpu():
         run = Run("lora", None, None, defaults | {"num_inference_steps": None} | options, None, weakref.ref(model))
         acestep_run_started(run)
         step = Step(run, None, True, CUDA, torch.bfloat16)
-        batch = {"encoder_hidden_states": torch.randn(4, 7, 16, device=CUDA, dtype=torch.bfloat16)}
+        batch = {
+            "encoder_hidden_states": torch.randn(4, 7, 16, device=CUDA, dtype=torch.bfloat16),
+            "encoder_attention_mask": torch.ones(4, 7, device=CUDA),
+        }
         hooks(step, batch)  # what is made once a run is made here
         return step, batch
 
@@ -82,6 +84,15 @@ def test_a_step_stays_on_the_gpu(on_gpu, variant):
     assert watcher.crossings == []
     assert (t is None) == (variant == "turbo")
     assert bool(watcher.calls) == (variant != "turbo"), "turbo adds nothing at all"
+
+
+@pytest.mark.parametrize("variant", ["base", "turbo"])
+def test_masking_nan_stays_on_the_gpu(on_gpu, variant):
+    with FakeTensorMode():
+        step, batch = on_gpu(variant, mask_nan=True)
+        with Watcher() as watcher:
+            acestep_prepare_batch(step=step, batch=batch)
+    assert watcher.crossings == [] and watcher.calls
 
 
 def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):

@@ -89,7 +89,7 @@ def test_checking_from_the_checkouts_folder(tmp_path):
 
     done = cli("check", cwd=miniature.build(tmp_path, songs=0).root)
     assert done.returncode == 0, done.stderr
-    assert "acestep-v15-base: base" in done.stdout and "Verdict: LoRA" in done.stdout
+    assert "acestep-v15-base: base" in done.stdout and "Verdict: Compatible: LoRA" in done.stdout
 
 
 def test_only_commands_that_work_today():

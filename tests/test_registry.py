@@ -118,6 +118,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "export",
         "frozen_weights",
         "license",
+        "mask_nan",
         "num_inference_steps",
         "shift",
         "timestep_mode",

@@ -36,6 +36,7 @@ FACTS: Final = {
     "timestep_sigma": "their standard deviation, null when discrete",
     "timestep_schedule": "the discrete training timesteps, noisiest first, null when continuous",
     "cfg_ratio": "probability in [0, 1] with which a row was trained without its condition",
+    "mask_nan": "true when NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank, of a LoKr the dimension",
     "alpha": "alpha; the strength is alpha / rank",

@@ -37,7 +37,8 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     """Say whether a checkout's trainer fits, without training anything.
 
     It imports the trainer and looks at its code: every name that the plugins attach to, whether it is there, and
-    whether the trainer uses it. The exit code is 0 when a training would be right and 1 when not.
+    whether the trainer uses it. The exit code is 0 when the trainer is compatible and
+    a model is there, and 1 when not.
     """
     import dataclasses
     import logging
@@ -70,7 +71,7 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
                 click.echo(f"    {seam.status:<12}{seam.name}{reason}")
     click.echo(f"Models in {fitness.checkpoint_dir}:" + ("" if fitness.models else " none"))
     for model in fitness.models:
-        click.echo(f"    {model.name}: {model.variant or 'unknown'} ({model.evidence})")
+        click.echo(f"    {model.name}: {model.member or 'unknown'} ({model.evidence})")
     click.echo("Plugins:" + ("" if fitness.plugins else " none"))
     for plugin in fitness.plugins:
         click.echo(f"    {plugin.name} ({plugin.distribution} {plugin.version}): {plugin.error or 'loads'}")

@@ -1,34 +1,24 @@
-"""Looks at a folder of preprocessed songs before anything is loaded: what is in it, and whether it fits.
-
-A song is a ``.pt`` file with five tensors, written by upstream's preprocessing. Files are opened with
-``weights_only=True`` and mapped, so that looking at hundreds of songs reads little more than their headers.
-"""
+"""Looks at a folder of preprocessed songs before anything is loaded: which songs are in it, and what is wrong."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..errors import Refusal
-from ..files import read_json_object
-
-SONG_TENSORS: Final = {
-    "target_latents": 2,
-    "attention_mask": 1,
-    "encoder_hidden_states": 2,
-    "encoder_attention_mask": 1,
-    "context_latents": 2,
-}
-"""Tensors of a song with their number of dimensions: [T,64], [T], [L,D], [L], [T,128]."""
+from ..files import is_companion, not_a_file, read_json_object
+from .one_song import read_song
+from .values import hash_of
 
 FRAMES_A_SECOND: Final = 25
-"""Frames of ACE-Step 1.5's latents in a second of music."""
+"""Frames per second of ACE-Step 1.5's latents."""
+
+_AUDIO: Final = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".wma"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,9 @@ class Dataset:
         condition_width: D of every song's ``encoder_hidden_states [L,D]``.
         channels: channels of latents and context together, the same for every song.
         missing: entries of manifest.json for which there is no file; upstream leaves them out.
+        files: the songs' files, in the order in which they are listed.
         frames: length of all songs together, in frames of latents.
+        links: songs that are links to a file outside of the folder.
     """
 
     folder: Path
@@ -49,7 +41,9 @@ class Dataset:
     condition_width: int
     channels: int
     missing: tuple[str, ...]
+    files: tuple[Path, ...] = ()
     frames: int = 0
+    links: tuple[Path, ...] = ()
 
     @property
     def minutes(self) -> float:
@@ -73,29 +67,26 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     outside: list[str] = []
     files = list(_song_files(folder, missing, outside))
     if not files and not outside:
-        hint = f"; manifest.json names {len(missing)} that are not there" if missing else ""
-        raise Refusal(f"No songs in {folder}: expected .pt files from upstream's preprocessing{hint}.")
+        found = _instead_of_songs(folder, missing)
+        raise Refusal(f"No songs in {folder}: expected .pt files from upstream's preprocessing{found}.")
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
     widths: dict[int, list[str]] = {}
-    channels: dict[int, list[str]] = {}
-    frames = 0
+    channels = frames = 0
     for file in dict.fromkeys(files):
-        song, problem = _read_song(file)
+        song, problem = read_song(file)
         if problem:
             problems.append(f"{file.name} ({problem})")
-        else:
-            frames += song["target_latents"].shape[0] * files.count(file)
-            widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
-            both = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
-            channels.setdefault(both, []).append(file.name)
-    for what, values in (("conditions of width", widths), ("channels:", channels)):
-        usual = max(values, key=lambda value: len(values[value]), default=0)
-        problems += [
-            f"{name} ({what} {value}, most have {usual})"
-            for value in values
-            if value != usual
-            for name in values[value]
-        ]
+            continue
+        frames += song["target_latents"].shape[0] * files.count(file)
+        widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
+        channels = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
+    usual = max(widths, key=lambda width: len(widths[width]), default=0)
+    problems += [
+        f"{name} (conditions of width {width}, most have {usual})"
+        for width in widths
+        if width != usual
+        for name in widths[width]
+    ]
     duplicates = [] if allow_duplicates else _duplicates(files)
     if problems or duplicates:
         what_to_do = [
@@ -104,21 +95,15 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
         ]
         found = ", ".join(problems + duplicates)
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
-    return Dataset(folder, len(files), next(iter(widths)), next(iter(channels)), tuple(missing), frames)
-
-
-def fingerprint(folder: Path | None) -> str:
-    """A text that tells one folder of songs from another by the names and sizes of its songs; "" without a folder."""
-    if folder is None or not folder.is_dir():
-        return ""
-    songs = [(file.name, file.stat().st_size) for file in songs_in(folder)]
-    return hashlib.sha256(repr(songs).encode()).hexdigest()
+    whole = folder.resolve()
+    links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
+    return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links)
 
 
 def songs_in(folder: Path) -> list[Path]:
     """The files that a training in a folder reads: those of manifest.json, else every .pt file, sorted."""
     try:
-        return list(_song_files(folder, [], []))
+        return [file for file in _song_files(folder, [], []) if not not_a_file(file)]
     except (Refusal, OSError):
         return []
 
@@ -132,6 +117,20 @@ def made_for(folder: Path) -> str | None:
     return said if isinstance(said, str) and said else None
 
 
+def _instead_of_songs(folder: Path, missing: list[str]) -> str:
+    """The end of a sentence: what a folder without songs holds instead, and what to do."""
+    if missing:
+        return f"; manifest.json names {len(missing)} that are not there"
+    audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
+    if not audio:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(audio.items()))
+    return (
+        f", found audio ({kinds}). Preprocess it first: in ACE-Step's LoRA training tab, scan the folder under Dataset "
+        "Builder, press Preprocess, and train on the folder of .pt files that this writes"
+    )
+
+
 def _duplicates(files: list[Path]) -> list[str]:
     """Files that are there more than once, by name in the manifest or byte for byte."""
     found = [
@@ -139,23 +138,29 @@ def _duplicates(files: list[Path]) -> list[str]:
     ]
     by_size: dict[int, list[Path]] = {}
     for file in dict.fromkeys(files):
-        by_size.setdefault(file.stat().st_size, []).append(file)
-    first: dict[bytes, Path] = {}
+        if not not_a_file(file):
+            by_size.setdefault(file.stat().st_size, []).append(file)
+    first: dict[str, Path] = {}
     for alike in by_size.values():
         for file in alike if len(alike) > 1 else ():
-            with file.open("rb") as stream:
-                original = first.setdefault(hashlib.file_digest(stream, "sha256").digest(), file)
+            original = first.setdefault(hash_of(file), file)
             if original is not file:
                 found.append(f"{file.name} (the same bytes as {original.name})")
     return found
 
 
 def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
-    """Files in upstream's order of search: manifest.json's entries if there is one, else every .pt file."""
+    """What upstream would read, in its order of search: manifest.json's entries if there is one, else every .pt file.
+
+    This includes what is not a file: upstream fails on a folder ``x.pt`` and hangs on a named pipe. It leaves out
+    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well.
+    """
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt" and file.is_file())
+        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
         return
+    if problem := not_a_file(manifest):
+        raise Refusal(f"{manifest} {problem}. Delete it to use every .pt file.")
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         samples = content.get("samples", []) if isinstance(content, dict) else None
@@ -169,6 +174,8 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
         file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
         if file is None:
             missing.append(sample)
+        elif is_companion(file.name):
+            continue
         elif file.resolve().is_relative_to(whole):
             yield Path(os.path.normpath(file.absolute()))
         else:
@@ -180,27 +187,3 @@ def _is_file(file: Path) -> bool:
         return file.is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def _read_song(file: Path) -> tuple[dict[str, Any], str]:
-    """A song's tensors, mapped, and what is wrong with it ("" when nothing is)."""
-    import torch
-
-    try:
-        try:
-            song: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # only the zip format of today can be mapped
-            song = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        return {}, f"cannot be read: {type(error).__name__}"
-    if not isinstance(song, dict):
-        return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
-    for key, dimensions in SONG_TENSORS.items():
-        tensor = song.get(key)
-        if not isinstance(tensor, torch.Tensor):
-            return {}, f"no tensor {key}"
-        if tensor.dim() != dimensions:
-            return {}, f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
-        if tensor.numel() == 0:
-            return {}, f"{key} is empty"
-    return song, ""

@@ -1,4 +1,4 @@
-"""Whether songs fit a model: the widths of their tensors, and the model that they were preprocessed for."""
+"""Checks whether songs fit a model: by the widths of their tensors, and the model they were preprocessed for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .dataset import Dataset, made_for
 
 
 def check_songs(dataset: Dataset, facts: ModelFacts) -> None:
-    """Refuse songs that do not fit a model, as far as its config tells. Raises Refusal."""
+    """Refuse songs that do not fit a model, as far as its config shows. Raises Refusal."""
     _check_widths(dataset, facts)
     _check_made_for(dataset, facts)
 
@@ -19,7 +19,7 @@ def _check_widths(dataset: Dataset, facts: ModelFacts) -> None:
     if isinstance(channels, int) and dataset.channels != channels:
         raise Refusal(
             f"The songs in {dataset.folder} have {dataset.channels} channels (latents and context), {facts.name} takes "
-            f"{channels}: they were preprocessed otherwise. Preprocess them again with this model."
+            f"{channels}: they were preprocessed for another model. Preprocess them again with this one."
         )
     width = facts.config.get("encoder_hidden_size") or facts.config.get("hidden_size")
     if isinstance(width, int):
@@ -35,7 +35,7 @@ def check_width(dataset: Dataset, model: str, width: int) -> None:
 
 
 def _check_made_for(dataset: Dataset, facts: ModelFacts) -> None:
-    """Refuse songs whose conditions were made by the encoder of another family, where somebody wrote that down."""
+    """Refuse songs whose conditions come from the encoder of another family, where a file says so."""
     said = made_for(dataset.folder)
     if said is None:
         return

@@ -1,4 +1,4 @@
-"""Shares of training timesteps by band of t: ACE-Step's trainer's, the model's own law's, and what plugins draw."""
+"""How training timesteps are distributed over t: in ACE-Step's trainer, in the model's own law, and with plugins."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Distribution:
     """One distribution of t.
 
     Attributes:
-        name: whose it is.
-        shares: part of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1.
+        name: what draws it.
+        shares: share of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1.
         low, median, high: its 5 %, 50 % and 95 % quantiles.
-        values: number of values when there are only a few; None for a continuous one.
+        values: number of distinct values when there are few; None for a continuous distribution.
     """
 
     name: str
@@ -80,7 +80,7 @@ def band_of(t: float, bands: int) -> int:
 
 
 def as_text(distributions: Sequence[Distribution], *, block: str = "#") -> list[str]:
-    """Bars side by side, one line a band | block: what bars are made of, plain ASCII where nothing else shows."""
+    """Bars side by side, one line per band | block: the character of the bars, ASCII for a console without others."""
     bands = len(distributions[0].shares)
     longest = max(share for distribution in distributions for share in distribution.shares)
     head = "".join(f"{distribution.name:<{_WIDTH + 8}}" for distribution in distributions)
@@ -104,7 +104,7 @@ def as_text(distributions: Sequence[Distribution], *, block: str = "#") -> list[
 def draw(
     title: str, schedule: Sequence[float], law: tuple[float, float] | None, drawn: torch.Tensor, drawn_by: str
 ) -> Figure:
-    """A picture of the same | law: mu and sigma, drawn: a sample of t. Needs matplotlib."""
+    """A plot of the same | law: mu and sigma, drawn: a sample of t. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.2), dpi=150, layout="constrained")
@@ -142,10 +142,10 @@ def draw(
 
 
 def save_picture(figure: Figure, file: Path) -> None:
-    """Write a picture, as its name's ending says, whole or not at all. Raises OSError."""
+    """Write a plot in the format of its file extension, whole or not at all. Raises OSError."""
     from ..files import replacing
 
     kind = file.suffix.lstrip(".").lower()
     with replacing(file) as stream:
-        # Without the program's version, so that the same picture is the same file.
+        # Without the program's version, so that equal plots give equal files.
         figure.savefig(stream, format=kind, metadata={"Software": None} if kind == "png" else None)

@@ -1,7 +1,7 @@
-"""Which model is this, and what follows from it for training and for generating. Pure.
+"""Decides which variant a model is, how it is trained and what to generate with. Pure.
 
-Order of evidence: what the user says; the config file's own ``is_turbo``; a whole word of the folder's name. Without
-any, or when two of them contradict each other, nothing is guessed: the user is asked.
+Order of evidence: what the user says; ``is_turbo`` in the config file; a whole word of the folder's name. Without
+evidence, or when the config and the name contradict each other, nothing is guessed: the user is asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
-from .schedule import inference_timesteps
+from .schedule import inference_timesteps, why_no_training_law
 
 TimestepMode = Literal["discrete", "continuous"]
 
@@ -25,12 +25,12 @@ _ASK = "Say which one it is: --variant turbo, --variant base or --variant sft."
 
 @dataclass(frozen=True)
 class Decision:
-    """The variant, and how it was found.
+    """The variant and the evidence for it.
 
     Attributes:
         variant: turbo, base or sft.
-        evidence: what it was read from, for people.
-        note: a contradiction that ``--variant`` has settled, or None.
+        evidence: what it was read from, for the user.
+        note: a contradiction that ``--variant`` settled, or None.
     """
 
     variant: Variant
@@ -40,10 +40,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a model is trained, and how its adapters are meant to be played.
+    """How a model is trained, and the settings that its adapters are meant for.
 
     Attributes:
-        model_name: folder name of the model, ``""`` when unknown.
+        model_name: name of the model's folder, ``""`` when unknown.
         decision: its variant and the evidence.
         timestep_mode: "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws).
         schedule: the discrete timesteps, noisiest first; empty when continuous.
@@ -68,7 +68,7 @@ class Treatment:
 
     @property
     def is_upstreams_own(self) -> bool:
-        """Whether upstream's own sampler draws exactly this schedule, and so may as well answer itself."""
+        """Whether upstream's own sampler draws exactly this schedule, so that it can be left to do so."""
         return self.timestep_mode == "discrete" and self.schedule == inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
 
 
@@ -77,7 +77,7 @@ def decide_variant(facts: ModelFacts, said: Variant | None = None) -> Decision:
 
     Args:
         facts: what is known of the model.
-        said: the user's word (``--variant``), which wins and whose contradictions are reported.
+        said: the user's ``--variant``, which wins; contradictions with it are reported.
 
     Raises:
         Refusal: no evidence, contradicting evidence, or an ``is_turbo`` that is neither true nor false.
@@ -102,11 +102,11 @@ def decide_variant(facts: ModelFacts, said: Variant | None = None) -> Decision:
             )
             if contradicts and text
         ]
-        note = f"--variant {said} stands against {' and '.join(against)}" if against else None
+        note = f"--variant {said} contradicts {' and '.join(against)}" if against else None
         return Decision(said, f"--variant {said}", note)
 
     says_turbo, says_other = "turbo" in named, any(name != "turbo" for name in named)
-    # A tuned sft model often keeps the word of what it came from; both are trained alike.
+    # A fine-tune of sft often keeps "base" in its name; both are trained alike.
     other: Variant = "sft" if "sft" in named else "base"
     if is_turbo is None:
         if says_turbo and says_other:
@@ -134,13 +134,13 @@ def decide_treatment(
     shift: float | None = None,
     num_inference_steps: int | None = None,
 ) -> Treatment:
-    """Decide how a model is trained. ``None`` means: what the model's variant asks for.
+    """Decide how a model is trained. ``None`` means: what is right for the model's variant.
 
     Continuous timesteps and condition dropout are the models' own training (their ``forward()``), and come together;
     a turbo model on its discrete schedule has no dropout, because its 8 steps are generated without guidance.
 
     Raises:
-        Refusal: the variant cannot be told, or the config's mu and sigma are needed and missing or absurd.
+        Refusal: the variant cannot be told, or the config's mu and sigma are needed and missing or no training law.
     """
     decision = decide_variant(facts, variant)
     turbo = decision.variant == "turbo"
@@ -153,6 +153,12 @@ def decide_treatment(
             raise Refusal(
                 f"{facts.name or 'The model'} has timestep_sigma = {sigma!r} in its config, expected a number above 0 "
                 "(the official models have 1.0). Correct config.json."
+            )
+        if reason := why_no_training_law(mu, sigma):
+            raise Refusal(
+                f"{facts.name or 'The model'} has timestep_mu = {mu!r} and timestep_sigma = {sigma!r} in its config, "
+                f"which is no training law: {reason}. Expected values such as the official models' -0.4 and 1.0. "
+                "Correct config.json."
             )
     return Treatment(
         model_name=facts.name,
@@ -168,16 +174,16 @@ def decide_treatment(
 
 
 def law_of(facts: ModelFacts) -> tuple[float, float] | None:
-    """mu and sigma of the model's own training law, for every variant; None when its config lacks or garbles them."""
+    """mu and sigma of the model's own training law, for every variant; None when its config has no usable ones."""
     try:
         mu, sigma = _number(facts, "timestep_mu"), _number(facts, "timestep_sigma")
     except Refusal:
         return None
-    return (mu, sigma) if sigma > 0.0 else None
+    return (mu, sigma) if sigma > 0.0 and not why_no_training_law(mu, sigma) else None
 
 
 def _number(facts: ModelFacts, key: str) -> float:
-    # The live value is the one that the model's own forward() would use; it counts only if somebody wrote it down.
+    # The model's own forward() uses the live value, but a default of the class counts only if the file says it, too.
     value = facts.config.get(key) if facts.written is None or key in facts.written else None
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)

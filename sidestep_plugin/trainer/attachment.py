@@ -2,13 +2,15 @@
 
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
 LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, the
-learning-rate scheduler and the data loaders; and, only if the user allowed folders by name, the path guard.
+learning-rate scheduler, the data loaders and the list of songs; for memory, the engine and the gradient check; and,
+only if the user allowed folders by name, the path guard.
 Everything is checked before anything is changed. What the replacements do is in ``wrappers``.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from .wrappers.refusing import announce_construction, refuse_construction, refus
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
+from .wrappers.song_list import wrap_song_list
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training
 
@@ -355,9 +358,18 @@ class Attachment:
                 yield songs, "train_dataloader", partial(wrap_loader, Journal.epoch)
             if hasattr(songs, "val_dataloader"):
                 yield songs, "val_dataloader", partial(wrap_loader, Journal.validation)
+        songs = _song_list(trainer)
+        if songs is not None and (host.keeps_journal or self.allowed_folders):
+            yield songs, "__init__", wrap_song_list
         if self.allowed_folders:
             for module in guarded_modules(trainer):
                 yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)
+
+
+def _song_list(trainer: Any) -> Any:
+    """Upstream's dataset of preprocessed songs, None in a version that has none beside its data module."""
+    module = sys.modules.get(getattr(getattr(trainer, "PreprocessedDataModule", None), "__module__", ""))
+    return getattr(module, "PreprocessedTensorDataset", None)
 
 
 def _no_module(trainer: Any) -> UpstreamMismatch:

@@ -1,4 +1,4 @@
-"""Says whether a checkout fits: its seams, the versions that matter, its models and their variants, the plugins."""
+"""The compatibility check: a checkout's seams, the versions that matter, its models and variants, the plugins."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ..errors import Refusal, UpstreamMismatch
 from ..registry import Listing, list_plugins
 from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
+from ..variants import member
 from .checkout import import_trainer
-from .models import models_in
+from .models import download_command, models_in
 from .seams import Seam, adapter_types, examine
 
 _VERSIONS: Final = (
@@ -32,11 +33,19 @@ _NAMES: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model folder: its variant and what that was read from, or why the variant cannot be told."""
+    """A model folder.
+
+    Attributes:
+        name: the folder's name.
+        variant: turbo, base or sft; None when it is not known.
+        evidence: what the variant was read from, or why it is not known.
+        member: the variant in more words, such as turbo-shift1, which is trained on a schedule of its own.
+    """
 
     name: str
     variant: str | None
     evidence: str
+    member: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,9 @@ class Fitness:
 
     Attributes:
         root: the checkout.
-        fits: whether every kind of adapter that was asked for would be trained right.
+        fits: whether every kind of adapter that was asked for can be trained here, for which a model must be there.
         verdict: the same in a sentence.
-        seams: every seam that was looked at; empty when the trainer cannot be imported.
+        seams: every seam that was checked; empty when the trainer cannot be imported.
         versions: distribution names with versions, "not installed" for a missing one.
     """
 
@@ -62,14 +71,15 @@ class Fitness:
 
 
 def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType] = ()) -> Fitness:
-    """Look at a checkout without changing or training anything.
+    """Check a checkout without changing or training anything.
 
     Args:
         root: the folder that holds the package ``acestep``; its trainer is imported.
         checkpoints: the folder of models.
-        kinds: kinds of adapter to judge by; empty: every kind that this trainer trains.
+        kinds: kinds of adapter to check; empty: every kind that this trainer trains.
     """
     seams: list[Seam] = []
+    fitting = ""
     try:
         trainer = import_trainer(root)
         judged = list(kinds) or adapter_types(trainer) or ["lora"]
@@ -81,10 +91,17 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             verdicts.append((kind, f"{misfits[0].name}: {misfits[0].reason}" if misfits else _uninstalled(kind)))
         problems = [f"{_NAMES[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(_NAMES[kind] for kind, problem in verdicts if not problem)
-        good = [f"{fitting}: a training with --plugin sidestep would be right"] if fitting else []
+        good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
         fits, verdict = not problems, ". ".join(good + problems)
     except UpstreamMismatch as mismatch:
         fits, verdict = False, str(mismatch).removesuffix(".")
+    models = tuple(examine_model(checkpoints / name) for name in models_in(checkpoints))
+    if fits and not models:
+        fits = False
+        verdict = (
+            f"No model found in {checkpoints}, so nothing can be trained yet. Download one ({download_command()}), or "
+            f"say where yours are: --checkpoint-dir DIR. The trainer itself is compatible ({fitting})"
+        )
     return Fitness(
         root=str(root),
         fits=fits,
@@ -92,22 +109,22 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         seams=tuple(seams),
         versions=_versions(),
         checkpoint_dir=str(checkpoints),
-        models=tuple(examine_model(checkpoints / name) for name in models_in(checkpoints)),
+        models=models,
         plugins=tuple(list_plugins()),
     )
 
 
 def examine_model(folder: Path) -> FoundModel:
-    """The variant of a model folder, or why it cannot be told."""
+    """The variant of a model folder, or why it is not known."""
     try:
         decision = decide_variant(ModelFacts.from_folder(folder))
     except Refusal as refusal:
         return FoundModel(folder.name, None, str(refusal))
-    return FoundModel(folder.name, decision.variant, decision.evidence)
+    return FoundModel(folder.name, decision.variant, decision.evidence, member(decision.variant, folder.name))
 
 
 def _uninstalled(kind: AdapterType) -> str:
-    """What this kind of adapter needs and this environment lacks, "" when nothing."""
+    """What this kind of adapter needs and is not installed, "" when nothing is missing."""
     needed = {"lora": "peft", "lokr": "lycoris-lora"}[kind]
     return f"{needed} is not installed (pip install {needed})" if _version(needed) is None else ""
 

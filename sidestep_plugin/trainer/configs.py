@@ -1,4 +1,4 @@
-"""Upstream's configurations, made of the settings that a user gave; what a version has no field for is refused."""
+"""Builds upstream's configurations from the user's settings, and refuses settings that this version lacks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..run import AdapterType
+from ..run import AdapterType, ModelFacts
 from .seams import CONFIG_CLASS
 
 if TYPE_CHECKING:
     import torch
 
-# What the options are called in upstream's configurations.
+# Names of the options in upstream's configurations.
 TRAINING_FIELDS: Final = {
     "epochs": "max_epochs",
     "batch_size": "batch_size",
@@ -35,13 +35,31 @@ ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
 }
 
 
+def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts) -> None:
+    """Refuse a LoRA of a higher rank than the decoder's width, before anything is loaded.
+
+    Each layer that is trained has the decoder's width (``hidden_size``) on one of its two sides, so that no update of
+    it can have a higher rank: the rest only takes memory. A LoKr has no such bound: above some dimension, LyCORIS
+    trains full matrices.
+
+    Raises:
+        Refusal: the rank, the width and what to choose.
+    """
+    rank, width = settings.get("rank"), facts.config.get("hidden_size")
+    if kind == "lora" and isinstance(rank, int) and isinstance(width, int) and 0 < width < rank:
+        raise Refusal(
+            f"--rank {rank} is higher than {facts.name} is wide ({width}), which adds nothing to what an adapter can "
+            "learn. Choose a lower one; 8 to 128 are usual."
+        )
+
+
 def build_configs(
     module: Any, kind: AdapterType, settings: Mapping[str, Any], output_dir: Path, device: torch.device
 ) -> tuple[Any, Any]:
-    """Upstream's adapter and training configurations, with the fields that this version of it has.
+    """Upstream's adapter and training configurations, with the fields that this version has.
 
     Raises:
-        Refusal: a setting was given that this version has no field for, or a value that it refuses.
+        Refusal: this version has no field for a setting, or refuses its value.
     """
     fields = ADAPTER_FIELDS[kind]
     adapter = {fields[name]: settings[name] for name in fields if name in settings}
@@ -49,7 +67,7 @@ def build_configs(
     workers = training.get("num_workers", 0)
     precision = {"cuda": "bf16", "xpu": "bf16", "mps": "fp16"}.get(device.type, "fp32")
     ours = {
-        "num_workers": 0,  # songs are small; worker processes cost seconds an epoch on Windows
+        "num_workers": 0,  # songs are small; worker processes cost seconds per epoch on Windows
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,
         "mixed_precision": precision,

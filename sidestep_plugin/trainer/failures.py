@@ -1,4 +1,4 @@
-"""Says what to change when a training fails for want of memory, of room on the disk, or of finite numbers."""
+"""Says what to change when a training fails because memory or disk ran out, or a gradient was NaN."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _NO_NUMBERS = ("division by zero", "not finite", "non-finite")
 
 
 def advice(failure: str, training_config: Any, adapter_config: Any, output: Path) -> str:
-    """What to do about a failure that upstream reports, one or two sentences; "" for one that is not known.
+    """What to do about a failure that upstream reports, in one or two sentences; "" for an unknown failure.
 
     Args:
         failure: upstream's own words.
-        training_config, adapter_config: upstream's configurations, whose values are named.
-        output: the folder that is saved to.
+        training_config, adapter_config: upstream's configurations; the advice names their values.
+        output: the output folder.
     """
     text = failure.lower()
     if any(words in text for words in _NO_MEMORY):
@@ -26,26 +26,25 @@ def advice(failure: str, training_config: Any, adapter_config: Any, output: Path
             getattr(training_config, name, None) for name in ("batch_size", "gradient_accumulation_steps")
         )
         return (
-            f"The memory was not enough. Take a smaller --batch-size (now {batch}) with a higher "
-            f"--gradient-accumulation (now {accumulation}), a lower --rank (now {rank}), or close other programs "
-            "that use the device."
+            f"The device ran out of memory. Lower --batch-size (now {batch}) and raise --gradient-accumulation "
+            f"(now {accumulation}), lower --rank (now {rank}), or close other programs that use the device."
         )
     if any(words in text for words in _NO_ROOM):
-        return f"{room(output)} Make room there, or choose an --output-dir on another disk."
+        return f"{room(output)} Free some space, or choose an --output-dir on another disk."
     if any(words in text for words in _NO_NUMBERS):
         rate = getattr(training_config, "learning_rate", None)
         return (
-            f"The gradients were not finite numbers. Lower --learning-rate (now {rate}); if it happens at the same "
-            "song again, preprocess that song anew."
+            f"The gradients were NaN or infinite. Lower --learning-rate (now {rate}); if the same song causes "
+            "it again, preprocess that song again."
         )
     return ""
 
 
 def room(folder: Path) -> str:
-    """How much room the disk of a folder has left, as a sentence."""
+    """How much free space the disk of a folder has, as a sentence."""
     place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
         free = shutil.disk_usage(place).free
     except OSError:
-        return f"The disk of {folder} cannot be asked for its room."
-    return f"The disk of {folder} has {free / 2**20:,.0f} MB left."
+        return f"The free space on the disk of {folder} is not known."
+    return f"The disk of {folder} has {free / 2**20:,.0f} MB free."

@@ -1,7 +1,7 @@
-"""One training from the command line: checks everything that can be checked, loads the model, lets upstream train.
+"""One training from the command line: checks the request, loads the model, and lets upstream train.
 
-The order is from cheap to dear, so that a mistake is reported before minutes of loading, and nothing is written before
-every check has passed.
+Cheap checks come first, so that a mistake is reported before minutes of loading. Nothing is written before every check
+has passed.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ import inspect
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
 from ..registry import Registry
-from ..resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from ..resuming.checkpoints import begin_anew
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
+from ..songs.values import check_values
 from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
-from .configs import build_configs
-from .models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from .configs import build_configs, check_rank
+from .models import Handler, check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
-LATEST: Final = Path("latest")
+__all__ = ["LATEST", "Launch", "Request", "check_unused", "check_writable", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Request:
 
     Attributes:
         model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given; upstream's own defaults
-            hold for the rest.
-        plugins: names of plugins, none for upstream's own training.
-        wins: of two plugins that want what only one can do, the one that does it.
+        settings: training and adapter settings by option name, only those that were given; the rest have upstream's
+            defaults.
+        plugins: names of plugins; none: upstream's own training.
+        wins: the plugin that samples the timesteps when two of them could.
         options: the plugins' options, only those that were given.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
@@ -73,14 +74,14 @@ class Request:
 
 @dataclass
 class Launch:
-    """A training that has passed every check and has not begun.
+    """A training that has passed every check and has not started.
 
     Attributes:
         attachment: the attached plugins; detached when the training is over.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
-        state: upstream's control: ``state["should_stop"] = True`` ends the training after the step that is running.
+        state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
     """
 
     request: Request
@@ -107,13 +108,13 @@ class Launch:
 
     @property
     def final_adapter(self) -> Path | None:
-        """Folder of the finished adapter; None as long as upstream has not written it."""
+        """Folder of the finished adapter; None until upstream has written it."""
         final = Path(os.path.normpath(self.request.output_dir.absolute())) / FINAL
         files = (final / name for name in WEIGHT_FILES[self.request.adapter_type])
         return next((file.parent for file in files if file.is_file()), None)
 
     def save_interrupted(self) -> Path | None:
-        """Save the adapter as it is now with upstream's own function | returns its folder, None without an adapter."""
+        """Save the current adapter with upstream's own function | returns its folder, None without an adapter."""
         module = self.trainer.module
         if module is None:
             return None
@@ -133,7 +134,7 @@ def prepare(
     say: Callable[[str], None],
     extra_plugins: Callable[[], Mapping[str, object]] = dict,
 ) -> Launch:
-    """Check a request from cheap to dear, load the model, attach the plugins.
+    """Check a request, cheap checks first, then load the model and attach the plugins.
 
     Args:
         request: what the user asked for.
@@ -143,139 +144,174 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
-    # Before any of them is imported: neither transformers nor PEFT may ask the network for a local model.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
+    _stay_offline()
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     root = find_root(request.acestep_root)
+    model = _check_model(request, root, registry, options)
+    request = _check_output(request, registry, say)
+    restrict_gpus(request.device)
+    device = pick_device(request.device)
+    dataset = _check_songs(request, model)
+    upstream = _check_upstream(request, root, registry, device)
+    _check_values(dataset, upstream, options, say)
+    _announce(request, registry, root, model, device, say)
+    handler = _load(model, device, dataset)
+    return _attach(request, upstream, handler, dataset, say, extra_plugins)
+
+
+# -- the stages of prepare -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model folder that can be trained for, not loaded yet."""
+
+    folder: Path
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class _Upstream:
+    """Upstream's trainer module with the configurations made for it."""
+
+    module: Any
+    trainer_class: Any
+    adapter_config: Any
+    training_config: Any
+
+
+def _stay_offline() -> None:
+    """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
+    """Find the model folder and read its config and the headers of its weights. Raises Refusal."""
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
+    check_rank(request.adapter_type, request.settings, facts)
     check_weights(folder, facts)
     registry.call("acestep_model_chosen", facts=facts, options=options)
-    dataset_dir, output_dir = request.dataset_dir.absolute(), request.output_dir.absolute()
-    check_writable(output_dir)
-    if not registry.implements("acestep_adapter_saved") and any(output_dir.rglob("training_config.json")):
-        raise Refusal(
-            f"{output_dir} holds adapters that a plugin has described; training without it would put other weights "
-            "beside those descriptions. Choose another --output-dir."
-        )
+    return _Model(folder, facts)
+
+
+def _check_output(request: Request, registry: Registry, say: Callable[[str], None]) -> Request:
+    """Check the output folder and find the checkpoint to resume from | returns the request with it. Raises Refusal."""
+    output = request.output_dir.absolute()
+    check_writable(output)
+    if not registry.implements("acestep_adapter_saved"):
+        check_undescribed(output)
     if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
         raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
-    resumed = _resume_folder(request, registry, say)
-    request = dataclasses.replace(request, resume_from=resumed)
+    by_plugin = registry.implements("acestep_resume")
+    resumed = checkpoint_to_resume(request.resume_from, output, by_plugin=by_plugin, say=say)
     if not request.overwrite:
-        check_unused(output_dir, resumed)
-    restrict_gpus(request.device)
+        check_unused(output, resumed)
+    return dataclasses.replace(request, resume_from=resumed)
 
-    device = pick_device(request.device)
-    dataset = inspect_dataset(dataset_dir, allow_duplicates=request.allow_duplicates)
-    check_songs(dataset, facts)
+
+def _check_songs(request: Request, model: _Model) -> Dataset:
+    """Look at every song, and whether it fits the model. Raises Refusal."""
+    dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=request.allow_duplicates)
+    check_songs(dataset, model.facts)
+    return dataset
+
+
+def _check_upstream(request: Request, root: Path, registry: Registry, device: torch.device) -> _Upstream:
+    """Import upstream's trainer and make its configurations. Raises Refusal for what this version cannot do."""
+    kind = request.adapter_type
     module = import_trainer(root)
-    seams.require(module, request.adapter_type, registry.implements)
-    configs = build_configs(module, request.adapter_type, request.settings, request.output_dir, device)
+    seams.require(module, kind, registry.implements)
+    adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
-        request.adapter_type == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
+        kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
     ):
         raise Refusal(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "
             "with Lightning only. Leave --val-split out."
         )
-    arguments = inspect.signature(
-        getattr(module, seams.TRAINER_CLASS[request.adapter_type]).train_from_preprocessed
-    ).parameters
-    resumes = registry.implements("acestep_resume")
-    if resumed is not None and "resume_from" not in arguments and not resumes:
-        raise Refusal(f"This ACE-Step cannot resume a {request.adapter_type} training. Start it without --resume-from.")
+    trainer_class = getattr(module, seams.TRAINER_CLASS[kind])
+    arguments = inspect.signature(trainer_class.train_from_preprocessed).parameters
+    if request.resume_from is not None and "resume_from" not in arguments and not registry.implements("acestep_resume"):
+        raise Refusal(f"This ACE-Step cannot resume a {kind} training. Start it without --resume-from.")
+    return _Upstream(module, trainer_class, adapter_config, training_config)
 
-    if resumed is not None and not resumes:
+
+def _check_values(
+    dataset: Dataset, upstream: _Upstream, options: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Read every value of every song: slow for many songs, and quick compared with loading a model. Raises Refusal."""
+    if dataset.links and hasattr(upstream.module, "safe_path"):
+        names = ", ".join(f"{link.name} ({link.resolve()})" for link in dataset.links[:5])
+        raise Refusal(
+            f"Songs in {dataset.folder} are links to files outside of it: {names}. This ACE-Step only reads files "
+            "inside of the folder. Put the songs themselves there."
+        )
+    # An option of that name promises that a plugin zeroes such values behind the mask.
+    check_values(dataset.files, mask_nan=bool(options.get("mask_nan")), say=say)
+
+
+def _announce(
+    request: Request, registry: Registry, root: Path, model: _Model, device: torch.device, say: Callable[[str], None]
+) -> None:
+    if request.resume_from is not None and not registry.implements("acestep_resume"):
         say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
     say(f"ACE-Step: {root}")
-    say(f"Loading {folder.name} on {device} ...")
-    handler = load_model(folder, device)
-    width = getattr(getattr(handler.model, "null_condition_emb", None), "shape", (dataset.condition_width,))[-1]
-    check_width(dataset, facts.name, int(width))
+    say(f"Loading {model.folder.name} on {device} ...")
 
+
+def _load(model: _Model, device: torch.device, dataset: Dataset) -> Handler:
+    """Load the model, and compare the songs with its weights. Raises Refusal."""
+    handler = load_model(model.folder, device)
+    width = getattr(getattr(handler.model, "null_condition_emb", None), "shape", (dataset.condition_width,))[-1]
+    check_width(dataset, model.facts.name, int(width))
+    return handler
+
+
+def _attach(
+    request: Request,
+    upstream: _Upstream,
+    handler: Handler,
+    dataset: Dataset,
+    say: Callable[[str], None],
+    extra_plugins: Callable[[], Mapping[str, object]],
+) -> Launch:
+    """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
+    import torch
+
+    folders = [dataset.folder, request.output_dir.absolute()]
     attachment = attach(
-        module,
+        upstream.module,
         plugins=request.plugins,
         options=request.options,
         extra_plugins=extra_plugins(),
-        allowed_folders=[dataset_dir, output_dir, *([resumed] if resumed else [])],
+        allowed_folders=[*folders, *([request.resume_from] if request.resume_from else [])],
         announce=say,
         wins=request.wins,
     )
+    config = upstream.training_config
     try:
-        songs = _songs_upstream_sees(module, dataset)
+        songs = _songs_upstream_sees(upstream.module, dataset)
         for name in dataset.missing:
             say(f"Note: manifest.json names {name}, which is not there; upstream leaves it out.")
-        adapter_config, training_config = configs
-        import torch
-
         # The first versions of upstream's trainer never seed, later ones seed again with the same number.
-        torch.manual_seed(training_config.seed)
-        trainer = getattr(module, seams.TRAINER_CLASS[request.adapter_type])(handler, adapter_config, training_config)
+        torch.manual_seed(config.seed)
+        trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
     except BaseException:
         attachment.detach()
         raise
-    held_out = _held_out(songs, getattr(training_config, "val_split", 0.0))
+    held_out = _held_out(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil((songs - held_out) / training_config.batch_size),
-        epochs=training_config.max_epochs,
+        steps_per_epoch=math.ceil((songs - held_out) / config.batch_size),
+        epochs=config.max_epochs,
         state={"should_stop": False},
     )
-
-
-# -- small checks ----------------------------------------------------------------------------------------------------
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, by trying it and leaving no trace. Raises Refusal."""
-    made: list[Path] = []
-    try:
-        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
-            place.mkdir()
-            made.append(place)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Refusal(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from None
-    finally:
-        for place in reversed(made):
-            place.rmdir()
-
-
-def _resume_folder(request: Request, registry: Registry, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, None for a training from the start. Raises Refusal."""
-    if request.resume_from is None:
-        return None
-    if request.resume_from == LATEST:
-        folder, notes = newest_checkpoint(request.output_dir.absolute())
-        for note in notes:
-            say(note)
-        return folder
-    if registry.implements("acestep_resume"):
-        return read_checkpoint(request.resume_from.absolute()).folder
-    if not request.resume_from.is_dir():
-        raise Refusal(f"No checkpoint folder {request.resume_from}. Expected one under OUTPUT/checkpoints.")
-    return request.resume_from.absolute()
-
-
-def check_unused(output: Path, resumed: Path | None) -> None:
-    """Refuse an output folder with the adapters of another training, which would be replaced or mixed up."""
-    if resumed is not None and resumed.resolve().is_relative_to(output.resolve()):
-        return
-    found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
-    if found:
-        raise Refusal(
-            f"{output} holds adapters of another training already ({', '.join(found)}). Choose another --output-dir, "
-            "go on with that training (--resume-from latest), or let it be replaced: --overwrite."
-        )
 
 
 def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:

@@ -1,4 +1,4 @@
-"""Model folders: finding one, what can be told from its files, the device, and loading it for training."""
+"""Model folders: finds one, checks its files, picks the device, and loads the model for training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
+from ..files import is_companion, not_a_file
 from ..run import ModelFacts
 from ..variants import MODEL_ALIASES
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     import torch
 
 _WEIGHT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
-_UNQUANTIZED: Final = "Training needs the weights as they were published, in bf16 or fp32. Take that model."
+_READ: Final = frozenset({".safetensors", ".json", ".py"})
+_UNQUANTIZED: Final = "Training needs the original weights, in bf16 or fp32. Use that model."
 
 
 @dataclass
 class Handler:
-    """What upstream's trainers want of the app's handler."""
+    """The part of the app's handler that upstream's trainers use."""
 
     model: Any
     device: str
@@ -31,7 +33,7 @@ class Handler:
 
 
 def checkpoint_folder(said: Path | None, root: Path) -> Path:
-    """The folder of models: the one said, else ``$ACESTEP_CHECKPOINTS_DIR``, else ``checkpoints`` in the checkout."""
+    """The folder of models: `said`, else ``$ACESTEP_CHECKPOINTS_DIR``, else ``checkpoints`` in the checkout."""
     if said is not None:
         return said
     from_environment = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
@@ -47,7 +49,7 @@ def models_in(checkpoints: Path) -> list[str]:
 
 
 def _is_model(folder: Path) -> bool:
-    """A folder of ACE-Step's DiT: the language model and the VAE beside it have other config.json files."""
+    """Whether a folder holds ACE-Step's DiT. The language model and the VAE beside it have another kind of config."""
     config = folder / "config.json"
     try:
         return config.is_file() and re.search(r'"model_type"\s*:\s*"acestep"', config.read_text("utf-8")) is not None
@@ -68,21 +70,33 @@ def find_model(name: str, checkpoints: Path) -> Path:
     tried = " or ".join(str(candidate) for candidate in candidates)
     raise Refusal(
         f"No model {name!r}: expected the folder {tried}. Models in {checkpoints}: {found}. "
-        "Name one of them with --model, or say where they are: --checkpoint-dir DIR."
+        "Name one of them with --model, say where they are (--checkpoint-dir DIR), or get one with ACE-Step's own "
+        f"command: {download_command(name)}"
     )
 
 
+def download_command(name: str = "base") -> str:
+    """ACE-Step's command that downloads a model, for an alias or a folder's name; all of them for any other name."""
+    folder = MODEL_ALIASES.get(name, name)
+    return f"acestep-download --model {folder}" if folder in MODEL_ALIASES.values() else "acestep-download --list"
+
+
 def check_weights(folder: Path, facts: ModelFacts) -> None:
-    """Refuse quantized weights and missing weight files by their headers alone. Raises Refusal."""
+    """Refuse quantized weights, and files that cannot be read, by their headers alone. Raises Refusal."""
     from safetensors import SafetensorError, safe_open
 
+    files = [file for file in sorted(folder.iterdir()) if not is_companion(file.name)]
+    for file in files:
+        # Opening a named pipe would hang.
+        if file.suffix in _READ and (problem := not_a_file(file)):
+            raise Refusal(f"{file} {problem}. Copy the whole model folder again.")
     if facts.config.get("quantization_config") is not None:
         raise Refusal(f"{folder.name} is quantized (quantization_config in its config.json). {_UNQUANTIZED}")
     if not isinstance(facts.config.get("auto_map"), dict):
         raise Refusal(
             f"config.json of {folder.name} names no model code (auto_map). Copy the whole model folder again."
         )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (file for file in files if file.suffix == ".safetensors"):
         try:
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 - not a mapping
@@ -94,7 +108,7 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
 
 
 def pick_device(said: str) -> torch.device:
-    """The device to train on | given auto, cpu, cuda, cuda:N, mps or xpu | raises Refusal when it is not there."""
+    """The device to train on | given auto, cpu, cuda, cuda:N, mps or xpu | raises Refusal when there is none."""
     import torch
 
     present = [
@@ -113,12 +127,12 @@ def pick_device(said: str) -> torch.device:
         raise Refusal(
             f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}. Choose one of these."
         )
-    # A chosen GPU is the only visible one by now, and so the first.
+    # By now a chosen GPU is the only visible one, so it is the first.
     return torch.device(said.split(":")[0])
 
 
 def restrict_gpus(said: str) -> None:
-    """Make ``cuda:N`` the only visible GPU: upstream's trainer takes the first one it sees. Before CUDA is touched."""
+    """Make ``cuda:N`` the only visible GPU, as upstream's trainer takes the first. Call it before CUDA is used."""
     if said.startswith("cuda:"):
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
         index = int(said.partition(":")[2])
@@ -130,10 +144,10 @@ def restrict_gpus(said: str) -> None:
 
 
 def load_model(folder: Path, device: torch.device) -> Handler:
-    """Load a model folder for training, from this folder alone.
+    """Load a model folder for training, from local files only.
 
-    bf16 on cuda and xpu, fp32 elsewhere: the compute type of upstream's trainer, or wider. Only the decoder goes to
-    the device; training calls nothing else.
+    The dtype is bf16 on cuda and xpu and fp32 elsewhere: the compute dtype of upstream's trainer, or a wider one. Only
+    the decoder is moved to the device, as training calls nothing else.
 
     Raises:
         Refusal: the folder cannot be loaded, or its weights lack some of the decoder's.
@@ -156,8 +170,8 @@ def load_model(folder: Path, device: torch.device) -> Handler:
     except (Exception, SystemExit) as error:  # the model's own code may do anything
         reason = " ".join(str(error).split())
         raise Refusal(
-            f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}. Use the Python "
-            "environment in which ACE-Step runs; if it is that, download the model again."
+            f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}. Use ACE-Step's own Python "
+            "environment; if you do, download the model again."
         ) from error
     missing = sorted(loaded["missing_keys"])
     lost = [key for key in missing if key.startswith("decoder.")]
@@ -166,7 +180,7 @@ def load_model(folder: Path, device: torch.device) -> Handler:
             f"The weights of {folder.name} lack {len(lost)} tensors of the decoder ({lost[0]}, ...). Download it again."
         )
     if "null_condition_emb" in missing:
-        # transformers has filled it with random numbers; nobody may train towards those.
+        # transformers has filled it with random numbers, which must not be trained on.
         model.null_condition_emb = None
     model.eval()
     model.decoder.to(device)

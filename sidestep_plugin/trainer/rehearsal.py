@@ -1,4 +1,4 @@
-"""Asks plugins what they would decide for a model, and which timesteps they would draw, without loading the model."""
+"""Asks plugins what they would decide for a model, and which timesteps they would draw, without loading it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class _Unloaded:
-    """Stands for a model of which only config.json has been read."""
+    """Stands in for a model whose config.json has been read and whose weights have not."""
 
     def __init__(self, folder: Path, facts: ModelFacts) -> None:
         self.config = SimpleNamespace(**{**facts.config, "_name_or_path": str(folder)})
-        self.null_condition_emb = True  # whether the weights have one is seen when they are loaded
+        self.null_condition_emb = True  # whether the weights have one is checked when they are loaded
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What plugins decided.
+    """What the plugins decided.
 
     Attributes:
         run: the run as plugins see it; its model is not loaded.
@@ -38,9 +38,9 @@ class Rehearsal:
     _model: _Unloaded  # a run holds its model only weakly
 
     def timesteps(self, count: int) -> torch.Tensor | None:
-        """Draw training timesteps as the plugins do, shape [count], fp32 on the CPU; None where ACE-Step draws itself.
+        """Training timesteps as the plugins draw them, shape [count], fp32 on the CPU; None if ACE-Step draws them.
 
-        Random numbers: those of the plugin, from torch's default generator.
+        Random numbers: drawn by the plugin from torch's default generator.
         """
         import torch
 
@@ -60,7 +60,7 @@ def rehearse(
     adapter_type: AdapterType = "lora",
     training_config: Any = None,
 ) -> Rehearsal:
-    """Let plugins decide on a model folder. Raises Refusal as they do before a training."""
+    """Let plugins decide on a model folder. Raises Refusal where they would refuse a training."""
     facts = ModelFacts.from_folder(folder)
     registry.call("acestep_model_chosen", facts=facts, options=options)
     model = _Unloaded(folder, facts)

@@ -149,7 +149,7 @@ def test_metadata_options_are_only_metadata(run, tmp_path):
 def test_variant_settles_and_is_reported(run):
     result = run("--model", "base", "--variant", "turbo", *QUICK)
     assert result.exit_code == 0
-    assert "Note: --variant turbo stands against config.json: is_turbo = false" in result.output
+    assert "Note: --variant turbo contradicts config.json: is_turbo = false" in result.output
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
@@ -221,8 +221,15 @@ def test_unknown_plugin(refused):
     refused("--model", "base", plugin="nobody", says="No plugin 'nobody' is installed. Installed: .*sidestep")
 
 
+@pytest.mark.parametrize("name", ["side-step", "Sidestep", "sidstep", "side_step"])
+def test_a_plugin_of_almost_that_name(refused, name):
+    refused("--model", "base", plugin=name, says=rf"No plugin '{name}' is installed\. Did you mean sidestep\?")
+
+
 def test_missing_model_lists_what_is_there(refused):
     refused("--model", "bass", says="No model 'bass'.*acestep-v15-base, acestep-v15-sft, acestep-v15-turbo")
+    refused("--model", "bass", says="No model 'bass'.*acestep-download --list")
+    refused("--model", "xl-sft", says="No model 'xl-sft'.*acestep-download --model acestep-v15-xl-sft")
 
 
 def test_missing_dataset(refused, tmp_path):
@@ -251,6 +258,37 @@ def test_config_missing(refused, model_folder):
     folder = model_folder("acestep-v15-base")
     (folder / "config.json").unlink()
     refused("--model", folder, says="No config.json in")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "more.safetensors", "generation_config.json"])
+def test_a_named_pipe_in_a_model_folder_is_not_waited_for(refused, model_folder, name):
+    folder = model_folder("acestep-v15-base")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused("--model", folder, says=rf"{re.escape(name)}:?( it)? is a named pipe, not a file\. Copy the")
+
+
+def test_a_dead_link_in_a_model_folder(refused, model_folder, tmp_path):
+    if os.name == "nt":
+        pytest.skip("makes a symbolic link")
+    folder = model_folder("acestep-v15-base")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "gone")
+    refused("--model", folder, says=r"model\.safetensors is a link to .*gone, which is not there\. Copy")
+
+
+def test_the_companion_files_of_macos_in_a_model_folder_are_skipped(run, model_folder):
+    folder = model_folder("acestep-v15-base")
+    for name in ("._model.safetensors", "._config.json"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    result = run("--model", folder, *QUICK)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("rank", [65, 10**6, 10**18])
+def test_a_rank_beyond_the_width_of_the_model(refused, run, rank):
+    refused("--model", "base", "--rank", rank, says=rf"--rank {rank} is higher than acestep-v15-base is wide \(64\)")
 
 
 def test_undecidable_variant(refused, model_folder):
@@ -377,6 +415,12 @@ def test_an_empty_folder_name(refused):
     refused("--model", "base", says="folder's name is empty", output_dir="")
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="every name of a file is text there")
+def test_an_output_folder_whose_name_is_not_utf8(refused, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/music-\xff/output")
+    refused("--model", "base", says=r"music-\\udcff/output is not UTF-8.*Choose another folder", output_dir=folder)
+
+
 def test_a_name_that_is_too_long(refused):
     refused("--model", "x" * 300, says="File name too long")
 
@@ -400,7 +444,48 @@ def test_songs_that_are_links_out_of_the_folder(refused, checkout, trainer, tmp_
         pytest.skip("this checkout has no path guard")
     (tmp_path / "songs").mkdir()
     (tmp_path / "songs" / "song.pt").symlink_to(next(checkout.tensors.glob("*.pt")))
-    refused("--model", "base", says="ACE-Step cannot read the songs|train on", dataset_dir=tmp_path / "songs")
+    refused(
+        "--model",
+        "base",
+        says=r"links to files outside of it: song\.pt .*Put the songs themselves there",
+        dataset_dir=tmp_path / "songs",
+    )
+
+
+def test_songs_with_nan(refused, run, checkout, tmp_path):
+    import torch
+
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    song = torch.load(songs / "song_02.pt", weights_only=True)
+    song["encoder_hidden_states"][-1], song["encoder_attention_mask"][-1] = float("nan"), 0
+    torch.save(song, songs / "song_02.pt")
+    says = r"only in rows that the mask hides: song_02\.pt \(encoder_hidden_states row \d+\).*--mask-nan"
+    refused("--model", "base", says=says, dataset_dir=songs)
+    refused("--model", "base", says=says, dataset_dir=songs, plugin=None)
+    assert "Loading" not in run("--model", "base", dataset_dir=songs).output, "the model is not loaded for that"
+    result = run("--model", "base", "--mask-nan", *QUICK, dataset_dir=songs)
+    assert result.exit_code == 0, result.output
+    assert "NaN: set to zero in rows that the mask hides, in 1 of 6 songs (--mask-nan)" in result.output
+
+
+def test_a_named_pipe_among_the_songs(refused, checkout, tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("makes a named pipe")
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    (songs / "manifest.json").unlink(missing_ok=True)
+    os.mkfifo(songs / "song_09.pt")
+    refused("--model", "base", says=r"song_09\.pt \(is a named pipe, not a file\)", dataset_dir=songs)
+
+
+@pytest.mark.parametrize("plugin", ["sidestep", None])
+def test_the_companion_files_of_macos_are_not_trained_on(run, checkout, tmp_path, plugin):
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    (songs / "manifest.json").unlink(missing_ok=True)
+    for number in range(1, 7):
+        (songs / f"._song_{number:02}.pt").write_bytes(b"\x00\x05\x16\x07")
+    result = run("--model", "base", *QUICK, dataset_dir=songs, plugin=plugin)
+    assert result.exit_code == 0, result.output
+    assert "step 6/6" in result.output, "6 songs, 2 a batch, 2 epochs"
 
 
 def test_songs_with_other_channels(refused, model_folder):
@@ -484,7 +569,7 @@ def test_a_training_that_runs_out_of_memory_is_saved_and_told_what_to_change(run
     result = run("--model", "base", *QUICK)
     assert result.exit_code == 1, result.output
     assert "CUDA out of memory" in result.stderr
-    assert re.search(r"smaller --batch-size \(now 2\).*--gradient-accumulation.*--rank \(now 4\)", result.stderr)
+    assert re.search(r"Lower --batch-size \(now 2\).*--gradient-accumulation.*--rank \(now 4\)", result.stderr)
     assert "Saved as it was after 4 training steps" in result.output
     assert "--resume-from latest" in result.stderr
     monkeypatch.undo()
@@ -509,7 +594,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
     result = run("--model", "base", "--adapter-type", kind, *QUICK)
     assert result.exit_code == 0, result.output
     assert re.search(
-        r"Warning: .*epoch_1.* could not be saved: .*No space left.* MB left\. The training goes on", result.output
+        r"Warning: .*epoch_1.* could not be saved: .*No space left.* MB free\. The training goes on", result.output
     )
     assert "Checkpoint saved at epoch 1" not in result.output, "upstream does not know better"
     assert not [*(tmp_path / "output" / "checkpoints").glob("epoch_1*")]
@@ -528,7 +613,7 @@ def test_a_disk_that_is_full_for_the_finished_adapter_is_a_failure(run, monkeypa
     monkeypatch.setattr(attaching, "published", full)
     result = run("--model", "base", *QUICK)
     assert result.exit_code == 1
-    assert re.search(r"No space left.* MB left\. Make room there, or choose an --output-dir", result.stderr)
+    assert re.search(r"No space left.* MB free\. Free some space, or choose an --output-dir", result.stderr)
     # What could not become the finished adapter is there to go on from.
     assert [*(tmp_path / "output" / "checkpoints").glob("epoch_2*")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -16,7 +17,8 @@ from sidestep_plugin.hooks.resume_training import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl
 from sidestep_plugin.resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
-from sidestep_plugin.songs.dataset import fingerprint, songs_in
+from sidestep_plugin.songs.dataset import songs_in
+from sidestep_plugin.songs.fingerprint import fingerprint
 from sidestep_plugin.trainer import seams
 
 KINDS = ("lora", "lokr")
@@ -283,12 +285,42 @@ def test_other_songs_of_the_same_number_are_told(job, checkout, tmp_path):
     job("whole", max_epochs=3)
     songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
     job("again", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
-    assert not any("songs are not the files" in line for line in job.said)
+    assert not any("songs have changed since the checkpoint" in line for line in job.said)
     (songs / "song_01.pt").rename(songs / "song_99.pt")
     if (songs / "manifest.json").is_file():
         (songs / "manifest.json").unlink()
     job("other", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
-    assert any("songs are not the files" in line for line in job.said)
+    assert any("songs have changed since the checkpoint" in line for line in job.said)
+
+
+def test_songs_replaced_by_others_of_the_same_names_and_sizes_are_told(job, checkout, tmp_path):
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    job("whole", max_epochs=3, songs=songs)
+    file = songs / "song_01.pt"
+    size, song = file.stat().st_size, torch.load(file, weights_only=True)
+    song["target_latents"] += 1.0
+    torch.save(song, file)
+    assert file.stat().st_size == size
+    job("again", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
+    assert any("songs have changed since the checkpoint" in line for line in job.said)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_checkpoint_with_the_fingerprint_of_an_earlier_version(job, checkout, tmp_path, renamed):
+    """Its songs were told by names and sizes: no false alarm, and a true one as before."""
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+    job("whole", max_epochs=3, songs=songs)
+    file = next(checkpoint_of(job.output / "whole", 3).rglob("resume_state.pt"))
+    state = torch.load(file, weights_only=False)
+    assert state["songs"].startswith("content-1:")
+    found = [(song.name, song.stat().st_size) for song in songs_in(songs)]
+    state["songs"] = hashlib.sha256(repr(found).encode()).hexdigest()
+    torch.save(state, file)
+    if renamed:
+        (songs / "song_01.pt").rename(songs / "song_99.pt")
+        (songs / "manifest.json").unlink(missing_ok=True)
+    job("again", max_epochs=3, resume_from=checkpoint_of(job.output / "whole", 3), songs=songs)
+    assert any("songs have changed since the checkpoint" in line for line in job.said) == renamed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,7 +351,7 @@ def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monk
         job("spoilt", **settings)
     except AssertionError:
         assert "division by zero" in job.said[-1], job.said
-        assert "The gradients were not finite numbers. Lower --learning-rate" in job.said[-1]
+        assert "The gradients were NaN or infinite. Lower --learning-rate" in job.said[-1]
         assert any("Saved as it was after 6 training steps" in line for line in job.said)
         monkeypatch.undo()
         job("spoilt", resume_from=job.output / "spoilt" / "interrupted", **settings)

@@ -9,27 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from song_files import a_song, save
 
 from sidestep_plugin import Refusal
-from sidestep_plugin.songs.dataset import SONG_TENSORS, inspect_dataset, made_for
-
-
-def a_song(width=8, **changed):
-    song = {
-        "target_latents": torch.zeros(10, 64),
-        "attention_mask": torch.ones(10),
-        "encoder_hidden_states": torch.zeros(4, width),
-        "encoder_attention_mask": torch.ones(4),
-        "context_latents": torch.zeros(10, 128),
-        "metadata": {"caption": "a song"},
-    }
-    return {key: value for key, value in {**song, **changed}.items() if value is not None}
-
-
-def save(folder, name="a.pt", song=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(a_song() if song is None else song, folder / name)
-    return folder
+from sidestep_plugin.songs.dataset import inspect_dataset, made_for, songs_in
+from sidestep_plugin.songs.one_song import SONG_TENSORS
 
 
 def write_manifest(folder, content):
@@ -43,14 +27,15 @@ def test_every_song_of_a_folder_is_counted(tmp_path):
     for name in ("a.pt", "b.pt", "ü c.pt"):
         save(tmp_path, name)
     (tmp_path / "notes.txt").write_text("no song")
-    (tmp_path / "folder.pt").mkdir()
     dataset = inspect_dataset(tmp_path)
     assert (dataset.folder, dataset.songs, dataset.condition_width, dataset.missing) == (tmp_path, 3, 8, ())
 
 
 def test_songs_of_different_lengths_fit_together(tmp_path):
     save(tmp_path, "a.pt")
-    save(tmp_path, "b.pt", a_song(target_latents=torch.zeros(3, 64), encoder_hidden_states=torch.zeros(9, 8)))
+    frames = {"target_latents": torch.zeros(3, 64), "attention_mask": torch.ones(3)}
+    conditions = {"encoder_hidden_states": torch.zeros(9, 8), "encoder_attention_mask": torch.ones(9)}
+    save(tmp_path, "b.pt", a_song(**frames, **conditions, context_latents=torch.zeros(3, 128)))
     assert inspect_dataset(tmp_path).songs == 2
 
 
@@ -58,6 +43,13 @@ def test_songs_of_different_lengths_fit_together(tmp_path):
 def test_songs_of_every_floating_type_fit(dtype, tmp_path):
     song = {key: value.to(dtype) if key in SONG_TENSORS else value for key, value in a_song().items()}
     assert inspect_dataset(save(tmp_path, song=song)).condition_width == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("mask", ["attention_mask", "encoder_attention_mask"])
+def test_masks_of_every_type_fit(mask, dtype, tmp_path):
+    """ACE-Step writes masks of latents in the type of the latents, and masks of conditions as bool or int64."""
+    assert inspect_dataset(save(tmp_path, song=a_song(**{mask: a_song()[mask].to(dtype)}))).songs == 1
 
 
 def test_songs_in_the_format_of_old_torch_fit(tmp_path):
@@ -215,6 +207,33 @@ def test_a_tensor_of_other_dimensions_is_shown(key, dimensions, tmp_path):
         inspect_dataset(save(tmp_path, song=a_song(**{key: wrong})))
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"context_latents": torch.zeros(7, 128)}, "context_latents has 7 rows, expected 10 as in target_latents"),
+        ({"attention_mask": torch.ones(9)}, "attention_mask has 9 rows, expected 10 as in target_latents"),
+        (
+            {"encoder_attention_mask": torch.ones(5)},
+            "encoder_attention_mask has 5 rows, expected 4 as in encoder_hidden_states",
+        ),
+        ({"attention_mask": torch.zeros(10)}, "attention_mask is 0 everywhere, expected 1"),
+        ({"encoder_attention_mask": torch.zeros(4).bool()}, "encoder_attention_mask is 0 everywhere, expected 1"),
+        ({"target_latents": torch.zeros(10, 64).bool()}, "target_latents is bool, expected float32, float16"),
+        ({"context_latents": torch.zeros(10, 128).char()}, "context_latents is int8, expected float32, float16"),
+        ({"encoder_hidden_states": torch.zeros(4, 8).cfloat()}, "encoder_hidden_states is complex64, expected float"),
+        ({"encoder_attention_mask": torch.ones(4).cfloat()}, "encoder_attention_mask is complex64, expected float"),
+        ({"target_latents": torch.zeros(10, 64).to_sparse()}, "target_latents is sparse float32, expected float32"),
+        ({"target_latents": torch.zeros(10, 65)}, r"target_latents has shape \[10, 65\], expected 64 channels"),
+        ({"context_latents": torch.zeros(10, 65)}, r"context_latents has shape \[10, 65\], expected 128 channels"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_tensors_that_do_not_belong_together_are_named(changed, says, tmp_path):
+    save(tmp_path, "good.pt")
+    with pytest.raises(Refusal, match=rf": bad\.pt \({says}.*\)\. Preprocess"):
+        inspect_dataset(save(tmp_path, "bad.pt", a_song(**changed)))
+
+
 def test_songs_of_different_widths_are_refused_by_name(tmp_path):
     for name, width in (("a.pt", 8), ("b.pt", 16), ("c.pt", 8)):
         save(tmp_path, name, a_song(width))
@@ -235,6 +254,62 @@ def test_of_many_bad_songs_every_one_is_named(tmp_path):
     with pytest.raises(Refusal) as refused:
         inspect_dataset(tmp_path)
     assert all(f"{i}.pt (cannot be read" in str(refused.value) for i in range(8))
+
+
+# -- what is no file -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_named_like_a_song_is_named(tmp_path):
+    save(tmp_path)
+    (tmp_path / "b.pt").mkdir()
+    with pytest.raises(Refusal, match=r": b\.pt \(is a folder, not a file\)\."):
+        inspect_dataset(tmp_path)
+    assert [file.name for file in songs_in(tmp_path)] == ["a.pt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+def test_a_named_pipe_is_named_and_never_opened(tmp_path):
+    save(tmp_path)
+    os.mkfifo(tmp_path / "b.pt")
+    with pytest.raises(Refusal, match=r": b\.pt \(is a named pipe, not a file\)\."):
+        inspect_dataset(tmp_path)
+    (tmp_path / "b.pt").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(Refusal, match=r"manifest\.json is a named pipe, not a file\. Delete it"):
+        inspect_dataset(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes symbolic links")
+def test_links_are_told_apart(tmp_path):
+    save(tmp_path / "elsewhere")
+    data = save(tmp_path / "data", "a.pt", a_song(context_latents=torch.ones(10, 128)))
+    (data / "b.pt").symlink_to(tmp_path / "elsewhere" / "a.pt")
+    assert inspect_dataset(data).links == (data / "b.pt",)
+    (data / "c.pt").symlink_to(data / "a.pt")
+    assert inspect_dataset(data, allow_duplicates=True).links == (data / "b.pt",)
+    (data / "c.pt").unlink()
+    (data / "c.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(Refusal, match=r": c\.pt \(is a link to .*gone\.pt, which is not there\)\."):
+        inspect_dataset(data)
+
+
+def test_the_companion_files_of_macos_are_no_songs(tmp_path):
+    save(tmp_path)
+    (tmp_path / "._a.pt").write_bytes(b"\x00\x05\x16\x07")
+    assert [file.name for file in songs_in(tmp_path)] == ["a.pt"]
+    assert inspect_dataset(tmp_path).songs == 1
+    write_manifest(tmp_path, {"samples": ["a.pt", "._a.pt"]})
+    assert inspect_dataset(tmp_path).songs == 1
+
+
+def test_a_folder_of_audio_is_told_how_to_become_songs(tmp_path):
+    for name in ("a.wav", "b.WAV", "c.mp3", "cover.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        Refusal, match=r"No songs in .*: .*, found audio \(1 \.mp3, 2 \.wav\).*Preprocess it first"
+    ) as told:
+        inspect_dataset(tmp_path)
+    assert "Dataset Builder" in str(told.value)
 
 
 # -- what must never happen ------------------------------------------------------------------------------------------

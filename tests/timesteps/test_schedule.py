@@ -12,6 +12,7 @@ from sidestep_plugin.timesteps.schedule import (
     inference_timesteps,
     logit_normal,
     max_of_two_logit_normal_cdf,
+    max_of_two_logit_normal_quantile,
     shift_warp,
 )
 
@@ -151,6 +152,13 @@ def test_the_law_rises_everywhere_with_the_density_of_a_maximum(t):
 @pytest.mark.parametrize(("t", "probability"), [(-1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (2.0, 1.0)])
 def test_the_law_is_nothing_up_to_data_and_everything_from_noise(t, probability):
     assert max_of_two_logit_normal_cdf(t, -0.4, 1.0) == probability
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [(-0.4, 1.0), (1.5, 0.3), (0.0, 4.0)])
+@pytest.mark.parametrize("part", [0.01, 0.05, 0.5, 0.95, 0.99])
+def test_the_quantile_is_the_inverse_of_the_law(part, mu, sigma):
+    t = max_of_two_logit_normal_quantile(part, mu, sigma)
+    assert max_of_two_logit_normal_cdf(t, mu, sigma) == pytest.approx(part, abs=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])

@@ -3,6 +3,7 @@
 Distributions are tested at fixed seeds, and every such test is shown to reject what it is meant to reject.
 """
 
+import dataclasses
 import weakref
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 from sidestep_plugin.hooks import acestep_options, acestep_run_started
+from sidestep_plugin.hooks.model_treatment import NAME, treatment_of
 from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
 
 from sidestep_plugin.options import resolve_options
@@ -111,8 +113,16 @@ def test_validation_is_sampled_like_training():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_parameters_stay_between_data_and_noise(dtype):
-    t = torch.cat([sample(a_step(mu=mu, sigma=3.0), 1000, dtype) for mu in (-20.0, 20.0)])
+    """Laws like these are refused before a training; the sampler itself does not rely on that."""
+
+    def extreme(mu):
+        step = a_step()
+        step.run.state[NAME] = dataclasses.replace(treatment_of(step.run), mu=mu, sigma=3.0)
+        return sample(step, 1000, dtype)
+
+    t = torch.cat([extreme(mu) for mu in (-20.0, 20.0)])
     assert ((t >= 0.0) & (t <= 1.0)).all()
+    assert t.min() < 1e-3 and t.max() > 0.99
 
 
 @pytest.mark.parametrize("option", [{"shift": 7.0}, {"num_inference_steps": 3}, {"cfg_ratio": 0.0}])

@@ -7,7 +7,7 @@ import pytest
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.run import ModelFacts, read_config
-from sidestep_plugin.timesteps.treatment import decide_treatment, decide_variant
+from sidestep_plugin.timesteps.treatment import decide_treatment, decide_variant, law_of
 
 SHIFT_3 = (1.0, 0.955, 0.9, 0.833, 0.75, 0.643, 0.5, 0.3)
 SHIFT_1 = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
@@ -205,6 +205,32 @@ def test_a_missing_mu_or_sigma_stops_even_if_the_config_class_has_a_default(key)
 def test_a_sigma_that_is_not_positive_stops(sigma):
     with pytest.raises(Refusal, match=r"timestep_sigma = .*expected a number above 0"):
         decide_treatment(facts_of("acestep-v15-base", timestep_sigma=sigma))
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "says"),
+    [
+        (30.0, 1.0, "100 % of its timesteps are within 0.001 of 1"),
+        (-200.0, 1.0, "100 % of its timesteps are within 0.001 of 0"),
+        (1e300, 1.0, "100 % of its timesteps are within 0.001 of 1"),
+        (-1.7e308, 5e-324, "100 % of its timesteps are within 0.001 of 0"),
+        (-0.4, 1e300, "100 % of its timesteps are within 0.001 of 0 or 1"),
+        (1.7e308, 1.7e308, "of its timesteps are within 0.001 of"),
+        (-0.4, 1e-300, "its timesteps are all about 0.401"),
+        (0.0, 0.01, "its timesteps are all about 0.501"),
+    ],
+)
+def test_a_law_that_no_model_was_trained_with_stops(mu, sigma, says):
+    facts = facts_of("acestep-v15-base", timestep_mu=mu, timestep_sigma=sigma)
+    with pytest.raises(Refusal, match=rf"which is no training law: .*{says}.*Correct config\.json"):
+        decide_treatment(facts)
+    assert law_of(facts) is None
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [(-0.4, 1.0), (0.0, 0.1), (3.0, 1.0), (-3.0, 1.0), (0.0, 5.0), (1.5, 2.0)])
+def test_laws_that_are_only_unusual_are_the_models_own(mu, sigma):
+    treatment = decide_treatment(facts_of("acestep-v15-base", timestep_mu=mu, timestep_sigma=sigma))
+    assert (treatment.mu, treatment.sigma) == (mu, sigma)
 
 
 def test_whole_numbers_are_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,21 @@ def test_a_checkout_that_fits(check, checkout, trainer):
     assert "found       sample_discrete_timestep" in result.output
     assert "acestep-v15-sft: sft (config.json: is_turbo = false" in result.output
     assert "sidestep (sidestep-plugin" in result.output
-    assert "Verdict: LoRA" in result.output.splitlines()[-1]
+    assert "acestep-v15-turbo-shift1: turbo-shift1 (config.json: is_turbo = true" in result.output
+    assert "acestep-v15-turbo: turbo (config.json" in result.output
+    assert re.search(
+        r"^Verdict: Compatible: LoRA( and LoKr)? can be trained with --plugin sidestep\.$",
+        result.output.splitlines()[-1],
+    )
+
+
+def test_no_model_at_all_is_said_and_what_to_do(check, checkout, trainer, tmp_path):
+    result = check("--acestep-root", checkout.root, "--checkpoint-dir", tmp_path)
+    verdict = result.output.splitlines()[-1]
+    assert result.exit_code == 1
+    assert verdict.startswith(f"Verdict: No model found in {tmp_path}")
+    assert "acestep-download --model acestep-v15-base" in verdict and "--checkpoint-dir DIR" in verdict
+    assert "The trainer itself is compatible (LoRA" in verdict
 
 
 def test_json_holds_the_same(check, checkout, trainer):
@@ -43,6 +58,8 @@ def test_json_holds_the_same(check, checkout, trainer):
     assert fitness["fits"] is True and fitness["versions"]["torch"]
     assert {seam["status"] for seam in fitness["seams"]} == {"found"}
     assert {model["name"]: model["variant"] for model in fitness["models"]}["acestep-v15-xl-base"] == "base"
+    assert {model["name"]: model["variant"] for model in fitness["models"]}["acestep-v15-turbo-shift1"] == "turbo"
+    assert {model["name"]: model["member"] for model in fitness["models"]}["acestep-v15-turbo-shift1"] == "turbo-shift1"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ TRAINING = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, learning
 @pytest.mark.parametrize(
     ("failure", "says"),
     [
-        ("CUDA out of memory. Tried to allocate 2.00 GiB", r"smaller --batch-size (now 4)"),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", r"Lower --batch-size (now 4)"),
         ("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory", "--rank (now 64)"),
-        ("[Errno 28] No space left on device: 'x'", "MB left. Make room there"),
-        ("PytorchStreamWriter failed writing file data/0: file write failed", "MB left. Make room there"),
-        ("Error while serializing: I/O error: No space left on device (os error 28)", "MB left. Make room there"),
-        ("Training failed: float division by zero", "not finite numbers. Lower --learning-rate (now 0.5)"),
-        ("Non-finite gradients (3/4)", "not finite numbers. Lower --learning-rate (now 0.5)"),
+        ("[Errno 28] No space left on device: 'x'", "MB free. Free some space"),
+        ("PytorchStreamWriter failed writing file data/0: file write failed", "MB free. Free some space"),
+        ("Error while serializing: I/O error: No space left on device (os error 28)", "MB free. Free some space"),
+        ("Training failed: float division by zero", "gradients were NaN or infinite. Lower --learning-rate (now 0.5)"),
+        ("Non-finite gradients (3/4)", "gradients were NaN or infinite. Lower --learning-rate (now 0.5)"),
     ],
 )
 def test_what_is_known_is_explained(failure, says, tmp_path):
