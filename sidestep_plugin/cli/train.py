@@ -246,7 +246,7 @@ def run_training(request: Request) -> None:
     with terminated_like_ctrl_c():
         launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
-    with launch.attachment, interruptible(launch, progress) as interrupted:
+    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():

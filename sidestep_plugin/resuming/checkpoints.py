@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.facts import read_training_config
-from ..adapters.staging import settle_below
 from ..adapters.weights_file import read_weights_file
 from ..errors import Refusal
 from ..files import replacing
@@ -207,14 +206,13 @@ def _began(output: Path) -> float:
 
 
 def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint below an output folder, and a line for each newer one that is not whole.
+    """The newest complete checkpoint below an output folder, and a line for each newer one that is not complete.
 
-    What a killed program left unfinished in there is put in order first.
+    Only looks. Whoever holds the folder's lock calls :func:`..adapters.staging.settle_below` first.
 
     Raises:
         Refusal: there is none.
     """
-    settle_below(output)
     notes: list[str] = []
     began = _began(output)
     for folder in sorted(_checkpoints_in(output), key=_saved_at, reverse=True):

@@ -2,7 +2,7 @@
 
 Upstream's loops cannot start in the middle: there is no such argument for a LoKr or without Lightning, and a LoRA's
 weights are not restored. So a resumed run goes through upstream's own loop from its first epoch. Until it reaches the
-checkpoint, no song is read and no model is called: each step returns the loss that was recorded, so upstream's counters,
+checkpoint, no song is read and no model is called: each step returns the loss that was recorded, so that counters,
 curves and learning rate come out as they were. Then weights, optimizer state, pending gradients and random states are
 restored, and the next step is the one that would have followed.
 """

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.staging import settle_below
 from ..errors import Refusal
 from ..registry import Registry
 from ..resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from ..resuming.lock import OutputLock
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
@@ -28,6 +30,7 @@ from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
 from .configs import build_configs
+from .current import CommandLine, command_line
 from .models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
@@ -77,7 +80,9 @@ class Launch:
 
     Attributes:
         attachment: the attached plugins; detached when the training is over.
+        lock: the lock of the output folder; released by whoever asked for the launch.
         trainer: upstream's LoRATrainer or LoKRTrainer.
+        latest: whether the checkpoint to resume from was chosen as the newest one.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the step that is running.
@@ -85,11 +90,13 @@ class Launch:
 
     request: Request
     attachment: Attachment
+    lock: OutputLock
     trainer: Any
     dataset: Dataset
     steps_per_epoch: int
     epochs: int
     state: dict[str, Any]
+    latest: bool
 
     @property
     def total_steps(self) -> int:
@@ -103,7 +110,19 @@ class Launch:
             begin_anew(request.output_dir.absolute())
         if request.resume_from is not None:
             arguments["resume_from"] = str(request.resume_from)
-        yield from self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
+        running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
+        try:
+            while True:
+                token = command_line.set(CommandLine(self.lock, self.latest))
+                try:
+                    report = next(running, None)
+                finally:
+                    command_line.reset(token)
+                if report is None:
+                    return
+                yield report
+        finally:
+            running.close()
 
     @property
     def final_adapter(self) -> Path | None:
@@ -143,6 +162,17 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
+    lock = OutputLock(request.output_dir.absolute())
+    try:
+        return _prepared(request, lock, say, extra_plugins)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _prepared(
+    request: Request, lock: OutputLock, say: Callable[[str], None], extra_plugins: Callable[[], Mapping[str, object]]
+) -> Launch:
     # Before any of them is imported: neither transformers nor PEFT may ask the network for a local model.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -156,6 +186,9 @@ def prepare(
     registry.call("acestep_model_chosen", facts=facts, options=options)
     dataset_dir, output_dir = request.dataset_dir.absolute(), request.output_dir.absolute()
     check_writable(output_dir)
+    lock.acquire()
+    if lock.warning is not None:
+        say(lock.warning)
     if not registry.implements("acestep_adapter_saved") and any(output_dir.rglob("training_config.json")):
         raise Refusal(
             f"{output_dir} holds adapters that a plugin has described; training without it would put other weights "
@@ -163,6 +196,7 @@ def prepare(
         )
     if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
         raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
+    latest = request.resume_from == LATEST
     resumed = _resume_folder(request, registry, say)
     request = dataclasses.replace(request, resume_from=resumed)
     if not request.overwrite:
@@ -223,11 +257,13 @@ def prepare(
     return Launch(
         request=request,
         attachment=attachment,
+        lock=lock,
         trainer=trainer,
         dataset=dataset,
         steps_per_epoch=math.ceil((songs - held_out) / training_config.batch_size),
         epochs=training_config.max_epochs,
         state={"should_stop": False},
+        latest=latest,
     )
 
 
@@ -255,6 +291,7 @@ def _resume_folder(request: Request, registry: Registry, say: Callable[[str], No
     if request.resume_from is None:
         return None
     if request.resume_from == LATEST:
+        settle_below(request.output_dir.absolute())
         folder, notes = newest_checkpoint(request.output_dir.absolute())
         for note in notes:
             say(note)

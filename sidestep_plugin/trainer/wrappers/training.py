@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import PluginError, Refusal
 from ...resuming.journal import Journal
+from ...resuming.lock import OutputLock
 from ...run import AdapterType, ResumePoint, Run
 from ..answers import described
-from ..current import Training, running_training
+from ..checkout import place_of
+from ..current import Training, command_line, running_training
 from ..failures import advice
 from .ending import saved_after, summed_up
 from .loaders import epoch_finished
@@ -47,26 +50,44 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
         run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
-        try:
-            host.start(run)
-            point = _point(host, run, resume_from) if resume_from and host.resumes else None
-        except Refusal as refusal:
-            host.refusal = refusal
-            yield 0, 0.0, f"❌ {refusal}"
-            return
-        if point is not None:
-            call.arguments.pop("resume_from", None)
-        journal = None
-        if host.keeps_journal:
-            each = getattr(run.training_config, "gradient_accumulation_steps", 0)
-            journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
-            journal.epoch_finished = partial(epoch_finished, host, trainer)
-            run.epoch_losses = journal.loss_by_epoch
-            host.journals[run] = journal
-        state = call.arguments.get("training_state")
-        yield from _followed(host, Training(run, trainer, journal), original(*call.args, **call.kwargs), state)
+        with ExitStack() as ending:
+            try:
+                _lock_output(host, run, ending)
+                host.start(run)
+                point = _point(host, run, resume_from) if resume_from and host.resumes else None
+            except Refusal as refusal:
+                host.refusal = refusal
+                yield 0, 0.0, f"❌ {refusal}"
+                return
+            if point is not None:
+                call.arguments.pop("resume_from", None)
+            training = Training(run, trainer, _journal(host, run, trainer, point))
+            state = call.arguments.get("training_state")
+            yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
+
+
+def _lock_output(host: Host, run: Run, ending: ExitStack) -> None:
+    """Lock the output folder until the training ends; the command line has done so already. Raises Refusal."""
+    if command_line.get() is not None or not host.registry.names:
+        return
+    lock = ending.enter_context(OutputLock(place_of(host.trainer, str(run.training_config.output_dir))))
+    lock.acquire()
+    if lock.warning is not None:
+        host.announce(lock.warning)
+
+
+def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> Journal | None:
+    """The record of a run; None when no plugin needs one."""
+    if not host.keeps_journal:
+        return None
+    each = getattr(run.training_config, "gradient_accumulation_steps", 0)
+    journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
+    journal.epoch_finished = partial(epoch_finished, host, trainer)
+    run.epoch_losses = journal.loss_by_epoch
+    host.journals[run] = journal
+    return journal
 
 
 def _followed(
