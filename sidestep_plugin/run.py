@@ -166,6 +166,8 @@ class ResumePoint:
         parameters: the trained tensors themselves, where the file's are computed from them (LyCORIS multiplies its
             scalar into them); None where they are the same.
         songs: fingerprint of the songs that it was trained on, "" when unknown.
+        save_number: counts the saves in an output folder, from 1: the newest checkpoint is the one with the highest; 0
+            when it was not recorded.
         lines: what the user should know about going on from here.
     """
 
@@ -183,6 +185,7 @@ class ResumePoint:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: list[torch.Tensor] | None = None
     songs: str = ""
+    save_number: int = 0
     lines: tuple[str, ...] = ()
 
     @property

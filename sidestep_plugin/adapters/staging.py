@@ -101,6 +101,15 @@ def settle_below(folder: Path) -> None:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
 
+def remove_save(folder: Path) -> None:
+    """Remove what trainers and plugins have saved in a folder, and the folder unless something else is in it."""
+    for place in (folder / "adapter", folder):
+        for name in sorted(_WEIGHTS | _BESIDE_WEIGHTS):
+            (place / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def _keep_the_rest(old: Path, folder: Path) -> None:
     """Move what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
     replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}

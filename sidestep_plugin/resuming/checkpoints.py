@@ -7,6 +7,8 @@ belong to it. Both are read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.facts import read_training_config
 from ..adapters.weights_file import read_weights_file
 from ..errors import Refusal
-from ..files import replacing
+from ..files import read_json_object, replacing
 from ..run import ResumePoint
 
 if TYPE_CHECKING:
@@ -28,7 +30,16 @@ UPSTREAMS_FILE: Final = "training_state.pt"
 SCHEMA_VERSION: Final = 1
 
 _WEIGHTS: Final = ("adapter/adapter_model.safetensors", "adapter_model.safetensors", "lokr_weights.safetensors")
-_BEGAN: Final = ".training_began"
+ASIDE: Final = "overwritten"
+"""Folder below the output folder into which the checkpoints of an overwritten training are moved."""
+
+BEGAN: Final = ".training_began"
+"""File with the time at which a training was overwritten; earlier versions wrote it, and no save numbers."""
+
+FINISHED: Final = ".training_finished"
+"""File that says after how many epochs the training in a folder was finished, and what its newest save was then."""
+
+_UNREADABLE: Final = 2**63
 _BUFFER: Final = 2**20
 
 
@@ -75,6 +86,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
         "songs": point.songs,
+        "save_number": point.save_number,
         "optimizer": None if upstreams else point.optimizer,
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
@@ -95,10 +107,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     if not folder.is_dir():
         raise Refusal(f"No checkpoint folder {folder}. Expected one under OUTPUT/checkpoints, or the word latest.")
-    if folder.name == "adapter" and not _is_checkpoint(folder) and _is_checkpoint(folder.parent):
+    if folder.name == "adapter" and not is_checkpoint(folder) and is_checkpoint(folder.parent):
         folder = folder.parent
-    if not _is_checkpoint(folder):
-        hint = " It holds others: --resume-from latest takes the newest." if any(_checkpoints_in(folder)) else ""
+    if not is_checkpoint(folder):
+        hint = " It holds others: --resume-from latest takes the newest." if any(checkpoints_in(folder)) else ""
         raise Refusal(
             f"{folder} is no checkpoint: it has neither {STATE_FILE} nor {UPSTREAMS_FILE}, without which a training "
             f"can only begin anew.{hint}"
@@ -146,9 +158,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             weights=tensors,
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
+            save_number=state.get("save_number", 0),
         )
         wrong = _wrong_in(point)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         wrong = repr(error)
     if wrong:
         raise _incomplete(folder, f"what was saved of the training cannot be understood ({wrong})")
@@ -185,24 +198,12 @@ def _wrong_in(point: ResumePoint) -> str:
         "optimizer": point.optimizer is None or state_dict(point.optimizer),
         "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
         "songs": isinstance(point.songs, str),
+        "save_number": isinstance(point.save_number, int) and 0 <= point.save_number < _UNREADABLE,
     }
     wrong = ", ".join(name for name, right in checks.items() if not right)
     if not wrong and point.losses is not None and len(point.losses) != point.epochs * (length or 0) + point.steps:
         wrong = f"{len(point.losses)} losses for {point.epochs} epochs of {length} steps and {point.steps} steps"
     return wrong
-
-
-def begin_anew(output: Path) -> None:
-    """Note that a new training begins in an output folder: checkpoints that are there already are another's."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _BEGAN).write_text(f"{time.time()}\n", encoding="utf-8")
-
-
-def _began(output: Path) -> float:
-    try:
-        return float((output / _BEGAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
 
 
 def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
@@ -215,8 +216,9 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     """
     notes: list[str] = []
     began = _began(output)
-    for folder in sorted(_checkpoints_in(output), key=_saved_at, reverse=True):
-        if _saved_at(folder) < began:
+    for folder in sorted(checkpoints_in(output), key=_order, reverse=True):
+        number, saved_at = _order(folder)
+        if number == 0 and saved_at < began:
             notes.append(f"Note: {folder.name} and what is older is of the training that --overwrite replaced.")
             break
         try:
@@ -225,31 +227,78 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
             notes.append(f"Note: skipped {folder.name}. {refusal}")
             continue
         return folder, notes
+    if finished_epochs(output) is not None:
+        raise Refusal(
+            f"The training in {output} is finished and left no checkpoint to resume from. Choose another --output-dir, "
+            "or train anew with --overwrite."
+        )
+    if any(checkpoints_in(output / ASIDE)):
+        notes.append(f"Note: {output / ASIDE} holds those of the training that --overwrite replaced.")
     found = f": {' '.join(notes)}" if notes else "."
     raise Refusal(f"No checkpoint to resume from in {output}{found} Start without --resume-from.")
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def newest_save_number(output: Path) -> int:
+    """The highest number of a save in an output folder; 0 when there is none with a number."""
+    return max((number for number, _ in map(_order, checkpoints_in(output)) if number < _UNREADABLE), default=0)
+
+
+def write_finished(output: Path, epochs: int) -> None:
+    """Note that the training in an output folder has saved its final adapter. Raises OSError."""
+    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output)})
+    with replacing(output / FINISHED) as stream:
+        stream.write(content.encode("utf-8"))
+
+
+def finished_epochs(output: Path) -> int | None:
+    """After how many epochs the training in an output folder was finished; None when it went on after that."""
+    try:
+        content = read_json_object(output / FINISHED)
+    except (OSError, ValueError):
+        return None
+    epochs, number = content.get("epochs"), content.get("save_number")
+    return epochs if isinstance(epochs, int) and number == newest_save_number(output) else None
+
+
+def _began(output: Path) -> float:
+    try:
+        return float((output / BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds the state of a training."""
     return (folder / STATE_FILE).is_file() or (folder / UPSTREAMS_FILE).is_file()
 
 
-def _checkpoints_in(output: Path) -> Iterator[Path]:
+def checkpoints_in(output: Path) -> Iterator[Path]:
     """Folders of one training that hold a state: below its output folder, and below ``checkpoints`` there."""
     for pattern in ("*/", "checkpoints/*/"):
         for folder in sorted(output.glob(pattern)):
-            if not folder.name.startswith(".") and _is_checkpoint(folder):
+            if not folder.name.startswith(".") and is_checkpoint(folder):
                 yield folder
 
 
-def _saved_at(folder: Path) -> float:
-    """When a checkpoint was saved: as it says itself, for a copy has another date."""
+def _order(folder: Path) -> tuple[int, float]:
+    """The larger, the newer: the number of the save, which no clock can change.
+
+    Checkpoints without a number, of earlier versions and of upstream alone, are older than any with one. Among themselves
+    only a time can tell: the one that the checkpoint says itself, because a copy has another, else that of its file. One
+    that cannot be read comes first, so that it is not left out in silence.
+    """
     file = folder / STATE_FILE
-    try:
-        return float(_load(file)["saved_at"])
-    except (Refusal, KeyError, TypeError, ValueError):
-        # Cut off, or made by upstream alone: as far as the disk knows.
-        file = file if file.is_file() else folder / UPSTREAMS_FILE
-        return file.stat().st_mtime
+    if file.is_file():
+        try:
+            state = _load(file)
+        except Refusal:
+            return _UNREADABLE, file.stat().st_mtime
+        if isinstance(number := state.get("save_number"), int) and 0 < number < _UNREADABLE:
+            return number, 0.0
+        if isinstance(saved_at := state.get("saved_at"), int | float) and math.isfinite(saved_at):
+            return 0, float(saved_at)
+    file = file if file.is_file() else folder / UPSTREAMS_FILE
+    return 0, file.stat().st_mtime
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Journal:
         device: where the run computes.
         point: the checkpoint to resume from; None for a run from the start.
         accumulation: training steps per optimizer step; 0 when unknown.
+        saves: number of the newest save in the output folder.
 
     Attributes:
         scheduler: upstream's learning-rate scheduler, once it is made; it knows the optimizer.
@@ -39,7 +40,9 @@ class Journal:
         lines: messages for the user since the last look.
     """
 
-    def __init__(self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0, saves: int = 0
+    ) -> None:
         self.device = device
         self.scheduler: Any = None
         self.finished = self.unsaved = self.ending = self.summed_up = False
@@ -51,6 +54,7 @@ class Journal:
         self._epochs_begun = self._in_epoch = 0
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
+        self._saves = saves
         self._accumulation = accumulation
         self._optimizer_steps = 0
         self._warned_accumulation = False
@@ -90,7 +94,7 @@ class Journal:
         }
 
     def here(self, run: Run, *, failed: bool = False) -> ResumePoint | None:
-        """The run's position; None before its first step, and where too little is known of upstream.
+        """The run's position, to be saved; None before its first step, and where too little is known of upstream.
 
         Args:
             failed: the newest step failed, so the gradients that it left are unusable.
@@ -102,6 +106,7 @@ class Journal:
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
+        self._saves += 1
         trained = trained_tensors(self.scheduler)
         gradients = [None if weight.grad is None else weight.grad.detach() for weight in trained]
         return ResumePoint(
@@ -117,6 +122,7 @@ class Journal:
             scheduler=self.scheduler.state_dict(),
             optimizer_class=type(self.scheduler.optimizer).__name__,
             parameters=[weight.detach() for weight in trained] if run.adapter_type == "lokr" else None,
+            save_number=self._saves,
         )
 
     # -- recording ---------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.staging import settle_below
 from ..errors import Refusal
 from ..registry import Registry
-from ..resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
 from ..resuming.lock import OutputLock
+from ..resuming.overwriting import Overwriting
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
@@ -106,10 +107,12 @@ class Launch:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
         request = self.request
         arguments: dict[str, Any] = {"training_state": self.state}
-        if request.overwrite and request.resume_from is None:
-            begin_anew(request.output_dir.absolute())
         if request.resume_from is not None:
             arguments["resume_from"] = str(request.resume_from)
+        overwriting = None
+        if request.overwrite and request.resume_from is None:
+            overwriting = Overwriting(request.output_dir.absolute())
+            yield from _as_reports(overwriting.begin())
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
@@ -119,8 +122,12 @@ class Launch:
                 finally:
                     command_line.reset(token)
                 if report is None:
-                    return
+                    break
                 yield report
+                if overwriting is not None and report[2].startswith("💾"):
+                    yield from _as_reports(overwriting.saved())
+            if overwriting is not None:
+                yield from _as_reports(overwriting.end())
         finally:
             running.close()
 
@@ -267,6 +274,10 @@ def _prepared(
     )
 
 
+def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:
+    return ((0, 0.0, line) for line in lines)
+
+
 # -- small checks ----------------------------------------------------------------------------------------------------
 
 
@@ -304,14 +315,14 @@ def _resume_folder(request: Request, registry: Registry, say: Callable[[str], No
 
 
 def check_unused(output: Path, resumed: Path | None) -> None:
-    """Refuse an output folder with the adapters of another training, which would be replaced or mixed up."""
+    """Refuse an output folder with the adapters of an earlier training, which would be replaced or mixed up."""
     if resumed is not None and resumed.resolve().is_relative_to(output.resolve()):
         return
     found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
     if found:
         raise Refusal(
-            f"{output} holds adapters of another training already ({', '.join(found)}). Choose another --output-dir, "
-            "go on with that training (--resume-from latest), or let it be replaced: --overwrite."
+            f"{output} already holds the adapters of a training ({', '.join(found)}). Choose another --output-dir, resume "
+            "that training with --resume-from latest, or replace it with --overwrite."
         )
 
 

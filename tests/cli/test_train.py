@@ -423,7 +423,9 @@ def test_songs_made_for_another_encoder(refused, checkout, tmp_path):
 def test_the_adapters_of_another_training_are_not_replaced_unasked(run, refused, tmp_path):
     assert run("--model", "base", *QUICK).exit_code == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
-    refused("--model", "base", *QUICK, says="holds adapters of another training.*--resume-from latest.*--overwrite")
+    refused(
+        "--model", "base", *QUICK, says="already holds the adapters of a training .*--resume-from latest.*--overwrite"
+    )
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
     assert run("--model", "base", "--overwrite", "--seed", "8", *QUICK).exit_code == 0
     final = tmp_path / "output" / "final" / "adapter" / "adapter_model.safetensors"

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from sidestep_plugin.hooks.resume_training import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
+from sidestep_plugin.resuming.overwriting import Overwriting
 from sidestep_plugin.songs.dataset import fingerprint, songs_in
 from sidestep_plugin.trainer import seams
 
@@ -421,6 +422,11 @@ def test_a_state_that_does_not_hang_together_is_refused(job):
         {"losses": state["losses"].tolist()},
         {"losses": state["losses"].long()},
         {"epochs": "three"},
+        {"epochs": float("inf")},
+        {"epochs": float("nan")},
+        {"steps": float("-inf")},
+        {"save_number": float("inf")},
+        {"save_number": "2"},
         {"steps": None},
         {"steps_per_epoch": "3"},
         {"schema_version": 99},
@@ -457,7 +463,7 @@ def test_latest_is_the_newest_that_is_whole(job):
 
 def test_the_checkpoints_of_a_training_that_was_replaced_are_not_its_successors(job):
     job("whole")
-    begin_anew(job.output / "whole")
+    Overwriting(job.output / "whole").begin()
     with pytest.raises(Refusal, match="of the training that --overwrite replaced"):
         newest_checkpoint(job.output / "whole")
     job("whole", max_epochs=3)

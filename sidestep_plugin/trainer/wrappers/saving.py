@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
+from ...resuming.checkpoints import write_finished
 from ...resuming.weights import check_finite
 from ...run import AdapterType, SavedAdapter
 from ..checkout import place_of
@@ -73,6 +75,10 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             return said
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
+            epochs = getattr(run.training_config, "max_epochs", None)
+            if final and host.resumes and isinstance(epochs, int):
+                with suppress(OSError):  # then a resumed run only goes through the last epochs again
+                    write_finished(folder.parent, epochs)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
     return save
