@@ -283,9 +283,9 @@ def checkpoints_in(output: Path) -> Iterator[Path]:
 def _order(folder: Path) -> tuple[int, float]:
     """The larger, the newer: the number of the save, which no clock can change.
 
-    Checkpoints without a number, of earlier versions and of upstream alone, are older than any with one. Among themselves
-    only a time can tell: the one that the checkpoint says itself, because a copy has another, else that of its file. One
-    that cannot be read comes first, so that it is not left out in silence.
+    Checkpoints of earlier versions and of upstream alone have no number and are older than any with one. Only a time
+    can order them can tell: the one in the checkpoint, because a copy has another, else that of its file. One that cannot be
+    read comes first, so that it is not left out in silence.
     """
     file = folder / STATE_FILE
     if file.is_file():

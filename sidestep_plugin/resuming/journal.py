@@ -56,7 +56,7 @@ class Journal:
         self._epoch_random: dict[str, Any] | None = None
         self._saves = saves
         self._accumulation = accumulation
-        self._optimizer_steps = 0
+        self._optimizer_steps = self._optimizer_steps_before = 0
         self._warned_accumulation = False
 
     # -- the position ------------------------------------------------------------------------------------------------
@@ -80,6 +80,13 @@ class Journal:
     def computed(self) -> int:
         """Training steps that this run has computed itself."""
         return len(self._losses) - (self._replayed if self._replay is None else self._replay.walked)
+
+    @property
+    def learned(self) -> bool:
+        """Whether this run has made an optimizer step: without one the adapter is what it was at the start."""
+        if self.scheduler is None:
+            return self.computed > max(1, self._accumulation)
+        return self.computed > 0 and int(self.scheduler.last_epoch) > self._optimizer_steps_before
 
     def loss_by_epoch(self) -> dict[int, float]:
         """Mean loss of every whole epoch with known losses, including those of earlier runs. Waits for the GPU."""
@@ -197,6 +204,7 @@ class Journal:
         assert replay is not None
         self._replayed, self._unknown = replay.walked, replay.unknown
         self.lines += replay.restore(run, self.scheduler)
+        self._optimizer_steps_before = int(self.scheduler.last_epoch)
         run.steps = run.resumed_at = len(self._losses)
 
     def _look_at_accumulation(self) -> None:

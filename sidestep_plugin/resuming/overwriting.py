@@ -44,8 +44,8 @@ class Overwriting:
         if number == 0:
             return []
         return [
-            f"Note: --overwrite: {number} checkpoints of the training before were moved to {self._output / ASIDE}. They "
-            "are removed when this training saves its first."
+            f"Note: --overwrite: {number} checkpoints of the earlier training were moved to {self._output / ASIDE}. "
+            "They are removed once this training has saved one."
         ]
 
     def saved(self) -> list[str]:
@@ -75,7 +75,7 @@ class Overwriting:
         self._moved.clear()
         _remove_empty(self._output / ASIDE)
         return (
-            ["Note: nothing was saved, so the checkpoints of the training before are back in place."] if number else []
+            ["Note: nothing was saved, so the checkpoints of the earlier training are back in place."] if number else []
         )
 
 

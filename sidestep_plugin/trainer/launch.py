@@ -321,8 +321,8 @@ def check_unused(output: Path, resumed: Path | None) -> None:
     found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
     if found:
         raise Refusal(
-            f"{output} already holds the adapters of a training ({', '.join(found)}). Choose another --output-dir, resume "
-            "that training with --resume-from latest, or replace it with --overwrite."
+            f"{output} already holds the adapters of a training ({', '.join(found)}). Choose another --output-dir, "
+            "resume that training with --resume-from latest, or replace it with --overwrite."
         )
 
 

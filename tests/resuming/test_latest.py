@@ -1,4 +1,4 @@
-"""Which checkpoint ``--resume-from latest`` takes, whatever the clock says, and what ``--overwrite`` leaves of others."""
+"""Which checkpoint ``--resume-from latest`` takes, whatever the clock says, and what ``--overwrite`` leaves."""
 
 from __future__ import annotations
 

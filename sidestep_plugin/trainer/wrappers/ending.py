@@ -25,6 +25,8 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
     run, trainer, journal = training.run, training.trainer, training.journal
     if journal is None or not host.resumes or journal.finished or journal.catching_up or not journal.computed:
         return []
+    if failed and not journal.learned:  # the adapter is what it was at the start
+        return []
     module, save, checkpoint = trainer.module, *SAVE_FUNCTIONS[run.adapter_type]
     point = journal.here(run, failed=failed)
     folder = Path(run.training_config.output_dir) / INTERRUPTED

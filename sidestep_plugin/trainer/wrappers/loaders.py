@@ -38,11 +38,32 @@ def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) 
                 f"Plugin {plugin!r} returned {described(entries)} from acestep_epoch_finished, expected numbers "
                 "and tensors by name."
             )
+        for name, value in entries.items():
+            if (wrong := _not_loggable(name, value)) is not None:
+                raise PluginError(
+                    f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
+                    "finite values, by name."
+                )
         for logger, (name, value) in product(loggers, entries.items()):
             if isinstance(value, int | float):
                 logger.log_metrics({name: value}, epoch)
             elif hasattr(logger.experiment, "add_histogram"):
                 logger.experiment.add_histogram(name, value, epoch)
+
+
+def _not_loggable(name: Any, value: Any) -> str | None:
+    """What keeps an entry out of upstream's log; None for a number and a tensor that has a histogram."""
+    import torch
+
+    if not isinstance(name, str):
+        return f"an entry named {name!r}"
+    if isinstance(value, int | float):
+        return None
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.numel() == 0:
+        return f"{name!r} as {described(value)}"
+    if not bool(value.isfinite().all()):
+        return f"{name!r} as {described(value)} with values that are not finite"
+    return None
 
 
 def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:

@@ -63,14 +63,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 return
             if point is not None:
                 if (epochs := _finished(host, run)) is not None:
-                    yield (
-                        0,
-                        0.0,
-                        (
-                            f"✅ This training is finished after {epochs} epochs; nothing was changed. To train on, say more "
-                            "--epochs."
-                        ),
-                    )
+                    done = f"✅ This training is finished after {epochs} epochs; nothing was changed."
+                    yield 0, 0.0, f"{done} To train on, ask for more --epochs."
                     return
                 call.arguments.pop("resume_from", None)
             training = Training(run, trainer, _journal(host, run, trainer, point))
