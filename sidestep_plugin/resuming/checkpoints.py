@@ -1,8 +1,8 @@
-"""What a checkpoint's folder holds so that a training can go on from it, and finding the newest one that is whole.
+"""What a checkpoint's folder stores so that a training can be resumed, and which checkpoint is the newest complete one.
 
-Upstream writes the adapter and ``training_state.pt`` (optimizer, learning rate). Beside them goes
-``resume_state.pt``: how far the training was, its losses, its random states, and sizes and checksums of the files that
-belong to it. Both are read with ``weights_only=True``.
+Upstream writes the adapter and ``training_state.pt`` (optimizer, learning rate). This adds ``resume_state.pt``: the
+position in the training, losses, random states, and sizes and checksums of the files that belong to it. Both are read
+with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _BUFFER: Final = 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole.
+    """A complete checkpoint.
 
     Attributes:
         folder: its folder.
-        point: the place in the training.
-        facts: its ``training_config.json``; None when it has none, as those that upstream alone made.
-        alone: whether upstream alone made it.
+        point: the position in the training.
+        facts: its ``training_config.json``; None without one, as when upstream saved it without the plugin.
+        alone: whether upstream saved it without the plugin.
     """
 
     folder: Path
@@ -61,9 +61,9 @@ class Checkpoint:
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
-    """Write what resuming needs beside an adapter that was saved into a folder | returns the file.
+    """Write what resuming needs beside an adapter that was just saved | returns the file.
 
-    The optimizer's and scheduler's states go into it only where upstream has not written them itself.
+    The states of optimizer and scheduler are included only if upstream has not written them itself.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -97,10 +97,10 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's folder, or the ``adapter`` folder in it, and make sure that it is whole.
+    """Read a checkpoint's folder, or the ``adapter`` folder in it, and check that it is complete.
 
     Raises:
-        Refusal: it is no checkpoint, something of it is missing or cut off, or it is of a newer version of this.
+        Refusal: it is not a checkpoint, something is missing or damaged, or a newer version of this package saved it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -110,10 +110,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if folder.name == "adapter" and not is_checkpoint(folder) and is_checkpoint(folder.parent):
         folder = folder.parent
     if not is_checkpoint(folder):
-        hint = " It holds others: --resume-from latest takes the newest." if any(checkpoints_in(folder)) else ""
+        hint = " It holds checkpoints: --resume-from latest takes the newest." if any(checkpoints_in(folder)) else ""
         raise Refusal(
-            f"{folder} is no checkpoint: it has neither {STATE_FILE} nor {UPSTREAMS_FILE}, without which a training "
-            f"can only begin anew.{hint}"
+            f"{folder} is not a checkpoint: it has neither {STATE_FILE} nor {UPSTREAMS_FILE}, so no training can be "
+            f"resumed from it. Choose a folder under OUTPUT/checkpoints.{hint}"
         )
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
@@ -124,8 +124,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise _incomplete(folder, f"{STATE_FILE} has no version that is a number")
     if state.get("schema_version", 1) != SCHEMA_VERSION:
         raise Refusal(
-            f"{folder / STATE_FILE} is of version {state['schema_version']}, this is version {SCHEMA_VERSION}. "
-            "Resume it with the sidestep-plugin that made it, or a newer one."
+            f"{folder / STATE_FILE} has version {state['schema_version']}, expected {SCHEMA_VERSION}. Resume it with "
+            "the sidestep-plugin that saved it, or a newer one."
         )
     files = state.get("files", {})
     for name, expected in files.items() if isinstance(files, dict) else ():
@@ -164,12 +164,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         wrong = repr(error)
     if wrong:
-        raise _incomplete(folder, f"what was saved of the training cannot be understood ({wrong})")
+        raise _incomplete(folder, f"what was saved of the training is unusable ({wrong})")
     return Checkpoint(folder, point, read_training_config(weights.parent), alone)
 
 
 def _wrong_in(point: ResumePoint) -> str:
-    """What of a point that was read cannot be used, "" when nothing."""
+    """What is unusable in a point that was read; "" when nothing is."""
     import torch
 
     def numbers(value: Any) -> bool:
@@ -219,7 +219,7 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     for folder in sorted(checkpoints_in(output), key=_order, reverse=True):
         number, saved_at = _order(folder)
         if number == 0 and saved_at < began:
-            notes.append(f"Note: {folder.name} and what is older is of the training that --overwrite replaced.")
+            notes.append(f"Note: {folder.name} and older ones are of the training that --overwrite replaced.")
             break
         try:
             read_checkpoint(folder)
@@ -273,7 +273,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints_in(output: Path) -> Iterator[Path]:
-    """Folders of one training that hold a state: below its output folder, and below ``checkpoints`` there."""
+    """Folders of one training that hold a state: in its output folder and in ``checkpoints`` there."""
     for pattern in ("*/", "checkpoints/*/"):
         for folder in sorted(output.glob(pattern)):
             if not folder.name.startswith(".") and is_checkpoint(folder):
@@ -284,7 +284,7 @@ def _order(folder: Path) -> tuple[int, float]:
     """The larger, the newer: the number of the save, which no clock can change.
 
     Checkpoints of earlier versions and of upstream alone have no number and are older than any with one. Only a time
-    can order them can tell: the one in the checkpoint, because a copy has another, else that of its file. One that cannot be
+    can order them: the one in the checkpoint, because a copy has another, else that of its file. One that cannot be
     read comes first, so that it is not left out in silence.
     """
     file = folder / STATE_FILE
@@ -306,7 +306,7 @@ def _load(file: Path) -> dict[str, Any]:
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise _incomplete(file.parent, f"{file.name} cannot be read ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise _incomplete(file.parent, f"{file.name} holds a {type(content).__name__}, expected a dictionary")
@@ -314,7 +314,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _sum_of(file: Path) -> list[int]:
-    """Size in bytes and CRC-32 of a file; of weights without their header, into which people write titles."""
+    """Size in bytes and CRC-32 of a file; for weights without the header, into which people write titles."""
     size = checksum = 0
     start = read_weights_file(file).data_start if file.suffix == ".safetensors" else 0
     with file.open("rb") as stream:
@@ -325,4 +325,6 @@ def _sum_of(file: Path) -> list[int]:
 
 
 def _incomplete(folder: Path, why: str) -> Refusal:
-    return Refusal(f"The checkpoint {folder} is not complete: {why}. Resume from another one: --resume-from latest.")
+    return Refusal(
+        f"The checkpoint {folder} is not complete: {why}. Resume from another one, as with --resume-from latest."
+    )

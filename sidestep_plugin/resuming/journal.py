@@ -37,7 +37,8 @@ class Journal:
         ending: whether the run has stopped or failed and is being saved as it is.
         summed_up: whether plugins were asked for their summary.
         epoch_finished: called with run, number and mean loss after the last step of every epoch that was computed.
-        lines: messages for the user since the last look.
+        lines: messages for the user since the last look, unless :attr:`say` takes them.
+        say: takes each message for the user as soon as there is one.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Journal:
         self.finished = self.unsaved = self.ending = self.summed_up = False
         self.epoch_finished: Callable[[Run, int, float], None] | None = None
         self.lines: list[str] = []
+        self.say: Callable[[str], None] = self.lines.append
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()
@@ -203,7 +205,8 @@ class Journal:
         replay, self._replay = self._replay, None  # its tensors are not needed any more
         assert replay is not None
         self._replayed, self._unknown = replay.walked, replay.unknown
-        self.lines += replay.restore(run, self.scheduler)
+        for line in replay.restore(run, self.scheduler):
+            self.say(line)
         self._optimizer_steps_before = int(self.scheduler.last_epoch)
         run.steps = run.resumed_at = len(self._losses)
 
@@ -220,7 +223,7 @@ class Journal:
         self._optimizer_steps = done
         if self._accumulation and self._in_epoch % self._accumulation and not self._warned_accumulation:
             self._warned_accumulation = True
-            self.lines.append(
+            self.say(
                 "⚠️ ACE-Step carries gradients over from one epoch to the next: "
                 f"{self._steps_per_epoch} steps per epoch are not divisible by --gradient-accumulation "
                 f"{self._accumulation}. Choose one that divides them."

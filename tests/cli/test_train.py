@@ -409,7 +409,13 @@ def test_songs_with_other_channels(refused, model_folder):
 
 def test_a_folder_that_is_no_checkpoint(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused("--model", "base", "--resume-from", tmp_path / "empty", says="is no checkpoint.*can only begin anew")
+    refused(
+        "--model",
+        "base",
+        "--resume-from",
+        tmp_path / "empty",
+        says="is not a checkpoint.*no training can be resumed from it",
+    )
     refused("--model", "base", "--resume-from", tmp_path / "gone", says="No checkpoint folder")
     refused("--model", "base", "--resume-from", "latest", says="No checkpoint to resume from in .*Start without")
 
@@ -453,6 +459,7 @@ def test_resume_from_latest(run, require_kind, tmp_path, kind):
     )
     assert "step 12/12, epoch 4/4" in result.output
     assert "step 3/12" not in result.output, "steps that were done are counted again"
+    assert result.output.index("✅ Resumed: ") < result.output.index("step 9/12, epoch 3/4")
 
 
 def test_resuming_with_another_rank_is_refused_before_training(run, tmp_path):
@@ -567,7 +574,7 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     seen = in_a_terminal([*COMMAND, "demo", "--dir", tmp_path / "demo"], [], cwd=tmp_path, width=120)
     assert seen.code == 0
     assert "12/12" in seen.text
-    assert re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", seen.text)
+    assert re.search(r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed", seen.text)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")

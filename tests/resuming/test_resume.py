@@ -409,7 +409,7 @@ def test_whatever_is_cut_off_or_missing_is_refused(job, kind, tmp_path):
                     continue  # the zip format's own matter
             else:
                 damaged.write_bytes(content[: len(content) // 2 if damage == "cut off" else 0])
-            with pytest.raises(Refusal, match=r"not complete|is no checkpoint"):
+            with pytest.raises(Refusal, match=r"not complete|is not a checkpoint"):
                 read_checkpoint(copy)
 
 
@@ -475,8 +475,8 @@ def test_what_is_not_a_checkpoint_says_so(job, tmp_path):
     job("whole", max_epochs=3)
     for folder, says in (
         (tmp_path / "nowhere", "No checkpoint folder"),
-        (job.output / "whole", "It holds others: --resume-from latest"),
-        (job.output / "whole" / "final", "without which a training"),
+        (job.output / "whole", "It holds checkpoints: --resume-from latest"),
+        (job.output / "whole" / "final", "no training can be resumed from it"),
     ):
         with pytest.raises(Refusal, match=says):
             read_checkpoint(folder)

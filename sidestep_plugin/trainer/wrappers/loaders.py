@@ -1,4 +1,4 @@
-"""The loaders of songs: the journal counts their passes, and a resumed run walks over those that are done."""
+"""The data loaders: the journal counts their epochs, and a resumed run goes through recorded ones without reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let every pass of a loader that upstream makes go by way of `passes`, one of the journal's."""
+    """Route every pass of a loader that upstream makes through `passes`, a method of the journal."""
 
     @wraps(original)
     def loader(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Cal
 
 
 def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
-    """Put what plugins return of an epoch into upstream's log. Raises Refusal."""
+    """Write what plugins return for an epoch to upstream's log. Raises Refusal."""
     loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
     for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
         if not isinstance(entries, Mapping):
@@ -67,9 +67,9 @@ def _not_loggable(name: Any, value: Any) -> str | None:
 
 
 def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:
-    """Let every pass through a DataLoader go by way of `passes`, which is given its own iterator and its length.
+    """Route every pass of a DataLoader through `passes`, which is given the loader's own iterator and its length.
 
-    The loader stays what it is, a DataLoader of upstream's: Lightning looks at it closely.
+    The loader stays an instance of upstream's class: Lightning inspects it closely.
     """
     own = type(loader)
 

@@ -1,4 +1,4 @@
-"""The save functions: what upstream writes appears whole, with what plugins add, or not at all."""
+"""The save functions: what upstream writes, and what plugins add, appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         except Exception as error:
             if journal is None or journal.ending or final:
                 raise
-            # Hours of training do not end because a disk is full: an earlier checkpoint is there, or a later one.
+            # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
             journal.unsaved = True
             host.announce(f"Warning: {folder} could not be saved: {error}. {room(folder)} The training goes on.")
             return said
@@ -85,7 +85,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:
-    """The weights file that upstream's save has just written. Raises UpstreamMismatch when there is none."""
+    """The weights file that upstream has just written. Raises UpstreamMismatch when there is none."""
     for name in WEIGHT_FILES[kind]:
         if (folder / name).is_file():
             return folder / name

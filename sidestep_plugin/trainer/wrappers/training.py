@@ -101,6 +101,8 @@ def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> J
     saves = newest_save_number(_output_of(host, run)) if host.resumes else 0
     journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0, saves)
     journal.epoch_finished = partial(epoch_finished, host, trainer)
+    if host.listened_to:  # at once: upstream's next report may come many steps later
+        journal.say = host.announce
     run.epoch_losses = journal.loss_by_epoch
     host.journals[run] = journal
     return journal
