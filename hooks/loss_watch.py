@@ -29,6 +29,6 @@ def acestep_step_finished(step: Step) -> None:
         rate = getattr(step.run.training_config, "learning_rate", None)
         raise Refusal(
             f"The loss has not been a finite number for {IN_A_ROW} steps (up to step {step.run.steps}), so the "
-            f"training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier checkpoint, or preprocess "
-            "the songs again."
+            f"training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier checkpoint, or "
+            "preprocess the songs again."
         )

@@ -68,7 +68,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     checkpoint = read_checkpoint(folder)
     lines = [f"Resuming from {checkpoint.folder}: the adapter's weights, optimizer, learning rate, random states"]
     if checkpoint.facts is None:
-        lines.append("Note: the checkpoint does not say which model it was made for, so only its tensors are compared.")
+        lines.append("Note: the checkpoint does not say for which model it was made, so only its tensors are compared.")
     else:
         now = describe_run(run, treatment_of(run), other_sampler(run))
         if other := _differences(MUST_BE_EQUAL, checkpoint.facts, now):

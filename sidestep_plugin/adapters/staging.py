@@ -1,9 +1,9 @@
 """Saves a folder completely or not at all, even if the program is killed or the power fails.
 
 Upstream and PEFT write in place: a kill would leave half an adapter, or a good one half overwritten. So a save goes
-into a hidden folder next to its target, which is renamed when everything in it is on the disk. An earlier folder of that
-name is renamed away first and removed afterwards. After a kill between the two renames, :func:`settle` puts the earlier
-one back; it runs before anything is saved under that name, and before a training looks for checkpoints.
+into a hidden folder next to its target, which is renamed when everything in it is on the disk. An earlier folder of
+that name is renamed away first and removed afterwards. After a kill between the two renames, :func:`settle` puts the
+earlier one back; it runs before anything is saved under that name, and before a training looks for checkpoints.
 """
 
 from __future__ import annotations

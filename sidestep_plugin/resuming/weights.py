@@ -34,7 +34,8 @@ def check_finite(run: Run) -> None:
             rate = getattr(run.training_config, "learning_rate", None)
             raise Refusal(
                 f"The adapter holds numbers that are not finite after {run.steps} steps ({name}). It was not saved, "
-                f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier checkpoint."
+                f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier "
+                "checkpoint."
             )
 
 

@@ -21,10 +21,13 @@ from pathlib import Path
 from sidestep_plugin.resuming.lock import OutputLock
 lock = OutputLock(Path(sys.argv[1]))
 lock.acquire()
-if "fork" in sys.argv and os.fork() == 0:  # as the loader of songs forks its workers
-    os.read(int(sys.argv[2]), 1)
-    os._exit(0)
-print("locked", flush=True)
+if "fork" in sys.argv:
+    if os.fork() == 0:  # as the loader of songs forks its workers
+        print("locked", flush=True)
+        os.read(int(sys.argv[2]), 1)
+        os._exit(0)
+else:
+    print("locked", flush=True)
 time.sleep(600)
 """
 
@@ -76,10 +79,12 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_training(holder, tmp
         acquired(tmp_path / "output")
     process.kill()
     process.wait(timeout=60)
-    acquired(tmp_path / "output").release()  # the worker is still there
-    os.write(writing, b".")
-    for end in (reading, writing):
-        os.close(end)
+    try:
+        acquired(tmp_path / "output").release()  # the worker is still there
+    finally:
+        os.write(writing, b".")
+        for end in (reading, writing):
+            os.close(end)
 
 
 def test_one_process_cannot_lock_twice_and_leaves_no_trace(tmp_path):
