@@ -1,7 +1,7 @@
-"""Ends a training whose loss has stopped being a number: hours more would only make it longer.
+"""Stops a training whose loss has become NaN or infinite: more hours would not bring it back.
 
-Upstream leaves out single steps whose gradients are not finite, and goes on. Looks at the losses that upstream has
-fetched from the device anyway; in versions that keep none, it does nothing.
+Upstream skips single steps whose gradients are not finite and goes on. This reads the losses that upstream has already
+fetched from the device; in versions that keep none, it does nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.run import Step
 
 IN_A_ROW: Final = 20
-"""Steps without a finite loss after which nothing good can be expected any more."""
+"""Steps in a row without a finite loss after which the training is stopped."""
 
 _KEY: Final = "sidestep.steps_without_a_finite_loss"
 
@@ -28,7 +28,7 @@ def acestep_step_finished(step: Step) -> None:
     if state[_KEY] >= IN_A_ROW:
         rate = getattr(step.run.training_config, "learning_rate", None)
         raise Refusal(
-            f"The loss has not been a finite number for {IN_A_ROW} steps (newest: step {step.run.steps}), so the "
-            f"training was ended. Lower --learning-rate (now {rate}), and go on from a checkpoint before that, or "
-            "preprocess the songs anew."
+            f"The loss has not been a finite number for {IN_A_ROW} steps (up to step {step.run.steps}), so the "
+            f"training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier checkpoint, or "
+            "preprocess the songs again."
         )

@@ -1,7 +1,7 @@
-"""Makes every checkpoint resumable, and lets a training go on from one as if it had never stopped.
+"""Makes every checkpoint resumable, so that a training resumes as if it had never stopped.
 
-The host keeps the journal of a run and puts things in place; here is decided what a checkpoint says, and whether it is
-one of this training: another model, rank or set of layers is refused, another learning rate is said.
+The host records the run and restores its state. This decides whether a checkpoint belongs to the training: another
+model, rank or set of layers is refused; for another learning rate the user gets a notice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MUST_BE_EQUAL: Final = {
     "songs": "number of songs",
     "val_split": "validation split",
 }
-"""Facts of a checkpoint that decide whether its weights and its place in the songs mean anything in another run."""
+"""Facts of a checkpoint without which its weights, or its position in the songs, mean nothing in another run."""
 
 MAY_CHANGE: Final = {
     "batch_size": "batch size",
@@ -40,12 +40,12 @@ MAY_CHANGE: Final = {
     "max_epochs": "epochs",
     "warmup_steps": "warmup steps",
     "weight_decay": "weight decay",
-    "max_grad_norm": "longest gradient",
+    "max_grad_norm": "gradient clipping norm",
     "gradient_accumulation_steps": "gradient accumulation",
     "mixed_precision": "precision",
     "seed": "seed (the random states are those of the checkpoint)",
 }
-"""Facts that may be other ones from here on, as long as that is said."""
+"""Facts that may change from here on; the user gets a notice."""
 
 
 @hookimpl(specname="acestep_adapter_saved")
@@ -56,7 +56,7 @@ def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
     try:
         write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir)))
     except OSError as error:
-        return [f"Warning: nothing can be resumed from {saved.destination.parent}: {error.strerror or error}."]
+        return [f"Warning: no training can be resumed from {saved.destination.parent}: {error.strerror or error}."]
     if "loss_0.0000" in str(saved.destination) and point.losses is not None and point.steps_per_epoch:
         mean = float(point.losses[-point.steps_per_epoch :].float().mean())
         return [f"Note: ACE-Step names this checkpoint loss_0.0000; the mean loss of its epoch was {mean:.4f}."]
@@ -84,12 +84,12 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
             f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
-            "Say more --epochs."
+            "Choose more --epochs."
         )
     if _changed("batch_size", checkpoint, run):
-        # Another number of steps an epoch: places in the midst of one mean nothing any more.
+        # Another number of steps per epoch: a position within one means nothing any more.
         if point.steps:
-            lines.append(f"Note: with another batch size, epoch {point.epochs + 1} begins anew.")
+            lines.append(f"Note: the batch size changed, so epoch {point.epochs + 1} begins anew.")
         nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
         point = dataclasses.replace(point, steps=0, **nothing)
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
@@ -98,23 +98,25 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     if songs_changed(point.songs, run.tensor_dir):
         lines.append("Note: the songs have changed since the checkpoint: others, more or fewer, or in another order.")
     if point.random is None:
-        lines.append("Note: the checkpoint has no random states, so from here on others are drawn than without a stop.")
+        lines.append(
+            "Note: the checkpoint has no random states, so the result will differ from a training without a stop."
+        )
     if point.optimizer is None:
-        lines.append("Note: the checkpoint has no optimizer, whose memory begins anew.")
+        lines.append("Note: the checkpoint has no optimizer state, so the optimizer begins anew.")
     if point.losses is None:
-        lines.append("Note: the losses up to here are not known any more, so the curves show zeros for them.")
+        lines.append("Note: the losses so far were not recorded, so the curves show zeros for them.")
     return dataclasses.replace(point, lines=tuple(lines))
 
 
 def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
-    """Whether one of upstream's settings is known to be another one than it was."""
+    """Whether one of upstream's settings is known to have changed."""
     if checkpoint.facts is None or setting not in checkpoint.facts:
         return False
     return bool(checkpoint.facts[setting] != getattr(run.training_config, setting, None))
 
 
 def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Facts that both know and that differ, in words."""
+    """Facts that both have and that differ, in words."""
     return [
         f"its {words} was {then[name]}, here it is {now[name]}"
         for name, words in names.items()

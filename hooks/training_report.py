@@ -1,8 +1,8 @@
-"""Sums up a training: loss by epoch and by band of t, timesteps that were drawn, rows without prompt, time a step.
+"""Summarizes a training: loss by epoch and by band of t, sampled timesteps, rows without prompt, time per step.
 
-While it runs, TensorBoard gets the same by epoch; at the end it lies in ``training_report.json`` in the output folder,
-with a picture where matplotlib is installed. Steps are only noted: values are fetched from the device once an epoch.
-A step has one loss, so with more than one song a step it counts for the band of each of its rows.
+TensorBoard gets the same once per epoch. At the end it is written to ``training_report.json`` in the output folder,
+with a picture if matplotlib is installed. Steps are only noted: values are fetched from the device once per epoch. A
+step has one loss, so with a batch of several songs it counts for the band of each of its rows.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _KEY: Final = "sidestep.report"
 
 @dataclass
 class _Notes:
-    """What was seen of a run."""
+    """What was noted of a run."""
 
-    steps: list[tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=list)  # of the running epoch
+    steps: list[tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=list)  # of the current epoch
     rows: list[int] = field(default_factory=lambda: [0] * BANDS)
     losses: list[float] = field(default_factory=lambda: [0.0] * BANDS)
     dropped: int = 0
@@ -56,7 +56,7 @@ def note_step(step: Step) -> None:
     notes = step.run.state.setdefault(_KEY, _Notes())
     notes.ended = time.monotonic()
     if notes.count == 0:
-        notes.began = notes.ended  # setting up is no part of a step's time
+        notes.began = notes.ended  # the setup does not count for the time per step
     notes.count += 1
     notes.steps.append((None if step.t is None else step.t.detach(), step.loss.detach()))
 
@@ -96,7 +96,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
 
 
 def _count(run: Run, notes: _Notes) -> torch.Tensor | None:
-    """Add the steps since the last time to the bands | returns their timesteps on the CPU. Waits for the device."""
+    """Add the steps since the last call to the bands | returns their timesteps on the CPU. Waits for the device."""
     import torch
 
     if dropped := run.state.pop(DROPPED, None):
@@ -147,7 +147,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
 
 
 def _finite(number: float) -> float | None:
-    """A number for JSON, which knows no others."""
+    """A number for JSON, which has no NaN and no infinity."""
     return round(number, 6) if math.isfinite(number) else None
 
 
@@ -155,20 +155,19 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     parts = []
     losses = [entry["loss"] for entry in report["loss_by_epoch"] if entry["loss"] is not None]
     if losses:
-        parts.append(
-            f"Loss: {losses[0]:.4f} in epoch {report['loss_by_epoch'][0]['epoch']}, {losses[-1]:.4f} in the last"
-        )
+        first, last = (report["loss_by_epoch"][place]["epoch"] for place in (0, -1))
+        parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}, mean of epoch {last} {losses[-1]:.4f}")
     if report["cfg_ratio"] > 0.0 and report["rows"]:
         share = 100 * report["rows_without_condition"] / report["rows"]
         parts.append(f"{share:.1f} % of {report['rows']} rows without their prompt")
     if report["seconds_per_step"] is not None:
-        parts.append(f"{report['seconds_per_step']:.3g} s a step")
+        parts.append(f"{report['seconds_per_step']:.3g} s per step")
     bands = [
         f"{band['from']:.1f}-{band['to']:.1f} {band['loss']:.3f}"
         for band in report["loss_by_t"]
         if band["loss"] is not None
     ]
-    return ["; ".join(parts), *([f"Loss by t: {', '.join(bands)}"] if bands else [])]
+    return ["; ".join(parts), *([f"Loss by t: mean at {', '.join(bands)}"] if bands else [])]
 
 
 def _picture(report: Mapping[str, Any]) -> Figure:
@@ -178,14 +177,14 @@ def _picture(report: Mapping[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     known = [entry for entry in report["loss_by_epoch"] if entry["loss"] is not None]
     left.plot([entry["epoch"] for entry in known], [entry["loss"] for entry in known], color="tab:blue")
-    left.set(title="mean loss by epoch", xlabel="epoch")
+    left.set(title="mean loss of each epoch", xlabel="epoch")
     bands = report["loss_by_t"]
     middles = [(band["from"] + band["to"]) / 2.0 for band in bands]
     most = max(max(band["rows"] for band in bands), 1)
     seen = [(t, band["loss"]) for t, band in zip(middles, bands, strict=True) if band["loss"] is not None]
     top = max((loss for _, loss in seen), default=1.0)
     heights = [top * band["rows"] / most for band in bands]
-    right.bar(middles, heights, width=0.9 / BANDS, color="0.88", label="how often t was drawn")
+    right.bar(middles, heights, width=0.9 / BANDS, color="0.88", label="how often t was sampled")
     right.plot([t for t, _ in seen], [loss for _, loss in seen], "o-", color="tab:blue", label="mean loss")
     right.set(title="by t   (0: the song, 1: pure noise)", xlabel="t", xlim=(0.0, 1.0), ylim=(0.0, 1.3 * top))
     right.legend(frameon=False, fontsize=8, loc="upper left")

@@ -192,7 +192,7 @@ class Registry:
             answer = caller(**arguments)
         except Refusal:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() would end the training as if it had gone well
             raise PluginError(f"Plugin {name!r} failed in {hook}: {type(error).__name__}: {error}") from error
         if self._trace:
             asked = ", ".join(f"{key}={described(value)}" for key, value in arguments.items())

@@ -178,6 +178,8 @@ class ResumePoint:
         parameters: the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its
             scalar into them); None if they are the same.
         songs: fingerprint of the songs, "" if unknown.
+        save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
+            not recorded.
         lines: what the user should know before resuming from here.
     """
 
@@ -195,6 +197,7 @@ class ResumePoint:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: list[torch.Tensor] | None = None
     songs: str = ""
+    save_number: int = 0
     lines: tuple[str, ...] = ()
 
     @property

@@ -147,7 +147,7 @@ class Faults:
         for name in sorted(self.reported - there.keys()):
             self.losses.append(f"{fault}: {name} was reported as saved and is gone")
         for name, folder in there.items():
-            if name in ("checkpoints", "logs", "final"):
+            if name in ("checkpoints", "logs", "final", "overwritten"):
                 continue
             try:
                 read_checkpoint(folder)

@@ -111,7 +111,7 @@ def test_the_recording_is_what_is_seen(checkout):
     import record_guided
 
     shown = re.findall(r"```text\n(\$ acestep-train.*?)```", PAGES["guided.md"], flags=re.DOTALL)[0]
-    changing = re.compile(r"(^Training  |^Loss by t|^Report: |^Loss: ).*", re.MULTILINE)
+    changing = re.compile(r"(^Training  |^Loss by t|^Report: |^Loss: |^Total time: ).*", re.MULTILINE)
 
     def steady(text):
         # Numbers may differ in the last digit from one processor to another, and some versions of transformers show a

@@ -27,7 +27,20 @@ def raising(*_):
     raise RuntimeError("the plugin's own trouble")
 
 
+def leaving(*_):
+    raise SystemExit(0)
+
+
 CASES = {
+    **{
+        f"leaves in {hook}": (hook, [argument], leaving, "SystemExit: 0")
+        for hook, argument in (
+            ("acestep_run_started", "run"),
+            ("acestep_prepare_batch", "batch"),
+            ("acestep_sample_timesteps", "step"),
+            ("acestep_step_finished", "step"),
+        )
+    },
     "raises when the run starts": ("acestep_run_started", ["run"], raising, "RuntimeError: the plugin's own trouble"),
     "raises while preparing": ("acestep_prepare_batch", ["batch"], raising, "RuntimeError: the plugin's own trouble"),
     "raises while sampling": ("acestep_sample_timesteps", ["step"], raising, "RuntimeError: the plugin's own trouble"),
@@ -119,6 +132,61 @@ def test_trouble_after_saving_leaves_what_upstream_saved(answer, found, train):
     assert "'culprit'" in message and "acestep_adapter_saved" in message and found in message
     saved = list(done.output.rglob("adapter_model.safetensors"))
     assert len(saved) == 1 and not any(part.startswith(".") for part in saved[0].relative_to(done.output).parts)
+
+
+def logged(entries):
+    return lambda run: {"mine/value": entries}
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (logged("0.5"), "returned 'mine/value' as a str"),
+        (logged(None), "returned 'mine/value' as a NoneType"),
+        (logged(torch.tensor([0.5, float("nan")])), "with values that are not finite"),
+        (logged(torch.tensor([float("inf")])), "with values that are not finite"),
+        (logged(torch.zeros(0)), "a tensor of shape [0]"),
+        (logged(torch.zeros(2, dtype=torch.complex64)), "torch.complex64"),
+        (lambda run: {3: 0.5}, "returned an entry named 3"),
+        (lambda run: 0.5, "returned a float"),
+        (raising, "RuntimeError: the plugin's own trouble"),
+        (leaving, "SystemExit: 0"),
+    ],
+)
+def test_trouble_at_the_end_of_an_epoch_names_the_plugin(answer, found, train):
+    plugin = plugin_with("acestep_epoch_finished", answer, ["run"])
+    done = train("base", extra_plugins={"culprit": plugin})
+    (message,) = [text for text in done.messages if text.startswith("❌")]
+    assert "'culprit'" in message and "acestep_epoch_finished" in message and found in message, message
+    assert (done.output / "interrupted").is_dir(), "the epoch is lost"
+
+
+def test_what_can_be_logged_is(train):
+    values = {"a": 1, "b": 0.5, "c": True, "d": torch.arange(3), "e": torch.tensor(0.5), "f": float("nan")}
+    plugin = plugin_with("acestep_epoch_finished", lambda run: values, ["run"])
+    assert train("base", extra_plugins={"friend": plugin}).tensors
+
+
+def test_a_first_step_that_fails_saves_nothing(train):
+    """There was no optimizer step, so there is nothing to resume."""
+    done = train("base", extra_plugins={"culprit": plugin_with("acestep_step_finished", raising, ["step"])})
+    assert done.messages[-1].startswith("❌") and "'culprit'" in done.messages[-1]
+    assert not any("Saved as it was" in text for text in done.messages)
+    assert not (done.output / "interrupted").exists()
+
+
+def test_leaving_in_a_later_step_saves_what_was_learned(train):
+    steps = []
+
+    def leave(step):
+        steps.append(step)
+        if len(steps) == 4:
+            raise SystemExit(0)
+
+    done = train("base", extra_plugins={"culprit": plugin_with("acestep_step_finished", leave, ["step"])})
+    assert "'culprit' failed in acestep_step_finished: SystemExit: 0" in done.messages[-1]
+    assert any("Saved as it was after 4 training steps" in text for text in done.messages)
+    assert (done.output / "interrupted").is_dir()
 
 
 def test_trouble_before_the_model_is_loaded():

@@ -1,9 +1,9 @@
-"""Saves a folder so that it is there as a whole or not at all, whenever the program is killed or the power goes.
+"""Saves a folder completely or not at all, even if the program is killed or the power fails.
 
-Upstream and PEFT write in place: killed in the middle they would leave half an adapter, or a good one half overwritten.
-So a save goes into a hidden folder beside its place. When everything in it is on the disk, it is renamed; an earlier
-folder of that name is renamed away first and removed afterwards. Killed between the two renames, the earlier one is
-put back by :func:`settle`, which runs before anything is saved to that name or looked for.
+Upstream and PEFT write in place: a kill would leave half an adapter, or a good one half overwritten. So a save goes
+into a hidden folder next to its target, which is renamed when everything in it is on the disk. An earlier folder of
+that name is renamed away first and removed afterwards. After a kill between the two renames, :func:`settle` puts the
+earlier one back; it runs before anything is saved under that name, and before a training looks for checkpoints.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _BESIDE_WEIGHTS: Final = frozenset(
     {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
     | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors"}
 )
-"""Files that belong to the weights beside them. When those are replaced, they go; anything else in a folder stays."""
+"""Files that belong to the weights beside them and are replaced with them; anything else in a folder stays."""
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside the one that is to be saved; removed with what is left in it."""
-    import shutil  # imported here, as others are: a command that only prints its help needs none of them
+    """A new folder next to the one that is to be saved; removed at the end with whatever is left in it."""
+    import shutil  # imported here, like others: a command that only prints its help needs none of them
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     settle(folder)
@@ -46,12 +46,12 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def published(stage: Path, folder: Path) -> Iterator[None]:
-    """Put what was staged in its place: also when a plugin failed in the block, for upstream itself has not.
+    """Move what was staged to its target, also when a plugin failed in the block: upstream's own save has worked.
 
-    Not when it was broken off (Ctrl-C): what lacks a part would look whole.
+    Not after Ctrl-C: an incomplete save would look complete.
 
     Raises:
-        OSError: it cannot be put there. The earlier folder is as it was.
+        OSError: it cannot be moved there. The earlier folder is unchanged.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def _put(stage: Path, folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish what a killed program left beside a folder: put the earlier one back, remove what was not finished."""
+    """Clean up what a killed program left next to a folder: put the earlier one back, remove an unfinished save."""
     import glob
     import shutil
 
@@ -96,13 +96,22 @@ def settle(folder: Path) -> None:
 
 
 def settle_below(folder: Path) -> None:
-    """The same for every folder below one."""
+    """Do the same for every folder below one."""
     for left in [*folder.rglob(f".*.{_RANDOM}.{_OLD}"), *folder.rglob(f".*.{_RANDOM}.{_NEW}")]:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
 
+def remove_save(folder: Path) -> None:
+    """Remove what trainers and plugins have saved in a folder, and the folder unless something else is in it."""
+    for place in (folder / "adapter", folder):
+        for name in sorted(_WEIGHTS | _BESIDE_WEIGHTS):
+            (place / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def _keep_the_rest(old: Path, folder: Path) -> None:
-    """Move what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
+    """Keep what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
     replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}
     for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
@@ -112,7 +121,7 @@ def _keep_the_rest(old: Path, folder: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until every file below a folder is on the disk: a rename may otherwise get there before its content."""
+    """Wait until every file below a folder is on the disk; otherwise the rename may be written before the content."""
     for place, _, names in os.walk(folder):
         for name in names:
             with (Path(place) / name).open("rb+") as stream:
@@ -122,8 +131,8 @@ def _to_disk(folder: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
-        return  # there, folders cannot be opened, and need not be
-    with contextlib.suppress(OSError):  # some file systems have no such thing
+        return  # Windows cannot open folders, and does not need to
+    with contextlib.suppress(OSError):  # some file systems do not support it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

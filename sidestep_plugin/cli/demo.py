@@ -58,9 +58,11 @@ def demo(
     from sidestep_plugin.miniature import build
     from sidestep_plugin.trainer.launch import Request, check_writable
 
+    from .progress import echo
+
     torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())
-    click.echo("This is a stand-in for ACE-Step 1.5: random tensors instead of songs, and it makes no music.")
+    echo("This is a stand-in for ACE-Step 1.5: random tensors instead of songs, and it makes no music.")
     miniature = build(directory)
     output = directory / "output" / f"{model}-{adapter_type}"
     run_training(
@@ -78,4 +80,4 @@ def demo(
             overwrite=True,
         )
     )
-    click.echo(f"What it says about itself: acestep-train inspect {output}")
+    echo(f"What it says about itself: acestep-train inspect {output}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -20,12 +22,37 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed curve
 _SECONDS_BETWEEN_LINES = 30.0
+_BAR, _NARROW_BAR = 16, 6  # characters
+_WIDE = 120  # columns of a terminal
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line, if anybody can still read it."""
+    with unread(sys.stderr if err else sys.stdout):
+        click.echo(text, err=err)
+
+
+@contextmanager
+def unread(stream: TextIO | None) -> Iterator[None]:
+    """Print in this block. A closed terminal, a pipe into head or a full disk must not end a training.
+
+    What cannot be printed, and everything after it, goes nowhere: a stream with text left in its buffer would end the
+    program with an error when Python flushes it at exit.
+    """
+    try:
+        yield
+    except OSError:
+        with suppress(OSError, ValueError, AttributeError):  # a stream that is no file
+            descriptor = stream.fileno()  # type: ignore[union-attr]
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 class Progress:
-    """Counts training steps, and shows epoch, step, smoothed loss, rate and time left. Itself a plugin.
+    """Counts training steps and shows epoch, step, smoothed loss, rate, elapsed time and time left. Itself a plugin.
 
-    Reads only the loss that upstream has fetched from the device anyway.
+    It reads only the loss that upstream has already fetched from the device.
     """
 
     def __init__(self) -> None:
@@ -36,26 +63,28 @@ class Progress:
         self._steps_per_epoch = 1
         self._epochs = self._first_step = 1
         self._bar: ProgressBar[int] | None = None
-        self._first = self._shown = time.monotonic()
+        self._began = self._first = self._shown = time.monotonic()
 
     def begin(self, steps_per_epoch: int, epochs: int) -> None:
-        """Start showing, now that it is known how much there is to do."""
+        """Start the display, now that the number of steps is known."""
+        self._began = time.monotonic()
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
         if sys.stdout is not None and sys.stdout.isatty():
             self._bar = click.progressbar(
                 length=self._steps_per_epoch * epochs,
                 label="Training",
                 show_pos=True,
-                item_show_func=lambda _: self._status(),
-                width=24,
+                show_eta=False,  # click would count the steps of earlier runs as done by this one
+                show_percent=False,
+                item_show_func=lambda _: self._status(self._room()),
+                width=_BAR if shutil.get_terminal_size().columns >= _WIDE else _NARROW_BAR,
                 update_min_steps=1,
             )
             self._bar.render_progress()
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        # Nobody may be looking any more (a closed terminal, a pipe into head): the training goes on all the same.
-        with suppress(OSError):
+        with unread(sys.stdout):
             if self._bar is None:
                 click.echo(text)
                 return
@@ -66,10 +95,14 @@ class Progress:
             self._bar.render_progress()
 
     def end(self) -> None:
-        """Leave the bar as it stands and go on below it."""
+        """Leave the bar as it is, and print the total time below it."""
         if self._bar is not None:
-            self._bar.render_finish()
+            with unread(sys.stdout):
+                self._bar.render_finish()
             self._bar = None
+        if self.began:
+            steps = self.step - self._first_step + 1
+            echo(f"Total time: {_duration(time.monotonic() - self._began)} for {steps} training steps")
 
     @hookimpl
     def acestep_step_finished(self, step: Step) -> None:
@@ -81,12 +114,12 @@ class Progress:
         self.newest = float(recorded[-1] if recorded else step.loss.detach())
         if not self.began:
             self.began, self._first_step = True, step.run.steps
-            self._first = self._shown = time.monotonic()  # setting up is no part of the rate
+            self._first = self._shown = time.monotonic()  # the setup does not count for the rate
         self.step = step.run.steps  # of a resumed training with those before it
-        if math.isfinite(self.newest):  # upstream leaves single steps that are not finite out
+        if math.isfinite(self.newest):  # upstream skips single steps that are not finite
             before = self.newest if self.loss is None else self.loss
             self.loss = _SMOOTHING * self.newest + (1.0 - _SMOOTHING) * before
-        with suppress(OSError):
+        with unread(sys.stdout):
             self._show()
 
     def _show(self) -> None:
@@ -96,20 +129,37 @@ class Progress:
         now = time.monotonic()
         if self.step % self._steps_per_epoch == 0 or now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
-            total = self._steps_per_epoch * self._epochs
-            left = f", {_duration((total - self.step) / self._rate())} left" if self._rate() else ""
-            click.echo(f"step {self.step}/{total}, {self._status()}{left}")
+            click.echo(f"step {self.step}/{self._total}, {self._status()}")
+
+    @property
+    def _total(self) -> int:
+        return self._steps_per_epoch * self._epochs
+
+    def _room(self) -> int:
+        """Characters beside the bar: a line that wraps could not be written over."""
+        assert self._bar is not None
+        clutter = len(f"Training  []  {self._total}/{self._total}  ") + self._bar.width
+        return shutil.get_terminal_size().columns - 1 - clutter
 
     def _rate(self) -> float:
-        """Steps a second since the first one; 0 as long as there is no second one."""
+        """Steps per second that this run has computed; 0 until its second step."""
         done = self.step - self._first_step
         return done / max(time.monotonic() - self._first, 1e-9) if done > 0 else 0.0
 
-    def _status(self) -> str:
+    def _status(self, room: int | None = None) -> str:
+        """Epoch, loss, rate and times; what does not fit into the room is left out, the rate first."""
         epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)
         loss = "-" if self.loss is None else f"{self.loss:.4f}"
-        rate = f", {self._rate():.2f} steps/s" if self._rate() else ""
-        return f"epoch {epoch}/{self._epochs}, loss {loss}{rate}"
+        parts = {"epoch": f"epoch {epoch}/{self._epochs}", "loss": f"loss (smoothed) {loss}"}
+        if rate := self._rate():
+            parts["rate"] = f"{rate:.2f} steps/s"
+            parts["elapsed"] = f"{_duration(time.monotonic() - self._began)} elapsed"
+            if self.step < self._total:
+                parts["left"] = f"{_duration((self._total - self.step) / rate)} left"
+        for name in ("rate", "elapsed", "left"):
+            if room is not None and len(", ".join(parts.values())) > room:
+                parts.pop(name, None)
+        return ", ".join(parts.values())
 
 
 def _duration(seconds: float) -> str:

@@ -236,7 +236,7 @@ def run_training(request: Request) -> None:
     """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
     from sidestep_plugin.trainer.launch import prepare
 
-    from .progress import Progress
+    from .progress import Progress, echo
 
     debug = click.get_current_context().meta["debug"]
     if not debug:
@@ -246,7 +246,7 @@ def run_training(request: Request) -> None:
     with terminated_like_ctrl_c():
         launch = prepare(request, say=progress.say, extra_plugins=lambda: {"progress": progress})
     failure: str | None = None
-    with launch.attachment, interruptible(launch, progress) as interrupted:
+    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
@@ -266,10 +266,10 @@ def run_training(request: Request) -> None:
             resumable = saved is not None
             if not resumable and progress.began and not request.plugins:
                 saved = launch.save_interrupted()
-            click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
-            click.echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
+            echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+            echo(f"Adapter as it was then: {saved}" if saved else "No step was finished, nothing was saved.")
             if resumable:
-                click.echo("Go on with the same command and --resume-from latest.")
+                echo("Go on with the same command and --resume-from latest.")
             sys.exit(INTERRUPTED)
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
@@ -277,12 +277,12 @@ def run_training(request: Request) -> None:
     if failure is None and adapter is None:
         failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
     if failure is not None:
-        click.echo(f"Error: {failure}", err=True)
+        echo(f"Error: {failure}", err=True)
         if launch.attachment.interrupted is not None:
-            click.echo("Go on with the same command and --resume-from latest.", err=True)
+            echo("Go on with the same command and --resume-from latest.", err=True)
         sys.exit(FAILED)
     assert adapter is not None
-    click.echo(f"Adapter: {adapter}")
+    echo(f"Adapter: {adapter}")
     if request.plugins:
         _say_how_to_use(adapter, request.adapter_type)
 
@@ -292,11 +292,13 @@ def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
     from sidestep_plugin.adapters.facts import read_training_config
     from sidestep_plugin.variants import guidance
 
+    from .progress import echo
+
     if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
-        click.echo(f"For ComfyUI: {copy}")
+        echo(f"For ComfyUI: {copy}")
     facts = read_training_config(adapter)
     if facts is not None:
-        click.echo(
+        echo(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
             f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
         )
@@ -338,7 +340,9 @@ def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], b
     try:
         yield lambda: stopped
     except KeyboardInterrupt:
-        click.echo("Stopped at once. Checkpoints saved before are complete.", err=True)
+        from .progress import echo
+
+        echo("Stopped at once. Checkpoints saved before are complete.", err=True)
         sys.exit(INTERRUPTED)
     finally:
         for number, handler in previous.items():

@@ -1,1 +1,1 @@
-"""Going on with a training: the place where it stands, what a checkpoint keeps of it, and putting that back."""
+"""Resuming: recording where a training is, what a checkpoint stores, restoring it; one training per output folder."""

@@ -1,12 +1,14 @@
-"""What a checkpoint's folder holds so that a training can go on from it, and finding the newest one that is whole.
+"""What a checkpoint's folder stores so that a training can be resumed, and which checkpoint is the newest complete one.
 
-Upstream writes the adapter and ``training_state.pt`` (optimizer, learning rate). Beside them goes
-``resume_state.pt``: how far the training was, its losses, its random states, and sizes and checksums of the files that
-belong to it. Both are read with ``weights_only=True``.
+Upstream writes the adapter and ``training_state.pt`` (optimizer, learning rate). This adds ``resume_state.pt``: the
+position in the training, losses, random states, and sizes and checksums of the files that belong to it. Both are read
+with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.facts import read_training_config
-from ..adapters.staging import settle_below
 from ..adapters.weights_file import read_weights_file
 from ..errors import Refusal
-from ..files import replacing
+from ..files import read_json_object, replacing
 from ..run import ResumePoint
 
 if TYPE_CHECKING:
@@ -29,19 +30,28 @@ UPSTREAMS_FILE: Final = "training_state.pt"
 SCHEMA_VERSION: Final = 1
 
 _WEIGHTS: Final = ("adapter/adapter_model.safetensors", "adapter_model.safetensors", "lokr_weights.safetensors")
-_BEGAN: Final = ".training_began"
+ASIDE: Final = "overwritten"
+"""Folder below the output folder into which the checkpoints of an overwritten training are moved."""
+
+BEGAN: Final = ".training_began"
+"""File with the time at which a training was overwritten; earlier versions wrote it, and no save numbers."""
+
+FINISHED: Final = ".training_finished"
+"""File that says after how many epochs the training in a folder was finished, and what its newest save was then."""
+
+_UNREADABLE: Final = 2**63
 _BUFFER: Final = 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole.
+    """A complete checkpoint.
 
     Attributes:
         folder: its folder.
-        point: the place in the training.
-        facts: its ``training_config.json``; None when it has none, as those that upstream alone made.
-        alone: whether upstream alone made it.
+        point: the position in the training.
+        facts: its ``training_config.json``; None without one, as when upstream saved it without the plugin.
+        alone: whether upstream saved it without the plugin.
     """
 
     folder: Path
@@ -51,9 +61,9 @@ class Checkpoint:
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
-    """Write what resuming needs beside an adapter that was saved into a folder | returns the file.
+    """Write what resuming needs beside an adapter that was just saved | returns the file.
 
-    The optimizer's and scheduler's states go into it only where upstream has not written them itself.
+    The states of optimizer and scheduler are included only if upstream has not written them itself.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -76,6 +86,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
         "songs": point.songs,
+        "save_number": point.save_number,
         "optimizer": None if upstreams else point.optimizer,
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
@@ -86,23 +97,23 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's folder, or the ``adapter`` folder in it, and make sure that it is whole.
+    """Read a checkpoint's folder, or the ``adapter`` folder in it, and check that it is complete.
 
     Raises:
-        Refusal: it is no checkpoint, something of it is missing or cut off, or it is of a newer version of this.
+        Refusal: it is not a checkpoint, something is missing or damaged, or a newer version of this package saved it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not folder.is_dir():
         raise Refusal(f"No checkpoint folder {folder}. Expected one under OUTPUT/checkpoints, or the word latest.")
-    if folder.name == "adapter" and not _is_checkpoint(folder) and _is_checkpoint(folder.parent):
+    if folder.name == "adapter" and not is_checkpoint(folder) and is_checkpoint(folder.parent):
         folder = folder.parent
-    if not _is_checkpoint(folder):
-        hint = " It holds others: --resume-from latest takes the newest." if any(_checkpoints_in(folder)) else ""
+    if not is_checkpoint(folder):
+        hint = " It holds checkpoints: --resume-from latest takes the newest." if any(checkpoints_in(folder)) else ""
         raise Refusal(
-            f"{folder} is no checkpoint: it has neither {STATE_FILE} nor {UPSTREAMS_FILE}, without which a training "
-            f"can only begin anew.{hint}"
+            f"{folder} is not a checkpoint: it has neither {STATE_FILE} nor {UPSTREAMS_FILE}, so no training can be "
+            f"resumed from it. Choose a folder under OUTPUT/checkpoints.{hint}"
         )
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
@@ -113,8 +124,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise _incomplete(folder, f"{STATE_FILE} has no version that is a number")
     if state.get("schema_version", 1) != SCHEMA_VERSION:
         raise Refusal(
-            f"{folder / STATE_FILE} is of version {state['schema_version']}, this is version {SCHEMA_VERSION}. "
-            "Resume it with the sidestep-plugin that made it, or a newer one."
+            f"{folder / STATE_FILE} has version {state['schema_version']}, expected {SCHEMA_VERSION}. Resume it with "
+            "the sidestep-plugin that saved it, or a newer one."
         )
     files = state.get("files", {})
     for name, expected in files.items() if isinstance(files, dict) else ():
@@ -147,17 +158,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             weights=tensors,
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
+            save_number=state.get("save_number", 0),
         )
         wrong = _wrong_in(point)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         wrong = repr(error)
     if wrong:
-        raise _incomplete(folder, f"what was saved of the training cannot be understood ({wrong})")
+        raise _incomplete(folder, f"what was saved of the training is unusable ({wrong})")
     return Checkpoint(folder, point, read_training_config(weights.parent), alone)
 
 
 def _wrong_in(point: ResumePoint) -> str:
-    """What of a point that was read cannot be used, "" when nothing."""
+    """What is unusable in a point that was read; "" when nothing is."""
     import torch
 
     def numbers(value: Any) -> bool:
@@ -186,6 +198,7 @@ def _wrong_in(point: ResumePoint) -> str:
         "optimizer": point.optimizer is None or state_dict(point.optimizer),
         "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
         "songs": isinstance(point.songs, str),
+        "save_number": isinstance(point.save_number, int) and 0 <= point.save_number < _UNREADABLE,
     }
     wrong = ", ".join(name for name, right in checks.items() if not right)
     if not wrong and point.losses is not None and len(point.losses) != point.epochs * (length or 0) + point.steps:
@@ -193,33 +206,20 @@ def _wrong_in(point: ResumePoint) -> str:
     return wrong
 
 
-def begin_anew(output: Path) -> None:
-    """Note that a new training begins in an output folder: checkpoints that are there already are another's."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _BEGAN).write_text(f"{time.time()}\n", encoding="utf-8")
-
-
-def _began(output: Path) -> float:
-    try:
-        return float((output / _BEGAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
-
-
 def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint below an output folder, and a line for each newer one that is not whole.
+    """The newest complete checkpoint below an output folder, and a line for each newer one that is not complete.
 
-    What a killed program left unfinished in there is put in order first.
+    Only looks. Whoever holds the folder's lock calls :func:`..adapters.staging.settle_below` first.
 
     Raises:
         Refusal: there is none.
     """
-    settle_below(output)
     notes: list[str] = []
     began = _began(output)
-    for folder in sorted(_checkpoints_in(output), key=_saved_at, reverse=True):
-        if _saved_at(folder) < began:
-            notes.append(f"Note: {folder.name} and what is older is of the training that --overwrite replaced.")
+    for folder in sorted(checkpoints_in(output), key=_order, reverse=True):
+        number, saved_at = _order(folder)
+        if number == 0 and saved_at < began:
+            notes.append(f"Note: {folder.name} and older ones are of the training that --overwrite replaced.")
             break
         try:
             read_checkpoint(folder)
@@ -227,31 +227,78 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
             notes.append(f"Note: skipped {folder.name}. {refusal}")
             continue
         return folder, notes
+    if finished_epochs(output) is not None:
+        raise Refusal(
+            f"The training in {output} is finished and left no checkpoint to resume from. Choose another --output-dir, "
+            "or train anew with --overwrite."
+        )
+    if any(checkpoints_in(output / ASIDE)):
+        notes.append(f"Note: {output / ASIDE} holds those of the training that --overwrite replaced.")
     found = f": {' '.join(notes)}" if notes else "."
     raise Refusal(f"No checkpoint to resume from in {output}{found} Start without --resume-from.")
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def newest_save_number(output: Path) -> int:
+    """The highest number of a save in an output folder; 0 when there is none with a number."""
+    return max((number for number, _ in map(_order, checkpoints_in(output)) if number < _UNREADABLE), default=0)
+
+
+def write_finished(output: Path, epochs: int) -> None:
+    """Note that the training in an output folder has saved its final adapter. Raises OSError."""
+    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output)})
+    with replacing(output / FINISHED) as stream:
+        stream.write(content.encode("utf-8"))
+
+
+def finished_epochs(output: Path) -> int | None:
+    """After how many epochs the training in an output folder was finished; None when it went on after that."""
+    try:
+        content = read_json_object(output / FINISHED)
+    except (OSError, ValueError):
+        return None
+    epochs, number = content.get("epochs"), content.get("save_number")
+    return epochs if isinstance(epochs, int) and number == newest_save_number(output) else None
+
+
+def _began(output: Path) -> float:
+    try:
+        return float((output / BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds the state of a training."""
     return (folder / STATE_FILE).is_file() or (folder / UPSTREAMS_FILE).is_file()
 
 
-def _checkpoints_in(output: Path) -> Iterator[Path]:
-    """Folders of one training that hold a state: below its output folder, and below ``checkpoints`` there."""
+def checkpoints_in(output: Path) -> Iterator[Path]:
+    """Folders of one training that hold a state: in its output folder and in ``checkpoints`` there."""
     for pattern in ("*/", "checkpoints/*/"):
         for folder in sorted(output.glob(pattern)):
-            if not folder.name.startswith(".") and _is_checkpoint(folder):
+            if not folder.name.startswith(".") and is_checkpoint(folder):
                 yield folder
 
 
-def _saved_at(folder: Path) -> float:
-    """When a checkpoint was saved: as it says itself, for a copy has another date."""
+def _order(folder: Path) -> tuple[int, float]:
+    """The larger, the newer: the number of the save, which no clock can change.
+
+    Checkpoints of earlier versions and of upstream alone have no number and are older than any with one. Only a time
+    can order them: the one in the checkpoint, because a copy has another, else that of its file. One that cannot be
+    read comes first, so that it is not left out in silence.
+    """
     file = folder / STATE_FILE
-    try:
-        return float(_load(file)["saved_at"])
-    except (Refusal, KeyError, TypeError, ValueError):
-        # Cut off, or made by upstream alone: as far as the disk knows.
-        file = file if file.is_file() else folder / UPSTREAMS_FILE
-        return file.stat().st_mtime
+    if file.is_file():
+        try:
+            state = _load(file)
+        except Refusal:
+            return _UNREADABLE, file.stat().st_mtime
+        if isinstance(number := state.get("save_number"), int) and 0 < number < _UNREADABLE:
+            return number, 0.0
+        if isinstance(saved_at := state.get("saved_at"), int | float) and math.isfinite(saved_at):
+            return 0, float(saved_at)
+    file = file if file.is_file() else folder / UPSTREAMS_FILE
+    return 0, file.stat().st_mtime
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -259,7 +306,7 @@ def _load(file: Path) -> dict[str, Any]:
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise _incomplete(file.parent, f"{file.name} cannot be read ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise _incomplete(file.parent, f"{file.name} holds a {type(content).__name__}, expected a dictionary")
@@ -267,7 +314,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _sum_of(file: Path) -> list[int]:
-    """Size in bytes and CRC-32 of a file; of weights without their header, into which people write titles."""
+    """Size in bytes and CRC-32 of a file; for weights without the header, into which people write titles."""
     size = checksum = 0
     start = read_weights_file(file).data_start if file.suffix == ".safetensors" else 0
     with file.open("rb") as stream:
@@ -278,4 +325,6 @@ def _sum_of(file: Path) -> list[int]:
 
 
 def _incomplete(folder: Path, why: str) -> Refusal:
-    return Refusal(f"The checkpoint {folder} is not complete: {why}. Resume from another one: --resume-from latest.")
+    return Refusal(
+        f"The checkpoint {folder} is not complete: {why}. Resume from another one, as with --resume-from latest."
+    )

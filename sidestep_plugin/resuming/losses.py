@@ -1,4 +1,4 @@
-"""A long list of losses that stays where they were computed."""
+"""A long list of losses, kept on the device where they were computed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import torch
 
-_TOGETHER: Final = 4096  # losses that are kept apart before they become one tensor
+_TOGETHER: Final = 4096  # losses that are kept one by one before they become one tensor
 
 
 class Losses:
-    """Numbers that stay where they were computed: reading them one by one would wait for the GPU each time."""
+    """Numbers that stay on their device: reading them one by one would wait for the GPU each time."""
 
     def __init__(self) -> None:
         self._parts: list[torch.Tensor] = []
@@ -28,7 +28,7 @@ class Losses:
             self._join()
 
     def mean_of_newest(self, count: int) -> float:
-        """Mean of the newest ones. Waits for the GPU."""
+        """Mean of the newest losses. Waits for the GPU."""
         import torch
 
         if count <= len(self._newest):
@@ -36,7 +36,7 @@ class Losses:
         return float(self.all()[-count:].float().mean())
 
     def all(self) -> torch.Tensor:
-        """All of them, on the CPU."""
+        """All losses, on the CPU."""
         import torch
 
         self._join()

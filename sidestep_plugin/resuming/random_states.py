@@ -1,4 +1,4 @@
-"""States of the random generators that a training may draw from: taken, kept as plain values, put back."""
+"""States of the random generators that a training may draw from: read, stored as plain values, restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """States of the random generators that a training may draw from: torch's, of its device too, Python's, numpy's."""
+    """States of the random generators that a training may draw from: torch's (CPU and device), Python's, numpy's."""
     import torch
 
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _as_lists(random.getstate())}
@@ -25,7 +25,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Put the random generators into states of :func:`random_states`; those of another device are left out."""
+    """Restore what :func:`random_states` returned; the state of another device is left out."""
     import torch
 
     torch.set_rng_state(states["torch"].cpu())

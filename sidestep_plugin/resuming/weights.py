@@ -1,4 +1,4 @@
-"""The adapter's own tensors: reading the live ones, comparing them with a checkpoint's, putting those in place."""
+"""The adapter's own tensors: reading them, comparing them with a checkpoint's, loading those."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def live_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The adapter's own tensors of a run, under the names that they are saved with. Raises Refusal."""
+    """The adapter's current tensors, under the names that they are saved with. Raises Refusal."""
     module = run.module_ref() if run.module_ref else None
     if module is None:
         raise Refusal("The training module of this run was freed while the run went on. Start it again.")
@@ -28,19 +28,19 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def check_finite(run: Run) -> None:
-    """Raise Refusal when the adapter holds numbers that are not finite: saved, it would replace one that is of use."""
+    """Raise Refusal when the adapter contains NaN or infinity: saving it would replace one that is usable."""
     for name, tensor in live_weights(run).items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             rate = getattr(run.training_config, "learning_rate", None)
             raise Refusal(
-                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}), so it was not saved "
-                f"over anything and the training was ended. Lower --learning-rate (now {rate}), and go on from an "
-                "earlier checkpoint, if there is one."
+                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}). It was not saved, "
+                f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier "
+                "checkpoint."
             )
 
 
 def put_weights(run: Run, point: ResumePoint) -> None:
-    """Put a checkpoint's tensors into the adapter, and look whether they are there. Raises Refusal."""
+    """Load a checkpoint's tensors into the adapter, and check that they are there. Raises Refusal."""
     import torch
 
     live = check_weights(run, point)
@@ -55,13 +55,13 @@ def put_weights(run: Run, point: ResumePoint) -> None:
     for name, tensor in live_weights(run).items():
         if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
             raise Refusal(
-                f"The adapter's tensor {name} is not what the checkpoint holds after loading it. "
+                f"After loading the checkpoint, the adapter's tensor {name} differs from it. "
                 "Resume from another checkpoint, or train anew."
             )
 
 
 def check_weights(run: Run, point: ResumePoint) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, when each has one of its name and shape in the checkpoint. Raises Refusal."""
+    """The adapter's tensors, if the checkpoint has the same names and shapes. Raises Refusal."""
     live = live_weights(run)
     missing = sorted(live.keys() - point.weights.keys())
     foreign = sorted(point.weights.keys() - live.keys())

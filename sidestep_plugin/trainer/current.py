@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..resuming.journal import Journal
+    from ..resuming.lock import OutputLock
     from ..run import Run, Step
 
 
@@ -29,6 +30,20 @@ class Training:
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class CommandLine:
+    """What the command line did before it called upstream's trainer.
+
+    Attributes:
+        lock: the lock of the output folder, which this training must not ask for again.
+        latest: whether the checkpoint to resume from is the newest one, chosen for the user.
+    """
+
+    lock: OutputLock
+    latest: bool
+
+
 running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
 running_training: ContextVar[Training | None] = ContextVar("acestep_running_training", default=None)
+command_line: ContextVar[CommandLine | None] = ContextVar("acestep_command_line", default=None)
 saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)

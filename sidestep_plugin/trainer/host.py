@@ -25,6 +25,7 @@ class Host:
         registry: the loaded plugins.
         options: the plugins' options.
         announce: called with each line that the plugins announce.
+        listened_to: whether the announced lines reach the user; upstream's log may be hidden.
         attached: whether the wrappers are in place.
         refusal: the refusal that stopped the newest run, or None.
         interrupted: where the newest run was saved if it was stopped or failed, else None.
@@ -42,6 +43,7 @@ class Host:
         self.registry = registry
         self.options = dict(options)
         self.announce: Callable[[str], None] = announce or log_of(trainer).info
+        self.listened_to = announce is not None
         self.attached = False
         self.refusal: Refusal | None = None
         self.interrupted: Path | None = None

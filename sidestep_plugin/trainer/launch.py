@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
 from ..registry import Registry
-from ..resuming.checkpoints import begin_anew
+from ..resuming.lock import OutputLock
+from ..resuming.overwriting import Overwriting
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
@@ -28,10 +29,12 @@ from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
 from .configs import build_configs, check_rank
+from .current import CommandLine, command_line
 from .models import Handler, check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
 from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
+from .wrappers.training import refuse_several_processes
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +81,9 @@ class Launch:
 
     Attributes:
         attachment: the attached plugins; detached when the training is over.
+        lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
+        latest: whether the checkpoint to resume from was chosen as the newest one.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -86,11 +91,13 @@ class Launch:
 
     request: Request
     attachment: Attachment
+    lock: OutputLock
     trainer: Any
     dataset: Dataset
     steps_per_epoch: int
     epochs: int
     state: dict[str, Any]
+    latest: bool
 
     @property
     def total_steps(self) -> int:
@@ -100,11 +107,29 @@ class Launch:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
         request = self.request
         arguments: dict[str, Any] = {"training_state": self.state}
-        if request.overwrite and request.resume_from is None:
-            begin_anew(request.output_dir.absolute())
         if request.resume_from is not None:
             arguments["resume_from"] = str(request.resume_from)
-        yield from self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
+        overwriting = None
+        if request.overwrite and request.resume_from is None:
+            overwriting = Overwriting(request.output_dir.absolute())
+            yield from _as_reports(overwriting.begin())
+        running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
+        try:
+            while True:
+                token = command_line.set(CommandLine(self.lock, self.latest))
+                try:
+                    report = next(running, None)
+                finally:
+                    command_line.reset(token)
+                if report is None:
+                    break
+                yield report
+                if overwriting is not None and report[2].startswith("💾"):
+                    yield from _as_reports(overwriting.saved())
+            if overwriting is not None:
+                yield from _as_reports(overwriting.end())
+        finally:
+            running.close()
 
     @property
     def final_adapter(self) -> Path | None:
@@ -144,12 +169,25 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
+    lock = OutputLock(request.output_dir.absolute())
+    try:
+        return _prepared(request, lock, say, extra_plugins)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _prepared(
+    request: Request, lock: OutputLock, say: Callable[[str], None], extra_plugins: Callable[[], Mapping[str, object]]
+) -> Launch:
+    refuse_several_processes()
     _stay_offline()
+    latest = request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     root = find_root(request.acestep_root)
     model = _check_model(request, root, registry, options)
-    request = _check_output(request, registry, say)
+    request = _check_output(request, lock, registry, say)
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = _check_songs(request, model)
@@ -157,7 +195,7 @@ def prepare(
     _check_values(dataset, upstream, options, say)
     _announce(request, registry, root, model, device, say)
     handler = _load(model, device, dataset)
-    return _attach(request, upstream, handler, dataset, say, extra_plugins)
+    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest)
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -197,10 +235,13 @@ def _check_model(request: Request, root: Path, registry: Registry, options: Mapp
     return _Model(folder, facts)
 
 
-def _check_output(request: Request, registry: Registry, say: Callable[[str], None]) -> Request:
-    """Check the output folder and find the checkpoint to resume from | returns the request with it. Raises Refusal."""
+def _check_output(request: Request, lock: OutputLock, registry: Registry, say: Callable[[str], None]) -> Request:
+    """Lock the output folder and find the checkpoint to resume from | returns the request with it. Raises Refusal."""
     output = request.output_dir.absolute()
     check_writable(output)
+    lock.acquire()
+    if lock.warning is not None:
+        say(lock.warning)
     if not registry.implements("acestep_adapter_saved"):
         check_undescribed(output)
     if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
@@ -272,11 +313,14 @@ def _load(model: _Model, device: torch.device, dataset: Dataset) -> Handler:
 
 def _attach(
     request: Request,
+    lock: OutputLock,
     upstream: _Upstream,
     handler: Handler,
     dataset: Dataset,
     say: Callable[[str], None],
     extra_plugins: Callable[[], Mapping[str, object]],
+    *,
+    latest: bool,
 ) -> Launch:
     """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
@@ -306,12 +350,18 @@ def _attach(
     return Launch(
         request=request,
         attachment=attachment,
+        lock=lock,
         trainer=trainer,
         dataset=dataset,
         steps_per_epoch=math.ceil((songs - held_out) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
+        latest=latest,
     )
+
+
+def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:
+    return ((0, 0.0, line) for line in lines)
 
 
 def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:

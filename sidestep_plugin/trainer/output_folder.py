@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from ..adapters.staging import settle_below
 from ..errors import Refusal
 from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
 from ..text import shown
@@ -46,14 +47,14 @@ def check_name(folder: Path) -> None:
 
 
 def check_unused(output: Path, resumed: Path | None) -> None:
-    """Refuse an output folder that holds the adapters of another training, which would be replaced or mixed up."""
+    """Refuse an output folder that holds the adapters of an earlier training, which would be replaced or mixed up."""
     if resumed is not None and resumed.resolve().is_relative_to(output.resolve()):
         return
     found = [name for name in (FINAL, "checkpoints", INTERRUPTED) if any((output / name).rglob("*.safetensors"))]
     if found:
         raise Refusal(
-            f"{output} holds adapters of another training already ({', '.join(found)}). Choose another --output-dir, "
-            "go on with that training (--resume-from latest), or let it be replaced: --overwrite."
+            f"{output} already holds the adapters of a training ({', '.join(found)}). Choose another --output-dir, "
+            "resume that training with --resume-from latest, or replace it with --overwrite."
         )
 
 
@@ -83,6 +84,7 @@ def checkpoint_to_resume(
     if said is None:
         return None
     if said == LATEST:
+        settle_below(output)
         folder, notes = newest_checkpoint(output)
         for note in notes:
             say(note)

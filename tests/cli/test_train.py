@@ -494,7 +494,13 @@ def test_songs_with_other_channels(refused, model_folder):
 
 def test_a_folder_that_is_no_checkpoint(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused("--model", "base", "--resume-from", tmp_path / "empty", says="is no checkpoint.*can only begin anew")
+    refused(
+        "--model",
+        "base",
+        "--resume-from",
+        tmp_path / "empty",
+        says="is not a checkpoint.*no training can be resumed from it",
+    )
     refused("--model", "base", "--resume-from", tmp_path / "gone", says="No checkpoint folder")
     refused("--model", "base", "--resume-from", "latest", says="No checkpoint to resume from in .*Start without")
 
@@ -508,7 +514,9 @@ def test_songs_made_for_another_encoder(refused, checkout, tmp_path):
 def test_the_adapters_of_another_training_are_not_replaced_unasked(run, refused, tmp_path):
     assert run("--model", "base", *QUICK).exit_code == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
-    refused("--model", "base", *QUICK, says="holds adapters of another training.*--resume-from latest.*--overwrite")
+    refused(
+        "--model", "base", *QUICK, says="already holds the adapters of a training .*--resume-from latest.*--overwrite"
+    )
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
     assert run("--model", "base", "--overwrite", "--seed", "8", *QUICK).exit_code == 0
     final = tmp_path / "output" / "final" / "adapter" / "adapter_model.safetensors"
@@ -536,6 +544,7 @@ def test_resume_from_latest(run, require_kind, tmp_path, kind):
     )
     assert "step 12/12, epoch 4/4" in result.output
     assert "step 3/12" not in result.output, "steps that were done are counted again"
+    assert result.output.index("✅ Resumed: ") < result.output.index("step 9/12, epoch 3/4")
 
 
 def test_resuming_with_another_rank_is_refused_before_training(run, tmp_path):
@@ -650,7 +659,7 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     seen = in_a_terminal([*COMMAND, "demo", "--dir", tmp_path / "demo"], [], cwd=tmp_path, width=120)
     assert seen.code == 0
     assert "12/12" in seen.text
-    assert re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", seen.text)
+    assert re.search(r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed", seen.text)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")

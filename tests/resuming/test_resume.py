@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from sidestep_plugin.hooks.resume_training import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
+from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
+from sidestep_plugin.resuming.overwriting import Overwriting
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.fingerprint import fingerprint
 from sidestep_plugin.trainer import seams
@@ -167,7 +168,7 @@ def test_a_checkpoint_outside_of_the_folders_that_the_app_may_read(job, trainer)
         pytest.skip("this version has no path guard")
     with pytest.raises(AssertionError):
         job("resumed", resume_from="/usr")
-    assert "lies outside of the folders that ACE-Step may read" in job.said[-1]
+    assert "is outside the folders that ACE-Step may read" in job.said[-1]
 
 
 def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, trainer):
@@ -440,7 +441,7 @@ def test_whatever_is_cut_off_or_missing_is_refused(job, kind, tmp_path):
                     continue  # the zip format's own matter
             else:
                 damaged.write_bytes(content[: len(content) // 2 if damage == "cut off" else 0])
-            with pytest.raises(Refusal, match=r"not complete|is no checkpoint"):
+            with pytest.raises(Refusal, match=r"not complete|is not a checkpoint"):
                 read_checkpoint(copy)
 
 
@@ -453,6 +454,11 @@ def test_a_state_that_does_not_hang_together_is_refused(job):
         {"losses": state["losses"].tolist()},
         {"losses": state["losses"].long()},
         {"epochs": "three"},
+        {"epochs": float("inf")},
+        {"epochs": float("nan")},
+        {"steps": float("-inf")},
+        {"save_number": float("inf")},
+        {"save_number": "2"},
         {"steps": None},
         {"steps_per_epoch": "3"},
         {"schema_version": 99},
@@ -489,7 +495,7 @@ def test_latest_is_the_newest_that_is_whole(job):
 
 def test_the_checkpoints_of_a_training_that_was_replaced_are_not_its_successors(job):
     job("whole")
-    begin_anew(job.output / "whole")
+    Overwriting(job.output / "whole").begin()
     with pytest.raises(Refusal, match="of the training that --overwrite replaced"):
         newest_checkpoint(job.output / "whole")
     job("whole", max_epochs=3)
@@ -501,8 +507,8 @@ def test_what_is_not_a_checkpoint_says_so(job, tmp_path):
     job("whole", max_epochs=3)
     for folder, says in (
         (tmp_path / "nowhere", "No checkpoint folder"),
-        (job.output / "whole", "It holds others: --resume-from latest"),
-        (job.output / "whole" / "final", "without which a training"),
+        (job.output / "whole", "It holds checkpoints: --resume-from latest"),
+        (job.output / "whole" / "final", "no training can be resumed from it"),
     ):
         with pytest.raises(Refusal, match=says):
             read_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""How a training ends: a run that was stopped or failed is saved, and plugins sum it up."""
+"""The end of a training: a run that was stopped or failed is saved, and plugins summarize it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from ..host import Host
 
 INTERRUPTED: Final = "interrupted"
-"""Folder below the output folder into which a training is saved that was stopped or failed."""
+"""Folder in the output folder for the checkpoint of a training that was stopped or failed."""
 
 
 def saved_after(host: Host, training: Training, *, failed: bool = False) -> list[str]:
-    """Save a run that ends before its end, so that it can be resumed | returns lines for the user."""
+    """Save a run that ends early, so that it can be resumed | returns lines for the user."""
     run, trainer, journal = training.run, training.trainer, training.journal
     if journal is None or not host.resumes or journal.finished or journal.catching_up or not journal.computed:
+        return []
+    if failed and not journal.learned:  # the adapter is what it was at the start
         return []
     module, save, checkpoint = trainer.module, *SAVE_FUNCTIONS[run.adapter_type]
     point = journal.here(run, failed=failed)
@@ -46,15 +48,15 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
     journal.ending = True
     try:
         function(**{name: known[name] for name in inspect.signature(function).parameters if name in known})
-    except Exception as error:  # a disk that is full, most likely; the training is over in any case
+    except Exception as error:  # most likely a full disk; the training is over in any case
         reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}. {room(folder)}"
-        return [f"⚠️ What was trained since the newest checkpoint could not be saved: {reason}"]
+        return [f"⚠️ The training since the newest checkpoint could not be saved: {reason}"]
     host.interrupted = place_of(host.trainer, str(folder))
     return [f"💾 Saved as it was after {journal.steps} training steps: {host.interrupted}"]
 
 
 def summed_up(host: Host, training: Training, ending: str) -> list[str]:
-    """What plugins have to say of a run that has ended, once."""
+    """The plugins' summaries of a run that has ended, once | returns lines for the user."""
     run, journal = training.run, training.journal
     if journal is None or journal.summed_up or journal.computed == 0 or (ending != "finished" and journal.finished):
         return []
@@ -64,6 +66,6 @@ def summed_up(host: Host, training: Training, ending: str) -> list[str]:
     try:
         for plugin, lines in host.registry.call("acestep_run_ended", run=run, ending=ending, folder=folder):
             told += checked_lines(plugin, "acestep_run_ended", lines)
-    except Refusal as refusal:  # the adapter is saved, or is about to be: a summary is not worth losing it
+    except Refusal as refusal:  # the adapter is saved or about to be, and matters more than a summary
         told.append(f"⚠️ {refusal}")
     return told

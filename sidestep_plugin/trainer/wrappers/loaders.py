@@ -1,4 +1,4 @@
-"""The loaders of songs: the journal counts their passes, and a resumed run walks over those that are done."""
+"""The data loaders: the journal counts their epochs, and a resumed run goes through recorded ones without reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let every pass of a loader that upstream makes go by way of `passes`, one of the journal's."""
+    """Route every pass of a loader that upstream makes through `passes`, a method of the journal."""
 
     @wraps(original)
     def loader(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Cal
 
 
 def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
-    """Put what plugins return of an epoch into upstream's log. Raises Refusal."""
+    """Write what plugins return for an epoch to upstream's log. Raises Refusal."""
     loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
     for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
         if not isinstance(entries, Mapping):
@@ -38,6 +38,12 @@ def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) 
                 f"Plugin {plugin!r} returned {described(entries)} from acestep_epoch_finished, expected numbers "
                 "and tensors by name."
             )
+        for name, value in entries.items():
+            if (wrong := _not_loggable(name, value)) is not None:
+                raise PluginError(
+                    f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
+                    "finite values, by name."
+                )
         for logger, (name, value) in product(loggers, entries.items()):
             if isinstance(value, int | float):
                 logger.log_metrics({name: value}, epoch)
@@ -45,10 +51,25 @@ def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) 
                 logger.experiment.add_histogram(name, value, epoch)
 
 
-def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:
-    """Let every pass through a DataLoader go by way of `passes`, which is given its own iterator and its length.
+def _not_loggable(name: Any, value: Any) -> str | None:
+    """What keeps an entry out of upstream's log; None for a number and a tensor that has a histogram."""
+    import torch
 
-    The loader stays what it is, a DataLoader of upstream's: Lightning looks at it closely.
+    if not isinstance(name, str):
+        return f"an entry named {name!r}"
+    if isinstance(value, int | float):
+        return None
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.numel() == 0:
+        return f"{name!r} as {described(value)}"
+    if not bool(value.isfinite().all()):
+        return f"{name!r} as {described(value)} with values that are not finite"
+    return None
+
+
+def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:
+    """Route every pass of a DataLoader through `passes`, which is given the loader's own iterator and its length.
+
+    The loader stays an instance of upstream's class: Lightning inspects it closely.
     """
     own = type(loader)
 

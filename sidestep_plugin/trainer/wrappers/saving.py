@@ -1,15 +1,17 @@
-"""The save functions: what upstream writes appears whole, with what plugins add, or not at all."""
+"""The save functions: what upstream writes, and what plugins add, appears completely or not at all."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
+from ...resuming.checkpoints import write_finished
 from ...resuming.weights import check_finite
 from ...run import AdapterType, SavedAdapter
 from ..checkout import place_of
@@ -67,19 +69,23 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         except Exception as error:
             if journal is None or journal.ending or final:
                 raise
-            # Hours of training do not end because a disk is full: an earlier checkpoint is there, or a later one.
+            # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
             journal.unsaved = True
             host.announce(f"Warning: {folder} could not be saved: {error}. {room(folder)} The training goes on.")
             return said
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
+            epochs = getattr(run.training_config, "max_epochs", None)
+            if final and host.resumes and isinstance(epochs, int):
+                with suppress(OSError):  # then a resumed run only goes through the last epochs again
+                    write_finished(folder.parent, epochs)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
     return save
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:
-    """The weights file that upstream's save has just written. Raises UpstreamMismatch when there is none."""
+    """The weights file that upstream has just written. Raises UpstreamMismatch when there is none."""
     for name in WEIGHT_FILES[kind]:
         if (folder / name).is_file():
             return folder / name

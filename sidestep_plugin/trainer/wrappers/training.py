@@ -5,16 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import PluginError, Refusal
+from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
+from ...resuming.lock import OutputLock
 from ...run import AdapterType, ResumePoint, Run
 from ..answers import described
-from ..current import Training, running_training
+from ..checkout import place_of
+from ..current import Training, command_line, running_training
 from ..failures import advice
+from ..seams import FINAL
 from .ending import saved_after, summed_up
 from .loaders import epoch_finished
 
@@ -48,25 +53,25 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
         run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
-        try:
-            refuse_several_processes()
-            host.start(run)
-            point = _point(host, run, resume_from) if resume_from and host.resumes else None
-        except Refusal as refusal:
-            host.refusal = refusal
-            yield 0, 0.0, f"❌ {refusal}"
-            return
-        if point is not None:
-            call.arguments.pop("resume_from", None)
-        journal = None
-        if host.keeps_journal:
-            each = getattr(run.training_config, "gradient_accumulation_steps", 0)
-            journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0)
-            journal.epoch_finished = partial(epoch_finished, host, trainer)
-            run.epoch_losses = journal.loss_by_epoch
-            host.journals[run] = journal
-        state = call.arguments.get("training_state")
-        yield from _followed(host, Training(run, trainer, journal), original(*call.args, **call.kwargs), state)
+        with ExitStack() as ending:
+            try:
+                refuse_several_processes()
+                _lock_output(host, run, ending)
+                host.start(run)
+                point = _point(host, run, resume_from) if resume_from and host.resumes else None
+            except Refusal as refusal:
+                host.refusal = refusal
+                yield 0, 0.0, f"❌ {refusal}"
+                return
+            if point is not None:
+                if (epochs := _finished(host, run)) is not None:
+                    done = f"✅ This training is finished after {epochs} epochs; nothing was changed."
+                    yield 0, 0.0, f"{done} To train on, ask for more --epochs."
+                    return
+                call.arguments.pop("resume_from", None)
+            training = Training(run, trainer, _journal(host, run, trainer, point))
+            state = call.arguments.get("training_state")
+            yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
 
@@ -79,6 +84,40 @@ def refuse_several_processes() -> None:
             f"WORLD_SIZE is {size}: ACE-Step's trainer uses one GPU, so every process would train the same adapter and "
             "save it to the same folder. Start a single process, without torchrun, and choose the GPU with --device."
         )
+
+
+def _lock_output(host: Host, run: Run, ending: ExitStack) -> None:
+    """Lock the output folder until the training ends; the command line has done so already. Raises Refusal."""
+    if command_line.get() is not None or not host.registry.names:
+        return
+    lock = ending.enter_context(OutputLock(_output_of(host, run)))
+    lock.acquire()
+    if lock.warning is not None:
+        host.announce(lock.warning)
+
+
+def _finished(host: Host, run: Run) -> int | None:
+    """After how many epochs the training was finished whose newest checkpoint is asked for; None when it goes on."""
+    line, output = command_line.get(), _output_of(host, run)
+    if line is None or not line.latest or not any((output / FINAL).rglob("*.safetensors")):
+        return None
+    epochs, wanted = finished_epochs(output), getattr(run.training_config, "max_epochs", None)
+    return epochs if epochs is not None and isinstance(wanted, int) and wanted <= epochs else None
+
+
+def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> Journal | None:
+    """The record of a run; None when no plugin needs one."""
+    if not host.keeps_journal:
+        return None
+    each = getattr(run.training_config, "gradient_accumulation_steps", 0)
+    saves = newest_save_number(_output_of(host, run)) if host.resumes else 0
+    journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0, saves)
+    journal.epoch_finished = partial(epoch_finished, host, trainer)
+    if host.listened_to:  # at once: upstream's next report may come many steps later
+        journal.say = host.announce
+    run.epoch_losses = journal.loss_by_epoch
+    host.journals[run] = journal
+    return journal
 
 
 def _followed(
@@ -160,6 +199,10 @@ def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
 def _stopped(state: Mapping[str, Any] | None) -> bool:
     """Whether upstream's stop button was pressed."""
     return bool(state and state.get("should_stop"))
+
+
+def _output_of(host: Host, run: Run) -> Path:
+    return place_of(host.trainer, str(run.training_config.output_dir))
 
 
 def _device_of(trainer: Any) -> torch.device:

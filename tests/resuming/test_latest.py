@@ -1,0 +1,199 @@
+"""Which checkpoint ``--resume-from latest`` takes, whatever the clock says, and what ``--overwrite`` leaves."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from sidestep_plugin import Refusal
+from sidestep_plugin.cli import cli
+from sidestep_plugin.resuming import checkpoints
+from sidestep_plugin.resuming.checkpoints import STATE_FILE, newest_checkpoint, read_checkpoint
+
+QUICK = ("--batch-size", 2, "--save-every", 1, "--rank", 4, "--alpha", 8, "--device", "cpu")
+
+
+@pytest.fixture
+def run(checkout, trainer, tmp_path, monkeypatch):
+    """Run ``acestep-train`` in this process: ``run("--epochs", 2)``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    places = {"acestep-root": checkout.root, "checkpoint-dir": checkout.checkpoints, "dataset-dir": checkout.tensors}
+
+    def invoke(*arguments, plugin="sidestep"):
+        line = [f"--plugin={plugin}"] if plugin else []
+        line += ["--model", "base", "--output-dir", tmp_path / "output", *QUICK, *arguments]
+        for name, folder in places.items():
+            line += [f"--{name}", folder]
+        return CliRunner().invoke(cli, [*map(str, line)], catch_exceptions=False)
+
+    return invoke
+
+
+def epochs_in(output):
+    return sorted(re.match(r"epoch_\d+", folder.name)[0] for folder in (output / "checkpoints").iterdir())
+
+
+def state_of(output, epoch):
+    (folder,) = (output / "checkpoints").glob(f"epoch_{epoch}_*")
+    return folder / STATE_FILE
+
+
+def change(file, **entries):
+    torch.save(torch.load(file, weights_only=True) | entries, file)
+
+
+def resumed_from(result):
+    assert result.exit_code == 0, result.output
+    return re.search(r"Resuming from .*(epoch_\d+)", result.output)[1]
+
+
+# -- the clock -------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_was_set_back(run, monkeypatch, tmp_path):
+    """Saves after it are the newest all the same, also in a training that began anew before."""
+    assert run("--epochs", 1).exit_code == 0
+    assert run("--epochs", 2, "--overwrite", "--seed", 3).exit_code == 0
+    monkeypatch.setattr(checkpoints.time, "time", lambda: time.mktime((2001, 1, 1, 0, 0, 0, 0, 0, 0)))
+    assert resumed_from(run("--epochs", 3, "--resume-from", "latest")) == "epoch_2"
+    assert resumed_from(run("--epochs", 4, "--resume-from", "latest")) == "epoch_3"
+
+
+def test_a_checkpoint_dated_ahead_does_not_stay_the_newest(run, tmp_path):
+    assert run("--epochs", 2).exit_code == 0
+    change(state_of(tmp_path / "output", 1), saved_at=time.time() + 1e9)
+    assert resumed_from(run("--epochs", 3, "--resume-from", "latest")) == "epoch_2"
+
+
+def test_the_order_of_saving_counts_and_not_the_epoch(run, tmp_path):
+    """Somebody goes back to an earlier checkpoint: what is saved from there on is newer than what was there."""
+    output = tmp_path / "output"
+    assert run("--epochs", 4).exit_code == 0
+    earlier = state_of(output, 1).parent
+    assert run("--epochs", 2, "--learning-rate", 0.001, "--resume-from", earlier).exit_code == 0
+    folder, notes = newest_checkpoint(output)
+    assert (read_checkpoint(folder).point.epochs, notes) == (2, [])
+
+
+def test_checkpoints_of_earlier_versions_are_ordered_as_they_were(run, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 3).exit_code == 0
+    for epoch, saved_at in ((1, 100.0), (2, 300.0), (3, 200.0)):
+        state = torch.load(state_of(output, epoch), weights_only=True)
+        del state["save_number"]
+        torch.save(state | {"saved_at": saved_at}, state_of(output, epoch))
+    assert newest_checkpoint(output)[0].name.startswith("epoch_2")
+    (output / checkpoints.BEGAN).write_text("400.0\n", encoding="utf-8")
+    with pytest.raises(Refusal, match="of the training that --overwrite replaced"):
+        newest_checkpoint(output)
+    (output / checkpoints.BEGAN).write_text("250.0\n", encoding="utf-8")
+    assert resumed_from(run("--epochs", 4, "--resume-from", "latest")) == "epoch_2"
+    assert read_checkpoint(newest_checkpoint(output)[0]).point.epochs == 4
+    # A new save is newer than any that has no number, whatever the clock said then.
+    assert newest_checkpoint(output)[0].name.startswith("epoch_4")
+
+
+def test_a_state_that_nothing_can_be_made_of_is_skipped(run, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 3).exit_code == 0
+    shutil.rmtree(output / "final")
+    change(state_of(output, 3), epochs=float("inf"))
+    change(state_of(output, 2), saved_at=float("nan"), save_number=float("nan"))
+    result = run("--epochs", 3, "--resume-from", "latest")
+    assert resumed_from(result) == "epoch_1"
+    assert "Note: skipped epoch_3" in result.output and "is not complete: what was saved" in result.output
+
+
+# -- overwriting -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", ["sidestep", None])
+def test_overwriting_leaves_no_checkpoint_of_the_training_before(run, tmp_path, plugin):
+    output = tmp_path / "output"
+    assert run("--epochs", 4, plugin=plugin).exit_code == 0
+    if plugin is None:  # as its name is the same, so may be its content: what is new has to stay
+        names = epochs_in(output)
+        assert run("--epochs", 4, "--overwrite", plugin=plugin).exit_code == 0
+        assert epochs_in(output) == names
+    result = run("--epochs", 2, "--overwrite", plugin=plugin)
+    assert result.exit_code == 0, result.output
+    assert epochs_in(output) == ["epoch_1", "epoch_2"] and not (output / "overwritten").exists()
+    assert result.output.count("Note: removed 4 checkpoints of the training that --overwrite replaced.") == 1
+
+
+def test_a_new_training_that_saves_nothing_puts_the_old_checkpoints_back(run, trainer, monkeypatch, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 2).exit_code == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and "logs" not in file.parts}
+
+    def fail(*_, **__):
+        raise RuntimeError("the computer's own trouble")
+
+    monkeypatch.setattr(trainer.F, "mse_loss", fail)
+    result = run("--epochs", 2, "--overwrite")
+    assert result.exit_code == 1 and "are back in place" in result.output, result.output
+    after = {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and "logs" not in file.parts}
+    assert after == before
+
+
+def test_what_a_killed_training_set_aside_is_no_checkpoint_of_the_next(run, tmp_path):
+    from sidestep_plugin.resuming.overwriting import Overwriting
+
+    output = tmp_path / "output"
+    for _ in range(2):
+        assert run("--epochs", 2, "--overwrite").exit_code == 0
+        note = state_of(output, 1).parent / "note.txt"
+        note.write_text("mine", encoding="utf-8")
+        Overwriting(output).begin()  # and no more
+        with pytest.raises(Refusal, match="overwritten holds those of the training that --overwrite replaced"):
+            newest_checkpoint(output)
+    assert run("--epochs", 1, "--overwrite").exit_code == 0
+    assert epochs_in(output) == ["epoch_1"]
+    # A user's own files stay.
+    kept = [file for file in (output / "overwritten").rglob("*") if file.is_file()]
+    assert kept and {file.name for file in kept} == {"note.txt"}
+
+
+# -- a finished training ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_training_is_said_to_be_finished(run, tmp_path):
+    output = tmp_path / "output"
+    settings = ("--save-every", 2)  # the last checkpoint is not the end
+    assert run("--epochs", 3, *settings).exit_code == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    for epochs in (3, 2):
+        result = run("--epochs", epochs, *settings, "--resume-from", "latest")
+        assert result.exit_code == 0, result.output
+        assert "This training is finished after 3 epochs; nothing was changed." in result.output
+        assert "more --epochs" in result.output and f"Adapter: {output / 'final'}" in result.output
+        assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert resumed_from(run("--epochs", 4, *settings, "--resume-from", "latest")) == "epoch_2"
+    assert "finished after 4 epochs" in run("--epochs", 4, *settings, "--resume-from", "latest").output
+
+
+def test_a_training_that_went_on_after_its_end_is_not_finished(run, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 2).exit_code == 0
+    finished = (output / checkpoints.FINISHED).read_bytes()
+    assert run("--epochs", 4, "--resume-from", "latest").exit_code == 0
+    (output / checkpoints.FINISHED).write_bytes(finished)  # killed before its end
+    assert resumed_from(run("--epochs", 4, "--resume-from", "latest")) == "epoch_4"
+    (output / checkpoints.FINISHED).write_text("[]", encoding="utf-8")
+    assert resumed_from(run("--epochs", 4, "--resume-from", "latest")) == "epoch_4"
+    shutil.rmtree(output / "final")
+    assert resumed_from(run("--epochs", 4, "--resume-from", "latest")) == "epoch_4"
+    assert (output / "final").is_dir()
+
+
+def test_a_finished_training_without_checkpoints_says_so(run):
+    assert run("--epochs", 2, "--save-every", 5).exit_code == 0
+    result = run("--epochs", 3, "--resume-from", "latest")
+    assert result.exit_code == 2 and "is finished and left no checkpoint to resume from" in result.stderr
