@@ -172,6 +172,7 @@ def prepare(
     device = pick_device(request.device)
     dataset = inspect_dataset(dataset_dir, allow_duplicates=request.allow_duplicates)
     check_songs(dataset, facts)
+    say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
     seams.require(module, request.adapter_type, registry.implements)
     configs = build_configs(module, request.adapter_type, request.settings, request.output_dir, device)
@@ -191,7 +192,6 @@ def prepare(
 
     if resumed is not None and not resumes:
         say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
-    say(f"ACE-Step: {root}")
     say(f"Loading {folder.name} on {device} ...")
     handler = load_model(folder, device)
     width = getattr(getattr(handler.model, "null_condition_emb", None), "shape", (dataset.condition_width,))[-1]

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -56,9 +55,9 @@ def answer(place, checkout, trainer, monkeypatch):
 
     def run(*typed, more=()):
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "on_a_terminal", lambda: True)
+        monkeypatch.setattr("sidestep_plugin.cli.terminal.on_a_terminal", lambda: True)
         # It would change the log of the tests after this one.
-        monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+        monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
         words = ["--plugin", "sidestep", "--device", "cpu", *more]
         # The checkout that this process has imported, not the copy of it in the current folder.
         words += ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(place / "checkpoints")]
@@ -134,7 +133,7 @@ def test_answers_are_checked_when_they_are_given(answer, place):
         "No songs in ",
         "Cannot write to ",
         "Expected lora or lokr.",
-        "'many' is not epochs. Expected a whole number from 1.",
+        "'many' is not a number of epochs. Expected a whole number from 1.",
         "'-1' is not a rank.",
         "Expected y, n or b.",
         "Nothing was started, nothing was written.",
@@ -179,7 +178,7 @@ def test_an_output_folder_that_is_in_use(answer, place):
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume"), (EPOCHS, "2"), (START, ""))
     assert seen.code == 0, seen.text
     assert "out holds adapters of another training. Type another folder; resume to go on" in seen.text
-    assert "goes on from the checkpoint latest" in seen.text and "Resumed: " in seen.text
+    assert "resumes from epoch_1" in seen.text and "Resumed: " in seen.text
 
 
 def test_resuming_takes_the_settings_of_the_checkpoint(answer, place):

@@ -1,0 +1,32 @@
+"""What the terminal is: whether somebody is there, and what the program was called by."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+NAME = "acestep-train"
+
+
+def on_a_terminal() -> bool:
+    """Whether somebody is there to be asked."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def program() -> str:
+    """The program as it can be typed again: by its name where the shell finds it, else by the path that was typed."""
+    typed = sys.argv[0]
+    if os.path.basename(typed).removesuffix(".exe") != NAME:  # noqa: PTH119 - pathlib takes longer to import
+        return NAME  # started as a module, or by a test
+    import shutil
+
+    found = shutil.which(NAME)
+    return NAME if found is not None and _same(found, typed) else typed
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths are one file; Windows leaves .exe out of the one that was typed."""
+    try:
+        return os.path.samefile(one, other if os.path.exists(other) else f"{other}.exe")  # noqa: PTH110, PTH121
+    except OSError:
+        return False
