@@ -33,7 +33,7 @@ def options() -> list[click.Option]:
             metavar="KIND",
             default="auto",
             show_default=True,
-            help="auto, turbo, base or sft; auto reads config.json and the folder's name.",
+            help="turbo, base or sft; auto: from config.json and the folder's name.",
         ),
         click.Option(
             ["--timestep-mode"],

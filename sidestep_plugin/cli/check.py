@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter-type",
     type=click.Choice(["lora", "lokr"]),
-    help="Check this kind of adapter only.  [default: every kind that this ACE-Step trains]",
+    help="Check this kind of adapter only.  [default: all that this ACE-Step trains]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--debug", is_flag=True, help="Show all logs.")

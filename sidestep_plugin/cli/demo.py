@@ -18,6 +18,8 @@ _SETTINGS = {
     "batch_size": 2,
     "gradient_accumulation": 1,
     "save_every": 2,
+    "learning_rate": 0.01,
+    "warmup_steps": 0,
 }
 
 

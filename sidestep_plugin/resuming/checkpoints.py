@@ -199,7 +199,8 @@ def begin_anew(output: Path) -> None:
     (output / _BEGAN).write_text(f"{time.time()}\n", encoding="utf-8")
 
 
-def _began(output: Path) -> float:
+def began_at(output: Path) -> float:
+    """When the training in an output folder began, in seconds since 1970; 0.0 if unknown."""
     try:
         return float((output / _BEGAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -216,7 +217,7 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     """
     settle_below(output)
     notes: list[str] = []
-    began = _began(output)
+    began = began_at(output)
     for folder in sorted(_checkpoints_in(output), key=_saved_at, reverse=True):
         if _saved_at(folder) < began:
             notes.append(f"Note: {folder.name} and what is older is of the training that --overwrite replaced.")
@@ -252,6 +253,11 @@ def _saved_at(folder: Path) -> float:
         # Cut off, or made by upstream alone: as far as the disk knows.
         file = file if file.is_file() else folder / UPSTREAMS_FILE
         return file.stat().st_mtime
+
+
+def read_state(folder: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of the place in the training. Raises Refusal when it cannot be read."""
+    return _load(folder / STATE_FILE)
 
 
 def _load(file: Path) -> dict[str, Any]:
