@@ -41,7 +41,7 @@ def options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="MODE",
-            help="Timesteps: auto (as the model was trained), discrete or continuous.",
+            help="auto (timesteps as the model was trained), discrete or continuous.",
         ),
         click.Option(
             ["--cfg-ratio"],

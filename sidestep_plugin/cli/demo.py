@@ -65,11 +65,11 @@ def demo(
     from sidestep_plugin.trainer.launch import Request, check_writable
 
     from .command_line import quoted
-    from .terminal import program
+    from .terminal import program, say
 
     torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())
-    click.echo("This is a stand-in for ACE-Step 1.5: its songs are made-up tensors, and it makes no music.")
+    say("This is a stand-in for ACE-Step 1.5: its songs are made-up tensors, and it makes no music.")
     miniature = build(directory)
     output = directory / "output" / f"{model}-{adapter_type}"
     run_training(
@@ -88,8 +88,8 @@ def demo(
         )
     )
     if (losses := _losses(output)) is not None:
-        click.echo(f"Mean loss: {losses[0]:.4f} in the first epoch, {losses[1]:.4f} in the last.")
-    click.echo(f"See what the adapter says about itself: {quoted([program(), 'inspect', str(output)])}")
+        say(f"Mean loss: {losses[0]:.4f} in the first epoch, {losses[1]:.4f} in the last.")
+    say(f"See what the adapter says about itself: {quoted([program(), 'inspect', str(output)])}")
 
 
 def _losses(output: Path) -> tuple[float, float] | None:

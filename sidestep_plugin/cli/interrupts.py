@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from .commands import INTERRUPTED
+from .terminal import say
 
 if TYPE_CHECKING:
     from sidestep_plugin.trainer.launch import Launch
@@ -54,7 +53,7 @@ def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], b
     try:
         yield lambda: stopped
     except KeyboardInterrupt:
-        click.echo("Stopped at once. Checkpoints that were saved before are complete.", err=True)
+        say("Stopped at once. Checkpoints that were saved before are complete.", err=True)
         sys.exit(INTERRUPTED)
     finally:
         for number, handler in previous.items():

@@ -1,11 +1,24 @@
-"""What the terminal is: whether somebody is there, and what the program was called by."""
+"""The terminal: printing to it, whether somebody is there, and how the program was started."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+import click
+
 NAME = "acestep-train"
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line. If nobody reads any more (a closed terminal, a pipe into head), a training goes on all the same."""
+    try:
+        click.echo(text, err=err)
+    except OSError:
+        stream = sys.stderr if err else sys.stdout
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # or Python complains about what it could not print when it ends
+        os.close(nowhere)
 
 
 def on_a_terminal() -> bool:

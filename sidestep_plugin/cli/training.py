@@ -13,6 +13,7 @@ from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible, terminated_like_ctrl_c
+from .terminal import say
 
 if TYPE_CHECKING:
     from sidestep_plugin.trainer.launch import Launch, Request
@@ -64,12 +65,12 @@ def run_training(request: Request) -> None:
     if failure is None and adapter is None:
         failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
     if failure is not None:
-        click.echo(f"Error: {failure}", err=True)
+        say(f"Error: {failure}", err=True)
         if launch.attachment.interrupted is not None:
-            click.echo(f"To resume:\n  {resuming_line(launch.request)}", err=True)
+            say(f"To resume:\n  {resuming_line(launch.request)}", err=True)
         sys.exit(FAILED)
     assert adapter is not None
-    click.echo(f"Adapter: {adapter}")
+    say(f"Adapter: {adapter}")
     if request.plugins:
         _say_how_to_use(adapter, request.adapter_type)
 
@@ -77,7 +78,7 @@ def run_training(request: Request) -> None:
 def say_that_torch_is_imported() -> None:
     """Print what takes the next seconds, unless it is imported already."""
     if "torch" not in sys.modules:
-        click.echo("Importing torch ...")
+        say("Importing torch ...")
 
 
 def notes_on_settings(launch: Launch) -> list[str]:
@@ -101,10 +102,10 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
     resumable = saved is not None
     if not resumable and progress.began and not launch.request.plugins:
         saved = launch.save_interrupted()
-    click.echo(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
-    click.echo(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
+    say(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+    say(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
     if resumable:
-        click.echo(f"To resume:\n  {resuming_line(launch.request)}")
+        say(f"To resume:\n  {resuming_line(launch.request)}")
 
 
 def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
@@ -113,10 +114,10 @@ def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
     from sidestep_plugin.variants import guidance
 
     if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
-        click.echo(f"For ComfyUI: {copy}")
+        say(f"For ComfyUI: {copy}")
     facts = read_training_config(adapter)
     if facts is not None:
-        click.echo(
+        say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
             f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
         )

@@ -84,6 +84,8 @@ def test_from_nothing_to_an_adapter(answer_in_a_terminal, place, monkeypatch):
     assert seen.code == 0, seen.text
     assert re.search(r"1  acestep-v15-base +base +\d\.\d MB", seen.text)
     assert re.search(r"\d songs, 0\.\d minutes", seen.text)
+    assert re.search(r"Songs: \d, 0\.\d minutes; \d+ training steps, \d+ optimizer steps", seen.text)
+    assert re.search(r"On disk: about 0\.\d MB \(the finished adapter 0\.\d MB, 2 checkpoints of 0", seen.text)
     assert "Timesteps: continuous, maximum of two logit-normal draws" in seen.text
     assert "To generate: shift 1.0, 50 steps, CFG on" in seen.text
     folder = place / "adapters" / "my songs-base"
@@ -249,6 +251,36 @@ def test_a_model_whose_variant_nothing_tells(answer, place):
     assert seen.code == 0, seen.text
     assert "variant not known" in seen.text and "Variant: neither config.json nor" in seen.text
     assert facts_of(place / "out")["model_variant"] == "base"
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_what_is_said_of_the_room_on_the_disk_is_what_is_written(checkout, require_kind, train, kind):
+    require_kind(kind)
+    from sidestep_plugin.adapters.weights_file import read_weights_file
+    from sidestep_plugin.cli.guided.summary import adapter_size
+
+    output = train("base", kind, max_epochs=1).output  # rank 4
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    said = adapter_size(checkout.checkpoints / "acestep-v15-base", kind, 4, modules)
+    (weights,) = (output / "final").rglob("*.safetensors")
+    assert said == pytest.approx(weights.stat().st_size - read_weights_file(weights).data_start, rel=0.05)
+
+
+def test_ctrl_c_while_it_trains_prints_the_command_that_resumes(answer_in_a_terminal, place):
+    from terminal import CTRL_C
+
+    typed = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out it goes"), (KIND, ""), (EPOCHS, "5000"), (RANK, "4")]
+    seen = answer_in_a_terminal(*typed, (START, ""), (r"epoch 3/", CTRL_C))
+    assert seen.code == 130, seen.text
+    (line,) = re.findall(r"^To resume:\n  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
+    words = shlex.split(line)
+    assert (
+        words[words.index("--output-dir") + 1] == "out it goes" and words[words.index("--resume-from") + 1] == "latest"
+    )
+    (steps,) = re.findall(r"^Interrupted after (\d+) of", seen.text, flags=re.MULTILINE)
+    words[words.index("5000")] = str(int(steps) // 4 + 2)
+    done = subprocess.run([*COMMAND, *words], cwd=place, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
 
 
 def test_ctrl_c_leaves_everything_as_it_was(answer_in_a_terminal, place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def test_a_loss_that_is_no_number_is_a_failed_training(run, trainer, monkeypatch
     result = run("--model", "base", *QUICK)
     # Upstream's own loop divides by zero on gradients that are not finite; the stand-in's goes on to the end.
     assert result.exit_code == 1, result.output
-    assert re.search("not a finite number|ACE-Step: Training failed", result.stderr), result.stderr
+    assert re.search("is NaN or infinite|ACE-Step: Training failed", result.stderr), result.stderr
 
 
 def test_a_failed_training_is_exit_code_1(run, trainer, monkeypatch):
@@ -171,7 +172,12 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Stopping after this step" in output and "Adapter so far: " in output
-    assert "Go on with the same command and --resume-from latest." in output
+    # The whole command that resumes it, as it can be pasted into the shell.
+    (resuming,) = re.findall(r"^To resume:\n  acestep-train (.*)$", output, flags=re.MULTILINE)
+    (steps,) = re.findall(r"^Interrupted after (\d+) of", output, flags=re.MULTILINE)
+    resuming = resuming.replace("--epochs 100000", f"--epochs {int(steps) // 3 + 2}")
+    done = subprocess.run([*COMMAND, *shlex.split(resuming)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
     (folder,) = adapters_under(tmp_path / "output" / "interrupted")
     assert json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["model_variant"] == "base"
     (weights,) = folder.glob("*.safetensors")
@@ -553,6 +559,51 @@ def test_an_adapter_that_is_no_number_any_more_is_not_saved_over_a_good_one(run,
     assert not adapters_under(tmp_path / "output" / "interrupted")
 
 
+# -- what is said before it starts -----------------------------------------------------------------------------------
+
+
+def test_what_takes_time_is_said_before_it_is_loaded(checkout, tmp_path):
+    if checkout.real:
+        pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
+    line = [*COMMAND, "--model", "base", "--plugin", "sidestep", "--device", "cpu", "--epochs", "1"]
+    line += ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
+    line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:3] == [
+        "Importing torch ...",
+        f"Importing ACE-Step's trainer from {checkout.root} ...",
+        "Loading acestep-v15-base on cpu ...",
+    ]
+
+
+def test_torch_is_imported_after_that_was_said():
+    """The line would come too late if printing it took torch."""
+    code = (
+        "import sys, click\nfrom sidestep_plugin.cli import training\n"
+        "training.say = lambda text: print(text, 'torch' in sys.modules)\n"
+        "training.say_that_torch_is_imported()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Importing torch ... False"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--epochs", 4, "--warmup-steps", 6), r"Note: warm-up takes 6 of the 12 optimizer steps; .*--warmup-steps"),
+        (("--epochs", 4), r"Note: warm-up takes 100 optimizer steps, and this training has 12: it never reaches"),
+        (("--epochs", 4, "--warmup-steps", 3), None),
+        (("--epochs", 4, "--warmup-steps", 0), None),
+    ],
+)
+def test_a_warm_up_that_is_most_of_the_training_is_said(run, more, says):
+    done = run("--model", "base", "--batch-size", "2", "--gradient-accumulation", "1", *more)
+    assert done.exit_code == 0, done.output
+    assert re.search(says or "^", done.output) and ("Note: warm-up" in done.output) == (says is not None)
+    assert done.output.find("Note: warm-up") < done.output.index("step 3/12")
+
+
 # -- looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -575,7 +626,7 @@ def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        process.wait(timeout=120)
+        assert process.wait(timeout=120) == 0
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
 
 
