@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .terminal import on_a_terminal
+from . import terminal
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class LazyGroup(click.Group):
@@ -47,9 +50,18 @@ class DefaultGroup(LazyGroup):
         self.bare = bare
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and on_a_terminal() and not ctx.resilient_parsing:
+        if not args and terminal.on_a_terminal() and not ctx.resilient_parsing:
             args = list(self.bare)
         group_options = {option for param in self.get_params(ctx) for option in param.opts}
         if args and args[0] not in self.lazy and args[0] not in group_options and args[0].startswith("-"):
             args.insert(0, self.default)
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and the options of the default command, which may be left out."""
+        found = super().shell_complete(ctx, incomplete)
+        default = self.get_command(ctx, self.default)
+        known = {item.value for item in found}
+        if incomplete.startswith("-") and default is not None:
+            found += [item for item in default.shell_complete(ctx, incomplete) if item.value not in known]
+        return found

@@ -83,9 +83,10 @@ class SettingsFile:
         }
         for name in self.values:
             if name not in options:
-                near = difflib.get_close_matches(name, options, n=1)
-                known = f"Did you mean {_written(near[0])}?" if near else "Expected names as in --help."
-                raise Refusal(f"{self.file}: there is no option {_written(name)}. {known}")
+                unknown = f"{self.file}: there is no option {_written(name)}."
+                if near := difflib.get_close_matches(name, options, n=1):
+                    raise Refusal(f"{unknown} Did you mean {_written(near[0])}?")
+                raise Refusal(f"{unknown} Expected names as in --help.")
         return {name: self._value(options[name], value, ctx) for name, value in self.values.items()}
 
     def _value(self, option: click.Option, value: Any, ctx: click.Context) -> Any:
@@ -102,7 +103,9 @@ class SettingsFile:
         try:
             option.type_cast_value(ctx, taken)
         except click.UsageError as error:
-            raise Refusal(f"{self.file}: {_written(name)} = {value!r} cannot be used. {error.message}") from None
+            raise Refusal(
+                f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {error.message}"
+            ) from None
         return taken
 
 

@@ -118,3 +118,27 @@ def test_without_a_word_on_a_terminal_it_asks(tmp_path):
     seen = in_a_terminal(COMMAND, [(r"Folder: $", CTRL_C)], cwd=tmp_path)
     assert seen.code != 0 and "Traceback" not in seen.text
     assert "Training with the plugin sidestep." in seen.text and "the folder of your ACE-Step 1.5 checkout" in seen.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="click completes for bash, zsh and fish")
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["ins"], {"inspect"}),
+        (["--mod"], {"--model"}),
+        (["--plugin", "sidestep", "--cfg"], {"--cfg-ratio"}),
+        (["train", "--warm"], {"--warmup-steps"}),
+        (["--adapter-type", "lo"], {"lora", "lokr"}),
+    ],
+)
+def test_the_shell_completes(words, completed):
+    environment = os.environ | {"_ACESTEP_TRAIN_COMPLETE": "bash_complete"}
+    environment |= {"COMP_WORDS": " ".join(["acestep-train", *words]), "COMP_CWORD": str(len(words))}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, env=environment)
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == completed
+
+
+def test_the_shells_script_is_printed():
+    environment = os.environ | {"_ACESTEP_TRAIN_COMPLETE": "zsh_source"}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, env=environment)
+    assert "acestep-train" in done.stdout and "_ACESTEP_TRAIN_COMPLETE" in done.stdout
