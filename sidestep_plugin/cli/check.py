@@ -61,7 +61,7 @@ def check(
     click.echo(f"ACE-Step: {fitness.root}")
     click.echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
     for kind in dict.fromkeys(seam.adapter_type for seam in fitness.seams):
-        click.echo(f"Seams for {kind}:")
+        click.echo(f"Compatibility check for {kind}:")
         for seam in fitness.seams:
             if seam.adapter_type == kind:
                 reason = f": {seam.reason}" if seam.reason else ""

@@ -619,6 +619,40 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     assert re.search(r"epoch 4/4, loss \d\.\d{4}, \d+\.\d\d steps/s", seen.text)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a launcher script of POSIX")
+def test_the_demos_last_line_works_as_it_stands_there(tmp_path):
+    """Without an activated environment, so the shell does not find acestep-train by its name."""
+    launcher = tmp_path / "my env" / "acestep-train"
+    launcher.parent.mkdir()
+    launcher.write_text(f"#!{sys.executable}\nfrom sidestep_plugin.cli import main\nmain()\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    plain = os.environ | {"PATH": os.defpath}
+    line = ["my env/acestep-train", "demo", "--dir", "a demo"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", env=plain)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.findall(r"Mean loss: (\S+) in the first epoch, (\S+) in the last\.", done.stdout)[0])
+    assert last < 0.8 * first, "the first training that somebody sees has learned nothing"
+    command = done.stdout.splitlines()[-1].partition(": ")[2]
+    assert command == "'my env/acestep-train' inspect 'a demo/output/base-lora'"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0 and "acestep-v15-base" in done.stdout, done.stderr
+
+
+def test_a_program_that_the_shell_finds_is_called_by_its_name(tmp_path, monkeypatch):
+    from sidestep_plugin.cli.terminal import program
+
+    script = tmp_path / ("acestep-train.exe" if os.name == "nt" else "acestep-train")
+    script.touch()
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "acestep-train")])
+    monkeypatch.setenv("PATH", os.defpath)
+    assert program() == str(tmp_path / "acestep-train")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "acestep-train"
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    assert program() == "acestep-train"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
