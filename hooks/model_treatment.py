@@ -1,4 +1,4 @@
-"""Decides once a run how its model is treated, refuses what cannot be honoured, and says what was decided."""
+"""Decides once per run how its model is trained, refuses what cannot be done, and says what was decided."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidestep_plugin.timesteps.treatment import CFG_RATIO, Treatment, decide_tre
 from sidestep_plugin.variants import VARIANTS, guidance
 
 NAME = "sidestep"
-"""The plugin's name, under which it keeps what it decided."""
+"""The plugin's name. What it decided is kept under this name."""
 
 
 def treatment_of(run: Run) -> Treatment:
@@ -25,43 +25,45 @@ def treatment_of(run: Run) -> Treatment:
 
 
 def options() -> list[click.Option]:
-    """What can be said about the treatment."""
+    """The options about how the model is trained."""
     return [
         click.Option(
             ["--variant"],
             type=click.Choice(["auto", *VARIANTS]),
+            metavar="KIND",
             default="auto",
             show_default=True,
-            help="What the model is. auto reads its config.json (is_turbo) and its folder's name.",
+            help="turbo, base or sft; auto: from config.json and the folder's name.",
         ),
         click.Option(
             ["--timestep-mode"],
             type=click.Choice(["auto", "discrete", "continuous"]),
             default="auto",
             show_default=True,
-            help="Training timesteps. auto: turbo's 8 inference steps for turbo; the model's own continuous law, "
-            "with condition dropout, for base and sft.",
+            metavar="MODE",
+            help="auto (timesteps as the model was trained), discrete or continuous.",
         ),
         click.Option(
             ["--cfg-ratio"],
             type=FiniteFloat(0.0, 1.0),
             default=CFG_RATIO,
             show_default=True,
-            help="Condition dropout for base and sft: the probability of training a row without its prompt.",
+            metavar="X",
+            help="Condition dropout for base and sft, from 0 to 1.",
         ),
         click.Option(
             ["--shift"],
             type=FiniteFloat(0.0, min_open=True),
+            metavar="X",
             default=None,
-            help="For generating only, saved with the adapter; never changes training. "
-            "[default: the model's: turbo 3.0, base and sft 1.0]",
+            help="For generating, saved only.  [default: turbo 3.0, base and sft 1.0]",
         ),
         click.Option(
             ["--num-inference-steps"],
             type=WholeNumber(min=1),
+            metavar="N",
             default=None,
-            help="For generating only, saved with the adapter; never changes training. "
-            "[default: the model's: turbo 8, base and sft 50]",
+            help="For generating, saved only.  [default: turbo 8, base and sft 50]",
         ),
     ]
 
@@ -76,20 +78,20 @@ def acestep_run_started(run: Run) -> list[str]:
     treatment = _decide(ModelFacts.from_model(run.model), run.options)
     if treatment.cfg_ratio > 0.0 and getattr(run.model, "null_condition_emb", None) is None:
         raise Refusal(
-            f"{treatment.model_name or 'The model'} has no null_condition_emb, which condition dropout puts in the "
-            "place of dropped conditions. Complete the model's weights, or train without dropout: --cfg-ratio 0."
+            f"{treatment.model_name or 'The model'} has no null_condition_emb, which condition dropout needs in place "
+            "of dropped conditions. Complete the model's weights, or train without dropout: --cfg-ratio 0."
         )
     run.state[NAME] = treatment
     return [*_statements(treatment, run.options, other_sampler(run)), *_dead_slider(run.training_config)]
 
 
 def other_sampler(run: Run) -> str | None:
-    """The plugin that samples timesteps in this one's place, None when this one does."""
+    """The plugin that samples the timesteps instead of this one; None if this one does."""
     return None if run.sampled_by in (None, NAME) else run.sampled_by
 
 
 def _dead_slider(config: Any) -> list[str]:
-    """A line for whoever moved the shift slider of the app's training tab, which upstream's trainer never reads."""
+    """A line for whoever moved the shift slider of the app's training tab. Upstream's trainer never reads it."""
     entries = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
     default = next((entry.default for entry in entries if entry.name == "shift"), None)
     moved = getattr(config, "shift", default)
@@ -97,7 +99,7 @@ def _dead_slider(config: Any) -> list[str]:
         return []
     return [
         f"Note: shift {moved} was set in the training tab. ACE-Step's trainer does not read it, and training does not "
-        "depend on shift; it is a setting for generating."
+        "depend on it: shift is a setting for generating."
     ]
 
 
@@ -116,7 +118,7 @@ def _decide(facts: ModelFacts, options: Mapping[str, Any]) -> Treatment:
 
 
 def _statements(treatment: Treatment, options: Mapping[str, Any], sampler: str | None) -> list[str]:
-    """What was decided, from what evidence, one statement a line."""
+    """What was decided and why, one statement per line."""
     decision = treatment.decision
     lines = [f"Model: {treatment.model_name or 'unnamed'}, variant {decision.variant} ({decision.evidence})"]
     if decision.note:

@@ -1,7 +1,8 @@
 """Records the guided start in a real terminal: ``python tests/record_guided.py [ROOT SONGS]`` prints what is seen.
 
-Without arguments on the stand-in, whose recording is in docs/guided.md. With a checkout's folder and a folder of songs
-below it, there.
+Without arguments it uses the stand-in; that recording is in docs/guided.md. Otherwise it uses a checkout's folder and
+a folder of songs below it. The learning rate is given, and high: four epochs of a tiny model are to show a loss that
+falls.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ TRAIN = [
     "from sidestep_plugin.cli import main; main()",
     "--plugin",
     "sidestep",
+    "--learning-rate",
+    "0.01",
     "--device",
     "cpu",
 ]
-COMMAND = "acestep-train --plugin sidestep"
+COMMAND = "acestep-train --plugin sidestep --learning-rate 0.01"
 
 
 def record(root: Path, songs: str) -> str:

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import codecs
 import sys
+from typing import Final
 
 import click
 
 from sidestep_plugin import __version__
 
-from .check import check
-from .commands import DefaultGroup
-from .demo import demo
-from .export import export
-from .inspect import inspect
-from .patch import patch
-from .plugins import plugins
-from .run import run
-from .schedule import schedule
-from .timesteps import timesteps
-from .train import train
+from .groups import DefaultGroup
+
+COMMANDS: Final = {
+    "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
+    "check": "Check whether your ACE-Step fits, without training anything.",
+    "recommended": "Print recommended settings for a number of songs.",
+    "list": "List the checkpoints of a training.",
+    "inspect": "Show what an adapter is and what to generate with.",
+    "export": "Copy an adapter for another program.",
+    "run": "Run one of ACE-Step's own commands with plugins attached.",
+    "timesteps": "Show at which timesteps a model is trained.",
+    "schedule": "Print the timesteps of a generation.",
+    "patch": "Let ACE-Step's own app and server load plugins by themselves.",
+    "demo": "Run the whole job on a tiny stand-in, on a CPU, in seconds.",
+    "plugins": "List the installed plugins and the hooks that each implements.",
+}
+"""The commands in the order of the help, each with its line there. The module of that name has the command."""
 
 
 @click.group(
     cls=DefaultGroup,
+    lazy=COMMANDS,
     default="train",
+    bare=("train", "--plugin", "sidestep"),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="acestep-train")
@@ -32,6 +41,8 @@ def cli() -> None:
     """Train ACE-Step 1.5 adapters with ACE-Step's own trainer, each model the way it was trained.
 
     \b
+    Answer a few questions, on a terminal:
+        acestep-train
     See the whole job on a stand-in, on a CPU, in seconds:
         acestep-train demo
     Train on your own preprocessed songs, from your ACE-Step folder:
@@ -40,27 +51,9 @@ def cli() -> None:
         acestep-train --plugin sidestep --help
     Train in ACE-Step's own app, with the plugin attached:
         acestep-train run --plugin sidestep -- acestep
-    Ask whether your ACE-Step fits:
-        acestep-train check
-    See at which timesteps a model would be trained:
-        acestep-train timesteps --model base
-    Ask an adapter what it is and how to use it:
-        acestep-train inspect PATH
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
-
-
-cli.add_command(train)
-cli.add_command(check)
-cli.add_command(inspect)
-cli.add_command(export)
-cli.add_command(run)
-cli.add_command(timesteps)
-cli.add_command(schedule)
-cli.add_command(patch)
-cli.add_command(demo)
-cli.add_command(plugins)
 
 
 _PLAIN = {

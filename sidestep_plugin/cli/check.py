@@ -10,35 +10,30 @@ import click
 
 from sidestep_plugin.errors import Refusal
 
-from .commands import FAILED, Unusable, echo_json
+from .commands import FAILED, Command, Unusable, echo_json
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 if TYPE_CHECKING:
     from sidestep_plugin.run import AdapterType
 
 
-@click.command()
-@click.option(
-    "--acestep-root",
-    type=click.Path(path_type=Path),
-    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
-)
-@click.option(
-    "--checkpoint-dir",
-    type=click.Path(path_type=Path),
-    help="Folder of models. [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints in the checkout]",
-)
+@click.command(cls=Command)
+@ACESTEP_ROOT
+@CHECKPOINT_DIR
 @click.option(
     "--adapter-type",
     type=click.Choice(["lora", "lokr"]),
-    help="Judge by this kind of adapter alone. [default: every kind that this ACE-Step trains]",
+    help="Check this kind of adapter only.  [default: all that this ACE-Step trains]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: str | None, as_json: bool) -> None:
-    """Say whether a checkout's trainer fits, without training anything.
+@click.option("--debug", is_flag=True, help="Show all logs.")
+def check(
+    acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: str | None, as_json: bool, debug: bool
+) -> None:
+    """Check whether a checkout's trainer fits, without training anything.
 
-    It imports the trainer and looks at its code: every name that the plugins attach to, whether it is there, and
-    whether the trainer uses it. The exit code is 0 when the trainer is compatible and
-    a model is there, and 1 when not.
+    It imports the trainer and looks for every name that the plugins attach to: whether it is there, and whether the
+    trainer uses it. The exit code is 0 if the trainer is compatible and a model is there, and 1 if not.
     """
     import dataclasses
     import logging
@@ -48,10 +43,12 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     from sidestep_plugin.trainer.models import checkpoint_folder
     from sidestep_plugin.trainer.seams import MODULE_CLASS
 
-    from .train import quiet_upstream
+    from . import quiet
 
-    logging.disable(logging.INFO)
-    quiet_upstream()
+    if not debug:
+        logging.disable(logging.INFO)
+        quiet.quiet_third_parties()
+        quiet.quiet_upstream()
     try:
         root = find_root(acestep_root)
     except Refusal as refusal:
@@ -64,7 +61,7 @@ def check(acestep_root: Path | None, checkpoint_dir: Path | None, adapter_type: 
     click.echo(f"ACE-Step: {fitness.root}")
     click.echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
     for kind in dict.fromkeys(seam.adapter_type for seam in fitness.seams):
-        click.echo(f"Seams for {kind}:")
+        click.echo(f"Compatibility check for {kind}:")
         for seam in fitness.seams:
             if seam.adapter_type == kind:
                 reason = f": {seam.reason}" if seam.reason else ""

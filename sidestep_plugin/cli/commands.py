@@ -1,9 +1,10 @@
-"""Shapes of commands: a group with a default command; commands with plugins' options and short errors."""
+"""Shapes of commands: help in groups, plugins' options, a settings file, and short errors."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import click
 
@@ -12,6 +13,8 @@ from sidestep_plugin.errors import Refusal
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 130
+
+_RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
 
 
 class Unusable(click.ClickException):
@@ -29,25 +32,36 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
-class DefaultGroup(click.Group):
-    """A group that hands everything which does not name a command to its default command."""
+class Command(click.Command):
+    """A command whose help has its options in groups, and no ranges of numbers.
 
-    def __init__(self, *args: Any, default: str, **kwargs: Any) -> None:
+    Args:
+        groups: names of options by title, in the order of the help. Options that are not in it come last, under
+            "Options".
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.default = default
+        self.groups = groups or {}
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        group_options = {option for param in self.get_params(ctx) for option in param.opts}
-        if args and args[0] not in self.commands and args[0] not in group_options and args[0].startswith("-"):
-            args.insert(0, self.default)
-        return super().parse_args(ctx, args)
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = {str(param.name): param for param in super().get_params(ctx) if isinstance(param, click.Option)}
+        for title, names in self.groups.items():
+            _write_options(ctx, formatter, title, [own.pop(name) for name in names if name in own])
+        _write_options(ctx, formatter, "Options", own.values())
 
 
-class PluginCommand(click.Command):
+class PluginCommand(Command):
     """A command with ``--plugin NAME ...``, to which the named plugins add their options.
 
     Unusable input ends it with one message and exit code 2; ``--debug`` shows where it came from. The command's
     function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
+
+    A parameter named ``config`` names a settings file, whose values are used for options that the command line leaves
+    out.
+
+    Args:
+        default_plugins: the plugins that take part when none is named.
     """
 
     def __init__(self, *args: Any, default_plugins: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -60,12 +74,14 @@ class PluginCommand(click.Command):
 
         self._declared = []
         try:
-            wins = values_of("--wins", args)
-            registry = Registry.load(named_plugins(args) or self.default_plugins, wins[-1] if wins else None)
-            self._declared = registry.declared_options()
+            said = self._settings_file(args)
+            plugins = named_plugins(args) or said.plugins or list(self.default_plugins)
+            wins = values_of("--wins", args) or said.wins
+            self._declared = Registry.load(plugins, wins[-1] if wins else None).declared_options()
             for option in self._declared:
                 if any(set(own.opts) & set(option.opts) or own.name == option.name for own in self.params):
                     raise Refusal(f"A plugin declares {option.opts[0]}, which {ctx.info_name} has already.")
+            ctx.default_map = {**(ctx.default_map or {}), **said.checked(self.get_params(ctx), ctx)}
             return super().parse_args(ctx, args)
         except Refusal as refusal:
             raise Unusable(str(refusal)) from refusal
@@ -75,26 +91,31 @@ class PluginCommand(click.Command):
             hint = f"{error.format_message()} It may be a plugin's: name it, as in --plugin sidestep."
             raise click.UsageError(hint, ctx) from None
 
+    def _settings_file(self, args: list[str]) -> Any:
+        """The settings file that was named, an empty one when none was. Raises Refusal."""
+        from .settings_file import SettingsFile
+
+        files = values_of("--config", args) if any(param.name == "config" for param in self.params) else []
+        return SettingsFile.read(files[-1]) if files else SettingsFile.empty()
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
         return params + [option for option in self._declared if option not in params]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        if self._declared:
+            _write_options(ctx, formatter, "Options of the named plugins", self._declared)
+            return
         from sidestep_plugin.registry import installed_plugins
 
-        declared = self._declared
-        own = [param for param in self.get_params(ctx) if isinstance(param, click.Option) and param not in declared]
-        for title, params in (("Options", own), ("Options of the named plugins", declared)):
-            records = [record for param in params if (record := param.get_help_record(ctx)) is not None]
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
-        if not declared and (names := [plugin.name for plugin in installed_plugins()]):
+        if names := [plugin.name for plugin in installed_plugins()]:
             with formatter.section("Options of plugins"):
                 formatter.write_dl([(f"--plugin {name} --help", f"shows those of {name}") for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.meta["debug"] = ctx.params.pop("debug", False)
+        ctx.params.pop("config", None)
         ctx.params["plugins"] = ctx.params.pop("plugin") or self.default_plugins
         ctx.params["options"] = {str(option.name): ctx.params.pop(str(option.name)) for option in self._declared}
         try:
@@ -112,6 +133,24 @@ class PluginCommand(click.Command):
         except KeyboardInterrupt:
             click.echo("Interrupted before the training began; nothing was saved.", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _write_options(
+    ctx: click.Context, formatter: click.HelpFormatter, title: str, options: Iterable[click.Option]
+) -> None:
+    records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
+    if records:
+        with formatter.section(title):
+            formatter.write_dl([(left, without_range(right)) for left, right in records])
+
+
+def without_range(text: str) -> str:
+    """An option's help without click's range of numbers, as in ``[x>=1]``: the error says it to whoever leaves it."""
+    head, bracket, extra = text.rpartition("  [")
+    if not bracket:
+        return text
+    kept = _RANGE.sub("", extra.removesuffix("]")).removeprefix("; ").strip()
+    return f"{head}  [{kept}]" if kept else head
 
 
 def named_plugins(args: list[str]) -> list[str]:
@@ -134,4 +173,6 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 def echo_json(value: Any) -> None:
     """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
+    import json
+
     click.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from .commands import PluginCommand
-from .train import FOLDER, adapter_and_training_options, run_training, settings_from
+from .training_options import FOLDER, GROUPS, adapter_and_training_options, settings_from
 
-# Small enough for seconds on a CPU, large enough to reach a checkpoint and the end.
+# Small enough for seconds on a CPU, large enough to reach a checkpoint, and a loss that has clearly fallen.
 _SETTINGS = {
     "rank": 4,
     "alpha": 8,
@@ -18,10 +18,12 @@ _SETTINGS = {
     "batch_size": 2,
     "gradient_accumulation": 1,
     "save_every": 2,
+    "learning_rate": 0.01,
+    "warmup_steps": 0,
 }
 
 
-@click.command(cls=PluginCommand, default_plugins=("sidestep",))
+@click.command(cls=PluginCommand, default_plugins=("sidestep",), groups=GROUPS)
 @click.option(
     "--model", type=click.Choice(["base", "sft", "turbo"]), default="base", show_default=True, help="Kind of model."
 )
@@ -29,11 +31,12 @@ _SETTINGS = {
     "--dir",
     "directory",
     type=FOLDER,
+    metavar="DIR",
     default=Path("acestep-demo"),
     show_default=True,
     help="Folder for the stand-in, its songs and the adapter.",
 )
-@adapter_and_training_options
+@adapter_and_training_options(_SETTINGS, plugin="sidestep")
 def demo(
     model: str,
     directory: Path,
@@ -47,22 +50,26 @@ def demo(
 
     It needs no checkout, no network and no GPU. The stand-in makes no music: it shows what happens to each kind of
     model, and where things end up. Everything else is the code that trains on a real checkout, with the plugin
-    sidestep unless another is named.
+    sidestep unless you name another.
 
     \b
     Example:
         acestep-train demo --model turbo
     """
+    from .training import run_training, say_that_torch_is_imported
+
+    say_that_torch_is_imported()
     import torch
 
     from sidestep_plugin.miniature import build
     from sidestep_plugin.trainer.launch import Request, check_writable
 
-    from .progress import echo
+    from .command_line import quoted
+    from .terminal import program, say
 
     torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())
-    echo("This is a stand-in for ACE-Step 1.5: random tensors instead of songs, and it makes no music.")
+    say("This is a stand-in for ACE-Step 1.5: its songs are made-up tensors, and it makes no music.")
     miniature = build(directory)
     output = directory / "output" / f"{model}-{adapter_type}"
     run_training(
@@ -80,4 +87,17 @@ def demo(
             overwrite=True,
         )
     )
-    echo(f"What it says about itself: acestep-train inspect {output}")
+    if (losses := _losses(output)) is not None:
+        say(f"Mean loss: {losses[0]:.4f} in the first epoch, {losses[1]:.4f} in the last.")
+    say(f"See what the adapter says about itself: {quoted([program(), 'inspect', str(output)])}")
+
+
+def _losses(output: Path) -> tuple[float, float] | None:
+    """The mean losses of the first and the last epoch from a training's report; None when there is none."""
+    from sidestep_plugin.files import read_json_object
+
+    try:
+        epochs = read_json_object(output / "training_report.json")["loss_by_epoch"]
+        return float(epochs[0]["loss"]), float(epochs[-1]["loss"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None

@@ -11,28 +11,22 @@ import click
 from sidestep_plugin.errors import Refusal
 
 from .commands import Unusable
+from .training_options import ACESTEP_ROOT
 
 
 @click.group()
 def patch() -> None:
-    """Make ACE-Step's own app and server load plugins by themselves: five lines in the checkout.
+    """Let ACE-Step's own app and server load plugins by themselves, by five lines in the checkout.
 
     \b
     Example, in the checkout's folder:
         acestep-train patch apply
         acestep
 
-    The lines do nothing where sidestep-plugin is not installed. $ACESTEP_PLUGINS names the plugins (sidestep when it
-    is not set, none when it is empty), $SIDESTEP_CFG_RATIO and the like set their options. To try it without changing
-    anything: acestep-train run.
+    The lines do nothing if sidestep-plugin is not installed. $ACESTEP_PLUGINS names the plugins (sidestep if it is
+    not set, none if it is empty); $SIDESTEP_CFG_RATIO and so on set their options. To try it without changing a file:
+    acestep-train run.
     """
-
-
-ROOT = click.option(
-    "--acestep-root",
-    type=click.Path(path_type=Path),
-    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
-)
 
 
 def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any, Path]:
@@ -48,9 +42,9 @@ def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any,
 
 
 @patch.command()
-@ROOT
+@ACESTEP_ROOT
 def apply(acestep_root: Path | None) -> None:
-    """Put the lines in. Does nothing when they are there."""
+    """Add the lines. Does nothing if they are there."""
     from sidestep_plugin.trainer import checkout_patch as patching
 
     changed, root = _in_checkout(patching.apply, acestep_root)
@@ -60,9 +54,9 @@ def apply(acestep_root: Path | None) -> None:
 
 
 @patch.command()
-@ROOT
+@ACESTEP_ROOT
 def revert(acestep_root: Path | None) -> None:
-    """Take the lines out, leaving the file as it was. Does nothing when they are not there."""
+    """Remove the lines and leave the file as it was. Does nothing if they are not there."""
     from sidestep_plugin.trainer import checkout_patch as patching
 
     changed, root = _in_checkout(patching.revert, acestep_root)
@@ -71,9 +65,9 @@ def revert(acestep_root: Path | None) -> None:
 
 
 @patch.command()
-@ROOT
+@ACESTEP_ROOT
 def status(acestep_root: Path | None) -> None:
-    """Say whether the lines are in."""
+    """Show whether the lines are there."""
     from sidestep_plugin.trainer import checkout_patch as patching
 
     state, root = _in_checkout(patching.status, acestep_root)
@@ -83,7 +77,7 @@ def status(acestep_root: Path | None) -> None:
 
 @patch.command()
 def show() -> None:
-    """Print the patch, as git apply --unidiff-zero and patch -p1 take it."""
+    """Print the patch, for git apply --unidiff-zero or patch -p1."""
     from sidestep_plugin.trainer import checkout_patch as patching
 
     click.echo(patching.patch_text(), nl=False)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
 from sidestep_plugin.hookspecs import hookimpl
+
+from .terminal import say, unread
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
@@ -24,29 +23,6 @@ _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed cur
 _SECONDS_BETWEEN_LINES = 30.0
 _BAR, _NARROW_BAR = 16, 6  # characters
 _WIDE = 120  # columns of a terminal
-
-
-def echo(text: str, *, err: bool = False) -> None:
-    """Print a line, if anybody can still read it."""
-    with unread(sys.stderr if err else sys.stdout):
-        click.echo(text, err=err)
-
-
-@contextmanager
-def unread(stream: TextIO | None) -> Iterator[None]:
-    """Print in this block. A closed terminal, a pipe into head or a full disk must not end a training.
-
-    What cannot be printed, and everything after it, goes nowhere: a stream with text left in its buffer would end the
-    program with an error when Python flushes it at exit.
-    """
-    try:
-        yield
-    except OSError:
-        with suppress(OSError, ValueError, AttributeError):  # a stream that is no file
-            descriptor = stream.fileno()  # type: ignore[union-attr]
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
 
 
 class Progress:
@@ -102,7 +78,7 @@ class Progress:
             self._bar = None
         if self.began:
             steps = self.step - self._first_step + 1
-            echo(f"Total time: {_duration(time.monotonic() - self._began)} for {steps} training steps")
+            say(f"Total time: {_duration(time.monotonic() - self._began)} for {steps} training steps")
 
     @hookimpl
     def acestep_step_finished(self, step: Step) -> None:

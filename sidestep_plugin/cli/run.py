@@ -12,23 +12,19 @@ import click
 from sidestep_plugin.errors import UpstreamMismatch
 
 from .commands import PluginCommand
-from .train import PLUGIN, WINS
+from .training_options import ACESTEP_ROOT, WINS, plugin_option
 
 
 class RunningCommand(PluginCommand):
-    """Prepares like any command with plugins; what the started program raises is its own."""
+    """Prepares like any command with plugins. Errors of the program that it starts are not caught."""
 
     def invoke(self, ctx: click.Context) -> Any:
         return super().invoke(ctx)()
 
 
 @click.command(cls=RunningCommand, context_settings={"allow_interspersed_args": False})
-@click.option(
-    "--acestep-root",
-    type=click.Path(path_type=Path),
-    help="Your ACE-Step 1.5 checkout. [default: the importable acestep, else the current directory]",
-)
-@PLUGIN
+@ACESTEP_ROOT
+@plugin_option()
 @WINS
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND ...")
@@ -39,10 +35,10 @@ def run(
     options: dict[str, Any],
     command: tuple[str, ...],
 ) -> Callable[[], Any]:
-    """Run one of ACE-Step's own commands with plugins attached to its trainer. Nothing on disk is changed.
+    """Run one of ACE-Step's own commands with plugins attached to its trainer. No file is changed.
 
-    COMMAND is a command of ACE-Step (acestep, acestep-api), -m MODULE, or a script; it gets everything that follows
-    it, and its exit code is this one's. The plugins are attached when it imports the trainer, and its log says so.
+    COMMAND is a command of ACE-Step (acestep, acestep-api), -m MODULE, or a script. Everything after it is passed on
+    to it, and its exit code is returned. The plugins are attached when it imports the trainer; its log says so.
 
     \b
     Example, in the checkout's folder:

@@ -1,37 +1,38 @@
-"""``acestep-train schedule``: the timesteps that a generation goes through."""
+"""``acestep-train schedule``: the timesteps of a generation."""
 
 from __future__ import annotations
 
 import click
 
-from sidestep_plugin.options import FiniteFloat
+from sidestep_plugin.options import FiniteFloat, WholeNumber
 
-from .commands import echo_json
+from .commands import Command, echo_json
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--shift",
     type=FiniteFloat(0.0, min_open=True),
+    metavar="X",
     default=3.0,
     show_default=True,
-    help="Above 1: more of the steps where there is much noise.",
+    help="Above 1, more of the steps are at high noise.",
 )
-@click.option("--steps", type=click.IntRange(1, 10_000), default=8, show_default=True, help="Number of steps.")
+@click.option(
+    "--steps", type=WholeNumber(1, 10_000), metavar="N", default=8, show_default=True, help="Number of steps."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def schedule(shift: float, steps: int, as_json: bool) -> None:
     """Print the timesteps of a generation: t' = s*t / (1 + (s-1)*t) over t = 1, (n-1)/n, ..., 1/n.
 
-    They are for generating. Training does not depend on shift: see acestep-train timesteps.
+    They are for generating. Training does not depend on shift; see acestep-train timesteps.
 
     \b
     Examples:
         acestep-train schedule --shift 3 --steps 8      turbo
         acestep-train schedule --shift 1 --steps 50     base and sft
     """
-    from sidestep_plugin.timesteps.schedule import (
-        inference_timesteps,  # takes long to import, for a command not yet chosen
-    )
+    from sidestep_plugin.timesteps.schedule import inference_timesteps
 
     values = inference_timesteps(shift, steps)
     if as_json:

@@ -9,25 +9,38 @@ from typing import Any
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import WholeNumber
 
 from .commands import Place, PluginCommand, echo_json
-from .train import FOLDER, PLUGIN, WINS
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 @click.command(cls=PluginCommand, default_plugins=("sidestep",))
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
-@click.option("--acestep-root", type=FOLDER, help="Your ACE-Step 1.5 checkout. [default: as for train]")
-@click.option("--checkpoint-dir", type=FOLDER, help="Folder of models. [default: as for train]")
+@ACESTEP_ROOT
+@CHECKPOINT_DIR
 @click.option(
-    "--draws", type=click.IntRange(1000, 10_000_000), default=100_000, show_default=True, help="Timesteps to draw."
+    "--draws",
+    type=WholeNumber(1000, 10_000_000),
+    metavar="N",
+    default=100_000,
+    show_default=True,
+    help="Timesteps to draw, at least 1000.",
 )
-@click.option("--bands", type=click.IntRange(4, 100), default=20, show_default=True, help="Rows of the table.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="Random seed.")
-@click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Draw a picture, too (needs matplotlib).")
+@click.option(
+    "--bands",
+    type=WholeNumber(4, 100),
+    metavar="N",
+    default=20,
+    show_default=True,
+    help="Rows of the table, from 4 to 100.",
+)
+@click.option("--seed", type=WholeNumber(0, 2**63 - 1), metavar="N", default=42, show_default=True, help="Random seed.")
+@click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@PLUGIN
+@plugin_option("sidestep")
 @WINS
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def timesteps(
@@ -43,10 +56,9 @@ def timesteps(
     wins: str | None,
     options: dict[str, Any],
 ) -> None:
-    """Show which timesteps a model would be trained at: by ACE-Step alone, by its own law, and with the plugin.
+    """Show at which timesteps a model is trained: by ACE-Step alone, by the model's own law, and with the plugin.
 
-    Nothing is loaded but the model's config.json. What the plugin samples is really drawn from it, by the code that
-    trains.
+    Only the model's config.json is read. The plugin's timesteps are drawn from it by the code that trains.
 
     \b
     Example:
@@ -72,7 +84,7 @@ def timesteps(
     schedule = inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
     torch.manual_seed(seed)
     drawn = rehearsal.timesteps(draws)
-    if drawn is None:  # the plugin leaves it to ACE-Step's own sampler
+    if drawn is None:  # the plugin leaves it to ACE-Step's sampler
         drawn = torch.tensor(schedule)[torch.randint(len(schedule), (draws,))]
     law = law_of(ModelFacts.from_folder(folder))
     columns = [shares.of_the_trainer("ACE-Step's trainer", bands)]
@@ -88,7 +100,7 @@ def timesteps(
         return
     for line in rehearsal.lines:
         click.echo(line)
-    click.echo("Share of the training steps by t (1 is pure noise), and median with the range of 90 %:\n")
+    click.echo("Share of the training steps by t (1 is pure noise), and the median with the range of 90 %:\n")
     for line in shares.as_text(columns, block=_block()):
         click.echo(line)
     if plot is not None:
@@ -100,17 +112,15 @@ def _check_plot(plot: Path) -> None:
     import importlib.util
 
     if plot.suffix.lower() not in _PICTURES:
-        raise Refusal(
-            f"--plot {plot} is no {', '.join(_PICTURES)} file. Name the picture so, as in --plot timesteps.png"
-        )
+        raise Refusal(f"--plot {plot} is not a {', '.join(_PICTURES)} file. Name one, as in --plot timesteps.png")
     if not plot.absolute().parent.is_dir():
-        raise Refusal(f"No folder {plot.absolute().parent} for the picture. Make it first, or name another --plot.")
+        raise Refusal(f"No folder {plot.absolute().parent} for the picture. Make it, or choose another --plot.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise Refusal("A picture needs matplotlib, which is not installed here: pip install 'sidestep-plugin[plot]'")
+        raise Refusal("--plot needs matplotlib, which is not installed: pip install 'sidestep-plugin[plot]'")
 
 
 def _block() -> str:
-    """A full block where the console has it, else a plain sign."""
+    """A full block if the console can show it, else a plain sign."""
     try:
         "█".encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

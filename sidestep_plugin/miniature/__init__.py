@@ -1,9 +1,9 @@
 """The miniature: a tiny stand-in for an ACE-Step 1.5 checkout. It makes no music.
 
-Its models are small random networks with the shape of ACE-Step's, its songs are random tensors, and its
-trainer (`checkout/acestep/training/`) is our own short text that keeps the contract of ACE-Step's trainer,
-traps included. With it a fresh machine runs the whole training job on a CPU in seconds, and tests reach every
-seam. An adapter trained on it is of no use to anybody.
+Its models are small random networks with the shape of ACE-Step's, its songs are made-up tensors that have
+something in common, and its trainer (`checkout/acestep/training/`) is our own short text that keeps the contract of
+ACE-Step's trainer, traps included. With it a fresh machine runs the whole training job on a CPU in seconds, and tests
+reach every seam. An adapter trained on it is useless.
 
 `build()` writes a folder like this one, the same bytes every time:
 
@@ -157,7 +157,11 @@ def write_model(directory: Path, name: str, *, seed: int, **config_overrides: An
 
 
 def write_tensors(directory: Path, *, condition_width: int, songs: int, seed: int) -> Path:
-    """Write `songs` preprocessed songs of different lengths and their manifest; return the folder."""
+    """Write `songs` preprocessed songs of different lengths and their manifest; return the folder.
+
+    They can be learned: all share a sound and the direction of their prompts, and each adds a sound of its own and
+    noise. So a training of seconds has a loss that falls.
+    """
     import torch
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,17 +171,18 @@ def write_tensors(directory: Path, *, condition_width: int, songs: int, seed: in
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     names = [f"song_{number:02d}.pt" for number in range(1, songs + 1)]
+    sound, prompt = noise(64), noise(condition_width)
     for index, name in enumerate(names):
         frames, tokens = 16 + 4 * (index % 5), 6 + 3 * (index % 4)
         song = {
-            "target_latents": noise(frames, 64),
+            "target_latents": 1.5 * sound + 0.3 * noise(64) + 0.3 * noise(frames, 64),
             "attention_mask": torch.ones(frames),
-            "encoder_hidden_states": noise(tokens, condition_width),
+            "encoder_hidden_states": 0.7 * prompt + 0.7 * noise(tokens, condition_width),
             "encoder_attention_mask": torch.ones(tokens),
             "context_latents": torch.cat([0.1 * noise(frames, 64), torch.ones(frames, 64)], dim=-1),
             "metadata": {
                 "filename": name.replace(".pt", ".wav"),
-                "caption": f"random tensors, number {index + 1}",
+                "caption": f"made-up tensors, number {index + 1}",
                 "lyrics": "[Instrumental]",
                 "bpm": 90 + 5 * index,
                 "is_instrumental": True,

@@ -301,6 +301,11 @@ def _order(folder: Path) -> tuple[int, float]:
     return 0, file.stat().st_mtime
 
 
+def read_state(folder: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of the place in the training. Raises Refusal when it cannot be read."""
+    return _load(folder / STATE_FILE)
+
+
 def _load(file: Path) -> dict[str, Any]:
     import torch
 

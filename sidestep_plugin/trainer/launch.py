@@ -191,9 +191,9 @@ def _prepared(
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = _check_songs(request, model)
-    upstream = _check_upstream(request, root, registry, device)
+    upstream = _check_upstream(request, root, registry, device, say)
     _check_values(dataset, upstream, options, say)
-    _announce(request, registry, root, model, device, say)
+    _announce(request, registry, model, device, say)
     handler = _load(model, device, dataset)
     return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest)
 
@@ -260,9 +260,12 @@ def _check_songs(request: Request, model: _Model) -> Dataset:
     return dataset
 
 
-def _check_upstream(request: Request, root: Path, registry: Registry, device: torch.device) -> _Upstream:
+def _check_upstream(
+    request: Request, root: Path, registry: Registry, device: torch.device, say: Callable[[str], None]
+) -> _Upstream:
     """Import upstream's trainer and make its configurations. Raises Refusal for what this version cannot do."""
     kind = request.adapter_type
+    say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
     seams.require(module, kind, registry.implements)
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
@@ -295,11 +298,10 @@ def _check_values(
 
 
 def _announce(
-    request: Request, registry: Registry, root: Path, model: _Model, device: torch.device, say: Callable[[str], None]
+    request: Request, registry: Registry, model: _Model, device: torch.device, say: Callable[[str], None]
 ) -> None:
     if request.resume_from is not None and not registry.implements("acestep_resume"):
         say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
-    say(f"ACE-Step: {root}")
     say(f"Loading {model.folder.name} on {device} ...")
 
 

@@ -6,7 +6,6 @@ And they say what they are under the keys that other people's tools know, and no
 import hashlib
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,7 +124,7 @@ def saved(checkout, trainer, require_kind, tmp_path, monkeypatch):
         require_kind(kind)
         monkeypatch.chdir(tmp_path)
         # It would change the log of the tests after this one.
-        monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+        monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
         line = [f"--plugin={plugin}"] if plugin else []
         line += ["--model", model, "--adapter-type", kind, "--epochs", "2", "--batch-size", "2", "--save-every", "1"]
         line += ["--rank", "4", "--alpha", "8", "--device", "cpu", "--acestep-root", checkout.root]

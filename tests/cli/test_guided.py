@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -56,9 +55,9 @@ def answer(place, checkout, trainer, monkeypatch):
 
     def run(*typed, more=()):
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "on_a_terminal", lambda: True)
+        monkeypatch.setattr("sidestep_plugin.cli.terminal.on_a_terminal", lambda: True)
         # It would change the log of the tests after this one.
-        monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+        monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
         words = ["--plugin", "sidestep", "--device", "cpu", *more]
         # The checkout that this process has imported, not the copy of it in the current folder.
         words += ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(place / "checkpoints")]
@@ -85,6 +84,8 @@ def test_from_nothing_to_an_adapter(answer_in_a_terminal, place, monkeypatch):
     assert seen.code == 0, seen.text
     assert re.search(r"1  acestep-v15-base +base +\d\.\d MB", seen.text)
     assert re.search(r"\d songs, 0\.\d minutes", seen.text)
+    assert re.search(r"Songs: \d, 0\.\d minutes; \d+ training steps, \d+ optimizer steps", seen.text)
+    assert re.search(r"On disk: about 0\.\d MB \(the finished adapter 0\.\d MB, 2 checkpoints of 0", seen.text)
     assert "Timesteps: continuous, maximum of two logit-normal draws" in seen.text
     assert "To generate: shift 1.0, 50 steps, CFG on" in seen.text
     folder = place / "adapters" / "my songs-base"
@@ -134,7 +135,7 @@ def test_answers_are_checked_when_they_are_given(answer, place):
         "No songs in ",
         "Cannot write to ",
         "Expected lora or lokr.",
-        "'many' is not epochs. Expected a whole number from 1.",
+        "'many' is not a number of epochs. Expected a whole number from 1.",
         "'-1' is not a rank.",
         "Expected y, n or b.",
         "Nothing was started, nothing was written.",
@@ -179,7 +180,7 @@ def test_an_output_folder_that_is_in_use(answer, place):
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume"), (EPOCHS, "2"), (START, ""))
     assert seen.code == 0, seen.text
     assert "out holds adapters of another training. Type another folder; resume to go on" in seen.text
-    assert "goes on from the checkpoint latest" in seen.text and "Resumed: " in seen.text
+    assert "resumes from epoch_1" in seen.text and "Resumed: " in seen.text
 
 
 def test_resuming_takes_the_settings_of_the_checkpoint(answer, place):
@@ -250,6 +251,36 @@ def test_a_model_whose_variant_nothing_tells(answer, place):
     assert seen.code == 0, seen.text
     assert "variant not known" in seen.text and "Variant: neither config.json nor" in seen.text
     assert facts_of(place / "out")["model_variant"] == "base"
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_what_is_said_of_the_room_on_the_disk_is_what_is_written(checkout, require_kind, train, kind):
+    require_kind(kind)
+    from sidestep_plugin.adapters.weights_file import read_weights_file
+    from sidestep_plugin.cli.guided.summary import adapter_size
+
+    output = train("base", kind, max_epochs=1).output  # rank 4
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    said = adapter_size(checkout.checkpoints / "acestep-v15-base", kind, 4, modules)
+    (weights,) = (output / "final").rglob("*.safetensors")
+    assert said == pytest.approx(weights.stat().st_size - read_weights_file(weights).data_start, rel=0.05)
+
+
+def test_ctrl_c_while_it_trains_prints_the_command_that_resumes(answer_in_a_terminal, place):
+    from terminal import CTRL_C
+
+    typed = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out it goes"), (KIND, ""), (EPOCHS, "5000"), (RANK, "4")]
+    seen = answer_in_a_terminal(*typed, (START, ""), (r"epoch 3/", CTRL_C))
+    assert seen.code == 130, seen.text
+    (line,) = re.findall(r"^To resume:\n  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
+    words = shlex.split(line)
+    assert (
+        words[words.index("--output-dir") + 1] == "out it goes" and words[words.index("--resume-from") + 1] == "latest"
+    )
+    (steps,) = re.findall(r"^Interrupted after (\d+) of", seen.text, flags=re.MULTILINE)
+    words[words.index("5000")] = str(int(steps) // 4 + 2)
+    done = subprocess.run([*COMMAND, *words], cwd=place, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
 
 
 def test_ctrl_c_leaves_everything_as_it_was(answer_in_a_terminal, place):

@@ -113,7 +113,7 @@ def test_a_picture(timesteps, tmp_path, model, ending):
 
 
 def test_pictures_that_cannot_be_drawn(timesteps, tmp_path, monkeypatch):
-    for file, says in ((tmp_path / "picture.txt", "is no .png"), (tmp_path / "none" / "a.png", "No folder")):
+    for file, says in ((tmp_path / "picture.txt", "is not a .png"), (tmp_path / "none" / "a.png", "No folder")):
         done = timesteps("base", "--plot", file)
         assert done.exit_code == 2 and says in done.stderr
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ def run(checkout, trainer, tmp_path, monkeypatch):
     """Run ``acestep-train`` in this process: ``run("--model", "base", ...)`` with sensible folders filled in."""
     monkeypatch.chdir(tmp_path)
     # It would change the log of the tests after this one.
-    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
 
     def invoke(*arguments, plugin="sidestep", **folders):
         folders = {
@@ -126,7 +127,7 @@ def test_a_loss_that_is_no_number_is_a_failed_training(run, trainer, monkeypatch
     result = run("--model", "base", *QUICK)
     # Upstream's own loop divides by zero on gradients that are not finite; the stand-in's goes on to the end.
     assert result.exit_code == 1, result.output
-    assert re.search("not a finite number|ACE-Step: Training failed", result.stderr), result.stderr
+    assert re.search("is NaN or infinite|ACE-Step: Training failed", result.stderr), result.stderr
 
 
 def test_a_failed_training_is_exit_code_1(run, trainer, monkeypatch):
@@ -170,8 +171,13 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "Stopping after this step" in output and "Adapter as it was then" in output
-    assert "Go on with the same command and --resume-from latest." in output
+    assert "Stopping after this step" in output and "Adapter so far: " in output
+    # The whole command that resumes it, as it can be pasted into the shell.
+    (resuming,) = re.findall(r"^To resume:\n  acestep-train (.*)$", output, flags=re.MULTILINE)
+    (steps,) = re.findall(r"^Interrupted after (\d+) of", output, flags=re.MULTILINE)
+    resuming = resuming.replace("--epochs 100000", f"--epochs {int(steps) // 3 + 2}")
+    done = subprocess.run([*COMMAND, *shlex.split(resuming)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
     (folder,) = adapters_under(tmp_path / "output" / "interrupted")
     assert json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["model_variant"] == "base"
     (weights,) = folder.glob("*.safetensors")
@@ -647,6 +653,51 @@ def test_an_adapter_that_is_no_number_any_more_is_not_saved_over_a_good_one(run,
     assert not adapters_under(tmp_path / "output" / "interrupted")
 
 
+# -- what is said before it starts -----------------------------------------------------------------------------------
+
+
+def test_what_takes_time_is_said_before_it_is_loaded(checkout, tmp_path):
+    if checkout.real:
+        pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
+    line = [*COMMAND, "--model", "base", "--plugin", "sidestep", "--device", "cpu", "--epochs", "1"]
+    line += ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
+    line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:3] == [
+        "Importing torch ...",
+        f"Importing ACE-Step's trainer from {checkout.root} ...",
+        "Loading acestep-v15-base on cpu ...",
+    ]
+
+
+def test_torch_is_imported_after_that_was_said():
+    """The line would come too late if printing it took torch."""
+    code = (
+        "import sys, click\nfrom sidestep_plugin.cli import training\n"
+        "training.say = lambda text: print(text, 'torch' in sys.modules)\n"
+        "training.say_that_torch_is_imported()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Importing torch ... False"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--epochs", 4, "--warmup-steps", 6), r"Note: warm-up takes 6 of the 12 optimizer steps; .*--warmup-steps"),
+        (("--epochs", 4), r"Note: warm-up takes 100 optimizer steps, and this training has 12: it never reaches"),
+        (("--epochs", 4, "--warmup-steps", 3), None),
+        (("--epochs", 4, "--warmup-steps", 0), None),
+    ],
+)
+def test_a_warm_up_that_is_most_of_the_training_is_said(run, more, says):
+    done = run("--model", "base", "--batch-size", "2", "--gradient-accumulation", "1", *more)
+    assert done.exit_code == 0, done.output
+    assert re.search(says or "^", done.output) and ("Note: warm-up" in done.output) == (says is not None)
+    assert done.output.find("Note: warm-up") < done.output.index("step 3/12")
+
+
 # -- looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -662,6 +713,40 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     assert re.search(r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed", seen.text)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a launcher script of POSIX")
+def test_the_demos_last_line_works_as_it_stands_there(tmp_path):
+    """Without an activated environment, so the shell does not find acestep-train by its name."""
+    launcher = tmp_path / "my env" / "acestep-train"
+    launcher.parent.mkdir()
+    launcher.write_text(f"#!{sys.executable}\nfrom sidestep_plugin.cli import main\nmain()\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    plain = os.environ | {"PATH": os.defpath}
+    line = ["my env/acestep-train", "demo", "--dir", "a demo"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", env=plain)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.findall(r"Mean loss: (\S+) in the first epoch, (\S+) in the last\.", done.stdout)[0])
+    assert last < 0.8 * first, "the first training that somebody sees has learned nothing"
+    command = done.stdout.splitlines()[-1].partition(": ")[2]
+    assert command == "'my env/acestep-train' inspect 'a demo/output/base-lora'"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0 and "acestep-v15-base" in done.stdout, done.stderr
+
+
+def test_a_program_that_the_shell_finds_is_called_by_its_name(tmp_path, monkeypatch):
+    from sidestep_plugin.cli.terminal import program
+
+    script = tmp_path / ("acestep-train.exe" if os.name == "nt" else "acestep-train")
+    script.touch()
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "acestep-train")])
+    monkeypatch.setenv("PATH", os.defpath)
+    assert program() == str(tmp_path / "acestep-train")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "acestep-train"
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    assert program() == "acestep-train"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
@@ -669,7 +754,7 @@ def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        process.wait()
+        assert process.wait(timeout=120) == 0
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
 
 

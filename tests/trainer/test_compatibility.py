@@ -17,7 +17,7 @@ from sidestep_plugin.cli import cli
 
 @pytest.fixture
 def check(monkeypatch):
-    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     return lambda *arguments: CliRunner().invoke(cli, ["check", *map(str, arguments)], catch_exceptions=False)
 

@@ -1,0 +1,67 @@
+"""Composes command lines that can be pasted into a shell."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .terminal import program
+
+if TYPE_CHECKING:
+    from sidestep_plugin.trainer.launch import Request
+
+
+def command_line(request: Request) -> str:
+    """The command that does a training without a question, quoted for this system's shell."""
+    from sidestep_plugin.registry import Registry
+
+    words: list[str] = []
+    for name in request.plugins:
+        words += ["--plugin", name]
+    words += ["--wins", request.wins] if request.wins else []
+    for flag, place in (
+        ("--acestep-root", request.acestep_root),
+        ("--checkpoint-dir", request.checkpoint_dir),
+        ("--model", request.model),
+        ("--dataset-dir", request.dataset_dir),
+        ("--output-dir", request.output_dir),
+        ("--resume-from", request.resume_from),
+        ("--device", None if request.device == "auto" else request.device),
+        ("--adapter-type", request.adapter_type),
+    ):
+        words += [flag, str(place)] if place is not None else []
+    declared = Registry.load(request.plugins, request.wins).declared_options()
+    for name, value in request.settings.items():
+        words += _option(f"--{name.replace('_', '-')}", value)
+    for option in declared:
+        value = request.options.get(str(option.name))
+        if value != option.default:
+            words += _option(option.opts[0], value)
+    words += ["--overwrite"] if request.overwrite else []
+    words += ["--allow-duplicates"] if request.allow_duplicates else []
+    return quoted([program(), *words])
+
+
+def resuming_line(request: Request) -> str:
+    """The command that resumes a training that was interrupted."""
+    return command_line(replace(request, resume_from=Path("latest"), overwrite=False))
+
+
+def quoted(words: Sequence[str]) -> str:
+    """A command line for this system's shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _option(flag: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, tuple):  # an option that may be given several times
+        return [word for entry in value for word in (flag, str(entry))]
+    return [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]

@@ -1,0 +1,242 @@
+"""Whether an answer can be used, and what follows from it. Each check raises Refusal for one that cannot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sidestep_plugin import recommended
+from sidestep_plugin.errors import Refusal
+
+from .answers import Answers
+
+
+def check_said(answers: Answers) -> None:
+    """Check what the command line says before anything is asked."""
+    from sidestep_plugin.trainer.launch import check_unused
+
+    request = answers.request
+    if "model" not in answers.asked:
+        model(answers, request.model)
+        if "dataset_dir" not in answers.asked:
+            songs(answers, str(request.dataset_dir))
+    if "output_dir" not in answers.asked and request.resume_from is not None:
+        resume(answers)
+    elif "output_dir" not in answers.asked and not request.overwrite:
+        check_unused(request.output_dir.absolute(), None)
+
+
+def root(answers: Answers, text: str) -> list[str]:
+    """The folder of a checkout."""
+    from sidestep_plugin.trainer.checkout import find_root
+
+    answers.set(acestep_root=find_root(_place(text)))
+    return []
+
+
+def lacks_root(answers: Answers) -> bool:
+    """Whether no checkout can be found without asking."""
+    from sidestep_plugin.trainer.checkout import find_root
+
+    try:
+        find_root(answers.request.acestep_root)
+    except Refusal:
+        return True
+    return False
+
+
+def checkpoints(answers: Answers) -> Path:
+    """The folder of models."""
+    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.trainer.models import checkpoint_folder
+
+    return checkpoint_folder(answers.request.checkpoint_dir, find_root(answers.request.acestep_root))
+
+
+def model_folder(answers: Answers) -> Path:
+    """The folder of the model that was chosen."""
+    from sidestep_plugin.trainer.models import find_model
+
+    return find_model(answers.request.model, checkpoints(answers))
+
+
+def model(answers: Answers, text: str) -> list[str]:
+    """A number of the list, a name, or a path."""
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.trainer.models import check_weights, find_model
+
+    if text.isascii() and text.isdecimal() and text not in answers.models:
+        if not 1 <= int(text) <= len(answers.models):
+            raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
+        text = answers.models[int(text) - 1]
+    text = str(_place(text)) if text.startswith("~") else text
+    folder = find_model(text, checkpoints(answers))
+    _say_that_torch_is_imported()
+    check_weights(folder, ModelFacts.from_folder(folder))
+    answers.set(model=text)
+    return []
+
+
+def variant_is_unclear(answers: Answers) -> bool:
+    """Whether a plugin has the option, the command line does not, and nothing else says what the model is."""
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.timesteps.treatment import decide_variant
+
+    if answers.request.options.get("variant") != "auto":
+        return False
+    try:
+        decide_variant(ModelFacts.from_folder(model_folder(answers)))
+    except Refusal:
+        return True
+    return False
+
+
+def variant(answers: Answers, text: str) -> list[str]:
+    """One of the variants."""
+    from sidestep_plugin.variants import VARIANTS
+
+    if text not in VARIANTS:
+        raise Refusal(f"Expected {', '.join(VARIANTS)}.")
+    answers.option("variant", text)
+    return []
+
+
+def songs(answers: Answers, text: str) -> list[str]:
+    """A folder of preprocessed songs that fit the model."""
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.songs.dataset import inspect_dataset
+    from sidestep_plugin.songs.fit import check_songs
+
+    folder = _place(text)
+    _say_that_torch_is_imported()
+    dataset = inspect_dataset(folder.absolute(), allow_duplicates=answers.request.allow_duplicates)
+    check_songs(dataset, ModelFacts.from_folder(model_folder(answers)))
+    answers.dataset = dataset
+    answers.set(dataset_dir=folder)
+    return [f"{dataset.songs} {'song' if dataset.songs == 1 else 'songs'}, {dataset.minutes:.1f} minutes"]
+
+
+def output(answers: Answers, text: str) -> list[str]:
+    """A folder to save into; resume or overwrite for one that is in use."""
+    from sidestep_plugin.trainer.launch import check_unused, check_writable
+
+    if text in ("resume", "overwrite") and answers.used is not None:
+        answers.set(output_dir=answers.used)
+        if text == "resume":
+            return resume(answers)
+        answers.set(overwrite=True)
+        return []
+    folder = _place(text)
+    check_writable(folder.absolute())
+    answers.set(output_dir=folder)
+    if "resume_from" not in answers.asked:
+        return resume(answers)
+    if "overwrite" not in answers.asked:
+        return []
+    answers.set(overwrite=False, resume_from=None)
+    try:
+        check_unused(folder.absolute(), None)
+    except Refusal:
+        answers.used = folder
+        raise Refusal(
+            f"{folder} holds adapters of another training. Type another folder; resume to go on with that training; "
+            "or overwrite to replace it."
+        ) from None
+    return []
+
+
+def resume(answers: Answers) -> list[str]:
+    """Take a checkpoint, the newest if none was named, and the settings that it was made with."""
+    from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
+    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.trainer.launch import LATEST
+
+    said, notes = answers.request.resume_from, list[str]()
+    if said is None or said == LATEST:
+        said = LATEST
+        folder, notes = newest_checkpoint(answers.request.output_dir.absolute())
+    else:
+        folder = said.absolute()
+    checkpoint = read_checkpoint(folder)
+    facts = checkpoint.facts or {}
+    kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
+    answers.set(resume_from=said, adapter_type="lokr" if kind_of_adapter == "lokr" else "lora")
+    named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
+    for name, fact in named.items():
+        if name in answers.asked and facts.get(fact) is not None:
+            answers.setting(name, facts[fact])
+    answers.checkpoint = f"{folder.name} ({checkpoint.point.where})"
+    return [*notes, f"{answers.checkpoint}, with the settings that it was made with"]
+
+
+def kind(answers: Answers, text: str) -> list[str]:
+    """The kind of adapter."""
+    import importlib.util
+
+    if text not in ("lora", "lokr"):
+        raise Refusal("Expected lora or lokr.")
+    if text == "lokr" and importlib.util.find_spec("lycoris") is None:
+        raise Refusal("A LoKr needs LyCORIS, which is not installed: pip install lycoris-lora")
+    answers.set(adapter_type=text)
+    return []
+
+
+def epochs(answers: Answers, text: str) -> list[str]:
+    """The number of epochs, and the recommended settings that depend on it."""
+    number = _whole(text, "a number of epochs")
+    answers.setting("epochs", number)
+    if not answers.begins_anew:
+        return []
+    settings = answers.request.settings
+    batch_size = settings.get("batch_size") or 1
+    accumulation = settings.get("gradient_accumulation") or recommended.accumulation_for(answers.songs, batch_size)
+    usual = recommended.recommended(answers.songs, answers.request.adapter_type)
+    values = {
+        "save_every": recommended.save_every_for(number),
+        "batch_size": batch_size,
+        "gradient_accumulation": accumulation,
+        "learning_rate": usual["learning_rate"].value,
+        "warmup_steps": recommended.warmup_for(answers.songs, batch_size, number, accumulation),
+    }
+    for name, value in values.items():
+        if name in answers.asked:
+            answers.setting(name, value)
+    return []
+
+
+def rank(answers: Answers, text: str) -> list[str]:
+    """The rank, and an alpha of twice as much."""
+    number = _whole(text, "a rank")
+    answers.setting("rank", number)
+    if "alpha" in answers.asked:
+        answers.setting("alpha", 2 * number)
+    return []
+
+
+def in_bytes(size: int) -> str:
+    """A size as people read it."""
+    megabytes = size / 2**20
+    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1024 else f"{megabytes:.1f} MB"
+
+
+def _place(text: str) -> Path:
+    """A folder or file as it was typed."""
+    if not text:
+        raise Refusal("Nothing was typed. Expected the name of a folder.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise Refusal(f"There is no home folder for {text.split('/')[0]}. Type the whole path.") from None
+
+
+def _whole(text: str, what: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10**6:
+        raise Refusal(f"{text!r} is not {what}. Expected a whole number from 1.")
+    return int(text)
+
+
+def _say_that_torch_is_imported() -> None:
+    if "torch" not in sys.modules:
+        click.echo("  Importing torch ...")

@@ -1,0 +1,112 @@
+"""What will be done, said before it is done: the model's treatment, steps, sizes and places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Final
+
+from .answers import Answers
+from .checks import in_bytes, model_folder
+
+_LORA_TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+_BYTES: Final = 4  # adapters are trained and saved in fp32
+_STATES: Final = 2  # AdamW keeps two numbers for each that is trained
+
+
+def summary(answers: Answers) -> list[str]:
+    """The lines above "Start?"."""
+    return [*_decided(answers), *_amounts(answers), *_in_words(answers)]
+
+
+def _decided(answers: Answers) -> list[str]:
+    """What the plugins say they will do."""
+    from sidestep_plugin.registry import Registry
+    from sidestep_plugin.trainer.rehearsal import rehearse
+
+    request = answers.request
+    if not request.plugins:
+        return ["No plugin: exactly as ACE-Step trains, with turbo's timesteps for every model"]
+    registry = Registry.load(request.plugins, request.wins)
+    options = registry.resolve_options(request.options)
+    return list(rehearse(registry, model_folder(answers), options, request.adapter_type).lines)
+
+
+def _amounts(answers: Answers) -> list[str]:
+    """Songs, steps, and room on the disk."""
+    settings = answers.request.settings
+    epochs, batch_size = settings["epochs"], settings.get("batch_size") or 1
+    batches = math.ceil(answers.songs / batch_size)
+    accumulation = settings.get("gradient_accumulation") or 4
+    lines = []
+    if answers.dataset is not None:
+        lines.append(
+            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; {epochs * batches} training steps, "
+            f"{epochs * batches // accumulation} optimizer steps"
+        )
+    size = adapter_size(
+        model_folder(answers),
+        answers.request.adapter_type,
+        int(settings.get("rank") or (8 if answers.request.adapter_type == "lora" else 64)),
+        settings.get("target_modules") or _LORA_TARGETS,
+    )
+    checkpoints = epochs // (settings.get("save_every") or 10)
+    if size:
+        each = size * (1 + _STATES)
+        lines.append(
+            f"On disk: about {in_bytes(size + checkpoints * each)} (the finished adapter {in_bytes(size)}, "
+            f"{checkpoints} {'checkpoint' if checkpoints == 1 else 'checkpoints'} of {in_bytes(each)})"
+        )
+    return lines
+
+
+def _in_words(answers: Answers) -> list[str]:
+    request = answers.request
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in request.settings.items() if value is not None
+    )
+    how = "" if request.resume_from is None else f"resumes from {answers.checkpoint}"
+    how = how or ("replaces what is there" if request.overwrite else "new")
+    return [f"Train: {request.adapter_type}, {settings}", f"Save to: {request.output_dir} ({how})"]
+
+
+def adapter_size(model: Path, kind: str, rank: int, targets: Collection[str]) -> int:
+    """Bytes that an adapter for a model takes, from the headers of the model's files; 0 if they cannot be read.
+
+    LyCORIS makes a LoKr for every linear layer, PEFT a LoRA for those that are named.
+    """
+    layers = [
+        shape
+        for name, shape in _linear_layers(model)
+        if kind == "lokr" or any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+    return _BYTES * sum(_lokr_numbers(*shape, rank) if kind == "lokr" else rank * sum(shape) for shape in layers)
+
+
+def _linear_layers(model: Path) -> Iterable[tuple[str, tuple[int, int]]]:
+    """Names and shapes of the decoder's layers with a matrix."""
+    from sidestep_plugin.adapters.weights_file import read_weights_file
+    from sidestep_plugin.errors import Refusal
+
+    for file in sorted(model.glob("*.safetensors")):
+        try:
+            tensors = read_weights_file(file).tensors
+        except (Refusal, OSError):
+            continue
+        for name, tensor in tensors.items():
+            if name.startswith("decoder.") and name.endswith(".weight") and len(tensor.shape) == 2:
+                yield name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1])
+
+
+def _lokr_numbers(rows: int, columns: int, rank: int) -> int:
+    """Numbers of a Kronecker product of two matrices whose sizes are as near to each other as they can be."""
+    one, other = _factors(rows), _factors(columns)
+    large = (one[1], other[1])
+    whole = rank >= max(large) / 2
+    return one[0] * other[0] + (large[0] * large[1] if whole else rank * sum(large))
+
+
+def _factors(size: int) -> tuple[int, int]:
+    small = next(each for each in range(math.isqrt(size), 0, -1) if size % each == 0)
+    return small, size // small

@@ -1,0 +1,71 @@
+"""``acestep-train list``: the checkpoints of a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sidestep_plugin.errors import Refusal
+
+from .commands import Command, Place, Unusable, echo_json
+
+if TYPE_CHECKING:
+    from sidestep_plugin.resuming.overview import Saved
+
+
+@click.command("list", cls=Command)
+@click.argument("output", type=Place(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def list_checkpoints(output: Path, as_json: bool) -> None:
+    """List the checkpoints of a training: epoch, steps, mean loss of the epoch, and size.
+
+    OUTPUT is the --output-dir of a training. It may still be running.
+
+    \b
+    Example:
+        acestep-train list adapters/jazz
+    """
+    from sidestep_plugin.resuming.overview import saved_in
+
+    try:
+        entries = saved_in(output.absolute())
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    if as_json:
+        echo_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    for line in _table(entries):
+        click.echo(line)
+
+
+def _table(entries: Sequence[Saved]) -> Sequence[str]:
+    rows = [("", "epoch", "steps", "loss", "MB", "")]
+    for entry in entries:
+        notes = "" if entry.resumable else "cannot be resumed from"
+        rows.append(
+            (
+                entry.name,
+                _cell(entry.epoch),
+                _cell(entry.training_steps),
+                "-" if entry.loss is None else f"{entry.loss:.4f}",
+                f"{entry.bytes / 2**20:.1f}",
+                notes,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for name, *numbers, note in rows:
+        right = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([f"{name:<{widths[0]}}", *right, note]).rstrip())
+    return lines
+
+
+def _cell(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+list = list_checkpoints  # the group looks the command up under its own name

@@ -1,0 +1,70 @@
+"""Writes the options of a training beside every adapter, so that it can be repeated and shared."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from sidestep_plugin.hookspecs import hookimpl
+
+from .settings_file import FILE_NAME, write
+
+if TYPE_CHECKING:
+    from sidestep_plugin.run import Run, SavedAdapter
+    from sidestep_plugin.trainer.launch import Request
+
+
+class OptionsFile:
+    """Writes :data:`~.settings_file.FILE_NAME` beside every adapter that a training saves. Itself a plugin.
+
+    What is written are the values that ACE-Step and the plugins use, whether given or left to their defaults. Folders
+    of this machine are left out.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    @hookimpl
+    def acestep_adapter_saved(self, run: Run, saved: SavedAdapter) -> list[str] | None:
+        from sidestep_plugin.files import replacing
+
+        text = options_of(self._request, run)
+        try:
+            with replacing(saved.weights.parent / FILE_NAME) as stream:
+                stream.write(text.encode("utf-8", "replace"))
+        except OSError as error:  # the adapter is there, and worth more than this file
+            return [f"Warning: {FILE_NAME} could not be written: {error.strerror or error}. Make room on the disk."]
+        return None
+
+
+def options_of(request: Request, run: Run) -> str:
+    """The options of a running training as TOML."""
+    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+
+    comments = [
+        "The options of this training. To repeat it:",
+        f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR",
+    ]
+    values: dict[str, Any] = {"plugin": list(request.plugins), "wins": request.wins}
+    # A path says where things are on this machine.
+    if re.search(r"[\\/~]", request.model):
+        name = re.split(r"[\\/]", request.model.rstrip("\\/"))[-1]
+        comments.append(f"The model was a folder of its own, {name}: add --model and where it is.")
+    else:
+        values["model"] = request.model
+    values["adapter_type"] = request.adapter_type
+    for fields, config in (
+        (ADAPTER_FIELDS[request.adapter_type], run.adapter_config),
+        (TRAINING_FIELDS, run.training_config),
+    ):
+        values |= {name: _plain(getattr(config, field, None)) for name, field in fields.items()}
+    values["allow_duplicates"] = request.allow_duplicates or None
+    values |= {name: _plain(value) for name, value in run.options.items()}
+    return write(values, comments)
+
+
+def _plain(value: Any) -> Any:
+    """A value that TOML has: a number, a text, a switch or a list of them; None for anything else."""
+    if isinstance(value, list | tuple | set):
+        return [str(entry) for entry in value] or None
+    return value if isinstance(value, bool | int | float | str) else None

@@ -1,0 +1,60 @@
+"""The terminal: printing to it, whether somebody is there, and how the program was started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+import click
+
+NAME = "acestep-train"
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line, if anybody can still read it."""
+    with unread(sys.stderr if err else sys.stdout):
+        click.echo(text, err=err)
+
+
+@contextmanager
+def unread(stream: TextIO | None) -> Iterator[None]:
+    """Print in this block. A closed terminal, a pipe into head or a full disk must not end a training.
+
+    What cannot be printed, and everything after it, goes nowhere: a stream with text left in its buffer would end the
+    program with an error when Python flushes it at exit.
+    """
+    try:
+        yield
+    except OSError:
+        with suppress(OSError, ValueError, AttributeError):  # a stream that is no file
+            descriptor = stream.fileno()  # type: ignore[union-attr]
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def on_a_terminal() -> bool:
+    """Whether somebody is there to be asked."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def program() -> str:
+    """The program as it can be typed again: by its name where the shell finds it, else by the path that was typed."""
+    typed = sys.argv[0]
+    if os.path.basename(typed).removesuffix(".exe") != NAME:  # noqa: PTH119 - pathlib takes longer to import
+        return NAME  # started as a module, or by a test
+    import shutil
+
+    found = shutil.which(NAME)
+    return NAME if found is not None and _same(found, typed) else typed
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths are one file; Windows leaves .exe out of the one that was typed."""
+    try:
+        return os.path.samefile(one, other if os.path.exists(other) else f"{other}.exe")  # noqa: PTH110, PTH121
+    except OSError:
+        return False

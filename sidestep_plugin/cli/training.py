@@ -1,0 +1,123 @@
+"""One training as the terminal sees it: what is loaded, progress, how it ended, and what to type next."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import quiet
+from .command_line import resuming_line
+from .commands import FAILED, INTERRUPTED
+from .interrupts import interruptible, terminated_like_ctrl_c
+from .terminal import say
+
+if TYPE_CHECKING:
+    from sidestep_plugin.trainer.launch import Launch, Request
+
+    from .progress import Progress
+
+
+def run_training(request: Request) -> None:
+    """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
+    if not click.get_current_context().meta["debug"]:
+        quiet.quiet_third_parties()
+        quiet.quiet_upstream()
+    say_that_torch_is_imported()
+    from sidestep_plugin.trainer.launch import prepare
+
+    from .options_file import OptionsFile
+    from .progress import Progress
+
+    progress = Progress()
+    extra: dict[str, object] = {"progress": progress}
+    if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
+        extra["options_file"] = OptionsFile(request)
+    with terminated_like_ctrl_c():
+        launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    for line in notes_on_settings(launch):
+        progress.say(line)
+    failure: str | None = None
+    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
+        progress.begin(launch.steps_per_epoch, launch.epochs)
+        try:
+            for _, _, message in launch.messages():
+                if message.startswith("❌"):
+                    failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
+                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
+                    progress.say(message)
+        finally:
+            progress.end()
+        refusal = launch.attachment.refusal
+        if refusal is not None and not progress.began:
+            raise refusal
+        if refusal is not None:
+            failure = str(refusal)
+        if failure is None and interrupted() and progress.step < launch.total_steps:
+            _say_what_was_saved(launch, progress)
+            sys.exit(INTERRUPTED)
+    adapter = launch.final_adapter
+    if failure is None and not math.isfinite(progress.newest):
+        failure = "The loss is NaN or infinite, so the adapter is useless. Lower --learning-rate."
+    if failure is None and adapter is None:
+        failure = f"ACE-Step ended without an error and without an adapter in {launch.request.output_dir / 'final'}."
+    if failure is not None:
+        say(f"Error: {failure}", err=True)
+        if launch.attachment.interrupted is not None:
+            say(f"To resume:\n  {resuming_line(launch.request)}", err=True)
+        sys.exit(FAILED)
+    assert adapter is not None
+    say(f"Adapter: {adapter}")
+    if request.plugins:
+        _say_how_to_use(adapter, request.adapter_type)
+
+
+def say_that_torch_is_imported() -> None:
+    """Print what takes the next seconds, unless it is imported already."""
+    if "torch" not in sys.modules:
+        say("Importing torch ...")
+
+
+def notes_on_settings(launch: Launch) -> list[str]:
+    """Lines about settings that are allowed and hardly meant."""
+    config = launch.trainer.training_config
+    warmup = getattr(config, "warmup_steps", 0)
+    total = launch.total_steps // max(1, getattr(config, "gradient_accumulation_steps", 1))
+    if 4 * warmup <= total:
+        return []
+    return [
+        f"Note: warm-up takes {warmup} of the {total} optimizer steps; the learning rate is below its full value until "
+        "then. For a training this short, use a lower --warmup-steps."
+        if warmup < total
+        else f"Note: warm-up takes {warmup} optimizer steps, and this training has {total}: it never reaches its full "
+        "learning rate. Use a lower --warmup-steps."
+    ]
+
+
+def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
+    saved = launch.attachment.interrupted
+    resumable = saved is not None
+    if not resumable and progress.began and not launch.request.plugins:
+        saved = launch.save_interrupted()
+    say(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+    say(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
+    if resumable:
+        say(f"To resume:\n  {resuming_line(launch.request)}")
+
+
+def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
+    from sidestep_plugin.adapters.comfyui import FILE_NAMES
+    from sidestep_plugin.adapters.facts import read_training_config
+    from sidestep_plugin.variants import guidance
+
+    if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
+        say(f"For ComfyUI: {copy}")
+    facts = read_training_config(adapter)
+    if facts is not None:
+        say(
+            f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
+            f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
+        )

@@ -1,0 +1,172 @@
+"""The options of a training: what they are called, which values they take, and where they stand in the help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import FiniteFloat, WholeNumber
+
+from .commands import Place
+
+FOLDER: Final = Place(path_type=Path)
+
+UPSTREAMS_DEFAULTS: Final = {
+    "rank": "LoRA 8, LoKr 64",
+    "alpha": "LoRA 16, LoKr 128",
+    "dropout": "0.1",
+    "target_modules": "q_proj,k_proj,v_proj,o_proj",
+    "epochs": "100",
+    "batch_size": "1",
+    "gradient_accumulation": "4",
+    "learning_rate": "0.0001",
+    "warmup_steps": "100",
+    "weight_decay": "0.01",
+    "max_grad_norm": "1.0",
+    "seed": "42",
+    "save_every": "10",
+    "val_split": "0",
+    "log_every": "10",
+}
+"""What ACE-Step takes for an option that is left out."""
+
+GROUPS: Final = {
+    "Needed": ("plugin", "model", "dataset_dir", "output_dir"),
+    "Usual": (
+        "adapter_type",
+        "epochs",
+        "rank",
+        "alpha",
+        "learning_rate",
+        "batch_size",
+        "gradient_accumulation",
+        "save_every",
+        "resume_from",
+        "overwrite",
+        "config",
+        "acestep_root",
+        "checkpoint_dir",
+        "directory",
+    ),
+    "Expert": (
+        "device",
+        "seed",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "dropout",
+        "target_modules",
+        "val_split",
+        "num_workers",
+        "log_every",
+        "allow_duplicates",
+        "wins",
+        "yes",
+        "debug",
+    ),
+}
+"""The options of train and demo as their help shows them."""
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+ACESTEP_ROOT: Final[Decorator] = click.option(
+    "--acestep-root",
+    type=FOLDER,
+    metavar="DIR",
+    help="Your ACE-Step checkout.  [default: the installed one, else this folder]",
+)
+CHECKPOINT_DIR: Final[Decorator] = click.option(
+    "--checkpoint-dir",
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder of models.  [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints/]",
+)
+WINS: Final[Decorator] = click.option(
+    "--wins", metavar="NAME", help="Which plugin samples the timesteps, if two of them want to."
+)
+
+
+def plugin_option(default: str | None = None) -> Decorator:
+    """``--plugin NAME``, for a command that trains as ACE-Step does without one, or one with a default plugin."""
+    without = "Without it: as ACE-Step trains." if default is None else f" [default: {default}]"
+    return click.option(
+        "--plugin", multiple=True, metavar="NAME", help=f"Plugin to use; may be given several times. {without}"
+    )
+
+
+def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
+    """auto, cpu, cuda, cuda:N, mps or xpu. Raises click.BadParameter."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu", value) is None:
+        raise click.BadParameter(f"{value!r} is not a device. Expected auto, cpu, cuda, cuda:0, mps or xpu.")
+    return value
+
+
+def adapter_and_training_options(
+    defaults: Mapping[str, Any] | None = None, *, plugin: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a training that have nothing to do with where things are: shared by train and demo.
+
+    Args:
+        defaults: settings of the command in place of ACE-Step's own, for its help.
+        plugin: the plugin that takes part when none is named.
+    """
+    own = defaults or {}
+
+    def setting(flag: str, kind: click.ParamType[Any] | None, metavar: str, text: str) -> Decorator:
+        name = flag.removeprefix("--").replace("-", "_")
+        told = f"default: {own[name]}" if name in own else f"ACE-Step's default: {UPSTREAMS_DEFAULTS[name]}"
+        return click.option(flag, type=kind, metavar=metavar, help=f"{text}  [{told}]")
+
+    positive = WholeNumber(min=1)
+    options = (
+        plugin_option(plugin),
+        WINS,
+        click.option(
+            "--adapter-type",
+            type=click.Choice(["lora", "lokr"]),
+            default="lora",
+            show_default=True,
+            help="Kind of adapter.",
+        ),
+        setting("--rank", positive, "N", "Size of the adapter."),
+        setting("--alpha", positive, "N", "Its strength is alpha / rank."),
+        setting("--dropout", FiniteFloat(0.0, 1.0, max_open=True), "X", "LoRA dropout, from 0 to below 1."),
+        setting("--target-modules", None, "NAMES", "Layers to adapt."),
+        setting("--epochs", positive, "N", "Passes over all songs."),
+        setting("--batch-size", positive, "N", "Songs per batch."),
+        setting("--gradient-accumulation", positive, "N", "Batches per optimizer step."),
+        setting("--learning-rate", FiniteFloat(0.0, min_open=True), "X", "Learning rate after warm-up."),
+        setting("--warmup-steps", WholeNumber(min=0), "N", "Optimizer steps of warm-up."),
+        setting("--weight-decay", FiniteFloat(0.0), "X", "Weight decay."),
+        setting("--max-grad-norm", FiniteFloat(0.0, min_open=True), "X", "Clip gradients to this norm."),
+        setting("--seed", WholeNumber(0, 2**63 - 1), "N", "Random seed."),
+        setting("--save-every", positive, "N", "Epochs between checkpoints."),
+        setting("--val-split", FiniteFloat(0.0, 1.0, max_open=True), "X", "Share of the songs to validate on."),
+        click.option(
+            "--num-workers", type=WholeNumber(min=0), metavar="N", help="Processes that load songs.  [default: 0]"
+        ),
+        setting("--log-every", positive, "N", "Optimizer steps between log entries."),
+        click.option("--debug", is_flag=True, help="Show all logs, and where an error came from."),
+    )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def settings_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given. Raises Refusal for an empty list of target modules."""
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    if "target_modules" in settings:
+        settings["target_modules"] = [name.strip() for name in settings["target_modules"].split(",") if name.strip()]
+        if not settings["target_modules"]:
+            raise Refusal("--target-modules is empty. Expected names such as q_proj,k_proj,v_proj,o_proj.")
+    return settings

@@ -1,0 +1,41 @@
+"""What other libraries print about themselves is not shown, unless with ``--debug``."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from conftest import COMMAND
+
+NOISE = ("LyCORIS", "\x1b[0;", "bitsandbytes")
+
+
+def printed(*words):
+    done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_lokr_trains_without_lycoris_talking(tmp_path):
+    pytest.importorskip("lycoris", reason="LoKr needs lycoris-lora: pip install 'sidestep-plugin[upstream]'")
+    line = ("demo", "--adapter-type", "lokr", "--dir", tmp_path / "demo", "--epochs", "1")
+    assert not [word for word in NOISE if word in printed(*line)]
+    assert "[LyCORIS]" in printed(*line, "--debug"), "then this test could not fail"
+
+
+def test_warnings_about_optional_packages_are_left_out(capsys):
+    logger = pytest.importorskip("loguru", reason="ACE-Step's own logger").logger
+    from sidestep_plugin.cli.quiet import quiet_upstream
+
+    quiet_upstream()
+    try:
+        logger.warning("bitsandbytes not installed. Using standard AdamW.")
+        logger.warning("something that matters")
+        logger.info("news")
+    finally:
+        logger.remove()
+    assert capsys.readouterr().err == "ACE-Step: something that matters\n"
+
+
+def test_check_begins_with_what_was_asked(tmp_path, checkout):
+    assert printed("check", "--acestep-root", checkout.root).startswith("ACE-Step: ")
