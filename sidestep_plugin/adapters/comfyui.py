@@ -21,7 +21,9 @@ from typing import Any, Final
 from ..errors import Refusal
 from ..text import shown
 from .header import header_of
-from .layers import DIFFUSERS_KEY, Adapter, is_known_layer
+from .layer_names import is_known_layer
+from .layers import Adapter
+from .peft_config import DIFFUSERS_KEY
 from .weights_file import HASH_KEY, NewTensor, WeightsFile, write_copy
 
 FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.safetensors"}

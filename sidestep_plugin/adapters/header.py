@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from ..errors import Refusal
 from ..variants import guidance
+from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
-from .layers import DIFFUSERS_KEY, diffusers_config, understand
+from .layers import understand
 from .paths import without_paths
+from .peft_config import DIFFUSERS_KEY
 from .weights_file import HASH_KEY, WeightsFile, read_weights_file, write_metadata
 
 PREFIX: Final = "sidestep."

@@ -28,19 +28,20 @@ def inspect(path: Path, as_json: bool) -> None:
 
     The exit code is 0, and 2 when the adapter cannot be read or something is wrong with it.
     """
-    from sidestep_plugin.adapters import inspection
+    from sidestep_plugin.adapters import report
+    from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:
-        report = inspection.inspect_adapter(path)
+        found = inspect_adapter(path)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot read {path}: {error.strerror or error}.") from None
     if as_json:
-        echo_json(inspection.as_json(report))
+        echo_json(report.as_json(found))
     else:
-        for line in inspection.as_text(report):
+        for line in report.as_text(found):
             click.echo(line)
-        for problem in report.problems:
+        for problem in found.problems:
             click.echo(f"Problem: {shown(problem, 5000)}", err=True)
-    sys.exit(UNUSABLE if report.problems else 0)
+    sys.exit(UNUSABLE if found.problems else 0)
