@@ -9,13 +9,14 @@ put back by :func:`settle`, which runs before anything is saved to that name or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ..files import move
+from ..files import move, special_kind
 
 _NEW: Final = "saving"
 _OLD: Final = "replaced"
@@ -31,10 +32,17 @@ _BESIDE_WEIGHTS: Final = frozenset(
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside the one that is to be saved; removed with what is left in it."""
+    """A new folder beside the one that is to be saved. It is removed at the end with whatever is left in it.
+
+    Raises:
+        OSError: the folder cannot be written, or there is something of its name that is not a folder.
+    """
     import shutil  # imported here, as others are: a command that only prints its help needs none of them
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        what = special_kind(folder) or "regular file"
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder.name} is a {what}, expected a folder", str(folder))
     settle(folder)
     stage = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.{_NEW}")
     stage.mkdir()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..errors import Refusal
-from ..files import replacing
+from ..files import replacing, special_kind
 
 MAX_HEADER: Final = 4 * 2**20
 """Longest header in bytes that is read. An adapter's takes some hundred kilobytes; parsing takes many times that."""
@@ -112,6 +112,9 @@ def read_weights_file(path: Path) -> WeightsFile:
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise _pickle(path)
     try:
+        # Opening a named pipe would wait for somebody to write into it. A directory fails by itself.
+        if (kind := special_kind(path)) not in (None, "directory"):
+            raise _no_weights(path, f"it is a {kind}, not a regular file")
         size = path.stat().st_size
         with path.open("rb") as stream:
             start = stream.read(8)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import special_kind
 from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.text import shown
 
@@ -55,6 +56,8 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
         target = output or source.file.path.parent
         if target.is_dir():
             target /= FILE_NAMES[source.kind]
+        if (kind := special_kind(target)) is not None:
+            raise Refusal(f"{target} is a {kind}, and only regular files are replaced. Choose another --output.")
         if target.exists() and target.samefile(source.file.path):
             raise Refusal(f"{target} is the adapter itself. Choose another --output.")
         if target.exists() and not overwrite:
