@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION, TEXT_SETTINGS
+from sidestep_plugin.adapters.layers import read_adapter
+from sidestep_plugin.errors import Refusal
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
@@ -30,7 +32,11 @@ def describe_adapter(
     Args:
         other_sampler: name of the plugin that sampled the timesteps otherwise than the treatment says.
     """
-    return describe_run(run, treatment, other_sampler) | {"epoch": saved.epoch, "global_step": saved.global_step}
+    return describe_run(run, treatment, other_sampler) | {
+        "trained_layers": _trained_layers(saved.weights),
+        "epoch": saved.epoch,
+        "global_step": saved.global_step,
+    }
 
 
 def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = None) -> dict[str, Any]:
@@ -58,6 +64,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),
         "dropout": _first(adapter, "dropout", "lora_dropout"),
         "target_modules": _names(getattr(adapter, "target_modules", None)),
+        "trained_layers": None,
         "songs": _songs(run.tensor_dir),
         "epoch": None,
         "global_step": None,
@@ -91,6 +98,15 @@ def _is_xl(run: Run, model_name: str) -> bool:
     config = getattr(run.model, "config", None)
     width = getattr(config, "encoder_hidden_size", None)
     return "xl" in words_of(model_name) or (width is not None and width != getattr(config, "hidden_size", None))
+
+
+def _trained_layers(weights: Path) -> int | None:
+    """Number of layers in a weights file that change anything; None if it cannot be told, as of a pickle."""
+    try:
+        adapter = read_adapter(weights)
+        return len(adapter.layers) - len(adapter.idle)
+    except (Refusal, OSError):
+        return None
 
 
 def _songs(folder: Path | None) -> int | None:

@@ -41,6 +41,7 @@ FACTS: Final = {
     "alpha": "alpha; the strength is alpha / rank",
     "dropout": "dropout in the adapter's layers",
     "target_modules": "names of the adapted layers",
+    "trained_layers": "number of layers that were trained; any others in the file hold zeros and change nothing",
     "songs": "number of preprocessed songs in the dataset folder",
     "epoch": "epochs done when it was saved, null when ACE-Step did not say",
     "global_step": "optimizer steps done when it was saved, null when ACE-Step did not say",

@@ -117,6 +117,11 @@ def inspect_adapter(path: Path) -> Report:
     )
     if strange:
         problems.append(f"Control characters in the header ({shown(', '.join(strange), 100)}); they are shown escaped.")
+    if len(adapter.idle) == len(adapter.layers):
+        notes.append(
+            "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a "
+            "later checkpoint."
+        )
     if adapter.unknown:
         notes.append(f"{len(adapter.unknown)} tensors are no part of an adapter, such as {shown(adapter.unknown[0])}.")
     return Report(

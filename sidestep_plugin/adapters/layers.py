@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from ..text import shown
 from .finding import find_weights
 from .layer_names import is_block_layer, is_outer_layer, layer_name, some
 from .peft_config import alpha_patterns, by_pattern, find_configuration, positive
+from .trained_layers import idle_layers
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
 # What stands behind a layer's name, and what it is.
@@ -95,8 +97,18 @@ class Adapter:
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the layers' names, such as q_proj, sorted."""
-        return sorted({name.rpartition(".")[2] if "." in name else name for name in self.layers})
+        """Last parts of the trained layers' names, such as q_proj, sorted; of all layers if none was trained."""
+        names = self.layers.keys() - self.idle or self.layers.keys()
+        return sorted({name.rpartition(".")[2] if "." in name else name for name in names})
+
+    @cached_property
+    def idle(self) -> frozenset[str]:
+        """Names of the layers that change nothing, because a factor of theirs is zero. Read when it is first asked for.
+
+        Raises:
+            OSError: the weights cannot be read.
+        """
+        return idle_layers(self.file, self.layers)
 
 
 def read_adapter(path: Path) -> Adapter:

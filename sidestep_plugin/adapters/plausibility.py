@@ -11,7 +11,8 @@ from .facts import FACTS, SCHEMA_VERSION, TEXT_FACTS
 from .layers import Adapter
 
 _HUGE: Final = 1e15
-_WHOLE: Final = frozenset({"num_inference_steps", "songs", "epoch", "global_step", "training_steps"})
+_COUNTS: Final = ("trained_layers", "songs", "epoch", "global_step", "training_steps")
+_WHOLE: Final = frozenset({"num_inference_steps", *_COUNTS})
 _RANGES: Final = {
     "shift": (1e-6, _HUGE),
     "num_inference_steps": (1, _HUGE),
@@ -20,7 +21,7 @@ _RANGES: Final = {
     "rank": (1, _HUGE),
     "alpha": (1e-9, _HUGE),
     "dropout": (0.0, 1.0),
-    **dict.fromkeys(("songs", "epoch", "global_step", "training_steps"), (0, _HUGE)),
+    **dict.fromkeys(_COUNTS, (0, _HUGE)),
 }
 
 

@@ -27,6 +27,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "because": report.generate.because,
         },
         "layers": len(adapter.layers),
+        "trained_layers": len(adapter.layers) - len(adapter.idle),
+        "untrained_layers": len(adapter.idle),
         "targets": adapter.targets,
         "ranks": dict(sorted(adapter.ranks.items())),
         "strengths": dict(sorted(adapter.strengths.items())),
@@ -75,9 +77,7 @@ def as_text(report: Report) -> list[str]:
         guidance = f", CFG {generate.cfg}" if generate.cfg else ""
         add("Generate", f"shift {shown(generate.shift)}, {shown(generate.num_inference_steps)} steps{guidance}{guess}")
     add("Strength", _strength(report))
-    layers = f"{len(adapter.layers)} layers ({some(adapter.targets, 6)})"
-    whole = ", as they were saved" if report.intact else ""
-    add("Weights", f"{layers}, {', '.join(sorted(dtypes(adapter)))}, {_size(tensor_bytes(adapter))}{whole}")
+    add("Weights", _weights(report))
     if trained := _trained(facts):
         add("Trained", trained)
     if report.missing:
@@ -97,6 +97,18 @@ def _strength(report: Report) -> str:
         return f"{rank}, alpha not known: programs that find none play it at strength 1"
     alphas = {layer.alpha for layer in adapter.layers.values() if layer.alpha is not None}
     return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
+
+
+def _weights(report: Report) -> str:
+    adapter = report.adapter
+    idle = len(adapter.idle)
+    trained = len(adapter.layers) - idle or len(adapter.layers)
+    whole = ", as they were saved" if report.intact else ""
+    rest = f"; {idle} more layers hold only zeros and change nothing" if 0 < idle < len(adapter.layers) else ""
+    return (
+        f"{trained} layers ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
+        f"{_size(tensor_bytes(adapter))}{whole}{rest}"
+    )
 
 
 def _span(values: Any, one: str, several: str) -> str:

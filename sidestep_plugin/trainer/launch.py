@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.targets import check_targets
 from ..errors import Refusal
 from ..registry import Registry
 from ..resuming.checkpoints import begin_anew, newest_checkpoint, read_checkpoint
@@ -28,7 +29,7 @@ from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
 from .configs import build_configs
-from .models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from .models import check_weights, checkpoint_folder, decoder_layers, find_model, load_model, pick_device, restrict_gpus
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
 
@@ -153,6 +154,8 @@ def prepare(
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
     check_weights(folder, facts)
+    if (targets := request.settings.get("target_modules")) and (layers := decoder_layers(folder)):
+        check_targets(layers, targets, request.adapter_type)
     registry.call("acestep_model_chosen", facts=facts, options=options)
     dataset_dir, output_dir = request.dataset_dir.absolute(), request.output_dir.absolute()
     check_writable(output_dir)
