@@ -22,8 +22,8 @@ from ..errors import Refusal
 from ..text import shown
 from .header import header_of
 from .layer_names import is_known_layer
-from .layers import Adapter
-from .peft_config import DIFFUSERS_KEY
+from .layers import Adapter, Layer
+from .peft_config import DIFFUSERS_KEY, unread_pattern
 from .weights_file import HASH_KEY, NewTensor, WeightsFile, write_copy
 
 FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.safetensors"}
@@ -32,6 +32,8 @@ FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.s
 
 def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] | None) -> None:
     """Write the copy, whole or not at all.
+
+    Layers that change nothing are left out. ComfyUI could not load some of them, and the result is the same.
 
     Args:
         adapter: the adapter, which stays as it is.
@@ -44,7 +46,7 @@ def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] 
     """
     check_exportable(adapter)
     tensors: dict[str, NewTensor] = {}
-    for layer in adapter.layers.values():
+    for layer in _trained(adapter):
         if adapter.kind == "lora":
             assert layer.alpha is not None
             name = f"base_model.model.{layer.name}"
@@ -78,6 +80,10 @@ def check_exportable(adapter: Adapter) -> None:
                 f"{path} adapts {shown(layer.name, 80)}, which is no layer that ComfyUI knows in ACE-Step 1.5. "
                 "Use it in ACE-Step's app."
             )
+    if not _trained(adapter):
+        raise Refusal(
+            f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
+        )
     if adapter.kind == "lokr":
         _check_lokr(adapter)
         return
@@ -93,6 +99,12 @@ def check_exportable(adapter: Adapter) -> None:
                 f"lora_A and lora_B of {shown(layer.name)} in {path} do not belong together: it is damaged. Copy or "
                 "download it again."
             )
+    pattern = unread_pattern(adapter.config)
+    if pattern is not None and not all("alpha" in layer.parts for layer in adapter.layers.values()):
+        raise Refusal(
+            f"{path} has the alpha_pattern '{shown(pattern, 100)}', which is a regular expression and is not read, so the "
+            "alpha of each layer is not known. Put the layers' names into alpha_pattern, or use it in ACE-Step's app."
+        )
     if any(layer.alpha is None for layer in adapter.layers.values()):
         raise Refusal(
             f"The alpha of {path} is not known, so neither is its strength. Put its adapter_config.json beside it, or "
@@ -102,7 +114,7 @@ def check_exportable(adapter: Adapter) -> None:
 
 def _check_lokr(adapter: Adapter) -> None:
     path, tensors = adapter.file.path, adapter.file.tensors
-    for layer in adapter.layers.values():
+    for layer in _trained(adapter):
         if "alpha" not in layer.parts:
             raise Refusal(
                 f"{path} has no alpha among its tensors, so ComfyUI would not play it as it was trained. Use it in "
@@ -118,6 +130,10 @@ def _check_lokr(adapter: Adapter) -> None:
                 f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by other norms than LyCORIS, so "
                 "no copy would play exactly as trained. ComfyUI loads the file itself, at about its strength."
             )
+
+
+def _trained(adapter: Adapter) -> list[Layer]:
+    return [layer for name, layer in adapter.layers.items() if name not in adapter.idle]
 
 
 def _header(file: WeightsFile, facts: Mapping[str, Any] | None) -> dict[str, str]:

@@ -56,6 +56,13 @@ def alpha_patterns(config: Mapping[str, Any]) -> dict[str, tuple[int, Any]] | No
     return found
 
 
+def unread_pattern(config: Mapping[str, Any]) -> str | None:
+    """The first pattern in alpha_pattern that is more than a layer's name, and so is not tried. None without one."""
+    patterns = config.get("alpha_pattern")
+    names = map(str, patterns) if isinstance(patterns, Mapping) else iter(())
+    return next((name for name in names if _NAME_PATTERN.fullmatch(name) is None), None)
+
+
 def by_pattern(patterns: Mapping[str, tuple[int, Any]], name: str, default: float | None) -> float | None:
     """PEFT's lookup: the first pattern that is the layer's name, or its end after a dot."""
     matching = []

@@ -69,6 +69,9 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
     except OSError as error:
         raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
     click.echo(f"ComfyUI copy: {shown(target, 5000)}")
+    if left_out := len(source.idle):
+        noun = "layer that holds only zeros and changes" if left_out == 1 else "layers that hold only zeros and change"
+        click.echo(f"Left out: {left_out} {noun} nothing.")
     click.echo("Put it into ComfyUI/models/loras and load it at strength 1.0.")
     if (generate := report.generate).shift is not None and not generate.guess:
         click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")
