@@ -46,6 +46,12 @@ def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, i
     return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT, TURBO_STEPS
 
 
+def member_of(variant: str, model_name: str) -> str:
+    """A variant, or of the turbo models the one of that name: "turbo-shift1" is generated with unlike the others."""
+    words = words_of(model_name) if variant == "turbo" else []
+    return next((f"turbo-{word}" for word in ("shift1", "shift3", "continuous") if word in words), variant)
+
+
 def guidance(variant: object) -> str:
     """Whether to generate with classifier-free guidance: turbo is distilled to do without."""
     return "off" if variant == "turbo" else "on"

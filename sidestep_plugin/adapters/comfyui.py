@@ -102,8 +102,8 @@ def check_exportable(adapter: Adapter) -> None:
     pattern = unread_pattern(adapter.config)
     if pattern is not None and not all("alpha" in layer.parts for layer in adapter.layers.values()):
         raise Refusal(
-            f"{path} has the alpha_pattern '{shown(pattern, 100)}', which is a regular expression and is not read, so the "
-            "alpha of each layer is not known. Put the layers' names into alpha_pattern, or use it in ACE-Step's app."
+            f"{path} has the alpha_pattern '{shown(pattern, 100)}'. That is a regular expression and is not read, so the "
+            "alphas are not known. Put the layers' names into alpha_pattern, or use the adapter in ACE-Step's app."
         )
     if any(layer.alpha is None for layer in adapter.layers.values()):
         raise Refusal(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import Refusal
-from ..variants import guidance
+from ..variants import guidance, member_of
 from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
 from .layers import understand
@@ -70,7 +70,7 @@ def usage_hint(facts: Mapping[str, Any]) -> str:
     variant = facts.get("model_variant")
     trigger = f"; trigger: {facts['trigger']}" if facts.get("trigger") else ""
     return (
-        f"ACE-Step 1.5 {size}{variant}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
+        f"ACE-Step 1.5 {size}{member_of(str(variant), str(facts.get('model_name', '')))}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
         f"CFG {guidance(variant)}{trigger}"
     )
 

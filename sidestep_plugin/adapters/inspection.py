@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..text import is_control, shown
-from ..variants import VARIANTS, Variant, guidance, inference_settings
+from ..variants import VARIANTS, Variant, guidance, inference_settings, member_of
 from .finding import find_weights
 from .header import facts_in_header
 from .layers import Adapter, understand
@@ -151,6 +151,7 @@ def _generate(facts: Mapping[str, Any]) -> Generate:
             "base or sft: shift 1.0, 50 steps, CFG on",
         )
     known: Variant = variant
-    own_shift, own_steps = inference_settings(known, str(facts.get("model_name", "")))
-    because = f"the file does not say; these are what {variant} models take"
+    name = str(facts.get("model_name", ""))
+    own_shift, own_steps = inference_settings(known, name)
+    because = f"the file does not say; these are what {member_of(known, name)} models take"
     return Generate(shift or own_shift, steps or own_steps, cfg, guess=True, because=because)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ..text import shown
+from ..variants import member_of
 from .inspection import Report
 from .layer_names import some
 from .layers import Adapter
@@ -57,11 +58,11 @@ def as_text(report: Report) -> list[str]:
     adapter, facts, generate = report.adapter, report.facts, report.generate
     kind = {"lora": "DoRA" if adapter.is_dora else "LoRA", "lokr": "LoKr", "loha": "LoHA", "oft": "OFT"}[adapter.kind]
     size = "XL " if facts.get("model_size") == "XL" else ""
+    model = member_of(str(facts.get("model_variant", "of unknown variant")), str(facts.get("model_name", "")))
     name = f" ({shown(facts['model_name'])})" if "model_name" in facts else ""
     lines = [
         shown(adapter.file.path, 1000),
-        f"{kind} for ACE-Step 1.5 {size}{shown(facts.get('model_variant', 'of unknown variant'))}{name}, written by "
-        f"{report.written_by}",
+        f"{kind} for ACE-Step 1.5 {size}{shown(model)}{name}, written by {report.written_by}",
     ]
 
     def add(label: str, text: object) -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION
+from sidestep_plugin.adapters.header import usage_hint
 from sidestep_plugin.adapters.weights_file import read_weights_file, write_metadata
 from sidestep_plugin.cli import cli
 
@@ -91,6 +92,31 @@ def test_an_adapter_of_ours_says_everything_wherever_its_file_goes(variant, kind
     assert moved_text.splitlines()[0] == moved_said["file"] == str(moved)
     assert moved_said | {"file": said["file"]} == said
     assert says(moved.parent) == (moved_text, moved_said)
+
+
+MODELS = {
+    "acestep-v15-turbo-shift1": ("turbo-shift1", "shift 1.0, 8 steps, CFG off"),
+    "acestep-v15-turbo-shift3": ("turbo-shift3", "shift 3.0, 8 steps, CFG off"),
+    "acestep-v15-turbo-continuous": ("turbo-continuous", "shift 3.0, 8 steps, CFG off"),
+    "acestep-v15-turbo": ("turbo", "shift 3.0, 8 steps, CFG off"),
+    "my_Turbo.Shift1": ("turbo-shift1", "shift 1.0, 8 steps, CFG off"),
+    "acestep-v15-base": ("base", "shift 1.0, 50 steps, CFG on"),
+    "base-shift1": ("base", "shift 1.0, 50 steps, CFG on"),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_model_is_shown_by_its_own_name(model, tmp_path):
+    """turbo-shift1 is generated with at another shift than the other turbo models."""
+    name, generate = MODELS[model]
+    text, said = says(
+        lora(tmp_path, "base_model.model.{}.lora_{}.weight", config=PEFT | {"base_model_name_or_path": model})
+    )
+    assert f"LoRA for ACE-Step 1.5 {name} ({model}), written by" in text
+    assert f"{generate} (a guess: the file does not say; these are what {name} models take)" in text
+    assert said["facts"]["model_variant"] == name.partition("-")[0]
+    facts = {"model_variant": name.partition("-")[0], "model_name": model, "shift": 1.0, "num_inference_steps": 8}
+    assert usage_hint(facts).startswith(f"ACE-Step 1.5 {name}: shift 1.0, 8 steps")
 
 
 def test_a_changed_tensor_is_a_problem(train):
