@@ -47,7 +47,7 @@ def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, i
 
 
 def member_of(variant: str, model_name: str) -> str:
-    """A variant, or of the turbo models the one of that name: "turbo-shift1" is generated with unlike the others."""
+    """The variant, or the turbo model that the name means, such as "turbo-shift1", which has other settings."""
     words = words_of(model_name) if variant == "turbo" else []
     return next((f"turbo-{word}" for word in ("shift1", "shift3", "continuous") if word in words), variant)
 

@@ -1,4 +1,4 @@
-"""The configuration from which diffusers plays a LoRA at its trained strength."""
+"""The configuration that diffusers needs to load a LoRA at full strength."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .layers import Adapter
 
 
 def diffusers_config(adapter: Adapter) -> dict[str, Any] | None:
-    """What diffusers needs to play a LoRA at its trained strength, None when that is not known.
+    """The configuration for the header of a LoRA. None for other adapters, and if an alpha is unknown.
 
-    diffusers gives the entries under the prefix ``transformer.`` to PEFT's ``LoraConfig``, which refuses unknown ones,
-    and it renames the layers; so ranks and alphas that differ are listed by the layers' full names there.
+    diffusers passes the entries with the prefix ``transformer.`` to PEFT's ``LoraConfig``, which refuses unknown entries.
+    It also renames the layers, so ranks and alphas that differ are listed under the layers' full names in diffusers.
     """
     layers = [layer for layer in adapter.layers.values() if layer.rank]
     if adapter.kind != "lora" or not layers or any(layer.alpha is None for layer in layers):

@@ -9,17 +9,17 @@ from typing import Final
 from ..errors import Refusal
 
 WEIGHT_NAMES: Final = ("adapter_model.safetensors", "lokr_weights.safetensors")
-"""What upstream and PEFT call an adapter's weights."""
+"""File names that upstream and PEFT give to an adapter's weights."""
 
 _FOLDERS: Final = ("", "adapter", "final", "final/adapter")
 _COPY: Final = re.compile(r"comfyui_.*\.safetensors")
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file that a path means: itself, or the one in the folder of an adapter, a checkpoint or a run.
+    """The weights file that a path means: the path itself, or the file in the folder of an adapter or a training.
 
     Raises:
-        Refusal: there is none, more than one, only a pickle, or it is a link that leads out of the folder.
+        Refusal: there is no such file, more than one, or only a pickle, or it is a link out of the folder.
     """
     if path.is_dir():
         found = [
@@ -36,22 +36,22 @@ def find_weights(path: Path) -> Path:
     if not path.exists():
         raise Refusal(f"No adapter at {path}. Expected a .safetensors file or the folder of an adapter.")
     if not path.is_file() and not path.is_symlink():
-        raise Refusal(f"{path} is neither a file nor a folder. Expected a .safetensors file or an adapter's folder.")
+        raise Refusal(
+            f"{path} is neither a file nor a folder. Expected a .safetensors file or the folder of an adapter."
+        )
     check_inside(path, path.parent)
     return path
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Refuse a file that is a link to somewhere outside of the folder. Raises Refusal."""
+    """Refuse a file that is a link out of the folder. Raises Refusal."""
     try:
         real = file.resolve(strict=True)
         inside = real.is_relative_to(folder.resolve(strict=True))
     except (OSError, RuntimeError):  # a link to nowhere, or to itself
-        raise Refusal(f"{file} is a link that leads nowhere. Put the file itself there.") from None
+        raise Refusal(f"{file} is a broken link. Put the file itself there.") from None
     if not inside:
-        raise Refusal(
-            f"{file} is a link that leads out of its folder, to {real}; it was not read. Name that file itself."
-        )
+        raise Refusal(f"{file} is a link out of its folder, to {real}, and was not read. Name that file itself.")
     if not real.is_file():
         raise Refusal(f"{file} is neither a file nor a link to one. Put the file itself there.")
 
@@ -62,7 +62,7 @@ def _others_in(folder: Path) -> list[Path]:
 
 
 def has_neighbours_of_its_own(weights: Path) -> bool:
-    """Whether the JSON files beside a weights file belong to it: beside several, they may describe another one."""
+    """Whether the JSON files in the folder belong to this weights file. If there are several, that is not certain."""
     folder = weights.absolute().parent
     return weights.name in WEIGHT_NAMES or _others_in(folder) == [folder / weights.name]
 
@@ -70,7 +70,7 @@ def has_neighbours_of_its_own(weights: Path) -> bool:
 def _not_one(folder: Path, found: list[Path]) -> Refusal:
     if found:
         names = ", ".join(file.name for file in found[:5])
-        return Refusal(f"{folder} holds {len(found)} weights files ({names}). Name one of them.")
+        return Refusal(f"{folder} has {len(found)} weights files ({names}). Name one of them.")
     below = sorted(
         file.parent.relative_to(folder)
         for name in WEIGHT_NAMES
@@ -79,11 +79,13 @@ def _not_one(folder: Path, found: list[Path]) -> Refusal:
     )
     if below:
         names = ", ".join(str(place) for place in below[:5]) + (", ..." if len(below) > 5 else "")
-        return Refusal(f"{folder} is no adapter, but there are {len(below)} below it: {names}. Name one of them.")
+        return Refusal(
+            f"{folder} is not an adapter, but has {len(below)} in its subfolders: {names}. Name one of them."
+        )
     pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
     if pickles:
         return Refusal(
-            f"{folder} holds no .safetensors file, only {pickles[0]}, a pickle file, which may run code when it is "
-            "opened, so it was not. Save the adapter as safetensors."
+            f"{folder} has no .safetensors file, only {pickles[0]}. That is a pickle file, which could run code, so it "
+            "was not opened. Save the adapter as safetensors."
         )
     return Refusal(f"No adapter in {folder}. Expected {' or '.join(WEIGHT_NAMES)} in it.")

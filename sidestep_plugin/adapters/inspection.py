@@ -1,8 +1,8 @@
-"""What an adapter says about itself, gathered from all the places where trainers leave it, for people and as JSON.
+"""Inspects an adapter: gathers what is known about it from all the places where trainers write it.
 
-Our own facts come first (the header travels with the weights, ``training_config.json`` lies beside them), then
-Side-Step's ``training_config.json``, kohya-style headers, upstream's LoKr header, and PEFT's configuration. What none
-of them says is listed as missing; what follows from the model's name alone is marked as a guess.
+Our own facts come first: those in the header, then those in ``training_config.json``. After them come Side-Step's
+``training_config.json``, kohya-style headers, upstream's LoKr header and PEFT's configuration. Facts that none of them
+has are listed as missing. What follows only from the model's name is marked as a guess.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .finding import find_weights
 from .header import facts_in_header
 from .layers import Adapter, understand
 from .origins import configured, facts_beside, kohya, merged, our_name, side_step, upstream
+from .peft_config import unread_pattern
 from .plausibility import check_schema, check_strengths, usable
 from .weights_file import HASH_KEY, read_weights_file
 
@@ -37,10 +38,10 @@ class Generate:
     """What to generate with.
 
     Attributes:
-        shift, num_inference_steps: None when not even a guess is possible.
-        cfg: "on", "off", or None.
-        guess: whether this follows from the model's variant instead of being written anywhere.
-        because: where it comes from, for people.
+        shift, num_inference_steps: None if they are unknown and cannot be guessed.
+        cfg: "on", "off", or None if unknown.
+        guess: whether they are not written in any file, but follow from the model's variant.
+        because: where they come from, for people.
     """
 
     shift: float | None
@@ -52,17 +53,17 @@ class Generate:
 
 @dataclass(frozen=True)
 class Report:
-    """What an adapter says about itself.
+    """The result of an inspection.
 
     Attributes:
         adapter: the weights file and its layers.
-        written_by: the program that wrote it, as far as that shows.
-        facts: what is known, under the keys of ``training_config.json``; nothing that is not.
+        written_by: the program that wrote it, as far as can be told.
+        facts: the known facts, under the keys of ``training_config.json``.
         generate: what to generate with.
-        intact: whether the tensors have the hash that the header says; None when it says none.
-        missing: what is not known, for people.
-        notes: what to know besides.
-        problems: what is wrong, although the weights can be read.
+        intact: whether the tensors match the hash in the header. None if there is no hash.
+        missing: names of unknown facts, for people.
+        notes: other things worth knowing, for people.
+        problems: what is wrong although the weights can be read, for people.
     """
 
     adapter: Adapter
@@ -76,54 +77,21 @@ class Report:
 
 
 def inspect_adapter(path: Path) -> Report:
-    """Gather what the adapter at a path says about itself: a weights file, or the folder of an adapter or a run.
+    """Inspect the adapter at a path, which is a weights file or the folder of an adapter or a training.
 
     Raises:
+        OSError: the weights cannot be read.
         Refusal: there is no readable adapter for ACE-Step 1.5.
     """
     adapter = understand(read_weights_file(find_weights(path)))
-    metadata = adapter.file.metadata
     notes: list[str] = []
     problems = list(adapter.problems)
-
-    own = facts_in_header(metadata)
-    beside = facts_beside(adapter, problems)
-    if own is not None or (beside is not None and "schema_version" in beside):
-        written_by = our_name(own or beside or {})
-        facts = configured(adapter) | merged(own, beside, notes)
-        check_schema(facts, notes)
-    elif beside is not None:
-        written_by, facts = "Side-Step", side_step(beside) | configured(adapter)
-    elif any(key.startswith(("ss_", "modelspec.")) for key in metadata):
-        written_by, facts = "a trainer with kohya-style metadata", kohya(metadata) | configured(adapter)
-    else:
-        written_by = "ACE-Step" if "lokr_config" in metadata else "ACE-Step or another PEFT trainer"
-        facts = upstream(metadata, notes) | configured(adapter)
-    facts = usable(facts, notes)
+    written_by, gathered = _gather(adapter, notes, problems)
+    facts = usable(gathered, notes)
     facts["adapter_type"] = adapter.kind
     check_strengths(adapter, facts, notes)
-
-    intact = None
-    if said := metadata.get(HASH_KEY):
-        intact = said.lower() == adapter.file.data_hash()
-        if not intact:
-            # Other programs change tensors and leave the hash as it was; this one writes both at once.
-            place = problems if own is not None else notes
-            place.append(
-                "The tensors are not those that the header's hash was made of: the file was changed or damaged."
-            )
-    strange = sorted(
-        key for key, text in metadata.items() if any(is_control(c) and c not in "\n\r\t" for c in key + text)
-    )
-    if strange:
-        problems.append(f"Control characters in the header ({shown(', '.join(strange), 100)}); they are shown escaped.")
-    if len(adapter.idle) == len(adapter.layers):
-        notes.append(
-            "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a "
-            "later checkpoint."
-        )
-    if adapter.unknown:
-        notes.append(f"{len(adapter.unknown)} tensors are no part of an adapter, such as {shown(adapter.unknown[0])}.")
+    intact = _check_header(adapter, notes, problems)
+    _check_layers(adapter, notes)
     return Report(
         adapter=adapter,
         written_by=written_by,
@@ -134,6 +102,57 @@ def inspect_adapter(path: Path) -> Report:
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _gather(adapter: Adapter, notes: list[str], problems: list[str]) -> tuple[str, dict[str, Any]]:
+    """The program that wrote an adapter, and the facts that its files hold, not checked yet."""
+    metadata = adapter.file.metadata
+    own = facts_in_header(metadata)
+    beside = facts_beside(adapter, problems)
+    if own is not None or (beside is not None and "schema_version" in beside):
+        facts = configured(adapter) | merged(own, beside, notes)
+        check_schema(facts, notes)
+        return our_name(own or beside or {}), facts
+    if beside is not None:
+        return "Side-Step", side_step(beside) | configured(adapter)
+    if any(key.startswith(("ss_", "modelspec.")) for key in metadata):
+        return "a trainer with kohya-style metadata", kohya(metadata) | configured(adapter)
+    written_by = "ACE-Step" if "lokr_config" in metadata else "ACE-Step or another PEFT trainer"
+    return written_by, upstream(metadata, notes) | configured(adapter)
+
+
+def _check_header(adapter: Adapter, notes: list[str], problems: list[str]) -> bool | None:
+    """Check the header's texts and its hash | returns whether the tensors match the hash, None if there is none."""
+    metadata = adapter.file.metadata
+    intact = None
+    if said := metadata.get(HASH_KEY):
+        intact = said.lower() == adapter.file.data_hash()
+        if not intact:
+            # Other programs may change tensors and keep the old hash. This one always writes both.
+            place = problems if facts_in_header(metadata) is not None else notes
+            place.append("The tensors do not match the hash in the header: the file was changed or damaged.")
+    strange = sorted(
+        key for key, text in metadata.items() if any(is_control(c) and c not in "\n\r\t" for c in key + text)
+    )
+    if strange:
+        problems.append(
+            f"The header has control characters ({shown(', '.join(strange), 100)}). They are shown escaped."
+        )
+    return intact
+
+
+def _check_layers(adapter: Adapter, notes: list[str]) -> None:
+    if len(adapter.idle) == len(adapter.layers):
+        notes.append(
+            "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a later "
+            "checkpoint."
+        )
+    if adapter.unknown:
+        some_tensors = f"{len(adapter.unknown)} tensors do" if len(adapter.unknown) > 1 else "1 tensor does"
+        notes.append(f"{some_tensors} not belong to an adapter, such as {shown(adapter.unknown[0])}.")
+    pattern = unread_pattern(adapter.config)
+    if pattern is not None and any(layer.alpha is None for layer in adapter.layers.values()):
+        notes.append(f"The alphas are unknown: alpha_pattern has the regular expression '{shown(pattern, 100)}'.")
 
 
 def _generate(facts: Mapping[str, Any]) -> Generate:
@@ -147,11 +166,11 @@ def _generate(facts: Mapping[str, Any]) -> Generate:
             steps,
             None,
             guess=True,
-            because="nothing says which model it was trained on. Trained on turbo: shift 3.0, 8 steps, CFG off; on "
-            "base or sft: shift 1.0, 50 steps, CFG on",
+            because="the files do not say which model it was trained on. For turbo: shift 3.0, 8 steps, CFG off. For base or "
+            "sft: shift 1.0, 50 steps, CFG on",
         )
     known: Variant = variant
     name = str(facts.get("model_name", ""))
     own_shift, own_steps = inference_settings(known, name)
-    because = f"the file does not say; these are what {member_of(known, name)} models take"
+    because = f"not in the file; these are the usual settings for {member_of(known, name)} models"
     return Generate(shift or own_shift, steps or own_steps, cfg, guess=True, because=because)

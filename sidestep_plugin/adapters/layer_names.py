@@ -1,6 +1,6 @@
-"""The layers of ACE-Step 1.5's decoder, and the names under which other programs save them.
+"""Names of the layers in ACE-Step 1.5's decoder, and the names that other programs give them.
 
-Here a layer has the decoder's own name, such as ``layers.0.self_attn.q_proj``.
+Our names are the decoder's own, such as ``layers.0.self_attn.q_proj``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from ..text import shown
 
-# PEFT / ComfyUI / diffusers, then kohya-style and LyCORIS names, which put underscores for dots.
+# PEFT, ComfyUI and diffusers; then kohya-style and LyCORIS names, which have underscores instead of dots.
 _DOTTED: Final = re.compile(r"(?:base_model\.model\.|diffusion_model\.decoder\.|transformer\.|decoder\.)?(.+)")
 _FLAT: Final = re.compile(r"(?:lora_unet_|lycoris_)(?:decoder_)?(.+)")
 _FLAT_LAYER: Final = re.compile(r"layers_(\d+)_(self_attn|cross_attn|mlp)_(.+)")
@@ -32,12 +32,12 @@ def is_block_layer(name: str) -> bool:
 
 
 def is_outer_layer(name: str) -> bool:
-    """Whether one of the decoder's layers around its transformer blocks has this name."""
+    """Whether a layer of the decoder outside its transformer blocks has this name."""
     return _OUTER.fullmatch(name) is not None
 
 
 def layer_name(prefixed: str) -> str:
-    """A layer's name in ACE-Step's decoder, from the name under which some program saved it."""
+    """A layer's name in ACE-Step's decoder, from the name that some program saved it with."""
     if flat := _FLAT.fullmatch(prefixed):
         if parts := _FLAT_LAYER.fullmatch(flat[1]):
             return f"layers.{parts[1]}.{parts[2]}.{parts[3]}"
@@ -57,12 +57,12 @@ def in_diffusers(name: str) -> str:
 
 
 def target_in_diffusers(name: str) -> str:
-    """What diffusers lists among the target modules to adapt a layer."""
+    """The entry for a layer in diffusers' list of target modules."""
     last = name.rpartition(".")[2]
     return _DIFFUSERS_NAMES.get(last, name if last.isdigit() else last)
 
 
 def some(names: Iterable[str], longest: int = 3) -> str:
-    """The first few of some names from a file, sorted and safe to print."""
+    """The first few names from a file, sorted and safe to print."""
     listed = sorted(names)
     return ", ".join(shown(name, 80) for name in listed[:longest]) + (", ..." if len(listed) > longest else "")

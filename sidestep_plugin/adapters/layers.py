@@ -1,7 +1,7 @@
-"""What an adapter's files hold: which layers, of which rank, at which strength. Whoever wrote it, in whichever naming.
+"""The layers of an adapter, with their ranks and strengths, whichever program wrote it.
 
-The names of the layers are those of ACE-Step's own decoder, such as ``layers.0.self_attn.q_proj``. Nothing here loads
-a tensor, and a pickle is never opened.
+Layers have the names of ACE-Step's own decoder, such as ``layers.0.self_attn.q_proj``. No tensor is loaded, and a pickle
+is never opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .peft_config import alpha_patterns, by_pattern, find_configuration, positiv
 from .trained_layers import idle_layers
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
-# What stands behind a layer's name, and what it is.
+# What follows a layer's name, and what kind of tensor it is.
 _PARTS: Final = (
     (r"\.lora_A(\.default)?\.weight|\.lora_down\.weight|\.lora\.down\.weight", "A"),
     (r"\.lora_B(\.default)?\.weight|\.lora_up\.weight|\.lora\.up\.weight", "B"),
@@ -44,9 +44,10 @@ class Layer:
 
     Attributes:
         name: its name in ACE-Step's decoder.
-        parts: its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own names.
-        rank: rank of a LoRA, or of a LoKr's decomposed factor; None when there is no such number.
-        alpha: the effective alpha, so that strength = alpha / rank; None when nothing says it.
+        parts: names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own
+            names.
+        rank: rank of a LoRA, or of a LoKr's decomposed factor. None if there is no rank.
+        alpha: the effective alpha, so that strength = alpha / rank. None if unknown.
     """
 
     name: str
@@ -57,15 +58,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's weights file and what is beside it.
+    """An adapter's weights file and the configuration beside it.
 
     Attributes:
         file: the weights.
         kind: "lora", "lokr", "loha" or "oft".
         layers: the adapted layers by name.
-        unknown: names of tensors that belong to no known kind of adapter.
-        config: PEFT's configuration (adapter_config.json, else the one in the header); empty when there is none.
-        config_source: where that was found, None when there is none.
+        unknown: names of tensors that do not belong to any known kind of adapter.
+        config: PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
+        config_source: where it was found. None if there is none.
         problems: what is wrong with the files beside the weights.
     """
 
@@ -93,17 +94,18 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
+        """Whether it has magnitudes, as a DoRA does."""
         return any("magnitude" in layer.parts for layer in self.layers.values())
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the trained layers' names, such as q_proj, sorted; of all layers if none was trained."""
+        """Last parts of the trained layers' names, such as q_proj, sorted. Of all layers if none was trained."""
         names = self.layers.keys() - self.idle or self.layers.keys()
         return sorted({name.rpartition(".")[2] if "." in name else name for name in names})
 
     @cached_property
     def idle(self) -> frozenset[str]:
-        """Names of the layers that change nothing, because a factor of theirs is zero. Read when it is first asked for.
+        """Names of the layers that change nothing, because one of their factors is zero. Read on first use.
 
         Raises:
             OSError: the weights cannot be read.
@@ -112,16 +114,16 @@ class Adapter:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read what an adapter's files hold, without loading a tensor.
+    """Read an adapter's layers, ranks and strengths without loading a tensor.
 
     Raises:
-        Refusal: no readable weights file, or one that is no adapter for ACE-Step 1.5.
+        Refusal: there is no readable weights file, or it is not an adapter for ACE-Step 1.5.
     """
     return understand(read_weights_file(find_weights(path)))
 
 
 def understand(file: WeightsFile) -> Adapter:
-    """Tell layers, ranks and strengths of a weights file. Raises Refusal when it is no adapter for ACE-Step 1.5."""
+    """The layers, ranks and strengths in a weights file. Raises Refusal if it is not an adapter for ACE-Step 1.5."""
     layers: dict[str, Layer] = {}
     kinds: Counter[str] = Counter()
     unknown = []
@@ -136,8 +138,8 @@ def understand(file: WeightsFile) -> Adapter:
                     kinds["lora"] += 1
                 if part in layer.parts:
                     raise Refusal(
-                        f"{file.path} holds {shown(name)} twice, as {shown(layer.parts[part])} and {shown(key)}: it is "
-                        "damaged. Copy or download it again."
+                        f"{file.path} is damaged: it has {shown(name)} twice, as {shown(layer.parts[part])} and "
+                        f"{shown(key)}. Copy or download it again."
                     )
                 layer.parts[part] = key
                 break
@@ -145,15 +147,15 @@ def understand(file: WeightsFile) -> Adapter:
             unknown.append(key)
     if not kinds:
         raise Refusal(
-            f"{file.path} is no adapter: its {len(file.tensors)} tensors have none of the names of a LoRA or LoKr "
+            f"{file.path} is not an adapter: none of its {len(file.tensors)} tensors is named as in a LoRA or LoKr "
             f"({some(file.tensors)}). Expected an adapter for ACE-Step 1.5."
         )
     if not any(is_block_layer(name) for name in layers) and not all(is_outer_layer(name) for name in layers):
         base = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
-        says = f"; its header says {shown(base)}" if base else ""
+        header = f" Its header names {shown(base)}." if base else ""
         raise Refusal(
             f"{file.path} is an adapter for another model than ACE-Step 1.5: it adapts layers such as "
-            f"{some(layers)}{says}."
+            f"{some(layers)}.{header}"
         )
     config, source, problems = find_configuration(file)
     adapter = Adapter(file, kinds.most_common(1)[0][0], layers, tuple(unknown), config, source, tuple(problems))
@@ -180,7 +182,7 @@ def _measure(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, A
 
 
 def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> float | None:
-    """The effective alpha by PEFT's rules: ``alpha_pattern``, else ``lora_alpha``; rsLoRA divides by sqrt(r)."""
+    """The effective alpha by PEFT's rules: ``alpha_pattern``, else ``lora_alpha``. rsLoRA divides by sqrt(r)."""
     config, rank = adapter.config, layer.rank
     if not config:
         said = adapter.file.metadata.get("ss_network_alpha") or adapter.file.metadata.get("sidestep.alpha")

@@ -1,4 +1,7 @@
-"""What each trainer says about its adapters, under our own keys: this plugin, Side-Step, kohya's, ACE-Step, PEFT."""
+"""Reads the facts that each trainer writes: this plugin, Side-Step, kohya-style trainers, ACE-Step and PEFT.
+
+All facts come back under our own keys.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from .facts import FACTS, FILE_NAME
 from .finding import check_inside, has_neighbours_of_its_own
 from .layers import Adapter
 
-# What Side-Step 1.x calls its file, beside a checkpoint or in the folder above the final adapter.
+# Side-Step 1.x writes its file beside a checkpoint, or into the folder above the final adapter.
 _CONFIG_NAMES: Final = (FILE_NAME, "sidestep_training_config.json")
 _ABOVE: Final = frozenset({"final", "best", "adapter"})
 
 
 def facts_beside(adapter: Adapter, problems: list[str]) -> dict[str, Any] | None:
-    """The training_config.json that belongs to a weights file, ours or Side-Step's."""
+    """The training_config.json that belongs to a weights file, ours or Side-Step's. None if there is none."""
     folder = adapter.file.path.absolute().parent
     if not has_neighbours_of_its_own(adapter.file.path):
         return None
@@ -40,25 +43,26 @@ def facts_beside(adapter: Adapter, problems: list[str]) -> dict[str, Any] | None
 
 
 def merged(own: dict[str, Any] | None, beside: dict[str, Any] | None, notes: list[str]) -> dict[str, Any]:
-    """Our facts from header and folder. The header wins: it travels with the weights that it describes."""
+    """Our facts from the header and from the folder. The header wins, because it moves with the weights."""
     if own is None or beside is None or "schema_version" not in beside:
         return dict(own or beside or {})
     for key in FACTS:
         if own.get(key) is not None and beside.get(key) is not None and own[key] != beside[key]:
             notes.append(
-                f"{FILE_NAME} says {key} = {shown(beside[key])}, the header of the weights {shown(own[key])}, "
-                "which is taken."
+                f"{FILE_NAME} has {key} = {shown(beside[key])}, but the header of the weights has {shown(own[key])}, which "
+                "is used."
             )
     return beside | {key: value for key, value in own.items() if value is not None}
 
 
 def our_name(facts: Mapping[str, Any]) -> str:
+    """This program's name, with the version that wrote the facts."""
     version = facts.get("sidestep_plugin_version")
     return f"sidestep-plugin {shown(version, 40)}" if version else "sidestep-plugin"
 
 
 def side_step(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Side-Step 1.x: flat keys, many of them called like ours; paths among them are not taken over."""
+    """Facts from Side-Step 1.x. Its keys are flat, and many have the same names as ours. Paths are left out."""
     words = words_of(str(config.get("model_variant") or ""))
     variant = next((name for name in VARIANTS if name in words), None)
     if variant is None and isinstance(config.get("is_turbo"), bool):
@@ -77,6 +81,7 @@ def side_step(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kohya(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Facts from a header with ``ss_*`` or ``modelspec.*`` keys."""
     model = metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version")
     return {
         "title": metadata.get("modelspec.title") or metadata.get("ss_output_name"),
@@ -97,11 +102,11 @@ def kohya(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
-    """Upstream's LoKr header. Its shift and steps are turbo's whatever the model was, so they are not taken."""
+    """Facts from upstream's LoKr header. Its shift and steps are turbo's for every model, so they are not used."""
     config, record = _object(metadata.get("lokr_config")), _object(metadata.get("run_metadata"))
     if "shift" in _object(record.get("training_config")):
         notes.append(
-            "ACE-Step's own header names a shift and a number of steps that do not depend on the model; unused."
+            "ACE-Step's own header has a shift and a number of steps that are the same for every model. They are ignored."
         )
     return {
         "rank": config.get("linear_dim"),
@@ -111,7 +116,7 @@ def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
 
 
 def configured(adapter: Adapter) -> dict[str, Any]:
-    """What PEFT's configuration and the tensors say."""
+    """Facts from PEFT's configuration and from the tensors."""
     name = _name_of(adapter.config.get("base_model_name_or_path"))
     ranks, alphas = adapter.ranks, {layer.alpha for layer in adapter.layers.values()}
     found: dict[str, Any] = {
@@ -129,7 +134,7 @@ def configured(adapter: Adapter) -> dict[str, Any]:
 
 
 def _name_of(value: Any) -> str | None:
-    """The last part of what may be a path of either operating system."""
+    """The last part of a name that may be a path, in the style of Windows or Unix."""
     parts = [part for part in str(value or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return parts[-1] if parts else None
 

@@ -1,4 +1,4 @@
-"""PEFT's configuration of a LoRA: where it is found, and the alpha that it gives each layer."""
+"""Reads PEFT's configuration of a LoRA, and the alpha that it gives each layer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layer_names import in_diffusers
 from .weights_file import WeightsFile
 
 DIFFUSERS_KEY: Final = "lora_adapter_metadata"
-"""Header key under which diffusers keeps a LoRA's configuration, as JSON (``LORA_ADAPTER_METADATA_KEY`` there)."""
+"""Header key of a LoRA's configuration in JSON for diffusers (``LORA_ADAPTER_METADATA_KEY`` there)."""
 
-# Patterns are regular expressions, and come from files of strangers: those that are more than a name are not tried.
+# Patterns are regular expressions from other people's files, which may take forever. Only plain names are read.
 _NAME_PATTERN: Final = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 
 
 def find_configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, list[str]]:
-    """PEFT's configuration of an adapter, where it was found, and what is wrong with it."""
+    """PEFT's configuration of an adapter, the place where it was found, and the problems with it."""
     problems: list[str] = []
     beside = file.path.parent / "adapter_config.json"
     if (beside.is_file() or beside.is_symlink()) and has_neighbours_of_its_own(file.path):
@@ -32,7 +32,7 @@ def find_configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, l
         except Refusal as refusal:
             problems.append(str(refusal))
         except (OSError, ValueError) as error:
-            problems.append(f"{beside.name} cannot be read: {error}")
+            problems.append(f"{beside.name} cannot be read: {error}.")
     text = file.metadata.get(DIFFUSERS_KEY)
     if text is not None:
         try:
@@ -40,12 +40,12 @@ def find_configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, l
             prefixed = {str(key).removeprefix("transformer."): entry for key, entry in value.items()}
             return prefixed, f"header ({DIFFUSERS_KEY})", problems
         except (ValueError, RecursionError, AttributeError):
-            problems.append(f"{DIFFUSERS_KEY} in the header is not a JSON object")
+            problems.append(f"{DIFFUSERS_KEY} in the header is not a JSON object.")
     return {}, None, problems
 
 
 def alpha_patterns(config: Mapping[str, Any]) -> dict[str, tuple[int, Any]] | None:
-    """PEFT's alpha_pattern by plain names, with their order; None when one of them is more than a name."""
+    """PEFT's alpha_pattern by plain names, with their order. None if one of them is not a plain name."""
     patterns = config.get("alpha_pattern")
     found: dict[str, tuple[int, Any]] = {}
     for order, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, Mapping) else ()):
@@ -57,14 +57,14 @@ def alpha_patterns(config: Mapping[str, Any]) -> dict[str, tuple[int, Any]] | No
 
 
 def unread_pattern(config: Mapping[str, Any]) -> str | None:
-    """The first pattern in alpha_pattern that is more than a layer's name, and so is not tried. None without one."""
+    """The first pattern in alpha_pattern that is not a plain name, and so is not read. None if there is none."""
     patterns = config.get("alpha_pattern")
     names = map(str, patterns) if isinstance(patterns, Mapping) else iter(())
     return next((name for name in names if _NAME_PATTERN.fullmatch(name) is None), None)
 
 
 def by_pattern(patterns: Mapping[str, tuple[int, Any]], name: str, default: float | None) -> float | None:
-    """PEFT's lookup: the first pattern that is the layer's name, or its end after a dot."""
+    """PEFT's lookup: the value of the first pattern that is the layer's name, or its end after a dot."""
     matching = []
     for candidate in (name, in_diffusers(name)):
         parts = candidate.split(".")
@@ -74,6 +74,7 @@ def by_pattern(patterns: Mapping[str, tuple[int, Any]], name: str, default: floa
 
 
 def positive(value: Any) -> float | None:
+    """A value as a finite number above zero. None if it is not one."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Whether the values that an adapter's files hold can be what they say; what cannot be is left out, with a note."""
+"""Checks the values in an adapter's files. Impossible values are left out, with a note."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANGES: Final = {
 
 
 def usable(facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The facts in their order, without those whose value cannot be, which is said."""
+    """The facts in their usual order, without impossible values. Adds a note for each of these."""
     usable = {}
     for key in dict.fromkeys((*FACTS, *facts)):
         value = facts.get(key)
@@ -35,12 +35,12 @@ def usable(facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         if _can_be(key, value):
             usable[key] = value
         else:
-            notes.append(f"{shown(key, 60)} = {shown(value, 60)} cannot be; it is left out.")
+            notes.append(f"{shown(key, 60)} = {shown(value, 60)} is not a possible value and is ignored.")
     return usable
 
 
 def _can_be(key: str, value: Any) -> bool:
-    """Whether a fact has a value of its kind. Unknown ones may be numbers, switches, texts and lists of them."""
+    """Whether a value is possible for a key. Unknown keys may have numbers, booleans, strings, and lists of these."""
     if isinstance(value, str):
         known = key not in FACTS or key in TEXT_FACTS or key == "target_modules"
         return known and len(value) <= 5000 and not any(unicodedata.category(c) == "Cs" for c in value)
@@ -67,18 +67,19 @@ def _is_number(value: Any) -> bool:
 
 
 def check_schema(facts: Mapping[str, Any], notes: list[str]) -> None:
+    """Add a note if the facts are of an unknown or newer schema version."""
     version = facts.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or abs(version) > _HUGE:
-        notes.append(f"Its schema_version is {shown(version)}, expected a number; it is read as far as it is known.")
+        notes.append(f"Its schema_version is {shown(version)}, expected a number. The keys that are known are used.")
     elif version > SCHEMA_VERSION:
         notes.append(
-            f"It was described by a newer version of this program (schema {version}, this one knows "
-            f"{SCHEMA_VERSION}); it is read as far as it is known."
+            f"Its facts were written by a newer version of this program (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}). The keys that are known are used."
         )
 
 
 def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]) -> None:
-    """Say it when the files beside the weights would make programs play them at another strength than the header."""
+    """Add a note if the files beside the weights give another strength than the header."""
     rank, alpha = facts.get("rank"), facts.get("alpha")
     plain = adapter.kind == "lora" and len(adapter.strengths) == 1
     if not plain or not isinstance(rank, int | float) or not isinstance(alpha, int | float) or not rank:
@@ -86,6 +87,6 @@ def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]
     (strength,) = adapter.strengths
     if abs(alpha / rank - strength) > 1e-6 * strength and adapter.config.get("use_rslora") is not True:
         notes.append(
-            f"It was saved at strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would play it "
-            f"at {strength:.4g}."
+            f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give it "
+            f"strength {strength:.4g}."
         )

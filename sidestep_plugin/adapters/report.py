@@ -13,7 +13,7 @@ from .layers import Adapter
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """A report as plain values, the same for a file as for the folder that it came from, but for its place."""
+    """A report as plain values. A file and the folder that it lies in give the same, except for the path."""
     adapter = report.adapter
     return {
         "file": str(adapter.file.path),
@@ -44,7 +44,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def dtypes(adapter: Adapter) -> Counter[str]:
-    """Number of tensors by dtype; single numbers are not counted."""
+    """Number of tensors by dtype. Single numbers are not counted."""
     return Counter(tensor.dtype for tensor in adapter.file.tensors.values() if tensor.shape)
 
 
@@ -54,7 +54,7 @@ def tensor_bytes(adapter: Adapter) -> int:
 
 
 def as_text(report: Report) -> list[str]:
-    """A report as lines for people. Nothing from the file reaches a terminal unescaped."""
+    """A report as lines for people. Everything from the files is escaped for the terminal."""
     adapter, facts, generate = report.adapter, report.facts, report.generate
     kind = {"lora": "DoRA" if adapter.is_dora else "LoRA", "lokr": "LoKr", "loha": "LoHA", "oft": "OFT"}[adapter.kind]
     size = "XL " if facts.get("model_size") == "XL" else ""
@@ -72,7 +72,7 @@ def as_text(report: Report) -> list[str]:
         if key in facts:
             add(key.capitalize(), shown(facts[key], 1000))
     if generate.shift is None or generate.num_inference_steps is None:
-        add("Generate", f"not known: {generate.because}")
+        add("Generate", f"unknown: {generate.because}")
     else:
         guess = f" (a guess: {generate.because})" if generate.guess else ""
         guidance = f", CFG {generate.cfg}" if generate.cfg else ""
@@ -92,10 +92,10 @@ def _strength(report: Report) -> str:
     adapter, facts = report.adapter, report.facts
     ranks, strengths = adapter.ranks, adapter.strengths
     if adapter.kind != "lora" and "rank" in facts:
-        return f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'not known'))}"
-    rank = _span(ranks, "rank ", "ranks ") or "rank not known"
+        return f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    rank = _span(ranks, "rank ", "ranks ") or "rank unknown"
     if not strengths:
-        return f"{rank}, alpha not known: programs that find none play it at strength 1"
+        return f"{rank}, alpha unknown: programs without an alpha use strength 1"
     alphas = {layer.alpha for layer in adapter.layers.values() if layer.alpha is not None}
     return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
 
@@ -104,7 +104,7 @@ def _weights(report: Report) -> str:
     adapter = report.adapter
     idle = len(adapter.idle)
     trained = len(adapter.layers) - idle or len(adapter.layers)
-    whole = ", as they were saved" if report.intact else ""
+    whole = ", unchanged since saving" if report.intact else ""
     rest = f"; {idle} more layers hold only zeros and change nothing" if 0 < idle < len(adapter.layers) else ""
     return (
         f"{trained} layers ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "

@@ -1,4 +1,4 @@
-"""Whether names of target modules match layers of the model, by the rules of PEFT and of upstream's LoKr."""
+"""Checks names of target modules against the model's layers, by the rules of PEFT and of upstream's LoKr."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _peft_matches(layer: str, name: str) -> bool:
 
 
 def _lokr_matches(layer: str, name: str) -> bool:
-    """Upstream's rule: the end of the name that LyCORIS gives a layer, or any part of it that begins a word."""
+    """Upstream's rule: the end of the layer's name in LyCORIS, or any part of it after an underscore."""
     lycoris, wanted = f"lycoris_{layer.replace('.', '_')}".lower(), name.strip().lower()
     return bool(wanted) and (lycoris.endswith(wanted) or f"_{wanted}" in lycoris)
 
 
 def _short(layer: str) -> str:
-    """The shortest name that means a layer like this one: its last part, with the part before it if it is a number."""
+    """The last part of a layer's name, with the part before it if it is a number."""
     before, _, last = layer.rpartition(".")
     return f"{before.rpartition('.')[2]}.{last}" if last.isdigit() and before else last
