@@ -70,8 +70,8 @@ def check_exportable(adapter: Adapter) -> None:
         raise Refusal(f"{path} is a {adapter.kind}. Only LoRA and LoKr can be exported.")
     if adapter.unknown:
         raise Refusal(
-            f"{path} holds tensors that ComfyUI would ignore ({shown(adapter.unknown[0], 80)}), so a copy would not work "
-            "as trained."
+            f"{path} holds tensors that ComfyUI would ignore ({shown(adapter.unknown[0], 80)}), so a copy would not "
+            "work as trained."
         )
     for layer in adapter.layers.values():
         flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
@@ -102,8 +102,8 @@ def check_exportable(adapter: Adapter) -> None:
     pattern = unread_pattern(adapter.config)
     if pattern is not None and not all("alpha" in layer.parts for layer in adapter.layers.values()):
         raise Refusal(
-            f"{path} has the alpha_pattern '{shown(pattern, 100)}'. Regular expressions are not read, so the alphas are "
-            "unknown. Put the layers' names into alpha_pattern, or use the adapter in ACE-Step's app."
+            f"{path} has the alpha_pattern '{shown(pattern, 100)}'. Regular expressions are not read, so the alphas "
+            "are unknown. Put the layers' names into alpha_pattern, or use the adapter in ACE-Step's app."
         )
     if any(layer.alpha is None for layer in adapter.layers.values()):
         raise Refusal(
@@ -127,8 +127,9 @@ def _check_lokr(adapter: Adapter) -> None:
             )
         if "magnitude" in layer.parts and tensors[layer.parts["magnitude"]].shape[:1] != (1,):
             raise Refusal(
-                f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by different norms than LyCORIS, "
-                "so no copy would work exactly as trained. ComfyUI can load the file itself, at about the same strength."
+                f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by different norms than "
+                "LyCORIS, so no copy would work exactly as trained. Use the file itself in ComfyUI, which has about "
+                "the right strength."
             )
 
 

@@ -12,7 +12,7 @@ from .layers import Adapter
 def diffusers_config(adapter: Adapter) -> dict[str, Any] | None:
     """The configuration for the header of a LoRA. None for other adapters, and if an alpha is unknown.
 
-    diffusers passes the entries with the prefix ``transformer.`` to PEFT's ``LoraConfig``, which refuses unknown entries.
+    diffusers passes the entries with the prefix ``transformer.`` to PEFT's ``LoraConfig``, which refuses unknown ones.
     It also renames the layers, so ranks and alphas that differ are listed under the layers' full names in diffusers.
     """
     layers = [layer for layer in adapter.layers.values() if layer.rank]

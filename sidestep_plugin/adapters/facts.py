@@ -1,8 +1,8 @@
 """The facts that are saved with an adapter: their keys, what they mean, and ``training_config.json``, which holds them.
 
-That file lies beside the weights and has flat keys. The safetensors header has the same facts as strings with the prefix
-``sidestep.``, and under the keys that other tools show (see :mod:`.header`). ``schema_version`` tells how to read them.
-No value is a path: adapters are shared, and local folders are private.
+That file lies beside the weights and has flat keys. The safetensors header has the same facts as strings, with the
+prefix ``sidestep.`` and under the keys that other tools show (see :mod:`.header`). ``schema_version`` tells how to read
+them. No value is a path: adapters are shared, and local folders are private.
 """
 
 from __future__ import annotations

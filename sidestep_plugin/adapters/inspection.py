@@ -144,8 +144,8 @@ def _check_header(adapter: Adapter, notes: list[str], problems: list[str]) -> bo
 def _check_layers(adapter: Adapter, notes: list[str]) -> None:
     if len(adapter.idle) == len(adapter.layers):
         notes.append(
-            "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a later "
-            "checkpoint."
+            "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a "
+            "later checkpoint."
         )
     if adapter.unknown:
         some_tensors = f"{len(adapter.unknown)} tensors do" if len(adapter.unknown) > 1 else "1 tensor does"
@@ -166,8 +166,8 @@ def _generate(facts: Mapping[str, Any]) -> Generate:
             steps,
             None,
             guess=True,
-            because="the files do not say which model it was trained on. For turbo: shift 3.0, 8 steps, CFG off. For base or "
-            "sft: shift 1.0, 50 steps, CFG on",
+            because="the files do not say which model it was trained on. For turbo: shift 3.0, 8 steps, CFG off. For "
+            "base or sft: shift 1.0, 50 steps, CFG on",
         )
     known: Variant = variant
     name = str(facts.get("model_name", ""))

@@ -1,7 +1,7 @@
 """The layers of an adapter, with their ranks and strengths, whichever program wrote it.
 
-Layers have the names of ACE-Step's own decoder, such as ``layers.0.self_attn.q_proj``. No tensor is loaded, and a pickle
-is never opened.
+Layers have the names of ACE-Step's own decoder, such as ``layers.0.self_attn.q_proj``. No tensor is loaded, and a
+pickle is never opened.
 """
 
 from __future__ import annotations

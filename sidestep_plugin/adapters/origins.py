@@ -49,8 +49,8 @@ def merged(own: dict[str, Any] | None, beside: dict[str, Any] | None, notes: lis
     for key in FACTS:
         if own.get(key) is not None and beside.get(key) is not None and own[key] != beside[key]:
             notes.append(
-                f"{FILE_NAME} has {key} = {shown(beside[key])}, but the header of the weights has {shown(own[key])}, which "
-                "is used."
+                f"{FILE_NAME} has {key} = {shown(beside[key])}, but the header of the weights has {shown(own[key])}. "
+                "The header is used."
             )
     return beside | {key: value for key, value in own.items() if value is not None}
 
@@ -106,7 +106,8 @@ def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
     config, record = _object(metadata.get("lokr_config")), _object(metadata.get("run_metadata"))
     if "shift" in _object(record.get("training_config")):
         notes.append(
-            "ACE-Step's own header has a shift and a number of steps that are the same for every model. They are ignored."
+            "ACE-Step's own header has a shift and a number of steps that are the same for every model. These are "
+            "ignored."
         )
     return {
         "rank": config.get("linear_dim"),

@@ -87,6 +87,6 @@ def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]
     (strength,) = adapter.strengths
     if abs(alpha / rank - strength) > 1e-6 * strength and adapter.config.get("use_rslora") is not True:
         notes.append(
-            f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give it "
-            f"strength {strength:.4g}."
+            f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give "
+            f"it strength {strength:.4g}."
         )

@@ -1,9 +1,9 @@
-"""Saves a folder so that it is there as a whole or not at all, whenever the program is killed or the power goes.
+"""Saves a folder completely or not at all, even if the program is killed or the power fails.
 
-Upstream and PEFT write in place: killed in the middle they would leave half an adapter, or a good one half overwritten.
-So a save goes into a hidden folder beside its place. When everything in it is on the disk, it is renamed; an earlier
-folder of that name is renamed away first and removed afterwards. Killed between the two renames, the earlier one is
-put back by :func:`settle`, which runs before anything is saved to that name or looked for.
+Upstream and PEFT write in place. If they were killed, they would leave half an adapter, or a good adapter partly
+overwritten. So an adapter is saved into a hidden folder beside its place. Once everything in it is on disk, the folder
+is renamed. An older folder of that name is renamed first and removed afterwards. If the program is killed between the
+two renames, :func:`settle` puts the older folder back. It runs before every save to that name, and before every search.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _BESIDE_WEIGHTS: Final = frozenset(
     {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
     | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors"}
 )
-"""Files that belong to the weights beside them. When those are replaced, they go; anything else in a folder stays."""
+"""Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside the one that is to be saved. It is removed at the end with whatever is left in it.
+    """A new folder beside the one that will be saved. It is removed at the end with everything that is left in it.
 
     Raises:
-        OSError: the folder cannot be written, or there is something of its name that is not a folder.
+        OSError: the folder cannot be written, or its name is taken by something else.
     """
-    import shutil  # imported here, as others are: a command that only prints its help needs none of them
+    import shutil  # imported here because --help does not need it
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
@@ -54,12 +54,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def published(stage: Path, folder: Path) -> Iterator[None]:
-    """Put what was staged in its place: also when a plugin failed in the block, for upstream itself has not.
+    """Move the staged folder to its place when the block ends.
 
-    Not when it was broken off (Ctrl-C): what lacks a part would look whole.
+    It is also moved if a plugin fails in the block, because upstream's own save has succeeded. It is not moved after
+    Ctrl-C, because an incomplete folder would look complete.
 
     Raises:
-        OSError: it cannot be put there. The earlier folder is as it was.
+        OSError: it cannot be moved. The older folder is not changed.
     """
     try:
         yield
@@ -89,7 +90,7 @@ def _put(stage: Path, folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish what a killed program left beside a folder: put the earlier one back, remove what was not finished."""
+    """Clean up what a killed program left beside a folder: put an older folder back, remove unfinished ones."""
     import glob
     import shutil
 
@@ -104,13 +105,13 @@ def settle(folder: Path) -> None:
 
 
 def settle_below(folder: Path) -> None:
-    """The same for every folder below one."""
+    """Do the same for every folder below a folder."""
     for left in [*folder.rglob(f".*.{_RANDOM}.{_OLD}"), *folder.rglob(f".*.{_RANDOM}.{_NEW}")]:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
 
 def _keep_the_rest(old: Path, folder: Path) -> None:
-    """Move what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
+    """Move files that the new save does not replace, such as notes or another type of adapter in the same folder."""
     replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}
     for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
@@ -120,7 +121,7 @@ def _keep_the_rest(old: Path, folder: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until every file below a folder is on the disk: a rename may otherwise get there before its content."""
+    """Wait until every file below a folder is on disk. Otherwise a rename could reach the disk before the content."""
     for place, _, names in os.walk(folder):
         for name in names:
             with (Path(place) / name).open("rb+") as stream:
@@ -130,8 +131,8 @@ def _to_disk(folder: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
-        return  # there, folders cannot be opened, and need not be
-    with contextlib.suppress(OSError):  # some file systems have no such thing
+        return  # folders cannot be opened there, and need not be
+    with contextlib.suppress(OSError):  # not supported by some file systems
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

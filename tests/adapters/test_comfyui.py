@@ -159,7 +159,7 @@ def test_an_alpha_that_nobody_says_is_refused_until_somebody_does(by_peft, decod
     refused(alone, "--alpha", "-1", says="Invalid value for '--alpha'")
     tensors = exported(alone, "--alpha", 8)
     check_same(tensors, weights_of(decoder), merged)
-    refused(alone, "--alpha", 8, says="is there already")
+    refused(alone, "--alpha", 8, says="already exists")
     check_differs(
         exported(alone / "adapter_model.safetensors", "--alpha", 4, "--output", alone / "b.safetensors"),
         weights_of(decoder),
@@ -169,7 +169,7 @@ def test_an_alpha_that_nobody_says_is_refused_until_somebody_does(by_peft, decod
 
 def test_an_alpha_that_contradicts_the_file_is_refused(by_peft):
     folder, _ = by_peft()
-    refused(folder, "--alpha", 16, says="says alpha 8 itself")
+    refused(folder, "--alpha", 16, says="already has alpha 8")
 
 
 # -- patterns that are more than a name ------------------------------------------------------------------------------

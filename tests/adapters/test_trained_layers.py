@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,10 @@ def test_a_lokr_says_how_many_layers_were_trained(trained):
     rest = len(adapter.layers) - len(q_layers)
     assert f"  Weights:   {len(q_layers)} layers (q_proj), " in text
     assert f"{rest} more layers hold only zeros and change nothing" in text
+
+    page = (Path(__file__).parents[2] / "docs" / "using-your-adapter.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^  Weights: .*change nothing$", page, flags=re.MULTILINE)
+    assert re.search(re.sub(r"\d+(\\\.\d)?", r"[\\d.]+", re.escape(shown)), text), "the page shows another line"
 
     assert said["facts"]["trained_layers"] == len(q_layers)
     facts = json.loads((output / "final" / "training_config.json").read_text(encoding="utf-8"))
