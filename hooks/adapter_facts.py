@@ -1,4 +1,4 @@
-"""Gathers what is to be said of an adapter: the facts of a run, under the keys of :data:`adapters.facts.FACTS`."""
+"""Gathers the facts about an adapter, under the keys of :data:`sidestep_plugin.adapters.facts.FACTS`."""
 
 from __future__ import annotations
 
@@ -11,32 +11,40 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION, TEXT_SETTINGS
+from sidestep_plugin.adapters.layers import read_adapter
+from sidestep_plugin.errors import Refusal
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
 from sidestep_plugin.variants import words_of
 
+from .memory import FACT as FROZEN
+
 _VERSIONS: Final = ("sidestep-plugin", "torch", "peft", "lycoris-lora", "safetensors")
 
-# Upstream's TrainingConfig holds its own idea of shift and steps (turbo's, for every model), and folders.
+# Upstream's TrainingConfig has turbo's shift and steps for every model, and local folders.
 _NOT_A_SETTING: Final = frozenset({"shift", "num_inference_steps", "output_dir", "pin_memory_device"})
 
 
 def describe_adapter(
     run: Run, saved: SavedAdapter, treatment: Treatment, other_sampler: str | None = None
 ) -> dict[str, Any]:
-    """The facts of one saved adapter, JSON-ready, in the order in which people read them.
+    """The facts about a saved adapter, ready for JSON, in reading order.
 
     Args:
-        other_sampler: name of the plugin that sampled the timesteps otherwise than the treatment says.
+        other_sampler: name of another plugin that sampled the timesteps in place of the treatment's law.
     """
-    return describe_run(run, treatment, other_sampler) | {"epoch": saved.epoch, "global_step": saved.global_step}
+    return describe_run(run, treatment, other_sampler) | {
+        "trained_layers": _trained_layers(saved.weights),
+        "epoch": saved.epoch,
+        "global_step": saved.global_step,
+    }
 
 
 def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = None) -> dict[str, Any]:
-    """The same facts of a run, of which nothing has been saved: without epoch and optimizer steps."""
+    """The same facts about a run without a saved adapter: epoch, optimizer steps and trained layers are None."""
     adapter, options = run.adapter_config, run.options
-    # A folder's name may be bytes that are no text.
+    # A folder's name may contain bytes that are not UTF-8.
     model_name = treatment.model_name.encode("utf-8", "replace").decode("utf-8")
     kind = "LoRA" if run.adapter_type == "lora" else "LoKr"
     facts = {
@@ -54,18 +62,20 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
         **({"mask_nan": True} if options.get("mask_nan") else {}),
+        **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),
         "dropout": _first(adapter, "dropout", "lora_dropout"),
         "target_modules": _names(getattr(adapter, "target_modules", None)),
+        "trained_layers": None,
         "songs": _songs(run.tensor_dir),
         "epoch": None,
         "global_step": None,
         "training_steps": run.steps,
     }
     versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
-    # Facts win: a future setting of upstream's may bear one of their names.
+    # Facts win: a future setting of upstream's may have the same name.
     return (
         facts
         | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
@@ -88,10 +98,19 @@ def _timesteps(treatment: Treatment, other_sampler: str | None) -> dict[str, Any
 
 
 def _is_xl(run: Run, model_name: str) -> bool:
-    """XL models have a decoder wider than their condition encoder, and ``xl`` in the official names."""
+    """Whether the model is XL: its decoder is wider than its condition encoder, or its name has the word ``xl``."""
     config = getattr(run.model, "config", None)
     width = getattr(config, "encoder_hidden_size", None)
     return "xl" in words_of(model_name) or (width is not None and width != getattr(config, "hidden_size", None))
+
+
+def _trained_layers(weights: Path) -> int | None:
+    """Number of trained layers in a weights file. None if unknown, for example of a pickle."""
+    try:
+        adapter = read_adapter(weights)
+        return len(adapter.layers) - len(adapter.idle)
+    except (Refusal, OSError):
+        return None
 
 
 def _songs(folder: Path | None) -> int | None:
@@ -99,12 +118,12 @@ def _songs(folder: Path | None) -> int | None:
 
 
 def _training_settings(config: Any) -> dict[str, Any]:
-    """Upstream's training settings that are numbers, switches or known words."""
+    """Upstream's training settings that are numbers, booleans or known words."""
     if not dataclasses.is_dataclass(config):
         return {}
     settings = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
     return {
-        # JSON has no infinity: a setting of it is written as a word.
+        # JSON has no infinity and no NaN, so these are written as words.
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in settings.items()
         if name not in _NOT_A_SETTING and (isinstance(value, bool | int | float) or name in TEXT_SETTINGS)

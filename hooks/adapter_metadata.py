@@ -1,8 +1,8 @@
-"""Makes every saved adapter say what it is and how to generate with it.
+"""Describes every saved adapter: what it is and how to generate with it.
 
-The facts go into ``training_config.json`` beside the weights and into the header of the weights themselves, where a
-file that is moved or renamed keeps them; the trainer's local paths go out of what PEFT and upstream wrote. With
-``--export comfyui`` a copy that ComfyUI plays at the trained strength lies beside each adapter.
+The facts are written into ``training_config.json`` beside the weights, and into the header of the weights, where they
+stay if the file is moved or renamed. Local paths are removed from what PEFT and upstream wrote. With
+``--export comfyui`` each adapter also gets a copy that works in ComfyUI at full strength.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .model_treatment import other_sampler, treatment_of
 
 
 def options() -> list[click.Option]:
-    """What can be said about the adapter."""
+    """Options that describe the adapter."""
     line = Line()
     return [
         click.Option(["--title"], type=line, help="Name of the adapter. [default: LoRA or LoKr for MODEL]"),
-        click.Option(["--author"], type=line, help="Who made it."),
-        click.Option(["--trigger"], type=line, help="Words for the prompt that call up what it has learned."),
-        click.Option(["--license"], type=line, help="Under which terms it may be used, such as CC-BY-4.0."),
+        click.Option(["--author"], type=line, help="Author of the adapter."),
+        click.Option(["--trigger"], type=line, help="Trigger words: words for the prompt that activate the adapter."),
+        click.Option(["--license"], type=line, help="Licence of the adapter, such as CC-BY-4.0."),
         click.Option(
             ["--export"],
             type=click.Choice(["comfyui"]),
-            help="Save beside every adapter a copy for this program, which plays at the trained strength there.",
+            help="Also save a copy of every adapter that works in this program at full strength.",
         ),
     ]
 
@@ -45,7 +45,7 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
     try:
         write_training_config(folder, facts)
         forget_folders(folder, facts["model_name"])
-        if saved.weights.suffix == ".safetensors":  # the first versions of upstream may fall back to a pickle
+        if saved.weights.suffix == ".safetensors":  # early versions of upstream may save a pickle
             write_header(saved.weights, facts)
             if run.options["export"] == "comfyui":
                 write_comfyui_copy(read_adapter(saved.weights), folder / FILE_NAMES[saved.adapter_type], facts)
@@ -53,9 +53,9 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
         told = str(refusal).replace(str(saved.weights), str(saved.destination))
         return [f"Warning: no copy for ComfyUI was written. {told}"]
     except OSError as error:
-        # The weights are there, as upstream wrote them: hours of training do not end because a copy found no room.
+        # Upstream has saved the weights. Hours of training must not end because the disk is too full to describe them.
         return [
-            f"Warning: {saved.destination} could not be described in full: {error.strerror or error}. "
-            "Make room on the disk; the next checkpoint is described again."
+            f"Warning: {saved.destination} was saved, but not all facts about it: {error.strerror or error}. "
+            "Free some disk space. The next checkpoint will be described again."
         ]
     return None

@@ -1,9 +1,13 @@
-"""Writes files so that an interruption leaves the old one or the new one, never half of one; reads small JSON files;
-and tells regular files from what only looks like one."""
+"""Writes files so that an interruption leaves the old file or the new one, never half of one; reads small JSON files.
+
+Only regular files are ever replaced or read. A device, a named pipe, a socket or a directory is refused, and a symbolic
+link is followed: the file that it points to is replaced, and the link stays.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 MAX_JSON: Final = 2**20
-"""Longest JSON file in bytes that is read beside an adapter: what trainers write there takes some kilobytes."""
+"""Size limit in bytes for a JSON file beside an adapter. Trainers write a few kilobytes there."""
 
 _TRIES: Final = 20
 _PAUSE: Final = 0.05  # seconds
@@ -22,16 +26,18 @@ _PAUSE: Final = 0.05  # seconds
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """Write a file that takes the place of `target` when the block ends, and leaves it alone when the block fails.
+    """Write a file that replaces `target` when the block ends. If the block fails, `target` stays as it was.
 
-    The new file lies in the same folder until then: flushed to the disk and closed before it is renamed, as open or
-    as private as the file that it replaces (0644 when there was none).
+    Until then the new file lies in the same folder. It is flushed to disk and closed before it is renamed, and gets the
+    permissions of the file that it replaces (0644 if there was none). A symbolic link is followed.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full. Nothing of the new file is left.
+        OSError: `target` is not a regular file, the folder is not writable, or the disk is full. Nothing of the new
+            file is left.
     """
-    import tempfile  # takes long to import, and only those who write need it
+    import tempfile  # slow to import, and only needed for writing
 
+    target = file_to_replace(target)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
     temporary = Path(name)
     try:
@@ -39,7 +45,7 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files for their owner alone. Some file systems have no such thing.
+        # mkstemp creates files that only their owner can read. Some file systems have no permissions.
         with contextlib.suppress(PermissionError):
             temporary.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644)
         move(temporary, target)
@@ -49,10 +55,41 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def move(source: Path, target: Path) -> None:
-    """Rename a file over another one, or a folder to a free name, on the same disk.
+def file_to_replace(target: Path) -> Path:
+    """The file that writing to `target` replaces: `target` itself, or the file that it links to. It need not exist.
 
-    On Windows a virus scanner may hold a file that was written just now; it lets go within a moment.
+    Raises:
+        OSError: it is a device, a named pipe, a socket or a directory, or a link that leads back to itself.
+    """
+    if (kind := special_kind(target)) is not None:
+        code = errno.EISDIR if kind == "directory" else errno.EINVAL
+        raise OSError(code, f"{target.name} is a {kind}, and only regular files are replaced", str(target))
+    # Only a link is resolved: on Windows resolving may turn a drive letter into a network path.
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def special_kind(file: Path) -> str | None:
+    """What a path leads to if not to a regular file: "directory", "named pipe", "device" or "socket". Follows links.
+
+    None for a regular file and for a path where there is nothing yet.
+
+    Raises:
+        OSError: it cannot be told, for example because a link leads back to itself.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file over another one, or a folder to an unused name, on the same disk.
+
+    On Windows a virus scanner may hold a newly written file open for a moment, so renaming is tried again.
     """
     for attempt in range(_TRIES):
         try:
@@ -68,15 +105,19 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Read a small JSON file that holds an object.
 
     Raises:
-        OSError: it is not there or cannot be read.
-        ValueError: it is too long, not UTF-8, not JSON, or holds no object. The message is the reason alone.
+        OSError: the file is missing or cannot be read.
+        ValueError: it is not a regular file, too long, not UTF-8, not JSON, or not an object. The message gives only
+            the reason.
     """
+    # Opening a named pipe would wait for somebody to write into it. A directory fails by itself.
+    if (kind := special_kind(file)) not in (None, "directory"):
+        raise ValueError(f"it is a {kind}, not a regular file")
     with file.open("rb") as stream:
         raw = stream.read(MAX_JSON + 1)
     if len(raw) > MAX_JSON:
         raise ValueError(f"it is longer than {MAX_JSON} bytes")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))  # editors on Windows put a byte order mark there
+        value = json.loads(raw.decode("utf-8-sig"))  # some editors on Windows write a byte order mark
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -95,18 +136,13 @@ def is_companion(name: str) -> bool:
 def not_a_file(path: Path) -> str:
     """What a path is when it is not a regular file or a link to one, "" when it is. The file is not opened."""
     try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have that name
-        return f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"
+        kind = special_kind(path)
+        if kind is None and path.exists():
+            return ""
+    except (NotADirectoryError, ValueError):  # ValueError: no file can have that name
+        kind = None
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
-    if stat.S_ISREG(mode):
-        return ""
-    for test, kind in (
-        (stat.S_ISDIR, "folder"),
-        (stat.S_ISFIFO, "named pipe"),
-        (stat.S_ISSOCK, "socket"),
-    ):
-        if test(mode):
-            return f"is a {kind}, not a file"
-    return "is a device, not a file"
+    if kind is not None:
+        return f"is a {'folder' if kind == 'directory' else kind}, not a file"
+    return f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"

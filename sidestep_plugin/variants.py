@@ -46,9 +46,10 @@ def inference_settings(variant: Variant, model_name: str = "") -> tuple[float, i
     return 1.0 if "shift1" in words_of(model_name) else TURBO_SHIFT, TURBO_STEPS
 
 
-def member(variant: Variant, model_name: str) -> str:
-    """The variant as people know it: turbo-shift1 is a turbo model that is trained and used in its own way."""
-    return "turbo-shift1" if variant == "turbo" and "shift1" in words_of(model_name) else variant
+def member_of(variant: str, model_name: str) -> str:
+    """The variant, or the turbo model that the name means, such as "turbo-shift1", which has other settings."""
+    words = words_of(model_name) if variant == "turbo" else []
+    return next((f"turbo-{word}" for word in ("shift1", "shift3", "continuous") if word in words), variant)
 
 
 def guidance(variant: object) -> str:

@@ -134,7 +134,7 @@ MUTATIONS = [
     ),
     Mutation(
         "alpha as it is for diffusers, whatever the rank of a layer",
-        "sidestep_plugin/adapters/layers.py",
+        "sidestep_plugin/adapters/diffusers.py",
         "for layer in layers if layer.alpha != alpha}",
         "for layer in ()}",
         "tests/adapters/test_diffusers.py",

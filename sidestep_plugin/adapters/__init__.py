@@ -1,1 +1,1 @@
-"""The adapter's files: what is in them, what they say about the training, and copies for other programs."""
+"""An adapter's files: their layers, their facts about the training, inspection, and copies for other programs."""

@@ -1,9 +1,8 @@
-"""What an adapter says about itself: the keys and their meaning, and the file beside the weights that holds them.
+"""The facts that are saved with an adapter: their keys, what they mean, and ``training_config.json``, which holds them.
 
-Beside the weights they are flat keys in ``training_config.json``. In the safetensors header they are texts under the
-prefix ``sidestep.``, and under the keys that other people's tools show: ModelSpec's ``modelspec.*``, kohya's ``ss_*``
-and diffusers' ``lora_adapter_metadata``. ``schema_version`` tells how to read them. Nothing in them is a path: an
-adapter is shared, and the folders of whoever trained it are nobody's business.
+That file lies beside the weights and has flat keys. The safetensors header has the same facts as strings, with the
+prefix ``sidestep.`` and under the keys that other tools show (see :mod:`.header`). ``schema_version`` tells how to read
+them. No value is a path: adapters are shared, and local folders are private.
 """
 
 from __future__ import annotations
@@ -19,49 +18,51 @@ FILE_NAME: Final = "training_config.json"
 SCHEMA_VERSION: Final = 1
 
 FACTS: Final = {
-    "schema_version": "version of these keys, a whole number; a newer one is read as far as it is known",
-    "title": "name of the adapter, for people (--title)",
-    "author": "who made it (--author)",
-    "trigger": "words to put into the prompt (--trigger)",
-    "license": "under which terms it may be used (--license)",
+    "schema_version": "version of these keys, a whole number; of a newer version, known keys are read",
+    "title": "name of the adapter (--title)",
+    "author": "author of the adapter (--author)",
+    "trigger": "trigger words for the prompt (--trigger)",
+    "license": "licence of the adapter (--license)",
     "created": "when it was saved, ISO 8601 in UTC",
-    "model_name": "folder name of the model that it was trained on, never a path",
+    "model_name": "folder name of the base model, never a path",
     "model_variant": "turbo, base or sft",
-    "model_size": "XL, or standard",
-    "shift": "shift to generate with; no training value depends on it",
-    "num_inference_steps": "steps to generate with; no training value depends on it",
+    "model_size": "XL or standard",
+    "shift": "shift for generating; it has no effect on training",
+    "num_inference_steps": "steps for generating; it has no effect on training",
     "timestep_mode": "discrete or continuous",
-    "timestep_law": "how training timesteps were drawn, in words",
-    "timestep_mu": "mean of the normal draws behind the logit-normal law, null when discrete",
-    "timestep_sigma": "their standard deviation, null when discrete",
-    "timestep_schedule": "the discrete training timesteps, noisiest first, null when continuous",
-    "cfg_ratio": "probability in [0, 1] with which a row was trained without its condition",
-    "mask_nan": "true when NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
+    "timestep_law": "how training timesteps were sampled, in words",
+    "timestep_mu": "mean of the logit-normal distribution, null if discrete",
+    "timestep_sigma": "standard deviation of the logit-normal distribution, null if discrete",
+    "timestep_schedule": "the discrete training timesteps, noisiest first, null if continuous",
+    "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
+    "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
+    "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
     "adapter_type": "lora or lokr",
-    "rank": "rank, of a LoKr the dimension",
+    "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",
-    "dropout": "dropout in the adapter's layers",
-    "target_modules": "names of the adapted layers",
+    "dropout": "dropout of the adapter's layers",
+    "target_modules": "target modules, as set for the training",
+    "trained_layers": "number of trained layers; any other layers in the file hold zeros and change nothing",
     "songs": "number of preprocessed songs in the dataset folder",
-    "epoch": "epochs done when it was saved, null when ACE-Step did not say",
-    "global_step": "optimizer steps done when it was saved, null when ACE-Step did not say",
-    "training_steps": "training steps begun when it was saved",
+    "epoch": "epochs done when it was saved, null if ACE-Step did not say",
+    "global_step": "optimizer steps done when it was saved, null if ACE-Step did not say",
+    "training_steps": "training steps started when it was saved",
 }
-"""The keys of ``training_config.json`` and what they mean. Below them follow ACE-Step's training settings that are
-numbers, switches or known words, under ACE-Step's names, and the versions of the programs, as ``*_version``."""
+"""The keys of ``training_config.json`` and what they mean. After them come ACE-Step's training settings under their own
+names (numbers, booleans and known words only), and the versions of packages as ``*_version``."""
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
     | {"timestep_law", "adapter_type"}
 )
-"""Those of them that are texts."""
+"""Those of them that are strings."""
 
-# Of upstream's settings those texts that are known to be no paths; unknown ones are left out.
+# Upstream's settings that are strings and known not to be paths. Unknown strings are left out.
 TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_type", "scheduler", "scheduler_type"})
 
 
 def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Write the facts into a folder, whole or not at all | returns the file | raises OSError."""
+    """Write the facts into a folder, completely or not at all | returns the file | raises OSError."""
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(folder / FILE_NAME) as stream:
         stream.write(text.encode("utf-8"))
@@ -69,8 +70,8 @@ def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def read_training_config(folder: Path) -> dict[str, Any] | None:
-    """The facts in a folder; None when it has none that can be read."""
+    """The facts in a folder. None if there are none, or if they cannot be read."""
     try:
         return read_json_object(folder / FILE_NAME)
-    except (OSError, ValueError):  # not there, not UTF-8, not JSON, absurdly nested
+    except (OSError, ValueError):  # missing, not UTF-8, not JSON, nested too deeply
         return None

@@ -1,7 +1,7 @@
-"""The facts in a safetensors file's header: ours, and under the keys that other people's tools show.
+"""Writes the facts about an adapter into the header of its safetensors file.
 
-ModelSpec's ``modelspec.*``, kohya's ``ss_*``, diffusers' ``lora_adapter_metadata``, and ours under ``sidestep.``. All
-values of a header are texts.
+The keys are our own (``sidestep.*``) and those that other tools show: ModelSpec's ``modelspec.*``, kohya's ``ss_*`` and
+diffusers' ``lora_adapter_metadata``. All values in a header are strings.
 """
 
 from __future__ import annotations
@@ -13,47 +13,49 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import Refusal
-from ..variants import guidance
+from ..variants import guidance, member_of
+from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
-from .layers import DIFFUSERS_KEY, diffusers_config, understand
+from .layers import understand
 from .paths import without_paths
+from .peft_config import DIFFUSERS_KEY
 from .weights_file import HASH_KEY, WeightsFile, read_weights_file, write_metadata
 
 PREFIX: Final = "sidestep."
-"""What our own keys in a header begin with."""
+"""Prefix of our own keys in a header."""
 
 
 def write_header(weights: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts into a safetensors file's header, beside what stands there; the tensors stay byte for byte.
+    """Add the facts to the header of a safetensors file. The tensors' bytes do not change.
 
     Raises:
-        OSError: the file cannot be written; it is as it was.
-        Refusal: it is no safetensors file.
+        OSError: the file cannot be written. It is not changed.
+        Refusal: it is not a safetensors file.
     """
     file = read_weights_file(weights)
     write_metadata(file, header_of(file, facts))
 
 
 def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
-    """The header texts of an adapter: upstream's own without its paths, and the facts under everybody's keys."""
+    """The header of an adapter: upstream's own entries without local paths, and the facts under everybody's keys."""
     header = {key: text for key, text in file.metadata.items() if not key.startswith(PREFIX)}
     for key, text in header.items():
         header[key] = without_paths(text, facts)
-    # A list or null in JSON, a plain text as it is.
+    # Strings as they are, everything else as JSON.
     ours = {
         PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in facts.items()
         if value is not None
     }
     for_diffusers: dict[str, str] = {}
-    with contextlib.suppress(Refusal):  # layers that nobody knows: then diffusers does not know them either
+    with contextlib.suppress(Refusal):  # unknown layers: diffusers does not know them either
         if (config := diffusers_config(understand(file))) is not None:
             for_diffusers = {DIFFUSERS_KEY: json.dumps(config)}
     return header | for_diffusers | _modelspec(facts) | _kohya(facts) | ours
 
 
 def facts_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The facts that a header carries under our prefix; None when there are none."""
+    """The facts in a header under our prefix. None if there are none."""
     facts = {
         key.removeprefix(PREFIX): _value(key.removeprefix(PREFIX), text)
         for key, text in metadata.items()
@@ -63,23 +65,24 @@ def facts_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def usage_hint(facts: Mapping[str, Any]) -> str:
-    """One sentence that says how to generate: "ACE-Step 1.5 base: shift 1.0, 50 steps, CFG on"."""
+    """How to generate, in one line: "ACE-Step 1.5 base: shift 1.0, 50 steps, CFG on"."""
     size = "XL " if facts.get("model_size") == "XL" else ""
     variant = facts.get("model_variant")
     trigger = f"; trigger: {facts['trigger']}" if facts.get("trigger") else ""
+    model = member_of(str(variant), str(facts.get("model_name", "")))
     return (
-        f"ACE-Step 1.5 {size}{variant}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
+        f"ACE-Step 1.5 {size}{model}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
         f"CFG {guidance(variant)}{trigger}"
     )
 
 
 def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
-    """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): required keys first, then those that tools show."""
+    """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): the required keys, then keys that tools show."""
     kind = "LoRA" if facts.get("adapter_type") == "lora" else "LoKr"
     songs = f" on {facts['songs']} songs" if facts.get("songs") else ""
     entries = {
         "sai_model_spec": "1.0.1",
-        # No id is registered for ACE-Step; XL layers have other widths, so they are another architecture.
+        # No id is registered for ACE-Step. XL layers have other widths, so XL is a different architecture.
         "architecture": f"ace-step-1.5{'-xl' if facts.get('model_size') == 'XL' else ''}/{facts.get('adapter_type')}",
         "implementation": "https://github.com/ace-step/ACE-Step-1.5",
         "title": facts.get("title"),
@@ -93,11 +96,11 @@ def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
         "trigger_phrase": facts.get("trigger"),
     }
     texts = {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}
-    return texts | {HASH_KEY: ""}  # computed while the tensors are copied
+    return texts | {HASH_KEY: ""}  # filled in while the tensors are copied
 
 
 def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The ``ss_*`` keys of kohya-ss/sd-scripts that mean the same thing here."""
+    """Those ``ss_*`` keys of kohya-ss/sd-scripts that have the same meaning here."""
     lora = facts.get("adapter_type") == "lora"
     entries = {
         "ss_base_model_version": "ace_step_15_xl" if facts.get("model_size") == "XL" else "ace_step_15",
@@ -109,7 +112,7 @@ def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
         "ss_network_alpha": facts.get("alpha"),
         "ss_network_dropout": facts.get("dropout"),
         "ss_timestep_sampling": facts.get("timestep_law"),
-        # kohya's is the shift of the training timesteps. Only a schedule has one here; a continuous law is not shifted.
+        # In kohya's scripts this is the shift of the training timesteps. Here only a schedule is shifted.
         "ss_discrete_flow_shift": _trained_shift(facts),
         "ss_logit_mean": facts.get("timestep_mu"),
         "ss_logit_std": facts.get("timestep_sigma"),
@@ -128,7 +131,7 @@ def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _trained_shift(facts: Mapping[str, Any]) -> float | None:
-    """Shift of the training timesteps: 1 for a continuous law, else what makes the schedule's second value."""
+    """Shift of the training timesteps: 1 for a continuous law, else computed from the schedule's second value."""
     schedule = facts.get("timestep_schedule")
     if not schedule:
         return 1.0 if facts.get("timestep_mode") == "continuous" else None

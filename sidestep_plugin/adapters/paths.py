@@ -1,4 +1,4 @@
-"""Takes local paths out of what trainers write: an adapter is shared, its trainer's folders are private."""
+"""Removes local paths from the files that trainers write: adapters are shared, and local folders are private."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PLACE: Final = re.compile(r"(.*_)?(dir|dirs|path|paths|folder|file|root|locatio
 
 
 def forget_folders(folder: Path, model_name: str) -> None:
-    """Take the trainer's local paths out of what PEFT writes beside the weights: its configuration and its README.
+    """Remove local paths from the files that PEFT writes beside the weights: its configuration and its README.
 
-    PEFT notes the model's folder as ``base_model_name_or_path``; loading an adapter does not read it.
+    PEFT writes the model's folder as ``base_model_name_or_path``. It is not needed to load an adapter.
 
     Raises:
-        OSError: a file cannot be written; it is as it was.
+        OSError: a file cannot be written. It is not changed.
     """
     file = folder / "adapter_config.json"
     try:
@@ -31,7 +31,7 @@ def forget_folders(folder: Path, model_name: str) -> None:
         return
     name = model_name or "ACE-Step-1.5"
     readme = folder / "README.md"
-    # The README first: as long as the configuration knows the path, an interrupted attempt can be made again.
+    # The README comes first: as long as the configuration has the path, an interrupted attempt can be repeated.
     if readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="surrogateescape")
         with replacing(readme) as stream:
@@ -41,10 +41,10 @@ def forget_folders(folder: Path, model_name: str) -> None:
 
 
 def without_paths(text: str, facts: Mapping[str, Any]) -> str:
-    """A header text without local paths: a path itself becomes empty, in JSON the entries that hold one are left out.
+    """A header text without local paths. A path becomes empty. In JSON, entries that hold a path are left out.
 
-    Upstream's record of a LoKr's run (``run_metadata``) also holds turbo's shift and steps for every model; they
-    become those of this adapter, so that a file never says two things.
+    Upstream's record of a LoKr training (``run_metadata``) has turbo's shift and steps for every model. They are
+    replaced by those of this adapter, so that a file does not contradict itself.
     """
     if _is_path(text):
         return ""
@@ -55,7 +55,7 @@ def without_paths(text: str, facts: Mapping[str, Any]) -> str:
         cleaned = _cleaned(value, facts)
     except ValueError:
         return text
-    except RecursionError:  # nested as nothing is that somebody wrote: whether there is a path in it is not known
+    except RecursionError:  # nested too deeply to search it for paths
         return ""
     return text if cleaned == value else json.dumps(cleaned, ensure_ascii=False)
 

@@ -1,21 +1,22 @@
 """Saves a folder completely or not at all, even if the program is killed or the power fails.
 
-Upstream and PEFT write in place: a kill would leave half an adapter, or a good one half overwritten. So a save goes
-into a hidden folder next to its target, which is renamed when everything in it is on the disk. An earlier folder of
-that name is renamed away first and removed afterwards. After a kill between the two renames, :func:`settle` puts the
-earlier one back; it runs before anything is saved under that name, and before a training looks for checkpoints.
+Upstream and PEFT write in place. If they were killed, they would leave half an adapter, or a good adapter partly
+overwritten. So an adapter is saved into a hidden folder beside its place. Once everything in it is on disk, the folder
+is renamed. An older folder of that name is renamed first and removed afterwards. If the program is killed between the
+two renames, :func:`settle` puts the older folder back. It runs before every save to that name, and before every search.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ..files import move
+from ..files import move, special_kind
 
 _NEW: Final = "saving"
 _OLD: Final = "replaced"
@@ -26,15 +27,22 @@ _BESIDE_WEIGHTS: Final = frozenset(
     {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
     | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors"}
 )
-"""Files that belong to the weights beside them and are replaced with them; anything else in a folder stays."""
+"""Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder next to the one that is to be saved; removed at the end with whatever is left in it."""
-    import shutil  # imported here, like others: a command that only prints its help needs none of them
+    """A new folder beside the one that will be saved. It is removed at the end with everything that is left in it.
+
+    Raises:
+        OSError: the folder cannot be written, or its name is taken by something else.
+    """
+    import shutil  # imported here because --help does not need it
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        what = special_kind(folder) or "regular file"
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder.name} is a {what}, expected a folder", str(folder))
     settle(folder)
     stage = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.{_NEW}")
     stage.mkdir()
@@ -46,12 +54,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def published(stage: Path, folder: Path) -> Iterator[None]:
-    """Move what was staged to its target, also when a plugin failed in the block: upstream's own save has worked.
+    """Move the staged folder to its place when the block ends.
 
-    Not after Ctrl-C: an incomplete save would look complete.
+    It is also moved if a plugin fails in the block, because upstream's own save has succeeded. It is not moved after
+    Ctrl-C, because an incomplete folder would look complete.
 
     Raises:
-        OSError: it cannot be moved there. The earlier folder is unchanged.
+        OSError: it cannot be moved. The older folder is not changed.
     """
     try:
         yield
@@ -81,7 +90,7 @@ def _put(stage: Path, folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Clean up what a killed program left next to a folder: put the earlier one back, remove an unfinished save."""
+    """Clean up what a killed program left beside a folder: put an older folder back, remove unfinished ones."""
     import glob
     import shutil
 
@@ -96,7 +105,7 @@ def settle(folder: Path) -> None:
 
 
 def settle_below(folder: Path) -> None:
-    """Do the same for every folder below one."""
+    """Do the same for every folder below a folder."""
     for left in [*folder.rglob(f".*.{_RANDOM}.{_OLD}"), *folder.rglob(f".*.{_RANDOM}.{_NEW}")]:
         settle(left.with_name(left.name[1:].rsplit(".", 2)[0]))
 
@@ -111,7 +120,7 @@ def remove_save(folder: Path) -> None:
 
 
 def _keep_the_rest(old: Path, folder: Path) -> None:
-    """Keep what the new save does not replace: a user's notes, another kind of adapter in the same folder."""
+    """Move files that the new save does not replace, such as notes or another type of adapter in the same folder."""
     replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}
     for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
@@ -121,7 +130,7 @@ def _keep_the_rest(old: Path, folder: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until every file below a folder is on the disk; otherwise the rename may be written before the content."""
+    """Wait until every file below a folder is on disk. Otherwise a rename could reach the disk before the content."""
     for place, _, names in os.walk(folder):
         for name in names:
             with (Path(place) / name).open("rb+") as stream:
@@ -131,8 +140,8 @@ def _to_disk(folder: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
-        return  # Windows cannot open folders, and does not need to
-    with contextlib.suppress(OSError):  # some file systems do not support it
+        return  # folders cannot be opened there, and need not be
+    with contextlib.suppress(OSError):  # not supported by some file systems
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,10 +1,10 @@
-"""Reads and writes safetensors files by their bytes: tensors are copied, never loaded, and torch is not needed.
+"""Reads and writes safetensors files byte by byte. Tensors are copied and never loaded, so torch is not needed.
 
-The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes, the header's length N as an unsigned
-little-endian integer; N bytes of JSON in UTF-8 that name each tensor's dtype, shape and place, and under
-``__metadata__`` hold texts by key; then the tensors' bytes without gaps.
+The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the header's length N as an
+unsigned little-endian integer; N bytes of JSON in UTF-8 with the dtype, shape and position of each tensor, and strings
+under ``__metadata__``; then the tensors' bytes without gaps.
 
-Everything here takes memory for the header and one buffer, however large the tensors are.
+Memory is needed for the header and one buffer, however large the tensors are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..errors import Refusal
-from ..files import replacing
+from ..files import replacing, special_kind
 
 MAX_HEADER: Final = 4 * 2**20
-"""Longest header in bytes that is read. An adapter's takes some hundred kilobytes; parsing takes many times that."""
+"""Size limit in bytes for a header. An adapter's has some hundred kilobytes. Parsing takes many times that."""
 
 HASH_KEY: Final = "modelspec.hash_sha256"
 
@@ -43,12 +43,12 @@ _PLACEHOLDER: Final = "0x" + "0" * 64
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is and what it is.
+    """A tensor's type and its position in the file.
 
     Attributes:
         dtype: safetensors' name, such as "F32" or "BF16".
         shape: its shape, ``()`` for a single number.
-        start, end: its bytes, counted from the first tensor byte of the file.
+        start, end: position of its bytes, counted from the first tensor byte in the file.
     """
 
     dtype: str
@@ -59,12 +59,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A safetensors file whose header was read and fits its length.
+    """A safetensors file whose header has been read and checked against the file's length.
 
     Attributes:
         path: the file.
         tensors: its tensors by name.
-        metadata: the texts of its header.
+        metadata: the strings in its header.
         data_start: number of bytes before the first tensor.
     """
 
@@ -74,7 +74,7 @@ class WeightsFile:
     data_start: int
 
     def read(self, tensor: Tensor) -> bytes:
-        """The bytes of a tensor. For small ones: it is all in memory at once."""
+        """The bytes of a tensor. Only for small tensors: all bytes are in memory at once."""
         with self.path.open("rb") as stream:
             stream.seek(self.data_start + tensor.start)
             return stream.read(tensor.end - tensor.start)
@@ -91,11 +91,11 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of a file to be written.
+    """A tensor to write into a file.
 
     Attributes:
         dtype, shape: as in :class:`Tensor`.
-        content: its bytes, or a tensor of the source file whose bytes are copied.
+        content: its bytes, or the tensor of the source file whose bytes are copied.
     """
 
     dtype: str
@@ -104,19 +104,22 @@ class NewTensor:
 
 
 def read_weights_file(path: Path) -> WeightsFile:
-    """Read a safetensors file's header and check it against the file's length. Tensor bytes are not looked at.
+    """Read a safetensors file's header and check it against the file's length. Tensors are not read.
 
     Raises:
-        Refusal: it is not there, is a pickle, is cut off, or is no safetensors file.
+        Refusal: the file is missing, a pickle, truncated, or not a safetensors file.
     """
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise _pickle(path)
     try:
+        # Opening a named pipe would wait for somebody to write into it. A directory fails by itself.
+        if (kind := special_kind(path)) not in (None, "directory"):
+            raise _no_weights(path, f"it is a {kind}, not a regular file")
         size = path.stat().st_size
         with path.open("rb") as stream:
             start = stream.read(8)
             if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-                # A header of such a length would be beyond any limit, so nothing valid is refused here.
+                # As a header's length these bytes would exceed the limit, so no valid file is refused.
                 raise _pickle(path)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8 or length > MAX_HEADER:
@@ -130,19 +133,19 @@ def read_weights_file(path: Path) -> WeightsFile:
             raise ValueError(f"it holds a {type(header).__name__}, expected an object")
         metadata = _texts(header.pop("__metadata__", {}))
         tensors = {name: _tensor(name, entry) for name, entry in header.items()}
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly nested, not what it should be
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, wrong types
         raise _no_weights(path, f"its header cannot be read: {_shortened(str(error))}") from None
     _check_places(path, tensors, size - 8 - length)
     return WeightsFile(path, tensors, metadata, 8 + length)
 
 
 def write_metadata(source: WeightsFile, metadata: Mapping[str, str]) -> None:
-    """Give a file another header text, its tensors' bytes untouched, at any moment the old file or the new one.
+    """Replace the strings in a file's header. The tensors' bytes do not change.
 
-    Where `metadata` has :data:`HASH_KEY`, its value is replaced by the tensors' own hash.
+    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the tensors.
 
     Raises:
-        OSError: the file cannot be written; it is as it was.
+        OSError: the file cannot be written. It is not changed.
     """
     tensors = {name: NewTensor(entry.dtype, entry.shape, entry) for name, entry in source.tensors.items()}
     write_copy(source, source.path, tensors, metadata)
@@ -151,14 +154,14 @@ def write_metadata(source: WeightsFile, metadata: Mapping[str, str]) -> None:
 def write_copy(
     source: WeightsFile, target: Path, tensors: Mapping[str, NewTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file of tensors, their bytes copied from another file or given.
+    """Write a file of tensors whose bytes are given or copied from another file.
 
-    Where `metadata` has :data:`HASH_KEY`, its value is replaced by the new tensors' own hash.
+    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the new tensors.
 
     Raises:
-        OSError: the file cannot be written; a file that was there is as it was.
+        OSError: the file cannot be written. An existing file is not changed.
     """
-    # What is copied keeps its order, so that a file whose header alone changes keeps its bytes as they are.
+    # Copied tensors keep their order, so if only the header changes, the tensors' bytes stay the same.
     ordered = sorted(tensors.items(), key=lambda item: _position(item[1].content))
     texts = dict(metadata)
     if HASH_KEY in texts:
@@ -179,7 +182,7 @@ def write_copy(
             digest.update(piece)
             stream.write(piece)
         if HASH_KEY in texts:
-            # Known only now; it takes as many bytes as its placeholder.
+            # The hash is only known now. It has the same length as its placeholder.
             place = raw.index(json.dumps(HASH_KEY).encode() + b":" + json.dumps(_PLACEHOLDER).encode())
             stream.seek(8 + place + len(json.dumps(HASH_KEY)) + 1)
             stream.write(json.dumps("0x" + digest.hexdigest()).encode())
@@ -204,7 +207,7 @@ def _read_exactly(stream: BinaryIO, length: int, path: Path) -> Iterator[bytes]:
     while length:
         piece = stream.read(min(length, _BUFFER))
         if not piece:
-            raise OSError(f"{path} became shorter while it was read")
+            raise OSError(f"{path} was truncated while it was read")
         length -= len(piece)
         yield piece
 
@@ -220,9 +223,9 @@ def _texts(value: Any) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError("its __metadata__ is not an object of texts")
+        raise ValueError("its __metadata__ is not an object of strings")
     for text in (*value, *value.values()):
-        text.encode("utf-8")  # JSON can spell half a character, which no file can hold
+        text.encode("utf-8")  # JSON can have half a character, which UTF-8 cannot
     return value
 
 
@@ -230,15 +233,15 @@ def _tensor(name: str, entry: Any) -> Tensor:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{name!r} is no tensor entry") from None
+        raise ValueError(f"{name!r} is not a tensor entry") from None
     name.encode("utf-8")
     numbers = (*shape, start, end)
     sound = len(shape) <= _DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     if not sound or not isinstance(dtype, str) or not re.fullmatch(r"[A-Z0-9_]{1,20}", dtype):
-        raise ValueError(f"{name!r} is no tensor entry")
+        raise ValueError(f"{name!r} is not a tensor entry")
     bits = _BITS.get(dtype)
     if bits is not None and (end - start) * 8 != math.prod(shape) * bits:
-        raise ValueError(f"{name!r} is {dtype} of shape {list(shape)}, which does not take {end - start} bytes")
+        raise ValueError(f"{name!r} is {dtype} of shape {list(shape)}, which does not have {end - start} bytes")
     return Tensor(dtype, shape, start, end)
 
 
@@ -249,26 +252,25 @@ def _check_places(path: Path, tensors: Mapping[str, Tensor], found: int) -> None
             raise _no_weights(path, "its tensors overlap or leave gaps")
         position = tensor.end
     if position != found:
-        what = "cut off" if found < position else "longer than it should be"
-        raise _no_weights(path, f"it is {what}: its header promises {position} bytes of tensors, {found} are there")
+        what = "truncated" if found < position else "too long"
+        raise _no_weights(path, f"it is {what}: {position} bytes of tensors expected by its header, {found} found")
 
 
 def _length_problem(size: int, start: bytes, length: int) -> str:
     if len(start) < 8:
         return f"it has {size} bytes"
     if length > MAX_HEADER and length <= size - 8:
-        return f"its header takes {length} bytes, and no more than {MAX_HEADER} are read"
-    return f"it says that its header takes {length} bytes, and the whole file has {size}"
+        return f"its header has {length} bytes, but at most {MAX_HEADER} are read"
+    return f"its header should have {length} bytes, but the whole file has {size}"
 
 
 def _no_weights(path: Path, problem: str) -> Refusal:
-    return Refusal(f"{path} is no readable safetensors file: {problem}. Copy or download it again.")
+    return Refusal(f"{path} is not a readable safetensors file: {problem}. Copy or download it again.")
 
 
 def _pickle(path: Path) -> Refusal:
     return Refusal(
-        f"{path} is a pickle file, which may run code when it is opened, so it was not. "
-        "Save the adapter as safetensors."
+        f"{path} is a pickle file, which could run code, so it was not opened. Save the adapter as safetensors."
     )
 
 

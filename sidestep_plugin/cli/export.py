@@ -1,4 +1,4 @@
-"""``acestep-train export``: a copy of an adapter for another program."""
+"""``acestep-train export``: copies an adapter for another program."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import special_kind
 from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.text import shown
 
@@ -15,23 +16,24 @@ from .commands import Place, Unusable
 
 @click.command()
 @click.argument("adapter", type=Place(path_type=Path))
-@click.option("--to", "program", type=click.Choice(["comfyui"]), required=True, help="The program to export for.")
+@click.option("--to", "program", type=click.Choice(["comfyui"]), required=True, help="Program to export for.")
 @click.option(
     "--output",
     type=Place(path_type=Path),
-    help="File to write, or a folder to write it into. [default: comfyui_lora.safetensors beside the adapter]",
+    help="File to write, or folder to write it into. [default: comfyui_lora.safetensors beside the adapter]",
 )
 @click.option(
     "--alpha",
     type=FiniteFloat(0.0, min_open=True),
-    help="Alpha that the LoRA was trained with, for a file that does not say it.",
+    help="Alpha that the LoRA was trained with, if its files do not have it.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def export(adapter: Path, program: str, output: Path | None, alpha: float | None, overwrite: bool) -> None:
-    """Write a copy of an adapter that another program plays at the trained strength.
+    """Copy an adapter so that it works in another program at full strength.
 
-    ComfyUI reads a LoRA's alpha only from tensors that PEFT does not write, so ACE-Step's LoRAs play there at strength
-    1 instead of alpha / rank. The copy has them, and what the adapter says about itself. The adapter stays as it is.
+    ComfyUI reads a LoRA's alpha only from tensors that PEFT does not write, so it applies ACE-Step's LoRAs with
+    strength 1 instead of alpha / rank. The copy has these tensors, and the facts about the adapter. Layers that change
+    nothing are left out. The adapter itself is not changed.
 
     \b
     Example:
@@ -49,16 +51,18 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
         if alpha is not None:
             for layer in source.layers.values():
                 if layer.alpha is not None and layer.alpha != alpha:
-                    raise Refusal(f"{source.file.path} says alpha {layer.alpha:g} itself. Leave --alpha out.")
+                    raise Refusal(f"{source.file.path} already has alpha {layer.alpha:g}. Leave --alpha out.")
                 layer.alpha = alpha
         check_exportable(source)
         target = output or source.file.path.parent
         if target.is_dir():
             target /= FILE_NAMES[source.kind]
+        if (kind := special_kind(target)) is not None:
+            raise Refusal(f"{target} is a {kind}, and only regular files are replaced. Choose another --output.")
         if target.exists() and target.samefile(source.file.path):
             raise Refusal(f"{target} is the adapter itself. Choose another --output.")
         if target.exists() and not overwrite:
-            raise Refusal(f"{target} is there already. Choose another --output, or say --overwrite.")
+            raise Refusal(f"{target} already exists. Choose another --output, or use --overwrite.")
         ours = report.written_by.startswith("sidestep-plugin")
         write_comfyui_copy(source, target, report.facts if ours else None)
     except Refusal as refusal:
@@ -66,6 +70,9 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
     except OSError as error:
         raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
     click.echo(f"ComfyUI copy: {shown(target, 5000)}")
-    click.echo("Put it into ComfyUI/models/loras and load it at strength 1.0.")
+    if left_out := len(source.idle):
+        noun = "layer that holds only zeros and changes" if left_out == 1 else "layers that hold only zeros and change"
+        click.echo(f"Left out: {left_out} {noun} nothing.")
+    click.echo("Put it into ComfyUI/models/loras and load it with strength 1.0.")
     if (generate := report.generate).shift is not None and not generate.guess:
         click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")

@@ -1,4 +1,4 @@
-"""``acestep-train inspect``: what an adapter says about itself."""
+"""``acestep-train inspect``: what an adapter is, and what to generate with."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from .commands import UNUSABLE, Place, Unusable, echo_json
 @click.argument("path", type=Place(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what an adapter is, what to generate with, and what is missing.
+    """Show what an adapter is, what to generate with, and which facts are missing.
 
-    PATH is a .safetensors file, or the folder of an adapter, a checkpoint or a training. LoRA and LoKr are read, from
-    this plugin, ACE-Step, Side-Step and trainers with kohya-style headers. Nothing is loaded or changed.
+    PATH is a .safetensors file, or the folder of an adapter, a checkpoint or a training. It can be a LoRA or LoKr from
+    this plugin, ACE-Step, Side-Step or a trainer with kohya-style headers. No file is changed.
 
     \b
     Example:
         acestep-train inspect adapters/jazz/final/adapter
 
-    The exit code is 0, and 2 when the adapter cannot be read or something is wrong with it.
+    The exit code is 0, or 2 if the adapter cannot be read or has a problem.
     """
-    from sidestep_plugin.adapters import inspection
+    from sidestep_plugin.adapters import report
+    from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:
-        report = inspection.inspect_adapter(path)
+        found = inspect_adapter(path)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot read {path}: {error.strerror or error}.") from None
     if as_json:
-        echo_json(inspection.as_json(report))
+        echo_json(report.as_json(found))
     else:
-        for line in inspection.as_text(report):
+        for line in report.as_text(found):
             click.echo(line)
-        for problem in report.problems:
+        for problem in found.problems:
             click.echo(f"Problem: {shown(problem, 5000)}", err=True)
-    sys.exit(UNUSABLE if report.problems else 0)
+    sys.exit(UNUSABLE if found.problems else 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from ..errors import Refusal
-from ..files import replacing
+from ..files import replacing, special_kind
 
 TARGET: Final = Path("acestep") / "training" / "__init__.py"
 PATCH_NAME: Final = "sidestep-plugin.patch"
@@ -88,6 +88,9 @@ def _variants(content: bytes) -> list[bytes]:
 
 def _read(root: Path) -> bytes:
     try:
+        # Opening a named pipe would wait for somebody to write into it. A directory fails by itself.
+        if (kind := special_kind(root / TARGET)) not in (None, "directory"):
+            raise Refusal(f"{root / TARGET} is a {kind}, expected a Python file. Put ACE-Step's own file there.")
         return (root / TARGET).read_bytes()
     except OSError as error:
         raise Refusal(

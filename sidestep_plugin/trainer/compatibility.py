@@ -13,7 +13,7 @@ from ..errors import Refusal, UpstreamMismatch
 from ..registry import Listing, list_plugins
 from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
-from ..variants import member
+from ..variants import member_of
 from .checkout import import_trainer
 from .models import download_command, models_in
 from .seams import Seam, adapter_types, examine
@@ -120,7 +120,7 @@ def examine_model(folder: Path) -> FoundModel:
         decision = decide_variant(ModelFacts.from_folder(folder))
     except Refusal as refusal:
         return FoundModel(folder.name, None, str(refusal))
-    return FoundModel(folder.name, decision.variant, decision.evidence, member(decision.variant, folder.name))
+    return FoundModel(folder.name, decision.variant, decision.evidence, member_of(decision.variant, folder.name))
 
 
 def _uninstalled(kind: AdapterType) -> str:

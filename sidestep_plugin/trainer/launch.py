@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.targets import check_targets
 from ..errors import Refusal
 from ..registry import Registry
 from ..resuming.lock import OutputLock
@@ -25,12 +26,23 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
+from ..timesteps.treatment import decide_treatment
+from ..variants import member_of
 from . import seams
 from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
 from .configs import build_configs, check_rank
 from .current import CommandLine, command_line
-from .models import Handler, check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from .models import (
+    Handler,
+    check_weights,
+    checkpoint_folder,
+    decoder_layers,
+    find_model,
+    load_model,
+    pick_device,
+    restrict_gpus,
+)
 from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
@@ -231,6 +243,8 @@ def _check_model(request: Request, root: Path, registry: Registry, options: Mapp
     facts = ModelFacts.from_folder(folder)
     check_rank(request.adapter_type, request.settings, facts)
     check_weights(folder, facts)
+    if (targets := request.settings.get("target_modules")) and (layers := decoder_layers(folder)):
+        check_targets(layers, targets, request.adapter_type)
     registry.call("acestep_model_chosen", facts=facts, options=options)
     return _Model(folder, facts)
 
@@ -302,7 +316,25 @@ def _announce(
 ) -> None:
     if request.resume_from is not None and not registry.implements("acestep_resume"):
         say("Warning: ACE-Step's own resume restores the optimizer and the epoch, but none of the adapter's weights.")
+    if not registry.implements("acestep_sample_timesteps") and (note := upstreams_timesteps(model.facts)) is not None:
+        say(note)
     say(f"Loading {model.folder.name} on {device} ...")
+
+
+def upstreams_timesteps(facts: ModelFacts) -> str | None:
+    """A line for a model that upstream alone trains at timesteps which are not its own; None for any other."""
+    try:
+        treatment = decide_treatment(facts)
+    except Refusal:  # what the model is cannot be told, and no plugin was asked for that has to know
+        return None
+    if treatment.is_upstreams_own:
+        return None
+    dropout = " and without condition dropout" if treatment.cfg_ratio > 0.0 else ""
+    name = member_of(treatment.variant, facts.name)
+    return (
+        f"Warning: without a plugin ACE-Step trains {facts.name or 'this model'} at turbo's 8 timesteps{dropout}, which "
+        f"is not how {name} was trained. To train it the way {name} was trained, add --plugin sidestep."
+    )
 
 
 def _load(model: _Model, device: torch.device, dataset: Dataset) -> Handler:

@@ -107,6 +107,27 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 
+def decoder_layers(folder: Path) -> list[str]:
+    """Full names of the decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``.
+
+    Read from the headers of the weights, before anything is loaded; check_weights has read them before. Empty for a
+    model without safetensors.
+    """
+    from safetensors import safe_open
+
+    layers = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - not a mapping
+                if (
+                    key.startswith("decoder.")
+                    and key.endswith(".weight")
+                    and len(weights.get_slice(key).get_shape()) > 1
+                ):
+                    layers.append(key.removeprefix("decoder.").removesuffix(".weight"))
+    return layers
+
+
 def pick_device(said: str) -> torch.device:
     """The device to train on | given auto, cpu, cuda, cuda:N, mps or xpu | raises Refusal when there is none."""
     import torch

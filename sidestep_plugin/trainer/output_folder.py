@@ -33,6 +33,9 @@ def check_writable(folder: Path) -> None:
     finally:
         for place in reversed(made):
             place.rmdir()
+    for place in (folder / FINAL, folder / "checkpoints", folder / INTERRUPTED):
+        if place.exists() and not place.is_dir():  # it would fail only when the adapter is saved
+            raise Refusal(f"{place} is not a folder, but adapters are saved there. Choose another folder.")
 
 
 def check_name(folder: Path) -> None:

@@ -199,7 +199,7 @@ OTHERS = {
 GOOD = json.dumps(entries()).encode()
 GOOD = len(GOOD).to_bytes(8, "little") + GOOD + bytes(256)
 LONG = 50_000_000
-NO_FILE = "is no readable safetensors file"
+NO_FILE = "is not a readable safetensors file"
 
 REFUSED = {
     "nothing there": (lambda f: f / "nowhere.safetensors", "No adapter at"),
@@ -212,8 +212,8 @@ REFUSED = {
     "0 bytes": (lambda f: raw(f, b""), f"{NO_FILE}: it has 0 bytes"),
     "7 bytes": (lambda f: raw(f, GOOD[:7]), f"{NO_FILE}: it has 7 bytes"),
     "cut in the header": (lambda f: raw(f, GOOD[:100]), NO_FILE),
-    "cut in the tensors": (lambda f: raw(f, GOOD[:-1]), f"{NO_FILE}: it is cut off"),
-    "bytes too many": (lambda f: raw(f, GOOD + b"x"), f"{NO_FILE}: it is longer"),
+    "cut in the tensors": (lambda f: raw(f, GOOD[:-1]), f"{NO_FILE}: it is truncated"),
+    "bytes too many": (lambda f: raw(f, GOOD + b"x"), f"{NO_FILE}: it is too long"),
     "header of exabytes": (lambda f: raw(f, b"\xff" * 7 + b"\x7f" + GOOD[8:]), NO_FILE),
     "header of 50 MB": (lambda f: sparse(f, LONG.to_bytes(8, "little"), LONG + 8), NO_FILE),
     "header not JSON": (lambda f: with_header(f, b"{" * 50), NO_FILE),
@@ -230,21 +230,21 @@ REFUSED = {
     "infinite place": (changed(data_offsets=[0, float("inf")]), NO_FILE),
     "overlapping": (changed(data_offsets=[64, 192]), "overlap or leave gaps"),
     "gap": (lambda f: with_header(f, {"x": {"dtype": "U8", "shape": [8], "data_offsets": [8, 16]}}), "gaps"),
-    "negative place": (changed(data_offsets=[-128, 0]), "no tensor entry"),
+    "negative place": (changed(data_offsets=[-128, 0]), "not a tensor entry"),
     "backwards": (changed(data_offsets=[128, 0]), NO_FILE),
-    "another shape": (changed(shape=[4, 9]), "does not take 128 bytes"),
-    "negative shape": (changed(shape=[-4, -8]), "no tensor entry"),
+    "another shape": (changed(shape=[4, 9]), "does not have 128 bytes"),
+    "negative shape": (changed(shape=[-4, -8]), "not a tensor entry"),
     "shape without end": (changed(shape=[10**4000] * 2000), NO_FILE),
     "shape of millions": (changed(shape=[1] * 2_000_000), ""),
-    "entry a text": (lambda f: with_header(f, {"x": "y"}), "no tensor entry"),
-    "entry empty": (lambda f: with_header(f, {"x": {}}), "no tensor entry"),
-    "text of 50 MB": (lambda f: adapter(f, metadata={"a": "x" * LONG}), "no more than"),
+    "entry a text": (lambda f: with_header(f, {"x": "y"}), "not a tensor entry"),
+    "entry empty": (lambda f: with_header(f, {"x": {}}), "not a tensor entry"),
+    "text of 50 MB": (lambda f: adapter(f, metadata={"a": "x" * LONG}), "but at most"),
     "text of 50 MB in Unicode": (
         lambda f: with_header(f, b'{"__metadata__":{"a":"' + "🎵".encode() * (LONG // 4) + b'"}}'),
-        "no more than",
+        "but at most",
     ),
-    "not a text": (lambda f: adapter(f, metadata={"a": {"b": 1}}), "not an object of texts"),
-    "no LoRA": (lambda f: adapter(f, shapes={"decoder.weight": [2, 2]}), "is no adapter"),
+    "not a text": (lambda f: adapter(f, metadata={"a": {"b": 1}}), "not an object of strings"),
+    "no LoRA": (lambda f: adapter(f, shapes={"decoder.weight": [2, 2]}), "is not an adapter"),
     **{name: (lambda f, s=shapes: adapter(f, shapes=s), "for another model") for name, shapes in OTHERS.items()},
     "escapes in names": (lambda f: adapter(f, shapes={f"x{ESCAPES}.lora_A.weight": [2, 2]}), "for another model"),
     "escapes in the architecture": (
@@ -289,7 +289,7 @@ def test_an_empty_path_is_not_the_current_folder(cwd_holds_one, ask, tmp_path):
 
 # -- links and pipes -------------------------------------------------------------------------------------------------
 
-OUT = "leads out of its folder"
+OUT = "is a link out of its folder"
 LINKS = {
     "weights": (lambda f: linked(f, "adapter_model.safetensors", adapter(f.parent / "else")), OUT),
     "weights of any name": (lambda f: linked(f, "x.safetensors", adapter(f.parent / "else")), OUT),
@@ -304,12 +304,12 @@ LINKS = {
         lambda f: linked(f, "adapter_model.safetensors", adapter(f.parent / NAMED)),
         OUT,
     ),
-    "to nowhere": (lambda f: linked(f, "adapter_model.safetensors", "nowhere"), "leads nowhere"),
-    "to itself": (lambda f: linked(f, "adapter_model.safetensors", "adapter_model.safetensors"), "leads nowhere"),
+    "to nowhere": (lambda f: linked(f, "adapter_model.safetensors", "nowhere"), "is a broken link"),
+    "to itself": (lambda f: linked(f, "adapter_model.safetensors", "adapter_model.safetensors"), "is a broken link"),
     "named, to itself": (lambda f: linked(f, "x.safetensors", "x.safetensors") / "x.safetensors", ""),
     "config to itself": (
         lambda f: linked(adapter(f).parent, "training_config.json", "training_config.json"),
-        "leads nowhere",
+        "is a broken link",
     ),
     "pipe": (lambda f: fifo(f, "x.safetensors"), "neither a file nor a folder"),
     "pipe in its folder": (lambda f: fifo(f, "adapter_model.safetensors").parent, ""),

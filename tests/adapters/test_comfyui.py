@@ -159,7 +159,7 @@ def test_an_alpha_that_nobody_says_is_refused_until_somebody_does(by_peft, decod
     refused(alone, "--alpha", "-1", says="Invalid value for '--alpha'")
     tensors = exported(alone, "--alpha", 8)
     check_same(tensors, weights_of(decoder), merged)
-    refused(alone, "--alpha", 8, says="is there already")
+    refused(alone, "--alpha", 8, says="already exists")
     check_differs(
         exported(alone / "adapter_model.safetensors", "--alpha", 4, "--output", alone / "b.safetensors"),
         weights_of(decoder),
@@ -169,7 +169,64 @@ def test_an_alpha_that_nobody_says_is_refused_until_somebody_does(by_peft, decod
 
 def test_an_alpha_that_contradicts_the_file_is_refused(by_peft):
     folder, _ = by_peft()
-    refused(folder, "--alpha", 16, says="says alpha 8 itself")
+    refused(folder, "--alpha", 16, says="already has alpha 8")
+
+
+# -- patterns that are more than a name ------------------------------------------------------------------------------
+
+PATTERNS = [r".*layers\.0\..*q_proj", "(q|k)_proj", "layers.*.q_proj", "q_proj|v_proj"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("arguments", [(), ("--alpha", 8)], ids=["", "--alpha"])
+def test_an_alpha_pattern_that_is_a_regular_expression_is_refused_by_name(by_peft, decoder, pattern, arguments):
+    """A copy with one alpha for all layers would play those of the pattern at a wrong strength."""
+    folder, merged = by_peft(alpha_pattern={pattern: 3})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    downs = [key for key in tensors if key.endswith(".lora_A.weight")]
+    wrong = tensors | {key.replace(".lora_A.weight", ".alpha"): torch.tensor(8.0) for key in downs}
+    check_differs(wrong, weights_of(decoder), merged)
+    refused(folder, *arguments, says=f"alpha_pattern {pattern!r}".replace("\\\\", "\\"))
+
+
+def test_alphas_among_the_tensors_count_more_than_a_pattern(by_peft, tmp_path, decoder):
+    folder, merged = by_peft()
+    tensors = with_alphas(in_kohya(load_file(folder / "adapter_model.safetensors")), torch.tensor(8.0))
+    (folder / "adapter_model.safetensors").unlink()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {".*q_proj": 3}}))
+    check_same(exported(folder), weights_of(decoder), merged)
+
+
+# -- layers that change nothing --------------------------------------------------------------------------------------
+
+
+def test_untrained_layers_are_left_out_and_counted(by_peft, decoder):
+    folder, merged = by_peft()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key in [key for key in tensors if "cross_attn" in key and "lora_B" in key]:
+        tensors[key] = torch.zeros_like(tensors[key])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    output = folder / "copy.safetensors"
+    done = export(folder, "--output", output)
+    assert done.exit_code == 0 and "Left out: 8 layers that hold only zeros and change nothing.\n" in done.output
+    copied = load_file(output)
+    assert {key.split(".")[4] for key in copied} == {"self_attn"} and len(copied) == 8 * 3
+    expected = {
+        layer: merged[layer] if "self_attn" in layer else weight for layer, weight in weights_of(decoder).items()
+    }
+    check_same(copied, weights_of(decoder), expected)
+
+
+def test_an_adapter_that_changes_nothing_has_no_copy(by_peft):
+    folder, _ = by_peft()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    refused(folder, says="holds only zeros and changes nothing")
 
 
 # -- while training --------------------------------------------------------------------------------------------------

@@ -135,7 +135,25 @@ def test_convolutions_that_were_not_trained_are_in_no_ones_way(by_lycoris):
     """Upstream attaches a LoKr to every layer, and trains those that were asked for."""
     folder, before, after = by_lycoris(["lycoris_layers_0_self_attn_q_proj"], full_matrix=True)
     assert torch.equal(after["proj_in.1"], before["proj_in.1"])
+    tensors = exported(folder)
+    check_same(tensors, before, after)
+    assert {key.partition(".")[0] for key in tensors} == {"lycoris_layers_0_self_attn_q_proj"}, (
+        "the others change nothing"
+    )
+    told = export(folder, "--overwrite").output
+    assert f"Left out: {len(before) - 1} layers that hold only zeros and change nothing.\n" in told
+
+
+def test_a_layer_that_was_not_trained_forbids_no_copy(by_lycoris):
+    """A Tucker decomposition, which ComfyUI does not play: only convolutions have it, and none of them was trained."""
+    folder, before, after = by_lycoris(["lycoris_layers_0_self_attn_q_proj"], use_tucker=True)
+    assert any(key.endswith("lokr_t2") for key in load_file(folder / "lokr_weights.safetensors"))
     check_same(exported(folder), before, after)
+
+
+def test_a_lokr_that_was_not_trained_has_no_copy(by_lycoris):
+    folder, _, _ = by_lycoris([])
+    refused(folder, says="holds only zeros and changes nothing")
 
 
 def test_a_trained_convolution_in_full_is_never_exported_wrong(by_lycoris):

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION
+from sidestep_plugin.adapters.header import usage_hint
 from sidestep_plugin.adapters.weights_file import read_weights_file, write_metadata
 from sidestep_plugin.cli import cli
 
@@ -93,6 +94,31 @@ def test_an_adapter_of_ours_says_everything_wherever_its_file_goes(variant, kind
     assert says(moved.parent) == (moved_text, moved_said)
 
 
+MODELS = {
+    "acestep-v15-turbo-shift1": ("turbo-shift1", "shift 1.0, 8 steps, CFG off"),
+    "acestep-v15-turbo-shift3": ("turbo-shift3", "shift 3.0, 8 steps, CFG off"),
+    "acestep-v15-turbo-continuous": ("turbo-continuous", "shift 3.0, 8 steps, CFG off"),
+    "acestep-v15-turbo": ("turbo", "shift 3.0, 8 steps, CFG off"),
+    "my_Turbo.Shift1": ("turbo-shift1", "shift 1.0, 8 steps, CFG off"),
+    "acestep-v15-base": ("base", "shift 1.0, 50 steps, CFG on"),
+    "base-shift1": ("base", "shift 1.0, 50 steps, CFG on"),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_model_is_shown_by_its_own_name(model, tmp_path):
+    """turbo-shift1 is generated with at another shift than the other turbo models."""
+    name, generate = MODELS[model]
+    text, said = says(
+        lora(tmp_path, "base_model.model.{}.lora_{}.weight", config=PEFT | {"base_model_name_or_path": model})
+    )
+    assert f"LoRA for ACE-Step 1.5 {name} ({model}), written by" in text
+    assert f"{generate} (a guess: not in the file; these are the usual settings for {name} models)" in text
+    assert said["facts"]["model_variant"] == name.partition("-")[0]
+    facts = {"model_variant": name.partition("-")[0], "model_name": model, "shift": 1.0, "num_inference_steps": 8}
+    assert usage_hint(facts).startswith(f"ACE-Step 1.5 {name}: shift 1.0, 8 steps")
+
+
 def test_a_changed_tensor_is_a_problem(train):
     weights = next(train("base", max_epochs=1).output.glob("final/**/*.safetensors"))
     raw = bytearray(weights.read_bytes())
@@ -100,7 +126,7 @@ def test_a_changed_tensor_is_a_problem(train):
     weights.write_bytes(raw)
     code, _, said = inspect(weights)
     assert code == 2 and said["intact"] is False
-    assert "not those that the header's hash was made of" in said["problems"][0]
+    assert "do not match the hash in the header" in said["problems"][0]
 
 
 def test_files_that_contradict_each_other_are_noted_and_the_header_is_taken(train, tmp_path):
@@ -110,14 +136,17 @@ def test_files_that_contradict_each_other_are_noted_and_the_header_is_taken(trai
     beside.write_text(json.dumps(facts | {"shift": 3.0, "model_variant": "turbo"}), encoding="utf-8")
     text, said = says(weights.parent)
     assert (said["generate"]["shift"], said["facts"]["model_variant"]) == (1.0, "base")
-    assert "Note:      training_config.json says shift = 3.0, the header of the weights 1.0, which is taken." in text
+    assert (
+        "Note:      training_config.json has shift = 3.0, but the header of the weights has 1.0. The header is used."
+        in text
+    )
     assert len(said["notes"]) == 2 and "model_variant = turbo" in "".join(said["notes"])
 
     beside.unlink()
     config = weights.with_name("adapter_config.json")
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
     (note,) = says(weights.parent)[1]["notes"]
-    assert note == "It was saved at strength 2, but adapter_config.json would play it at 1."
+    assert note == "It was saved with strength 2, but adapter_config.json would give it strength 1."
 
 
 @pytest.mark.parametrize("place", ["header", "folder"])
@@ -131,7 +160,7 @@ def test_a_newer_description_is_read_as_far_as_it_is_known(place, tmp_path):
         texts = {f"sidestep.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
         write_metadata(read_weights_file(folder / "adapter_model.safetensors"), texts)
     text, said = says(folder)
-    assert f"Note:      It was described by a newer version of this program (schema {SCHEMA_VERSION + 1}" in text
+    assert f"Note:      Its facts were written by a newer version of this program (schema {SCHEMA_VERSION + 1}" in text
     assert {key: said["facts"][key] for key in facts} == facts
     assert "shift 1.5, 60 steps, CFG on" in text and "the model" in said["missing"]
 
@@ -148,12 +177,14 @@ def test_a_lora_of_upstreams_says_what_peft_says_and_the_rest_is_a_guess(plugins
     assert said["strengths"] == {"2.0": said["layers"]}
     assert said["missing"] == ["shift", "number of steps", "number of songs", "training steps"]
     assert said["generate"]["guess"] is True
-    assert "shift 1.0, 50 steps, CFG on (a guess: the file does not say; these are what base models take)" in text
+    assert (
+        "shift 1.0, 50 steps, CFG on (a guess: not in the file; these are the usual settings for base models)" in text
+    )
 
     shutil.copyfile(weights, tmp_path / "alone.safetensors")
     text, said = says(tmp_path / "alone.safetensors")
-    assert said["generate"]["shift"] is None and "Generate:  not known: nothing says which model" in text
-    assert "rank 4, alpha not known: programs that find none play it at strength 1" in text
+    assert said["generate"]["shift"] is None and "Generate:  unknown: the files do not say which model" in text
+    assert "rank 4, alpha unknown: programs without an alpha use strength 1" in text
     assert {"the model", "its variant", "alpha"} <= set(said["missing"])
 
 
@@ -166,7 +197,7 @@ def test_a_lokr_of_upstreams_says_dimension_and_alpha_and_its_shift_is_not_belie
         pytest.skip("this version of ACE-Step writes no record of the run into a LoKr's header")
     assert "dimension 4, alpha 8" in text and (said["facts"]["rank"], said["facts"]["alpha"]) == (4, 8)
     assert said["generate"]["shift"] is None and said["generate"]["guess"] is True
-    assert "shift" not in said["facts"] and "do not depend on the model; unused" in said["notes"][0]
+    assert "shift" not in said["facts"] and "are the same for every model. These are ignored." in said["notes"][0]
     assert str(output) not in text.partition("\n")[2], "its header holds local paths"
 
 
@@ -190,7 +221,9 @@ def test_side_steps_file_is_read_and_its_paths_stay_out(place, name, tmp_path):
 def test_side_steps_turbo_without_a_shift_is_a_guess(tmp_path):
     beside = {"is_turbo": True, "shift": None}
     text, said = says(lora(tmp_path, "base_model.model.{}.lora_{}.weight", config=PEFT, beside=beside))
-    assert "shift 3.0, 8 steps, CFG off (a guess: the file does not say; these are what turbo models take)" in text
+    assert (
+        "shift 3.0, 8 steps, CFG off (a guess: not in the file; these are the usual settings for turbo models)" in text
+    )
     assert {"shift", "number of steps"} <= set(said["missing"])
 
 
@@ -216,7 +249,7 @@ def test_a_kohya_style_file_says_what_its_keys_say(prefix, dtype, tmp_path):
     expected = {"title": "jazz", "author": "Anna", "model_name": "acestep-v15-sft", "model_variant": "sft", "rank": 4}
     expected |= {"alpha": 2, "songs": 12, "training_steps": 1200}
     assert {key: said["facts"].get(key) for key in expected} == expected
-    assert said["generate"]["guess"] is True and "CFG on (a guess: the file does not say" in text
+    assert said["generate"]["guess"] is True and "CFG on (a guess: not in the file" in text
     assert said["missing"] == ["shift", "number of steps"]
 
 
@@ -285,6 +318,13 @@ def test_a_console_that_cannot_show_a_title_shows_the_rest(tmp_path):
     done = subprocess.run(line, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"Title:     ??" in done.stdout and b"shift 1.0, 50 steps" in done.stdout
+
+
+def test_an_alpha_pattern_that_is_not_read_is_noted(tmp_path):
+    config = PEFT | {"alpha_pattern": {"o_proj": 2, "layers.*q_proj": 3}}
+    text, said = says(lora(tmp_path, "base_model.model.{}.lora_{}.weight", config=config))
+    assert said["notes"] == ["The alphas are unknown: alpha_pattern has the regular expression 'layers.*q_proj'."]
+    assert "rank 4, alpha unknown" in text and said["strengths"] == {}
 
 
 def test_a_rank_that_differs_by_layer_is_a_span(tmp_path):

@@ -1,0 +1,136 @@
+"""The report of an inspection, as lines for people and as plain values for JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ..text import shown
+from ..variants import member_of
+from .inspection import Report
+from .layer_names import some
+from .layers import Adapter
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as plain values. A file and the folder that it lies in give the same, except for the path."""
+    adapter = report.adapter
+    return {
+        "file": str(adapter.file.path),
+        "written_by": report.written_by,
+        "adapter_type": adapter.kind,
+        "dora": adapter.is_dora,
+        "generate": {
+            "shift": report.generate.shift,
+            "num_inference_steps": report.generate.num_inference_steps,
+            "cfg": report.generate.cfg,
+            "guess": report.generate.guess,
+            "because": report.generate.because,
+        },
+        "layers": len(adapter.layers),
+        "trained_layers": len(adapter.layers) - len(adapter.idle),
+        "untrained_layers": len(adapter.idle),
+        "targets": adapter.targets,
+        "ranks": dict(sorted(adapter.ranks.items())),
+        "strengths": dict(sorted(adapter.strengths.items())),
+        "dtypes": dict(sorted(dtypes(adapter).items())),
+        "tensor_bytes": tensor_bytes(adapter),
+        "facts": dict(report.facts),
+        "intact": report.intact,
+        "missing": list(report.missing),
+        "notes": list(report.notes),
+        "problems": list(report.problems),
+    }
+
+
+def dtypes(adapter: Adapter) -> Counter[str]:
+    """Number of tensors by dtype. Single numbers are not counted."""
+    return Counter(tensor.dtype for tensor in adapter.file.tensors.values() if tensor.shape)
+
+
+def tensor_bytes(adapter: Adapter) -> int:
+    """Size of all tensors in bytes."""
+    return sum(tensor.end - tensor.start for tensor in adapter.file.tensors.values())
+
+
+def as_text(report: Report) -> list[str]:
+    """A report as lines for people. Everything from the files is escaped for the terminal."""
+    adapter, facts, generate = report.adapter, report.facts, report.generate
+    kind = {"lora": "DoRA" if adapter.is_dora else "LoRA", "lokr": "LoKr", "loha": "LoHA", "oft": "OFT"}[adapter.kind]
+    size = "XL " if facts.get("model_size") == "XL" else ""
+    model = member_of(str(facts.get("model_variant", "of unknown variant")), str(facts.get("model_name", "")))
+    name = f" ({shown(facts['model_name'])})" if "model_name" in facts else ""
+    lines = [
+        shown(adapter.file.path, 1000),
+        f"{kind} for ACE-Step 1.5 {size}{shown(model)}{name}, written by {report.written_by}",
+    ]
+
+    def add(label: str, text: object) -> None:
+        lines.append(f"  {label + ':':<11}{text}")
+
+    for key in ("title", "author", "trigger", "license", "created"):
+        if key in facts:
+            add(key.capitalize(), shown(facts[key], 1000))
+    if generate.shift is None or generate.num_inference_steps is None:
+        add("Generate", f"unknown: {generate.because}")
+    else:
+        guess = f" (a guess: {generate.because})" if generate.guess else ""
+        guidance = f", CFG {generate.cfg}" if generate.cfg else ""
+        add("Generate", f"shift {shown(generate.shift)}, {shown(generate.num_inference_steps)} steps{guidance}{guess}")
+    add("Strength", _strength(report))
+    add("Weights", _weights(report))
+    if trained := _trained(facts):
+        add("Trained", trained)
+    if report.missing:
+        add("Missing", ", ".join(report.missing))
+    for note in report.notes:
+        add("Note", note)
+    return [shown(line, 5000) for line in lines]
+
+
+def _strength(report: Report) -> str:
+    adapter, facts = report.adapter, report.facts
+    ranks, strengths = adapter.ranks, adapter.strengths
+    if adapter.kind != "lora" and "rank" in facts:
+        return f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    rank = _span(ranks, "rank ", "ranks ") or "rank unknown"
+    if not strengths:
+        return f"{rank}, alpha unknown: programs without an alpha use strength 1"
+    alphas = {layer.alpha for layer in adapter.layers.values() if layer.alpha is not None}
+    return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
+
+
+def _weights(report: Report) -> str:
+    adapter = report.adapter
+    idle = len(adapter.idle)
+    trained = len(adapter.layers) - idle or len(adapter.layers)
+    whole = ", unchanged since saving" if report.intact else ""
+    rest = f"; {idle} more layers hold only zeros and change nothing" if 0 < idle < len(adapter.layers) else ""
+    return (
+        f"{trained} layers ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
+        f"{_size(tensor_bytes(adapter))}{whole}{rest}"
+    )
+
+
+def _span(values: Any, one: str, several: str) -> str:
+    ordered = sorted(values)
+    if not ordered:
+        return ""
+    return f"{one}{ordered[0]:g}" if len(ordered) == 1 else f"{several}{ordered[0]:g} to {ordered[-1]:g}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def _trained(facts: Any) -> str:
+    parts = []
+    if "songs" in facts:
+        parts.append(f"on {shown(facts['songs'])} songs")
+    if "training_steps" in facts:
+        parts.append(f"{shown(facts['training_steps'])} steps")
+    if "timestep_law" in facts or "timestep_mode" in facts:
+        parts.append(f"timesteps: {shown(facts.get('timestep_law', facts.get('timestep_mode')))}")
+    if isinstance(facts.get("cfg_ratio"), int | float):
+        parts.append(f"condition dropout {100 * facts['cfg_ratio']:.4g} %")
+    return ", ".join(parts)
