@@ -332,8 +332,8 @@ def upstreams_timesteps(facts: ModelFacts) -> str | None:
     dropout = " and without condition dropout" if treatment.cfg_ratio > 0.0 else ""
     name = member_of(treatment.variant, facts.name)
     return (
-        f"Warning: without a plugin ACE-Step trains {facts.name or 'this model'} at turbo's 8 timesteps{dropout}, which "
-        f"is not how {name} was trained. To train it the way {name} was trained, add --plugin sidestep."
+        f"Warning: without a plugin ACE-Step trains {facts.name or 'this model'} at turbo's 8 timesteps{dropout}, "
+        f"not the way {name} was trained. To train it the way {name} was trained, add --plugin sidestep."
     )
 
 

@@ -223,6 +223,26 @@ def test_no_acestep(refused, tmp_path):
     refused("--model", "base", says="No ACE-Step 1.5 found.*--acestep-root DIR", acestep_root=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [
+        ("base", "at turbo's 8 timesteps and without condition dropout, not the way base was trained"),
+        ("turbo-shift1", "at turbo's 8 timesteps, not the way turbo-shift1 was trained"),
+        ("turbo", None),
+    ],
+)
+def test_without_a_plugin_a_model_that_is_not_turbo_is_warned_about_before_it_is_loaded(run, model, warned):
+    result = run("--model", model, *QUICK, plugin=None)
+    assert result.exit_code == 0, result.output
+    lines = [
+        number for number, line in enumerate(result.output.splitlines()) if line.startswith("Warning: without a pl")
+    ]
+    assert len(lines) == (warned is not None)
+    if warned is not None:
+        assert warned in result.output and "add --plugin sidestep." in result.output
+        assert output[lines[0] + 1].startswith("Loading ")
+
+
 def test_unknown_plugin(refused):
     refused("--model", "base", plugin="nobody", says="No plugin 'nobody' is installed. Installed: .*sidestep")
 
