@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+import shutil
+from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin.hookspecs import hookimpl
 
@@ -12,6 +13,9 @@ from .settings_file import FILE_NAME, write
 if TYPE_CHECKING:
     from sidestep_plugin.run import Run, SavedAdapter
     from sidestep_plugin.trainer.launch import Request
+
+
+_ROOM: Final = 2**20  # bytes
 
 
 class OptionsFile:
@@ -30,6 +34,9 @@ class OptionsFile:
 
         text = options_of(self._request, run)
         try:
+            # The last room on a disk belongs to what a training resumes from.
+            if shutil.disk_usage(saved.weights.parent).free < _ROOM:
+                return [f"Warning: no {FILE_NAME} was written, because the disk is nearly full. Make room on the disk."]
             with replacing(saved.weights.parent / FILE_NAME) as stream:
                 stream.write(text.encode("utf-8", "replace"))
         except OSError as error:  # the adapter is there, and worth more than this file

@@ -105,6 +105,16 @@ def test_the_file_beside_an_adapter_repeats_its_training(run, tmp_path):
     assert (first / FILE_NAME).read_bytes() == (again / FILE_NAME).read_bytes()
 
 
+def test_it_never_takes_the_last_room_on_a_disk(run, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20 - 1))
+    done = run(FILE)
+    assert done.exit_code == 0, done.output
+    assert f"Warning: no {FILE_NAME} was written" in done.output and not list((tmp_path / "output").rglob(FILE_NAME))
+
+
 def test_without_a_plugin_no_file_is_added(run, tmp_path):
     done = run(FILE.replace('plugin = ["sidestep"]', "").replace("title", "# title"))
     assert done.exit_code == 0, done.output
