@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.resuming.checkpoints import Checkpoint, read_checkpoint, write_resume_state
+from sidestep_plugin.resuming.checkpoints import UPSTREAMS_FILE, Checkpoint, read_checkpoint, write_resume_state
 from sidestep_plugin.run import ResumePoint, Run, SavedAdapter
 from sidestep_plugin.songs.fingerprint import fingerprint, songs_changed
 
@@ -56,6 +56,8 @@ def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
     try:
         write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir)))
     except OSError as error:
+        # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
+        (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)
         return [f"Warning: no training can be resumed from {saved.destination.parent}: {error.strerror or error}."]
     if "loss_0.0000" in str(saved.destination) and point.losses is not None and point.steps_per_epoch:
         mean = float(point.losses[-point.steps_per_epoch :].float().mean())

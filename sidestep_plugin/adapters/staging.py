@@ -25,7 +25,7 @@ _RANDOM: Final = "[0-9a-f]" * 8
 _WEIGHTS: Final = frozenset({"adapter_model.safetensors", "adapter_model.bin", "lokr_weights.safetensors"})
 _BESIDE_WEIGHTS: Final = frozenset(
     {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
-    | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors"}
+    | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors", "training_options.toml"}
 )
 """Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 

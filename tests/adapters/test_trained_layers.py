@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 @pytest.fixture
 def trained(checkout, trainer, require_kind, tmp_path, monkeypatch):
     """Train from the command line | returns the result and the output folder."""
-    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
 
     def run(kind, *arguments, output=tmp_path / "output"):
         require_kind(kind)

@@ -234,9 +234,8 @@ def test_no_acestep(refused, tmp_path):
 def test_without_a_plugin_a_model_that_is_not_turbo_is_warned_about_before_it_is_loaded(run, model, warned):
     result = run("--model", model, *QUICK, plugin=None)
     assert result.exit_code == 0, result.output
-    lines = [
-        number for number, line in enumerate(result.output.splitlines()) if line.startswith("Warning: without a pl")
-    ]
+    output = result.output.splitlines()
+    lines = [number for number, line in enumerate(output) if line.startswith("Warning: without a plugin")]
     assert len(lines) == (warned is not None)
     if warned is not None:
         assert warned in result.output and "add --plugin sidestep." in result.output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from sidestep_plugin import Refusal
-from sidestep_plugin.cli import cli
+from sidestep_plugin.cli import cli, quiet
 from sidestep_plugin.resuming import checkpoints
 from sidestep_plugin.resuming.checkpoints import STATE_FILE, newest_checkpoint, read_checkpoint
 
@@ -23,7 +22,7 @@ QUICK = ("--batch-size", 2, "--save-every", 1, "--rank", 4, "--alpha", 8, "--dev
 def run(checkout, trainer, tmp_path, monkeypatch):
     """Run ``acestep-train`` in this process: ``run("--epochs", 2)``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["sidestep_plugin.cli.train"], "quiet_upstream", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_upstream", lambda: None)
     places = {"acestep-root": checkout.root, "checkpoint-dir": checkout.checkpoints, "dataset-dir": checkout.tensors}
 
     def invoke(*arguments, plugin="sidestep"):
@@ -197,3 +196,23 @@ def test_a_finished_training_without_checkpoints_says_so(run):
     assert run("--epochs", 2, "--save-every", 5).exit_code == 0
     result = run("--epochs", 3, "--resume-from", "latest")
     assert result.exit_code == 2 and "is finished and left no checkpoint to resume from" in result.stderr
+
+
+def test_a_checkpoint_whose_state_found_no_room_is_none(run, tmp_path, monkeypatch):
+    """Upstream's own state in it would pass for a checkpoint that upstream alone made, and be resumed otherwise."""
+    from sidestep_plugin.hooks import resume_training
+
+    real, calls = resume_training.write_resume_state, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(resume_training, "write_resume_state", full)
+    result = run("--epochs", 2)
+    assert result.exit_code == 0 and "no training can be resumed from" in result.output, result.output
+    second = next((tmp_path / "output" / "checkpoints").glob("epoch_2*"))
+    assert list(second.rglob("*.safetensors")) and not (second / checkpoints.UPSTREAMS_FILE).exists()
+    assert newest_checkpoint(tmp_path / "output")[0].name.startswith("epoch_1")
