@@ -100,7 +100,7 @@ class Registry:
             except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"Plugin {name!r} ({plugin.distribution} {plugin.version}) could not be imported: "
-                    f"{type(error).__name__}: {error}. Reinstall {plugin.distribution}, or name another plugin."
+                    f"{type(error).__name__}: {error}. Leave the plugin out, or reinstall {plugin.distribution}."
                 ) from error
             registry.register(loaded, name)
         return registry
