@@ -27,12 +27,12 @@ GROUP = "acestep.plugins"
 """Entry-point group under which distributions offer plugins."""
 
 TRACE: Final = "ACESTEP_TRACE_HOOKS"
-"""Environment variable that has every call of a hook written to standard error."""
+"""Environment variable that writes every hook call to standard error."""
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A plugin that some installed distribution offers. Nothing of it has been imported."""
+    """A plugin of some installed distribution. Nothing of it has been imported."""
 
     name: str
     distribution: str
@@ -42,7 +42,7 @@ class Installed:
 
 
 def installed_plugins() -> list[Installed]:
-    """Every plugin on offer, sorted by name and distribution."""
+    """Every installed plugin, sorted by name and distribution."""
     import importlib.metadata  # slow to import, and not needed by every command
 
     found = {
@@ -77,8 +77,8 @@ class Registry:
 
         Args:
             names: names of installed plugins.
-            wins: of two that implement an exclusive hook, the one that is asked.
-            later: names under which plugin objects will be registered besides.
+            wins: the plugin to ask when two implement an exclusive hook.
+            later: names under which plugin objects will be registered as well.
 
         Raises:
             PluginError: a name is not installed or offered twice, its code cannot be imported, it misspells a hook or
@@ -90,7 +90,7 @@ class Registry:
         if wins is not None and wins not in (*names, *later):
             raise PluginError(
                 f"--wins {wins}: no plugin of that name takes part ({', '.join(names) or 'none does'}). "
-                "Name it with --plugin, too, or leave --wins out."
+                "Name it with --plugin as well, or leave --wins out."
             )
         for name in names:
             plugin = _find(name)
@@ -100,7 +100,7 @@ class Registry:
             except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"Plugin {name!r} ({plugin.distribution} {plugin.version}) could not be imported: "
-                    f"{type(error).__name__}: {error}. Mend or reinstall {plugin.distribution}."
+                    f"{type(error).__name__}: {error}. Leave the plugin out, or reinstall {plugin.distribution}."
                 ) from error
             registry.register(loaded, name)
         return registry
@@ -135,8 +135,8 @@ class Registry:
                 self._manager.unregister(name=name)
                 rival = rivals.pop()
                 raise PluginError(
-                    f"Plugins {rival!r} and {name!r} both implement {hook}, which only one can do. Name only one of "
-                    f"them, or say which one does it: --wins {rival} or --wins {name}."
+                    f"Plugins {rival!r} and {name!r} both implement {hook}, which only one plugin can. Name only one "
+                    f"of them, or choose one: --wins {rival} or --wins {name}."
                 )
         if not hooks:
             self._manager.unregister(name=name)
@@ -150,7 +150,7 @@ class Registry:
         return sorted({caller.name for caller in callers})
 
     def callers(self, hook: str) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        """Plugin names with a caller each for one hook, in the order in which the plugins were named."""
+        """Each plugin's name and its caller for one hook, in the order in which the plugins were named."""
         if hook not in self._callers:
             plugins = [(name, self._manager.get_plugin(name)) for name, _ in self._manager.list_name_plugin()]
             implementing = [
@@ -171,11 +171,11 @@ class Registry:
         return bool(self._hook(hook).get_hookimpls())
 
     def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
-        """Ask every plugin in turn and return what each said, with its name. None is left out.
+        """Call a hook of every plugin in turn and return the answers with the plugins' names. None is left out.
 
         Raises:
-            Refusal: as a plugin raised it.
-            PluginError: any other exception of a plugin, with the plugin's and the hook's name.
+            Refusal: a plugin raised it.
+            PluginError: a plugin raised anything else, or called sys.exit(); names the plugin and the hook.
         """
         answers: list[tuple[str, Any]] = []
         for name, caller in self.callers(hook):
@@ -187,7 +187,7 @@ class Registry:
         return answers
 
     def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
-        """Ask one plugin; see :meth:`call`."""
+        """Call a hook of one plugin; see :meth:`call`."""
         try:
             answer = caller(**arguments)
         except Refusal:
@@ -226,13 +226,13 @@ class Registry:
         return resolve_options(self.declared_options(), given)
 
     def options_in(self, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-        """Options that environment variables say, ``PLUGIN_OPTION`` in capitals, as in ``SIDESTEP_CFG_RATIO=0.1``.
+        """Options set by environment variables, ``PLUGIN_OPTION`` in capitals, such as ``SIDESTEP_CFG_RATIO=0.1``.
 
         Returns:
-            values by option name as texts; and the names of variables that begin like one and are none.
+            values by option name, as texts; and the names of variables that look like options but are not.
 
         Raises:
-            Refusal: a variable is one letter or two from an option's: what somebody wanted would be left out.
+            Refusal: a variable is almost an option's: a misspelled setting would be ignored.
         """
         names = {
             f"{plugin}_{option.name}".replace("-", "_").upper(): str(option.name)
@@ -244,7 +244,7 @@ class Registry:
         unknown = sorted(key for key in environment if prefixes and key.startswith(prefixes) and key not in names)
         for key in unknown:
             if near := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
-                raise Refusal(f"The environment has {key}, which is no option. Did you mean {near[0]}?")
+                raise Refusal(f"The environment has {key}, which is not an option. Did you mean {near[0]}?")
         return values, unknown
 
     def _hook(self, hook: str) -> pluggy.HookCaller:
@@ -265,7 +265,7 @@ class Listing:
 
 
 def list_plugins() -> list[Listing]:
-    """Load every installed plugin on its own and tell what it implements, or why it failed."""
+    """Load every installed plugin on its own and list what it implements, or why it failed."""
     listings = []
     for plugin in installed_plugins():
         hooks: Sequence[str] = ()
@@ -296,7 +296,7 @@ def _find(name: str) -> Installed:
 
 
 def described(value: Any) -> str:
-    """What a value is, without its contents: reading a tensor on a GPU would wait for it."""
+    """Describe a value without its contents: reading a tensor on a GPU would wait for it."""
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     shape = getattr(value, "shape", None)

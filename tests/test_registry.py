@@ -347,11 +347,18 @@ def test_a_refusal_passes_through_as_it_is():
     assert raised.value is refusal
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_passes_through(error):
+def test_an_interruption_passes_through():
     loaded = Registry()
-    loaded.register(raising(error()), "p")
-    with pytest.raises(error):
+    loaded.register(raising(KeyboardInterrupt()), "p")
+    with pytest.raises(KeyboardInterrupt):
+        loaded.call("acestep_run_started", run=None)
+
+
+def test_a_plugin_that_exits_is_named():
+    """Passed on, it would end the training with exit code 0 and without an adapter."""
+    loaded = Registry()
+    loaded.register(raising(SystemExit(0)), "p")
+    with pytest.raises(PluginError, match="'p' failed in acestep_run_started: SystemExit: 0"):
         loaded.call("acestep_run_started", run=None)
 
 
