@@ -33,7 +33,8 @@ def options() -> list[click.Option]:
         click.Option(
             ["--export"],
             type=click.Choice(["comfyui"]),
-            help="Also save a copy of every adapter that works in this program at full strength.",
+            metavar="PROGRAM",
+            help="Also save a copy of every adapter for this program: comfyui.",
         ),
     ]
 

@@ -33,7 +33,7 @@ def options() -> list[click.Option]:
             metavar="KIND",
             default="auto",
             show_default=True,
-            help="turbo, base or sft; auto: from config.json and the folder's name.",
+            help="turbo, base or sft; auto: config.json and folder name.",
         ),
         click.Option(
             ["--timestep-mode"],
@@ -41,7 +41,7 @@ def options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="MODE",
-            help="auto (timesteps as the model was trained), discrete or continuous.",
+            help="auto (as the model was trained), discrete or continuous.",
         ),
         click.Option(
             ["--cfg-ratio"],

@@ -18,7 +18,9 @@ from sidestep_plugin import run
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
 
-RECEIVED = {name: getattr(run, name) for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint")}
+RECEIVED = {
+    name: getattr(run, name) for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint", "MemoryPlan")
+}
 """What hooks receive or return."""
 
 EXPORTED = {
