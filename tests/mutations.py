@@ -224,6 +224,48 @@ MUTATIONS = [
         "        if False:",
         "tests/resuming/test_resume.py::test_whatever_is_cut_off_or_missing_is_refused",
     ),
+    Mutation(
+        "the layers that a LoKr adapts kept in bf16",
+        "hooks/memory.py",
+        " and id(module) not in adapted:",
+        ":",
+        "tests/hooks/test_memory.py::test_a_lokr_is_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "norms kept in bf16, too",
+        "hooks/memory.py",
+        "isinstance(module, cast_by_autocast) and",
+        "",
+        "tests/hooks/test_memory.py::test_a_lora_is_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "a fork that drops conditions by itself goes unnoticed",
+        "sidestep_plugin/trainer/seams.py",
+        "if _DROPOUT.fullmatch(name):",
+        "if name == '':",
+        "tests/trainer/test_decoder_check.py",
+    ),
+    Mutation(
+        "a batch that is changed behind the hooks goes unnoticed",
+        "sidestep_plugin/trainer/decoder_check.py",
+        'hasattr(handed, "shape") and not _same(handed, given[name])',
+        "handed is given",
+        "tests/trainer/test_decoder_check.py",
+    ),
+    Mutation(
+        "a plugin that only looks is handed the loss itself",
+        "sidestep_plugin/trainer/wrappers/step.py",
+        "loss=loss.detach().clone()",
+        "loss=loss",
+        "tests/trainer/test_decoder_check.py",
+    ),
+    Mutation(
+        "two trainings in one output folder",
+        "sidestep_plugin/resuming/lock.py",
+        "            raise BlockingIOError from error\n",
+        "            return\n",
+        "tests/resuming/test_lock.py",
+    ),
 ]
 
 
