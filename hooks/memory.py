@@ -34,8 +34,9 @@ def options() -> list[click.Option]:
             type=click.Choice(["auto", "bf16", "fp32"]),
             default="auto",
             show_default=True,
-            help="Type of the base model's weights while training. auto: bf16 where the adapter stays the same bit for "
-            "bit, at half the memory. bf16: the same, or stop. fp32: as ACE-Step does.",
+            metavar="TYPE",
+            help="Type of the base model's weights while training: auto (bf16, at half the memory, where the adapter "
+            "stays the same bit for bit), bf16 (the same, or stop) or fp32 (as ACE-Step does).",
         ),
     ]
 

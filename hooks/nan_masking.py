@@ -29,8 +29,7 @@ def options() -> list[click.Option]:
             ["--mask-nan"],
             is_flag=True,
             default=False,
-            help="Set NaN and infinity to zero in rows that a song's mask hides, for this training only. The files "
-            "stay as they are.",
+            help="Zero NaN and infinity where a song's mask hides them. Files are unchanged.",
         )
     ]
 
