@@ -28,7 +28,7 @@ all:
 
 # The tests on a real ACE-Step checkout: just checkout ~/ACE-Step-1.5
 checkout DIR:
-    {{python}} -m pytest --acestep-root {{DIR}}
+    {{python}} -m pytest --acestep-root={{DIR}}
 
 # Lint, format, types, import contracts
 lint:

@@ -130,7 +130,7 @@ def _statements(treatment: Treatment, options: Mapping[str, Any], sampler: str |
         lines.append(f"Timesteps: {law} (the model's own training law)")
     else:
         values = ", ".join(f"{t:.3g}" for t in treatment.schedule)
-        source = "upstream's own sampler" if treatment.is_upstreams_own else "the schedule of shift 1"
+        source = "ACE-Step's own sampler" if treatment.is_upstreams_own else "the schedule of shift 1"
         lines.append(f"Timesteps: discrete, uniform over {values} ({source})")
     if treatment.cfg_ratio > 0.0:
         lines.append(f"Condition dropout: {100 * treatment.cfg_ratio:.4g} % of the rows, in training only")

@@ -76,7 +76,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
         if other := _differences(MUST_BE_EQUAL, checkpoint.facts, now):
             raise Refusal(
                 f"{checkpoint.folder} is a checkpoint of another training: {'; '.join(other)}. Resume with the "
-                "settings that it was made with, or train anew without --resume-from."
+                "settings that it was made with, or start again without --resume-from."
             )
         lines += [
             f"Note: changed since the checkpoint: {what}" for what in _differences(MAY_CHANGE, checkpoint.facts, now)
@@ -91,7 +91,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     if _changed("batch_size", checkpoint, run):
         # Another number of steps per epoch: a position within one means nothing any more.
         if point.steps:
-            lines.append(f"Note: the batch size changed, so epoch {point.epochs + 1} begins anew.")
+            lines.append(f"Note: the batch size changed, so epoch {point.epochs + 1} starts over.")
         nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
         point = dataclasses.replace(point, steps=0, **nothing)
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
@@ -104,7 +104,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
             "Note: the checkpoint has no random states, so the result will differ from a training without a stop."
         )
     if point.optimizer is None:
-        lines.append("Note: the checkpoint has no optimizer state, so the optimizer begins anew.")
+        lines.append("Note: the checkpoint has no optimizer state, so the optimizer starts from scratch.")
     if point.losses is None:
         lines.append("Note: the losses so far were not recorded, so the curves show zeros for them.")
     return dataclasses.replace(point, lines=tuple(lines))
@@ -120,7 +120,7 @@ def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
 def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Facts that both have and that differ, in words."""
     return [
-        f"its {words} was {then[name]}, here it is {now[name]}"
+        f"{words} (was {then[name]}, now {now[name]})"
         for name, words in names.items()
         if name in then and name in now and then[name] is not None and then[name] != now[name]
     ]

@@ -1,4 +1,4 @@
-"""Where the tests find ACE-Step: the miniature, or a real checkout with ``pytest --acestep-root DIR``.
+"""Where the tests find ACE-Step: the miniature, or a real checkout with ``pytest --acestep-root=DIR``.
 
 The same tests run against both. Where the two disagree, the miniature is wrong.
 """
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if item.get_closest_marker("upstream"):
-            item.add_marker(pytest.mark.skip(reason="needs a real checkout: pytest --acestep-root DIR"))
+            item.add_marker(pytest.mark.skip(reason="needs a real checkout: pytest --acestep-root=DIR"))
 
 
 @dataclass(frozen=True)

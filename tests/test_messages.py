@@ -21,7 +21,7 @@ TO_DO = re.compile(
     r"\b([Ee]xpected|Choose|Say|Name|Put|Copy|Download|Use|[Ii]nstall|Installed|Uninstall|Delete|Leave|Preprocess"
     r"|Resume|Train|Start|Lower|Correct|Take|Make|Call|Undo|Mend|Return|Type|Complete|Save|Did you mean"
     r"|Give|Remove|[Rr]estore|Keep|return new"
-    r"|[Tt]rain anew|begins? anew|Known hooks|Upstream's own error|Lower|name it|Mark|Stopped|a newer version|Try)\b"
+    r"|Known hooks|ACE-Step's own error|Lower|name it|Mark|Stopped|a newer version|Try)\b"
 )
 # What the system or somebody else's code says is put into these, and says enough.
 SPEAKS_FOR_ITSELF = re.compile(

@@ -35,11 +35,11 @@ def test_every_other_command_has_a_test():
         for kind, block in BLOCKS[2:]
         if kind == "text"
         for line in block.splitlines()
-        if line and not line.startswith(("Model: ", "Timesteps: ", "Condition dropout: ", "To generate: "))
+        if line and not line.startswith(("Model: ", "Timesteps: ", "Condition dropout: ", "To generate: ", "Warning: "))
     }
     assert commands == {
         "pip install PATH/TO/THIS/CLONE",  # .ci/run, with this clone's path and the pinned torch: the first command
-        "acestep-train --plugin sidestep",  # cli/test_guided.py
+        "acestep-train",  # cli/test_help.py, cli/test_guided.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
         # test_docs.py
         "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
@@ -84,6 +84,22 @@ def test_training_from_the_checkouts_folder(checkout, tmp_path):
     assert facts["model_name"] == "acestep-v15-base"
 
 
+def test_the_warning_without_a_plugin(tmp_path):
+    from sidestep_plugin import miniature
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.trainer.launch import upstreams_timesteps
+
+    built = miniature.build(tmp_path, models=["acestep-v15-base", "acestep-v15-turbo"], songs=0)
+    shown = next(block.strip() for kind, block in BLOCKS if block.startswith("Warning: "))
+    assert upstreams_timesteps(ModelFacts.from_folder(built.checkpoints / "acestep-v15-base")) == shown
+    assert upstreams_timesteps(ModelFacts.from_folder(built.checkpoints / "acestep-v15-turbo")) is None
+
+
+@pytest.mark.parametrize("page", ["docs/settings.md", "docs/memory.md", "docs/guided.md"])
+def test_pages_that_a_reader_needs_are_linked(page):
+    assert f"]({page})" in README.replace("\n", " ")
+
+
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 
@@ -116,7 +132,9 @@ def test_the_tests_take_a_checkout(tmp_path):
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, models=[], songs=0)
-    line = [sys.executable, "-m", "pytest", "--acestep-root", built.root, "-q", "tests/trainer/test_seams.py"]
+    # A real checkout has settings of its own for pytest, which must not be taken for these tests'.
+    (built.root / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--nothing-like-it'\n", "utf-8")
+    line = [sys.executable, "-m", "pytest", f"--acestep-root={built.root}", "-q", "tests/trainer/test_seams.py"]
     done = subprocess.run([*line, "-k", "the_checkout_fits"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 

@@ -79,8 +79,10 @@ def _not_one(folder: Path, found: list[Path]) -> Refusal:
     )
     if below:
         names = ", ".join(str(place) for place in below[:5]) + (", ..." if len(below) > 5 else "")
+        if len(below) == 1:
+            return Refusal(f"{folder} is not an adapter itself but contains one: {names}. Name that folder.")
         return Refusal(
-            f"{folder} is not an adapter, but has {len(below)} in its subfolders: {names}. Name one of them."
+            f"{folder} is not an adapter itself but contains {len(below)}: {names}. Name one of these folders."
         )
     pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
     if pickles:

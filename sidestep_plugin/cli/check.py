@@ -33,7 +33,8 @@ def check(
     """Check whether a checkout's trainer fits, without training anything.
 
     It imports the trainer and looks for every name that the plugins attach to: whether it is there, and whether the
-    trainer uses it. The exit code is 0 if the trainer is compatible and a model is there, and 1 if not.
+    trainer uses it. The exit code is 0 if every kind of adapter that is checked can be
+    trained and a model is there, and 1 if not.
     """
     import dataclasses
     import logging

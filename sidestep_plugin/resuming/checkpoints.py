@@ -230,7 +230,7 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     if finished_epochs(output) is not None:
         raise Refusal(
             f"The training in {output} is finished and left no checkpoint to resume from. Choose another --output-dir, "
-            "or train anew with --overwrite."
+            "or train again with --overwrite."
         )
     if any(checkpoints_in(output / ASIDE)):
         notes.append(f"Note: {output / ASIDE} holds those of the training that --overwrite replaced.")

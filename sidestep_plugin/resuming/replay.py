@@ -76,7 +76,7 @@ class Replay:
         if scheduler is None:
             raise Refusal(
                 "This version of ACE-Step creates its optimizer in an unknown way, so nothing can be resumed in it. "
-                "Train anew, or use upstream's main version."
+                "Start again without --resume-from, or use ACE-Step's main version."
             )
         self._checked = True
 

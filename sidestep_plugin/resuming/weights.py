@@ -21,7 +21,10 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
     decoder = module.model.decoder
     decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
     if not hasattr(decoder, "peft_config"):
-        raise Refusal("This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Train anew.")
+        raise Refusal(
+            "This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Start again without "
+            "--resume-from."
+        )
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(decoder, save_embedding_layers=False))
@@ -56,7 +59,7 @@ def put_weights(run: Run, point: ResumePoint) -> None:
         if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
             raise Refusal(
                 f"After loading the checkpoint, the adapter's tensor {name} differs from it. "
-                "Resume from another checkpoint, or train anew."
+                "Resume from another checkpoint, or start again without it."
             )
 
 

@@ -62,13 +62,13 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
     if not folder.is_dir():
-        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from upstream's preprocessing.")
+        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
     missing: list[str] = []
     outside: list[str] = []
     files = list(_song_files(folder, missing, outside))
     if not files and not outside:
         found = _instead_of_songs(folder, missing)
-        raise Refusal(f"No songs in {folder}: expected .pt files from upstream's preprocessing{found}.")
+        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
     widths: dict[int, list[str]] = {}
     channels = frames = 0

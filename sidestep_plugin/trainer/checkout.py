@@ -65,7 +65,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     except Exception as error:  # upstream's code may raise anything at import
         missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
         raise UpstreamMismatch(
-            f"{TRAINER} cannot be imported. Upstream's own error: {type(error).__name__}: {error}. "
+            f"{TRAINER} cannot be imported. ACE-Step's own error: {type(error).__name__}: {error}. "
             + (
                 "Use the Python environment in which ACE-Step runs, or install its requirements there."
                 if missing

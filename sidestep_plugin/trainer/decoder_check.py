@@ -72,7 +72,7 @@ def check_decoder_input(step: Step, batch: Mapping[str, Any], calls: list[Given]
                 raise UpstreamMismatch(
                     f"{type(step.module).__name__}.training_step changes {name} on its way to the decoder, so what "
                     "the plugins decided would not hold (conditions might be dropped twice). Stopped before the "
-                    "optimizer changed anything. Use upstream's main version of ACE-Step."
+                    "optimizer changed anything. Use ACE-Step's main version."
                 )
 
 
@@ -80,7 +80,7 @@ def unused(module: Any, what: str) -> UpstreamMismatch:
     """The error of a step in which the plugin's timesteps had no effect."""
     return UpstreamMismatch(
         f"{type(module).__name__}.training_step {what}: the plugin's timesteps were not used. Stopped before the "
-        "optimizer changed anything. Use upstream's main version of ACE-Step."
+        "optimizer changed anything. Use ACE-Step's main version."
     )
 
 

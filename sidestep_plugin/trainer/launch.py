@@ -373,7 +373,7 @@ def _attach(
     try:
         songs = _songs_upstream_sees(upstream.module, dataset)
         for name in dataset.missing:
-            say(f"Note: manifest.json names {name}, which is not there; upstream leaves it out.")
+            say(f"Note: manifest.json names {name}, which is not there; ACE-Step leaves it out.")
         # The first versions of upstream's trainer never seed, later ones seed again with the same number.
         torch.manual_seed(config.seed)
         trainer = upstream.trainer_class(handler, upstream.adapter_config, config)

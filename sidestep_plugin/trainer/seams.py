@@ -126,7 +126,7 @@ def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str],
         if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
             raise UpstreamMismatch(
                 f"This version of ACE-Step is not compatible ({seam.name}): {seam.reason}. Nothing was changed. "
-                "Use upstream's main version of ACE-Step; acestep-train check shows whether a version is compatible."
+                "Use ACE-Step's main version; acestep-train check shows whether a version is compatible."
             )
 
 
@@ -163,7 +163,7 @@ def sampler_problem(trainer: Any, module_class: str) -> str | None:
         except TypeError:
             return (
                 f"{module_class}.training_step calls it as {ast.unparse(call)}, but it takes "
-                f"{_signature_text(sampler)}: an error of upstream's own, training fails without the plugin too"
+                f"{_signature_text(sampler)}: an error of ACE-Step's own: training fails without the plugin too"
             )
     return None
 

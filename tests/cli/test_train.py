@@ -563,7 +563,7 @@ def test_resume_from_latest(run, require_kind, tmp_path, kind):
     )
     assert result.exit_code == 0, result.output
     assert re.search(r"Resuming from .*epoch_2.*: the adapter's weights, optimizer, learning rate", result.output)
-    assert "Note: changed since the checkpoint: its epochs was 2, here it is 4" in result.output
+    assert "Note: changed since the checkpoint: epochs (was 2, now 4)" in result.output
     assert re.search(
         r"Resumed: (\d+) of \1 tensors of the adapter, after epoch 2, 6 training steps done", result.output
     )
@@ -576,7 +576,7 @@ def test_resuming_with_another_rank_is_refused_before_training(run, tmp_path):
     assert run("--model", "base", *QUICK).exit_code == 0
     result = run("--model", "base", *QUICK[:-4], "--rank", "2", "--resume-from", "latest")
     assert result.exit_code == 2
-    assert "its rank was 4, here it is 2; its alpha was 8" in result.stderr
+    assert "rank (was 4, now 2); alpha (was 8" in result.stderr
 
 
 # -- bad days --------------------------------------------------------------------------------------------------------

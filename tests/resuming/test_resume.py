@@ -213,7 +213,7 @@ def test_a_finished_training_can_be_made_longer(job):
     job("short", max_epochs=3)
     longer = job("longer", max_epochs=6, resume_from=checkpoint_of(job.output / "short", 3))
     assert not same(longer, load_file(next((job.output / "short" / "final").glob("**/*.safetensors"))))
-    assert any("epochs was 3, here it is 6" in line for line in job.said)
+    assert any("epochs (was 3, now 6)" in line for line in job.said)
     assert any("learning rate follows the settings of this run" in line for line in job.said)
 
 
@@ -223,7 +223,7 @@ def test_a_smaller_batch_after_the_memory_was_not_enough(job):
     final = job("stopped", batch_size=1, max_epochs=3, resume_from=job.output / "stopped" / "interrupted")
     assert final
     said = "\n".join(job.said)
-    assert "its batch size was 2, here it is 1" in said and "epoch 2 begins anew" in said
+    assert "batch size (was 2, now 1)" in said and "epoch 2 starts over" in said
     assert "of the adapter, after epoch 1, 6 training steps done" in said
     assert "Epoch 2/3" in said and "Epoch 1/3" not in said
 
@@ -233,7 +233,7 @@ def test_another_weight_decay_is_used_and_not_only_told(job):
     shutil.copytree(job.output / "stopped", job.output / "other")
     kept = job("stopped", resume_from=job.output / "stopped" / "interrupted")
     changed = job("other", weight_decay=50.0, resume_from=job.output / "other" / "interrupted")
-    assert any("weight decay was 0.01, here it is 50.0" in line for line in job.said)
+    assert any("weight decay (was 0.01, now 50.0)" in line for line in job.said)
     assert not same(kept, changed)
 
 
@@ -379,7 +379,7 @@ def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": "sft"}, "its model was acestep-v15-base, here it is acestep-v15-sft"),
+        ({"model": "sft"}, "model (was acestep-v15-base, now acestep-v15-sft)"),
         ({"max_epochs": 2}, "saved later than that (after epoch 3), and 2 epochs were asked for"),
     ],
 )
@@ -395,7 +395,7 @@ def test_a_lora_does_not_go_on_as_a_lokr(job):
     job("whole", "lokr", max_epochs=3)
     with pytest.raises(AssertionError):
         job("resumed", "lora", resume_from=checkpoint_of(job.output / "whole", 3))
-    assert "its adapter type was lokr, here it is lora" in job.said[-1]
+    assert "adapter type (was lokr, now lora)" in job.said[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -100,7 +100,7 @@ def test_a_sampler_that_is_never_called_does_not_fit(trainer_with):
 def test_a_call_that_disagrees_with_the_signature_is_upstreams_own_error(trainer_with):
     status, reason = misfits(trainer_with(call="sample_discrete_timestep(2, 'cpu', 3)"))["sample_discrete_timestep"]
     assert status == "wrong shape"
-    assert "calls it as sample_discrete_timestep(2, 'cpu', 3)" in reason and "an error of upstream's own" in reason
+    assert "calls it as sample_discrete_timestep(2, 'cpu', 3)" in reason and "an error of ACE-Step's own" in reason
 
 
 def test_an_unknown_signature_does_not_fit(trainer_with):
@@ -122,7 +122,7 @@ def test_the_checkout_fits(trainer, kinds):
 
 def test_attach_names_the_seam_and_what_to_do(trainer_with):
     with pytest.raises(
-        UpstreamMismatch, match=r"not compatible \(sample_discrete_timestep\).*never calls it.*Use upstream"
+        UpstreamMismatch, match=r"not compatible \(sample_discrete_timestep\).*never calls it.*Use ACE-Step"
     ):
         attach(trainer_with(call="t = 0.5"))
 
@@ -164,4 +164,4 @@ def test_a_trainer_that_cannot_be_imported_shows_upstreams_own_error(tmp_path, c
         "except UpstreamMismatch as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "cannot be imported. Upstream's own error" in done.stdout and expected in done.stdout
+    assert "cannot be imported. ACE-Step's own error" in done.stdout and expected in done.stdout
