@@ -35,8 +35,7 @@ def options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help="Type of the base model's weights while training: auto (bf16, at half the memory, where the adapter "
-            "stays the same bit for bit), bf16 (the same, or stop) or fp32 (as ACE-Step does).",
+            help="Type of the base model's weights: auto, bf16 or fp32.",
         ),
     ]
 
