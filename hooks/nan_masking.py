@@ -29,7 +29,7 @@ def options() -> list[click.Option]:
             ["--mask-nan"],
             is_flag=True,
             default=False,
-            help="Zero NaN and infinity where a song's mask hides them. Files are unchanged.",
+            help="Zero NaN and infinity where a song's mask hides them.",
         )
     ]
 
