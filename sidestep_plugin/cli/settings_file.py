@@ -43,7 +43,11 @@ class SettingsFile:
         """Read a file. Raises Refusal when it is not there or is not TOML."""
         import tomllib
 
+        from sidestep_plugin.files import not_a_file
+
         file = Path(name)
+        if file.exists() and (problem := not_a_file(file)):
+            raise Refusal(f"Cannot read {file}: it {problem}. Expected a settings file.")
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:

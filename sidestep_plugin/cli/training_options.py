@@ -122,7 +122,7 @@ def adapter_and_training_options(
         told = f"default: {own[name]}" if name in own else f"ACE-Step's default: {UPSTREAMS_DEFAULTS[name]}"
         return click.option(flag, type=kind, metavar=metavar, help=f"{text}  [{told}]")
 
-    positive = WholeNumber(min=1)
+    positive = WholeNumber(1, 10**9)
     options = (
         plugin_option(plugin),
         WINS,
@@ -144,11 +144,11 @@ def adapter_and_training_options(
         setting("--warmup-steps", WholeNumber(min=0), "N", "Optimizer steps of warm-up."),
         setting("--weight-decay", FiniteFloat(0.0), "X", "Weight decay."),
         setting("--max-grad-norm", FiniteFloat(0.0, min_open=True), "X", "Clip gradients to this norm."),
-        setting("--seed", WholeNumber(0, 2**63 - 1), "N", "Random seed."),
+        setting("--seed", WholeNumber(0, 2**32 - 1), "N", "Random seed."),
         setting("--save-every", positive, "N", "Epochs between checkpoints."),
         setting("--val-split", FiniteFloat(0.0, 1.0, max_open=True), "X", "Share of the songs to validate on."),
         click.option(
-            "--num-workers", type=WholeNumber(min=0), metavar="N", help="Processes that load songs.  [default: 0]"
+            "--num-workers", type=WholeNumber(0, 256), metavar="N", help="Processes that load songs.  [default: 0]"
         ),
         setting("--log-every", positive, "N", "Optimizer steps between log entries."),
         click.option("--debug", is_flag=True, help="Show all logs, and where an error came from."),

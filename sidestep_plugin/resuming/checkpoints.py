@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.facts import read_training_config
 from ..adapters.weights_file import read_weights_file
 from ..errors import Refusal
-from ..files import read_json_object, replacing
+from ..files import not_a_file, read_json_object, replacing
 from ..run import ResumePoint
+from .random_states import are_random_states
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     files = state.get("files", {})
     for name, expected in files.items() if isinstance(files, dict) else ():
+        name = str(name)
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
         try:
@@ -179,8 +181,7 @@ def _wrong_in(point: ResumePoint) -> str:
         return isinstance(value, list) and all(entry is None or isinstance(entry, torch.Tensor) for entry in value)
 
     def states(value: Any) -> bool:
-        state = value.get("torch") if isinstance(value, dict) else None
-        return isinstance(state, torch.Tensor) and state.shape == torch.get_rng_state().shape
+        return isinstance(value, dict) and are_random_states(value)
 
     def state_dict(value: Any) -> bool:
         return isinstance(value, dict) and isinstance(value.get("state"), dict) and "param_groups" in value
@@ -261,6 +262,8 @@ def finished_epochs(output: Path) -> int | None:
 
 
 def _began(output: Path) -> float:
+    if not_a_file(output / BEGAN):
+        return 0.0
     try:
         return float((output / BEGAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):

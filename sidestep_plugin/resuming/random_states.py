@@ -39,6 +39,28 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
+def are_random_states(states: Mapping[str, Any]) -> bool:
+    """Whether values that were read from a file have the form of :func:`random_states`."""
+    import torch
+
+    def is_list(value: Any, length: int) -> bool:
+        return isinstance(value, list | tuple) and len(value) >= length
+
+    version, keys, _ = random.getstate()
+    ours: Any = states.get("torch")
+    pythons: Any = states.get("python")
+    numpys: Any = states.get("numpy")
+    now = torch.get_rng_state()
+    return (
+        isinstance(ours, torch.Tensor)
+        and (ours.shape, ours.dtype) == (now.shape, now.dtype)
+        and (
+            "python" not in states or (is_list(pythons, 3) and pythons[0] == version and is_list(pythons[1], len(keys)))
+        )
+        and ("numpy" not in states or (is_list(numpys, 2) and is_list(numpys[1], 1)))
+    )
+
+
 def _of_device(device: torch.device, function: str, *state: torch.Tensor) -> Any:
     import torch
 

@@ -111,9 +111,13 @@ class Replay:
 
         point, trained = self.point, trained_tensors(scheduler)
         for values in (point.parameters, point.gradients):
-            if values is not None and [weight.shape for weight in trained] != [
-                weight.shape if value is None else value.shape for weight, value in zip(trained, values, strict=False)
-            ]:
+            if values is not None and (
+                len(values) != len(trained)
+                or any(
+                    value is not None and value.shape != weight.shape
+                    for weight, value in zip(trained, values, strict=True)
+                )
+            ):
                 raise Refusal(
                     "The checkpoint does not fit this adapter: other tensors were trained in it than are trained here. "
                     "Resume with the settings that it was made with."

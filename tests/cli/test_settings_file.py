@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 
 import pytest
@@ -153,3 +154,16 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, text, says):
 def test_a_file_that_is_not_there(tmp_path):
     done = CliRunner().invoke(cli, ["--config", str(tmp_path / "gone.toml")])
     assert done.exit_code == 2 and "gone.toml: No such file" in done.stderr.replace("or directory", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    done = CliRunner().invoke(cli, ["--config", str(tmp_path / "pipe.toml")])
+    assert done.exit_code == 2 and "it is a named pipe, not a file" in done.stderr
+
+
+@pytest.mark.parametrize("line", ["--seed=4294967296", "--num-workers=1000000", "--batch-size=99999999999999999999"])
+def test_numbers_that_nothing_can_use_are_refused_before_anything_is_loaded(line):
+    done = CliRunner().invoke(cli, [line])
+    assert done.exit_code == 2 and "is not in the range" in done.stderr

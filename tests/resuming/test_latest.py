@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -108,6 +109,41 @@ def test_a_state_that_nothing_can_be_made_of_is_skipped(run, tmp_path):
     result = run("--epochs", 3, "--resume-from", "latest")
     assert resumed_from(result) == "epoch_1"
     assert "Note: skipped epoch_3" in result.output and "is not complete: what was saved" in result.output
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"random": {"torch": torch.get_rng_state(), "python": [1, [2], None]}},
+        {"random": {"torch": torch.get_rng_state(), "numpy": ["MT19937"]}},
+        {"random": {"torch": torch.get_rng_state().float()}},
+        {"files": {5: 5}},
+    ],
+    ids=["python's state", "numpy's state", "torch's state", "files"],
+)
+def test_states_of_another_form_are_not_resumed(run, tmp_path, damage):
+    output = tmp_path / "output"
+    assert run("--epochs", 2).exit_code == 0
+    shutil.rmtree(output / "final")
+    change(state_of(output, 2), **damage)
+    assert resumed_from(run("--epochs", 3, "--resume-from", "latest")) == "epoch_1"
+
+
+def test_gradients_of_more_tensors_than_there_are_do_not_fit(run, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 2).exit_code == 0
+    shutil.rmtree(output / "final")
+    change(state_of(output, 2), gradients=[None] * 999)
+    result = run("--epochs", 3, "--resume-from", "latest")
+    assert result.exit_code != 0 and "The checkpoint does not fit this adapter" in result.output + result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_for_the_time_of_an_earlier_version_is_not_waited_for(run, tmp_path):
+    output = tmp_path / "output"
+    assert run("--epochs", 2).exit_code == 0
+    os.mkfifo(output / checkpoints.BEGAN)
+    assert newest_checkpoint(output)[0].name.startswith("epoch_2")
 
 
 # -- overwriting -----------------------------------------------------------------------------------------------------
