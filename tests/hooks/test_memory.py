@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sidestep_plugin import attach, hookimpl
+from sidestep_plugin import Refusal, attach, hookimpl
 from sidestep_plugin.run import MemoryPlan
 
 LINEAR = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
@@ -116,8 +116,23 @@ def test_an_adapter_that_is_trained_in_bf16_is_warned_about_once(trainer, train,
     assert in_bf16 or hasattr(trainer, "_ensure_trainable_params_fp32")
 
 
-def test_said_what_cannot_be_had_stops_the_run(train):
+def _noting(hosts):
+    from sidestep_plugin.trainer.host import Host
+
+    start = Host.start
+
+    def noted(host, run):
+        hosts.append(host)
+        start(host, run)
+
+    return noted
+
+
+def test_said_what_cannot_be_had_stops_the_run(trainer, train, monkeypatch):
+    handles = []
+    monkeypatch.setattr("sidestep_plugin.trainer.host.Host.start", _noting(handles))
     result = train("base", options={"frozen_weights": "bf16"})
+    assert isinstance(handles[0].refusal, Refusal), "a refusal, and not a training that failed"
     assert "--frozen-weights bf16: no frozen weight can stay in bf16" in result.messages[-1] and not result.tensors
 
 

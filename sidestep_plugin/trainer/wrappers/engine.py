@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError
+from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
 from ..current import Training, running_training
@@ -35,7 +35,11 @@ def wrap_engine(host: Host, original: Any) -> Any:
             training = running_training.get()
             if training is not None:
                 precision = signature.bind(self, *args, **kwargs).arguments.get("precision")
-                self._acestep_plans = _apply_plans(host, training, str(precision))
+                try:
+                    self._acestep_plans = _apply_plans(host, training, str(precision))
+                except Refusal as refusal:  # upstream reports it as a failure
+                    host.refusal = refusal
+                    raise
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:
