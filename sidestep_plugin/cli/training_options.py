@@ -133,7 +133,7 @@ def adapter_and_training_options(
             show_default=True,
             help="Kind of adapter.",
         ),
-        setting("--rank", positive, "N", "Size of the adapter."),
+        setting("--rank", WholeNumber(min=1), "N", "Size of the adapter."),
         setting("--alpha", positive, "N", "Its strength is alpha / rank."),
         setting("--dropout", FiniteFloat(0.0, 1.0, max_open=True), "X", "LoRA dropout, from 0 to below 1."),
         setting("--target-modules", None, "NAMES", "Layers to adapt."),
