@@ -104,6 +104,7 @@ def test_links_lead_somewhere(page, link):
     assert (ROOT / "docs" / link).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_the_recording_is_what_is_seen(checkout):
     if checkout.real:

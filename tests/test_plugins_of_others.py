@@ -70,6 +70,7 @@ def test_the_tutorials_steps_print_what_it_says(acestep_train, tmp_path):
     assert len(rows) == 2 and sum(int(row["steps"]) for row in rows) == steps > 0
 
 
+@pytest.mark.slow
 def test_the_tutorials_trace(acestep_train):
     done = acestep_train("acestep-train demo --epochs 1", ACESTEP_TRACE_HOOKS="1")
     (shown,) = [text.strip() for kind, text in BLOCKS if kind == "text" and "sample_timesteps" in text]
@@ -86,6 +87,7 @@ def test_the_tutorials_test_passes(installed):
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_samplers_are_refused_unless_the_user_says_which_one_wins(acestep_train, tmp_path):
     both = "acestep-train demo --plugin sidestep --plugin uniform-t"
     refused = acestep_train(both)

@@ -266,6 +266,7 @@ def test_what_is_said_of_the_room_on_the_disk_is_what_is_written(checkout, requi
     assert said == pytest.approx(weights.stat().st_size - read_weights_file(weights).data_start, rel=0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains_prints_the_command_that_resumes(answer_in_a_terminal, place):
     from terminal import CTRL_C
 

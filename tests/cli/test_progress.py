@@ -88,6 +88,7 @@ def test_a_training_that_somebody_looked_at_for_a_line_has_done_its_job(tmp_path
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")  # noqa: PTH110
 def test_a_full_disk_under_what_is_printed_costs_no_training(tmp_path):
     with open("/dev/full", "w") as full, demo(tmp_path, stdout=full, stderr=subprocess.PIPE) as process:  # noqa: PTH123

@@ -16,6 +16,7 @@ def printed(*words):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_lokr_trains_without_lycoris_talking(tmp_path):
     pytest.importorskip("lycoris", reason="LoKr needs lycoris-lora: pip install 'sidestep-plugin[upstream]'")
     line = ("demo", "--adapter-type", "lokr", "--dir", tmp_path / "demo", "--epochs", "1")

@@ -154,7 +154,7 @@ def test_variant_settles_and_is_reported(run):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_path, kind):
     require_kind(kind)
     if checkout.real:

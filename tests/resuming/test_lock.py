@@ -175,6 +175,7 @@ def test_without_plugins_there_is_no_file_of_ours(training, trainer, tmp_path):
             assert not (tmp_path / "output" / FILE_NAME).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills as POSIX does")
 def test_two_command_lines(checkout, tmp_path):
     """The second one changes nothing, not even what looks left over; after a kill the next one resumes."""

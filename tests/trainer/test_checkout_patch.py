@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from conftest import without_training_packages
 
 from sidestep_plugin.cli import cli
 from sidestep_plugin.errors import Refusal
@@ -167,10 +168,11 @@ def patched(tmp_path_factory):
 
 def import_in(root, code=JOB, **environment):
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUTF8": "1"} | environment
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUTF8": "1"} | environment,
+        env=without_training_packages(environment),
         capture_output=True,
         text=True,
         encoding="utf-8",

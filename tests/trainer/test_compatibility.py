@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from conftest import without_training_packages
 
 from sidestep_plugin import miniature
 from sidestep_plugin.cli import cli
@@ -25,7 +27,13 @@ def check(monkeypatch):
 def check_elsewhere(root, *arguments):
     """In a process of its own: this one has imported another checkout."""
     line = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", "check", "--acestep-root", root]
-    return subprocess.run([*map(str, line), *arguments], capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        [*map(str, line), *arguments],
+        env=without_training_packages(os.environ),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def test_a_checkout_that_fits(check, checkout, trainer):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
 import torch
-from conftest import COMMAND
+from conftest import COMMAND, without_training_packages
 
 from sidestep_plugin import UpstreamMismatch, attach, hookimpl, miniature
 from sidestep_plugin.errors import PluginError
@@ -103,7 +104,14 @@ def test_a_checkout_like_that_is_told_by_check(tmp_path):
     )
     file.write_text(text, encoding="utf-8")
     line = [*COMMAND, "check", "--acestep-root", str(root)]
-    done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(
+        line,
+        env=without_training_packages(os.environ),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
     assert done.returncode == 1, done.stderr
     assert "drops conditions by itself (apply_cfg_dropout)" in done.stdout.splitlines()[-1]
 

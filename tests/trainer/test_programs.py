@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import without_training_packages
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.miniature import build
@@ -50,7 +51,7 @@ def run(checkout):
         return subprocess.run(
             line,
             cwd=checkout,
-            env=os.environ | {"PYTHONUTF8": "1"} | environment,
+            env=without_training_packages(os.environ | {"PYTHONUTF8": "1"} | environment),
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -237,7 +238,15 @@ def test_in_a_patched_checkout_training_v2_trains_and_the_log_says_what_takes_no
     checkout_patch.apply(checkout)
     try:
         line = [sys.executable, with_training_v2.name]
-        done = subprocess.run(line, cwd=checkout, capture_output=True, text=True, encoding="utf-8", timeout=120)
+        done = subprocess.run(
+            line,
+            cwd=checkout,
+            env=without_training_packages(os.environ),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+        )
     finally:
         checkout_patch.revert(checkout)
     assert done.returncode == 0 and "trained" in done.stdout, done.stderr
