@@ -7,9 +7,12 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..files import not_a_file
+
+if TYPE_CHECKING:
+    import torch
 
 SONG_TENSORS: Final = {
     "target_latents": 2,
@@ -82,7 +85,17 @@ def _wrong_tensor(song: dict[str, Any]) -> str:
             expected = "float, int or bool" if is_mask else "float32, float16 or bfloat16"
             layout = "" if tensor.layout == torch.strided else "sparse "
             return f"{key} is {layout}{found}, expected {expected}"
+        if tensor.requires_grad:  # worker processes cannot hand such a tensor over
+            return f"{key} requires gradients, expected a tensor saved after detach()"
+        if is_mask and (odd := _not_0_or_1(tensor)) is not None:
+            return f"{key} has the value {odd:g}, expected only 0 and 1"
     return ""
+
+
+def _not_0_or_1(mask: torch.Tensor) -> float | None:
+    """The first value of a mask that is neither 0 nor 1; NaN and infinity are left to the check of all values."""
+    odd = mask[(mask != 0) & (mask != 1) & mask.isfinite()]
+    return float(odd[0]) if len(odd) else None
 
 
 def _wrong_together(song: dict[str, Any]) -> str:

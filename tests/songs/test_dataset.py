@@ -218,6 +218,15 @@ def test_a_tensor_of_other_dimensions_is_shown(key, dimensions, tmp_path):
         ),
         ({"attention_mask": torch.zeros(10)}, "attention_mask is 0 everywhere, expected 1"),
         ({"encoder_attention_mask": torch.zeros(4).bool()}, "encoder_attention_mask is 0 everywhere, expected 1"),
+        ({"attention_mask": torch.full((10,), 0.5)}, "attention_mask has the value 0.5, expected only 0 and 1"),
+        (
+            {"encoder_attention_mask": torch.tensor([1, 1, 2, 0])},
+            "encoder_attention_mask has the value 2, expected only 0 and 1",
+        ),
+        (
+            {"target_latents": torch.zeros(10, 64, requires_grad=True)},
+            "target_latents requires gradients, expected a tensor saved after detach()",
+        ),
         ({"target_latents": torch.zeros(10, 64).bool()}, "target_latents is bool, expected float32, float16"),
         ({"context_latents": torch.zeros(10, 128).char()}, "context_latents is int8, expected float32, float16"),
         ({"encoder_hidden_states": torch.zeros(4, 8).cfloat()}, "encoder_hidden_states is complex64, expected float"),
