@@ -35,6 +35,7 @@ class Journal:
         finished: whether the final adapter was saved.
         unsaved: whether the newest checkpoint could not be saved, which upstream does not know.
         ending: whether the run has stopped or failed and is being saved as it is.
+        failed: whether the newest step failed, so that the gradients that it left are unusable.
         summed_up: whether plugins were asked for their summary.
         epoch_finished: called with run, number and mean loss after the last step of every epoch that was computed.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
@@ -46,7 +47,7 @@ class Journal:
     ) -> None:
         self.device = device
         self.scheduler: Any = None
-        self.finished = self.unsaved = self.ending = self.summed_up = False
+        self.finished = self.unsaved = self.ending = self.failed = self.summed_up = False
         self.epoch_finished: Callable[[Run, int, float], None] | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
@@ -102,12 +103,8 @@ class Journal:
             for number in range(first, len(losses) // length)
         }
 
-    def here(self, run: Run, *, failed: bool = False) -> ResumePoint | None:
-        """The run's position, to be saved; None before its first step, and where too little is known of upstream.
-
-        Args:
-            failed: the newest step failed, so the gradients that it left are unusable.
-        """
+    def here(self, run: Run) -> ResumePoint | None:
+        """The run's position, to be saved; None before its first step, and where too little is known of upstream."""
         if self.scheduler is None or not len(self._losses) or self._epochs_begun == 0:
             return None
         between = self._in_epoch in (0, self._steps_per_epoch)
@@ -126,7 +123,7 @@ class Journal:
             validation=self._validation.all(),
             random=now,
             epoch_random=None if between else self._epoch_random,
-            gradients=None if failed or all(gradient is None for gradient in gradients) else gradients,
+            gradients=None if self.failed or all(gradient is None for gradient in gradients) else gradients,
             optimizer=self.scheduler.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             optimizer_class=type(self.scheduler.optimizer).__name__,

@@ -39,4 +39,5 @@ def test_warnings_about_optional_packages_are_left_out(capsys):
 
 
 def test_check_begins_with_what_was_asked(tmp_path, checkout):
-    assert printed("check", "--acestep-root", checkout.root).startswith("ACE-Step: ")
+    line = ("check", "--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints)
+    assert printed(*line).startswith("ACE-Step: ")

@@ -41,7 +41,8 @@ def epochs_in(output):
 
 
 def state_of(output, epoch):
-    (folder,) = (output / "checkpoints").glob(f"epoch_{epoch}_*")
+    # Some versions of ACE-Step write the loss into the name, too.
+    (folder,) = (place for place in (output / "checkpoints").iterdir() if re.match(rf"epoch_{epoch}(_|$)", place.name))
     return folder / STATE_FILE
 
 

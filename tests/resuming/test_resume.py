@@ -339,7 +339,7 @@ def test_a_rest_that_upstream_carries_over_is_told_once(job, trainer, monkeypatc
 
 
 def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monkeypatch):
-    """Some versions then divide by zero. What was trained until then is saved, and it is said what to change."""
+    """Some versions then divide by zero, others cannot clip them. What was trained until then is saved, and it is said what to change."""
     compute, calls = trainer.F.mse_loss, []
 
     def spoilt(*arguments):
@@ -351,11 +351,42 @@ def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monk
     try:
         job("spoilt", **settings)
     except AssertionError:
-        assert "division by zero" in job.said[-1], job.said
+        assert "division by zero" in job.said[-1] or "it cannot be clipped" in job.said[-1], job.said
         assert "The gradients were NaN or infinite. Lower --learning-rate" in job.said[-1]
         assert any("Saved as it was after 6 training steps" in line for line in job.said)
         monkeypatch.undo()
         job("spoilt", resume_from=job.output / "spoilt" / "interrupted", **settings)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_what_a_failed_backward_pass_left_is_not_resumed_from(job, trainer, kind, monkeypatch):
+    """Some tensors have their gradient of the failed step by then, others have not."""
+    compute, calls = trainer.F.mse_loss, []
+
+    class OutOfMemory(torch.autograd.Function):
+        @staticmethod
+        def forward(context, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise RuntimeError("out of memory in the backward pass")
+
+    def failing(*arguments):
+        calls.append(1)
+        loss = compute(*arguments)
+        return OutOfMemory.apply(loss) if len(calls) == 5 else loss
+
+    settings = {"gradient_accumulation_steps": 3, "save_every_n_epochs": 50}
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.F, "mse_loss", failing)
+        with pytest.raises(AssertionError):
+            job("broken", kind, **settings)
+    assert "out of memory in the backward pass" in job.said[-1]
+    interrupted = job.output / "broken" / "interrupted"
+    point = read_checkpoint(interrupted).point
+    assert point.steps_done == 5 and point.gradients is None
+    job("broken", kind, resume_from=interrupted, **settings)
 
 
 def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):

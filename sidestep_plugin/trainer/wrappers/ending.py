@@ -27,8 +27,9 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
         return []
     if failed and not journal.learned:  # the adapter is what it was at the start
         return []
+    journal.failed = failed
     module, save, checkpoint = trainer.module, *SAVE_FUNCTIONS[run.adapter_type]
-    point = journal.here(run, failed=failed)
+    point = journal.here(run)
     folder = Path(run.training_config.output_dir) / INTERRUPTED
     config = getattr(module, "lokr_config", None)
     known = {
