@@ -339,7 +339,7 @@ def test_a_rest_that_upstream_carries_over_is_told_once(job, trainer, monkeypatc
 
 
 def test_gradients_that_are_not_finite_at_the_end_of_an_epoch(job, trainer, monkeypatch):
-    """Some versions then divide by zero, others cannot clip them. What was trained until then is saved, and it is said what to change."""
+    """Some versions then divide by zero, others cannot clip them. What was trained is saved, with what to change."""
     compute, calls = trainer.F.mse_loss, []
 
     def spoilt(*arguments):
