@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..resuming.journal import Journal
     from ..resuming.lock import OutputLock
     from ..run import Run, Step
+    from .wrappers.validation import Validator
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +22,14 @@ class Training:
         run: what plugins see of it.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         journal: its progress; None if no plugin needs it.
+        validation: what evaluates songs that are held out; None without validation.
         at_end: called when the training is over, last one first, to undo what was done for it alone.
     """
 
     run: Run
     trainer: Any
     journal: Journal | None
+    validation: Validator | None = None
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 
