@@ -48,7 +48,8 @@ class Songs(click.ParamType[float]):
             number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
         except ValueError:
             number = -1.0
-        if isinstance(value, bool) or not (0.0 <= number < 1.0 or (number < 10**9 and number.is_integer())):
+        whole = number < 10**9 and number.is_integer() and not text.endswith("%")
+        if isinstance(value, bool) or not (0.0 <= number < 1.0 or (whole and number > 0.0)):
             self.fail(f"{value!r} is neither a number of songs, such as 2, nor a share, such as 0.1.", param, ctx)
         return number
 
@@ -91,6 +92,7 @@ def options() -> list[click.Option]:
 def check_validation_folder(facts: ModelFacts, options: Mapping[str, Any]) -> None:
     """Look at the songs of ``--validation-dir`` before the model is loaded, as at those that are trained on."""
     folder = options["validation_dir"]
+    _check_settings(options, None)
     if folder is not None:
         _check_folder(folder, facts, mask_nan=bool(options["mask_nan"]))
 
@@ -109,13 +111,12 @@ def acestep_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training
 @hookimpl(specname="acestep_run_started")
 def check_validation(run: Run) -> None:
     """Refuse a validation that cannot be done. On the command line this has been checked already."""
+    _check_settings(run.options, run.training_config)
     if _wanted(run.options) and run.tensor_dir is not None:
         if run.options["validation_dir"] is not None:
             facts = ModelFacts.from_model(run.model)
             _check_folder(run.options["validation_dir"], facts, mask_nan=bool(run.options["mask_nan"]))
         _validated_songs(run)
-    elif not _wanted(run.options):
-        _check_settings(run.options, run.training_config)
 
 
 def _check_settings(options: Mapping[str, Any], training_config: Any) -> None:
