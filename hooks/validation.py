@@ -11,6 +11,7 @@ to the model without adapter, never alone: overfitting shows at high t first.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,13 +19,14 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.options import WholeNumber
+from sidestep_plugin.options import SongsOrShare, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run, Validation, ValidationPlan, Verdict
 from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 from sidestep_plugin.songs.fit import check_songs
 from sidestep_plugin.songs.held_out import check_apart, choose, number_of
 from sidestep_plugin.songs.values import check_values, hash_of
 from sidestep_plugin.timesteps.grid import validation_grid
+from sidestep_plugin.timesteps.shares import save_picture
 from sidestep_plugin.variants import guidance
 
 from .model_treatment import treatment_of
@@ -37,28 +39,11 @@ _RESUMED: Final = "sidestep.validation.resumed"
 """Where a resumed run keeps the history of its checkpoint until it has a plan."""
 
 
-class Songs(click.ParamType[float]):
-    """A whole number of songs, or a share of them below 1, as in 2, 0.1 and 10%."""
-
-    name = "songs"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        try:
-            number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
-        except ValueError:
-            number = -1.0
-        whole = number < 10**9 and number.is_integer() and not text.endswith("%")
-        if isinstance(value, bool) or not (0.0 <= number < 1.0 or (whole and number > 0.0)):
-            self.fail(f"{value!r} is neither a number of songs, such as 2, nor a share, such as 0.1.", param, ctx)
-        return number
-
-
 def options() -> list[click.Option]:
     return [
         click.Option(
             ["--validate"],
-            type=Songs(),
+            type=SongsOrShare(),
             default="0",
             show_default=True,
             metavar="N",
@@ -214,7 +199,7 @@ def _announcement(history: History, cost: float) -> str:
     every = "every epoch" if history.every == 1 else f"every {history.every} epochs and after the last one"
     return (
         f"Validation: {songs} {where} ({names}), at {len(history.timesteps)} timesteps{conditions}, {every}: about "
-        f"{100 * cost:.2g} % more time"
+        f"{max(1, round(100 * cost))} % more time"
     )
 
 
@@ -296,4 +281,13 @@ def sum_up_validation(run: Run, ending: str, folder: Path) -> list[str] | None:
     history: History | None = run.state.get(_KEY)
     if history is None or not history.trained:
         return None
-    return [history.summary()] if ending != "failed" else None
+    lines = [history.summary()] if ending != "failed" else []
+    if importlib.util.find_spec("matplotlib") is not None:
+        from .validation_picture import PICTURE_NAME, picture
+
+        try:
+            save_picture(picture(history), folder / PICTURE_NAME)
+        except OSError as error:
+            return [*lines, f"Warning: no picture could be written to {folder}: {error.strerror or error}."]
+        lines = [f"{line}. Picture: {folder / PICTURE_NAME}" for line in lines]
+    return lines or None

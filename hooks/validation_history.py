@@ -152,15 +152,14 @@ class History:
         return f"Validation before the first step: loss {self.mean(0):.4f} without adapter ({at})"
 
     def _line(self, epoch: int) -> str:
-        change = self.change(epoch)
+        change, best = self.change(epoch), self.best
         told = (
-            f"Validation after epoch {epoch}: loss {self.mean(epoch):.4f}, {percent(change)} to the model without "
-            f"adapter, lower at {self.improved(epoch)} of {len(self.timesteps)} timesteps"
+            f"Validation after epoch {epoch}: loss {self.mean(epoch):.4f} ({percent(change)} vs. no adapter), lower at "
+            f"{self.improved(epoch)} of {len(self.timesteps)} timesteps"
         )
-        if self.best == epoch:
+        if best is None or best == epoch:
             return f"{told}; the best so far"
-        assert self.best is not None
-        return f"{told}; best: epoch {self.best}, {percent(self.change(self.best))}"
+        return f"{told}; best: epoch {best} ({percent(self.change(best))})"
 
     def _warning(self, epoch: int) -> str:
         return (
@@ -209,7 +208,8 @@ class History:
 
     def facts(self, steps: int) -> dict[str, Any]:
         """For an adapter that is saved after so many training steps."""
-        facts: dict[str, Any] = {"validation_songs": len(self.songs)}
+        held_out = {} if self.from_folder else {"held_out_songs": len(self.songs)}
+        facts: dict[str, Any] = held_out | {"validation_songs": len(self.songs)}
         epoch = next((epoch for epoch in reversed(self.trained) if self.steps[epoch] == steps), None)
         if epoch is None or not math.isfinite(self.mean(epoch)):
             return facts
@@ -253,9 +253,9 @@ class History:
         best = self.best
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
-        told = f"Validation: the best of {len(self.trained)} is epoch {best}, {percent(self.change(best))} to the model"
-        worse = "; no epoch is better than the model without adapter" if self.change(best) >= 0.0 else ""
-        return f"{told} without adapter (checkpoints/best){worse}; {sum(took for _, took in self.times):.3g} s in all"
+        told = f"Validation: best epoch {best}, loss {self.mean(best):.4f} ({percent(self.change(best))} vs. no adapter)"
+        worse = "; none was better than the model without adapter" if self.change(best) >= 0.0 else ""
+        return f"{told}, in checkpoints/best{worse}. It took {sum(took for _, took in self.times):.3g} s in all"
 
     def seconds_between(self, began: float, ended: float) -> float:
         """How long validations took that ended between two times."""

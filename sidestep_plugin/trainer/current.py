@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from ..resuming.journal import Journal
     from ..resuming.lock import OutputLock
-    from ..run import Run, Step
-    from .wrappers.validation import Validator
+    from ..run import Run, Step, ValidationPlan
+
+
+class Validates(Protocol):
+    """What a training's validation is to the wrappers that call it.
+
+    Attributes:
+        plan: what is measured.
+        behind_the_engine: whether the engine calls :meth:`after_epoch`, behind the epoch's last optimizer step.
+        stopped: whether it has stopped the training.
+    """
+
+    plan: ValidationPlan
+    behind_the_engine: bool
+    stopped: bool
+
+    def after_epoch(self, run: Run, epoch: int) -> None:
+        """Validate if it is time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +45,7 @@ class Training:
     run: Run
     trainer: Any
     journal: Journal | None
-    validation: Validator | None = None
+    validation: Validates | None = None
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 

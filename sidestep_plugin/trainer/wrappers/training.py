@@ -180,8 +180,8 @@ def _followed(
         running.close()
         while training.at_end:
             training.at_end.pop()()
-        if training.validation is not None and training.validation.stopped and training.validation.state is not None:
-            training.validation.state["should_stop"] = False  # the app's own, which says that somebody pressed stop
+        if isinstance(state, dict) and training.validation is not None and training.validation.stopped:
+            state["should_stop"] = False  # in the app it says that somebody has pressed stop
         if journal is not None:
             journal.scheduler = None  # it references the optimizer and so every trained tensor
 
