@@ -119,15 +119,15 @@ def compare(
     shapes = decoder_shapes(folder)
     reports = [_checked(path, shapes, facts.name) for path in adapters]
     restrict_gpus(device)
-    place = pick_device(device)
+    where = pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute())
     check_songs(dataset, facts)
     songs = choose(dataset.files, number_of(held_out, dataset.songs)) if held_out else dataset.files
     check_values(songs, mask_nan=False, say=say)
     say(f"Importing ACE-Step's trainer from {root} ...")
     trainer = import_trainer(root)
-    say(f"Loading {folder.name} on {place} ...")
-    handler = load_model(folder, place)
+    say(f"Loading {folder.name} on {where} ...")
+    handler = load_model(folder, where)
     null = getattr(handler.model, "null_condition_emb", None)
     if null is not None:
         check_width(dataset, facts.name, int(null.shape[-1]))
@@ -141,8 +141,8 @@ def compare(
         module = _module(trainer, handler)
         after: list[tuple[Report, torch.Tensor]] = []
         with without_adapter(module):
-            for report in (None, *reports):
-                name = "the model without adapter" if report is None else str(report.adapter.file.path)
+            for place, report in enumerate((None, *reports), start=-1):
+                name = "the model without adapter" if place < 0 else str(adapters[place])
 
                 def done(number: int, name: str = name) -> None:
                     progress(name, number, len(songs))
