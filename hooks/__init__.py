@@ -5,6 +5,7 @@
     nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
     memory               half the memory of the base model's weights, with the same bits
+    validation           the loss on songs that are held out: always the same songs, noise and timesteps
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resume_training      checkpoints from which a training really goes on
@@ -19,7 +20,7 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking
+from . import adapter_metadata, memory, model_treatment, nan_masking, validation
 from .adapter_metadata import acestep_adapter_saved
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
@@ -28,22 +29,36 @@ from .nan_masking import acestep_prepare_batch, check_song_values
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
+from .validation import (
+    acestep_hold_out,
+    acestep_plan_validation,
+    acestep_validated,
+    check_validation,
+    check_validation_folder,
+    sum_up_validation,
+)
 
 __all__ = [
     "acestep_adapter_saved",
     "acestep_epoch_finished",
+    "acestep_hold_out",
     "acestep_model_chosen",
     "acestep_options",
     "acestep_plan_memory",
+    "acestep_plan_validation",
     "acestep_prepare_batch",
     "acestep_resume",
     "acestep_run_ended",
     "acestep_run_started",
     "acestep_sample_timesteps",
     "acestep_step_finished",
+    "acestep_validated",
     "check_song_values",
+    "check_validation",
+    "check_validation_folder",
     "keep_resume_state",
     "note_step",
+    "sum_up_validation",
 ]
 
 
@@ -54,4 +69,5 @@ def acestep_options() -> list[click.Option]:
         *nan_masking.options(),
         *adapter_metadata.options(),
         *memory.options(),
+        *validation.options(),
     ]

@@ -19,6 +19,7 @@ from sidestep_plugin.timesteps.treatment import Treatment
 from sidestep_plugin.variants import words_of
 
 from .memory import FACT as FROZEN
+from .validation import facts_of as validation_facts
 
 _VERSIONS: Final = ("sidestep-plugin", "torch", "peft", "lycoris-lora", "safetensors")
 
@@ -70,6 +71,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "target_modules": _names(getattr(adapter, "target_modules", None)),
         "trained_layers": None,
         "songs": _songs(run.tensor_dir),
+        **validation_facts(run),
         "epoch": None,
         "global_step": None,
         "training_steps": run.steps,

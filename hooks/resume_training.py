@@ -18,6 +18,7 @@ from sidestep_plugin.songs.fingerprint import fingerprint, songs_changed
 
 from .adapter_facts import describe_run
 from .model_treatment import other_sampler, treatment_of
+from .validation import resume_validation, to_keep
 
 MUST_BE_EQUAL: Final = {
     "adapter_type": "adapter type",
@@ -54,7 +55,7 @@ def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
     if point is None:
         return None
     try:
-        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir)))
+        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), held_out=to_keep(run)))
     except OSError as error:
         # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
         (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)
@@ -81,6 +82,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
         lines += [
             f"Note: changed since the checkpoint: {what}" for what in _differences(MAY_CHANGE, checkpoint.facts, now)
         ]
+    lines += resume_validation(run, checkpoint.folder, checkpoint.point.held_out)
     max_epochs = getattr(run.training_config, "max_epochs", None)
     point = checkpoint.point
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):

@@ -23,6 +23,7 @@ from sidestep_plugin.timesteps.shares import band_of, save_picture
 
 from .cfg_dropout import DROPPED
 from .model_treatment import treatment_of
+from .validation import report_of, seconds_between
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +121,8 @@ def _count(run: Run, notes: _Notes) -> torch.Tensor | None:
 def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
     treatment = treatment_of(run)
     by_epoch = run.loss_by_epoch
+    trained = notes.ended - notes.began - seconds_between(run, notes.began, notes.ended)
+    validation = report_of(run)
     rows = sum(notes.rows)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -129,7 +132,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "adapter_type": run.adapter_type,
         "training_steps": run.steps,
         "steps_of_this_run": notes.count,
-        "seconds_per_step": round((notes.ended - notes.began) / (notes.count - 1), 6) if notes.count > 1 else None,
+        "seconds_per_step": round(trained / (notes.count - 1), 6) if notes.count > 1 else None,
         "loss_by_epoch": [{"epoch": epoch, "loss": _finite(by_epoch[epoch])} for epoch in sorted(by_epoch)],
         "loss_by_t": [
             {
@@ -143,6 +146,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "rows": rows,
         "rows_without_condition": notes.dropped,
         "cfg_ratio": treatment.cfg_ratio,
+        **({} if validation is None else {"validation": validation}),
     }
 
 

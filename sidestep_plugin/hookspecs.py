@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .run import MemoryPlan, ModelFacts, ResumePoint, Run, SavedAdapter, Step
+    from .run import MemoryPlan, ModelFacts, ResumePoint, Run, SavedAdapter, Step, Validation, ValidationPlan, Verdict
 
 PROJECT: Final = "acestep"
 
@@ -34,7 +34,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
 """Hooks whose implementations return nothing: returning a value would be a misunderstanding."""
 
-EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps", "acestep_resume"})
+EXCLUSIVE: Final = frozenset(
+    {"acestep_sample_timesteps", "acestep_resume", "acestep_hold_out", "acestep_plan_validation", "acestep_validated"}
+)
 """Hooks that only one of the loaded plugins may implement, because two answers cannot both be used."""
 
 
@@ -61,6 +63,26 @@ def acestep_model_chosen(facts: ModelFacts, options: Mapping[str, Any]) -> None:
     Args:
         facts: the model's folder name and config.json.
         options: the values of all plugin options.
+
+    Raises:
+        Refusal: to stop. Nothing has been written yet.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_config: Any) -> Sequence[Path] | None:
+    """Return the songs that are not to be trained on, because they are validated on.
+
+    When: on the command line before the model is loaded, and again when upstream has listed its songs. Both answers
+    have to be the same songs, so choose by their names and draw no random number.
+
+    Args:
+        songs: the files of all preprocessed songs.
+        options: the values of all plugin options.
+        training_config: upstream's TrainingConfig.
+
+    Returns:
+        Some of `songs`, but not all. None to train on all of them.
 
     Raises:
         Refusal: to stop. Nothing has been written yet.
@@ -105,6 +127,27 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
 
     Raises:
         Refusal: the folder holds no complete checkpoint, or one of another training.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_plan_validation(run: Run) -> ValidationPlan | None:
+    """Return which songs this run is validated on, at which timesteps and how often.
+
+    When: once per training, after :func:`acestep_run_started` and :func:`acestep_resume`, before the adapter is
+    injected.
+
+    The host evaluates the songs with upstream's own step, without gradients and dropout, and puts everything back:
+    the adapter, the recorded losses and the random states are the same bit for bit as without validation.
+
+    Args:
+        run: the run.
+
+    Returns:
+        A ValidationPlan, or None for a training without validation.
+
+    Raises:
+        Refusal: to stop the run before its first step.
     """
 
 
@@ -201,6 +244,27 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
     Returns:
         A mapping from names such as ``train/loss at t 0.0-0.2`` to a number, or to a tensor of values whose histogram
         is logged. None to log nothing.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_validated(run: Run, validation: Validation) -> Verdict | None:
+    """Judge what was measured on the songs of a :class:`ValidationPlan`.
+
+    When: before the first training step (epoch 0, the model without adapter), and after an epoch's last optimizer step
+    before its checkpoint. Without Lightning, and where the last optimizer step of an epoch has fewer batches than the
+    others, it is called before that step. Not called for epochs that a resumed run skips.
+
+    Args:
+        run: the run.
+        validation: the epoch and its losses by song, timestep and condition.
+
+    Returns:
+        Whether this is the best adapter so far, whether to stop, lines, and numbers for upstream's log. None if there
+        is nothing to say or do.
+
+    Raises:
+        Refusal: to stop the run.
     """
 
 

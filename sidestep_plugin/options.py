@@ -38,6 +38,23 @@ class WholeNumber(click.IntRange):
             self.fail(f"{value!r} is not a whole number.", param, ctx)
 
 
+class SongsOrShare(click.ParamType[float]):
+    """A whole number of songs, or a share of them below 1, as in 2, 0.1 and 10%."""
+
+    name = "songs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            number = -1.0
+        whole = number < 10**9 and number.is_integer() and not text.endswith("%")
+        if isinstance(value, bool) or not (0.0 <= number < 1.0 or (whole and number > 0.0)):
+            self.fail(f"{value!r} is neither a number of songs, such as 2, nor a share, such as 0.1.", param, ctx)
+        return number
+
+
 class Line(click.ParamType[str]):
     """One line of text for people: not empty, without control characters, and something that a file can hold."""
 

@@ -90,6 +90,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
+        best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
     """
 
     adapter_type: AdapterType
@@ -104,6 +105,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
+    best_epoch: int | None = None
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
 
     @property
@@ -178,6 +180,8 @@ class ResumePoint:
         parameters: the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its
             scalar into them); None if they are the same.
         songs: fingerprint of the songs, "" if unknown.
+        held_out: what a plugin keeps of the songs that are validated on and of their losses, as numbers, texts, tensors,
+            lists and dictionaries; None without validation.
         save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
             not recorded.
         lines: what the user should know before resuming from here.
@@ -197,6 +201,7 @@ class ResumePoint:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: list[torch.Tensor] | None = None
     songs: str = ""
+    held_out: Mapping[str, Any] | None = None
     save_number: int = 0
     lines: tuple[str, ...] = ()
 
@@ -229,6 +234,63 @@ class MemoryPlan:
     bypassed: frozenset[str] = frozenset()
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """Which songs a plugin wants to be validated on, where and how often.
+
+    Attributes:
+        songs: files of preprocessed songs that are not trained on, evaluated one at a time.
+        timesteps: the t at which each song is evaluated, each with noise of its own that never changes.
+        conditions: whether with the song's condition (True), the model's null condition (False), or both.
+        every: epochs from one validation to the next; the last epoch is validated in any case.
+        baseline: whether the model without adapter is still to be evaluated, as epoch 0.
+        patient: whether a verdict may stop the training.
+        best_epoch: the best epoch of the runs before, for a training that is resumed.
+        lines: lines to announce now.
+    """
+
+    songs: tuple[Path, ...]
+    timesteps: tuple[float, ...]
+    conditions: tuple[bool, ...] = (True,)
+    every: int = 1
+    baseline: bool = True
+    patient: bool = False
+    best_epoch: int | None = None
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured on the songs of a plan.
+
+    Attributes:
+        epoch: epochs done; 0 for the model without adapter.
+        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the CPU.
+        seconds: how long it took.
+    """
+
+    epoch: int
+    losses: torch.Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a plugin makes of a validation.
+
+    Attributes:
+        best: whether this is the best adapter so far, which the host then saves as ``checkpoints/best``.
+        stop: whether the training has gone on for long enough. ``final`` is then the best adapter.
+        lines: lines for the user.
+        log: numbers for upstream's log by name, which TensorBoard shows.
+    """
+
+    best: bool = False
+    stop: bool = False
+    lines: tuple[str, ...] = ()
+    log: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,7 @@ def train(
         extra_plugins: Mapping[str, object] | None = None,
         handler: Any = None,
         resume_from: str | None = None,
+        tensors: Path | None = None,
         **settings: Any,
     ) -> Trained:
         require_kind(kind)
@@ -317,7 +318,7 @@ def train(
             if plugins is None
             else attach(trainer, plugins=plugins, options=options, extra_plugins=extra_plugins, announce=print)
         )
-        tensors = checkout.xl_tensors if "xl" in model else checkout.tensors
+        tensors = tensors or (checkout.xl_tensors if "xl" in model else checkout.tensors)
         with attached:
             torch.manual_seed(7)  # the first versions of upstream do not seed
             made = getattr(trainer, seams.TRAINER_CLASS[kind])(

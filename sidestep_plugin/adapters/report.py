@@ -126,7 +126,10 @@ def _size(count: int) -> str:
 def _trained(facts: Any) -> str:
     parts = []
     if "songs" in facts:
-        parts.append(f"on {shown(facts['songs'])} songs")
+        out = facts.get("held_out_songs")
+        parts.append(f"on {shown(facts['songs'])} songs" + (f" ({shown(out)} of them held out)" if out else ""))
+    if isinstance(facts.get("validation_change"), int | float):
+        parts.append(f"validation loss {100 * facts['validation_change']:+.2f} % vs. no adapter")
     if "training_steps" in facts:
         parts.append(f"{shown(facts['training_steps'])} steps")
     if "timestep_law" in facts or "timestep_mode" in facts:

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "check": "Check whether your ACE-Step fits, without training anything.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
+    "compare": "Compare adapters by their loss on the same songs.",
     "inspect": "Show what an adapter is and what to generate with.",
     "export": "Copy an adapter for another program.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",

@@ -45,7 +45,9 @@ def list_checkpoints(output: Path, as_json: bool) -> None:
 def _table(entries: Sequence[Saved]) -> Sequence[str]:
     rows = [("", "epoch", "steps", "loss", "MB", "")]
     for entry in entries:
-        notes = "" if entry.resumable else "cannot be resumed from"
+        change = entry.validation_change
+        told = ["" if change is None else f"validation {100 * change:+.2f} %"]
+        notes = ", ".join(filter(None, [*told, "" if entry.resumable else "cannot be resumed from"]))
         rows.append(
             (
                 entry.name,

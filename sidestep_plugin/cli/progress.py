@@ -36,6 +36,7 @@ class Progress:
         self.began = False
         self.loss: float | None = None
         self.newest = 0.0
+        self.best_epoch: int | None = None
         self._steps_per_epoch = 1
         self._epochs = self._first_step = 1
         self._bar: ProgressBar[int] | None = None
@@ -91,6 +92,7 @@ class Progress:
         if not self.began:
             self.began, self._first_step = True, step.run.steps
             self._first = self._shown = time.monotonic()  # the setup does not count for the rate
+        self.best_epoch = step.run.best_epoch
         self.step = step.run.steps  # of a resumed training with those before it
         if math.isfinite(self.newest):  # upstream skips single steps that are not finite
             before = self.newest if self.loss is None else self.loss
@@ -127,12 +129,14 @@ class Progress:
         epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)
         loss = "-" if self.loss is None else f"{self.loss:.4f}"
         parts = {"epoch": f"epoch {epoch}/{self._epochs}", "loss": f"loss (smoothed) {loss}"}
+        if self.best_epoch is not None:
+            parts["best"] = f"best epoch {self.best_epoch}"
         if rate := self._rate():
             parts["rate"] = f"{rate:.2f} steps/s"
             parts["elapsed"] = f"{_duration(time.monotonic() - self._began)} elapsed"
             if self.step < self._total:
                 parts["left"] = f"{_duration((self._total - self.step) / rate)} left"
-        for name in ("rate", "elapsed", "left"):
+        for name in ("rate", "elapsed", "left", "best"):
             if room is not None and len(", ".join(parts.values())) > room:
                 parts.pop(name, None)
         return ", ".join(parts.values())

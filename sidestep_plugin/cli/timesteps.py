@@ -8,13 +8,11 @@ from typing import Any
 
 import click
 
-from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import WholeNumber
 
 from .commands import Place, PluginCommand, echo_json
+from .plotting import check_plot
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
-
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 @click.command(cls=PluginCommand, default_plugins=("sidestep",))
@@ -77,7 +75,7 @@ def timesteps(
     from sidestep_plugin.variants import TURBO_SHIFT, TURBO_STEPS
 
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     registry = Registry.load(plugins, wins)
     folder = find_model(model, checkpoint_folder(checkpoint_dir, find_root(acestep_root)))
     rehearsal = rehearse(registry, folder, registry.resolve_options(options))
@@ -105,18 +103,6 @@ def timesteps(
         click.echo(line)
     if plot is not None:
         click.echo(f"\nPicture: {plot}")
-
-
-def _check_plot(plot: Path) -> None:
-    """Raises Refusal for a file that could not be drawn."""
-    import importlib.util
-
-    if plot.suffix.lower() not in _PICTURES:
-        raise Refusal(f"--plot {plot} is not a {', '.join(_PICTURES)} file. Name one, as in --plot timesteps.png")
-    if not plot.absolute().parent.is_dir():
-        raise Refusal(f"No folder {plot.absolute().parent} for the picture. Make it, or choose another --plot.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Refusal("--plot needs matplotlib, which is not installed: pip install 'sidestep-plugin[plot]'")
 
 
 def _block() -> str:

@@ -87,6 +87,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
         "songs": point.songs,
+        **({} if point.held_out is None else {"held_out": point.held_out}),
         "save_number": point.save_number,
         "optimizer": None if upstreams else point.optimizer,
         "scheduler": None if upstreams else point.scheduler,
@@ -160,6 +161,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             weights=tensors,
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
+            held_out=state.get("held_out"),
             save_number=state.get("save_number", 0),
         )
         wrong = _wrong_in(point)
@@ -199,6 +201,7 @@ def _wrong_in(point: ResumePoint) -> str:
         "optimizer": point.optimizer is None or state_dict(point.optimizer),
         "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
         "songs": isinstance(point.songs, str),
+        "held_out": point.held_out is None or isinstance(point.held_out, dict),
         "save_number": isinstance(point.save_number, int) and 0 <= point.save_number < _UNREADABLE,
     }
     wrong = ", ".join(name for name, right in checks.items() if not right)

@@ -37,6 +37,7 @@ class Journal:
         ending: whether the run has stopped or failed and is being saved as it is.
         failed: whether the newest step failed, so that the gradients that it left are unusable.
         summed_up: whether plugins were asked for their summary.
+        training_begins: called with the run before the first batch that this run computes is read.
         epoch_finished: called with run, number and mean loss after the last step of every epoch that was computed.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
         say: takes each message for the user as soon as there is one.
@@ -48,6 +49,7 @@ class Journal:
         self.device = device
         self.scheduler: Any = None
         self.finished = self.unsaved = self.ending = self.failed = self.summed_up = False
+        self.training_begins: Callable[[Run], None] | None = None
         self.epoch_finished: Callable[[Run, int, float], None] | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
@@ -78,6 +80,11 @@ class Journal:
     def steps(self) -> int:
         """Training steps done, including those of earlier runs."""
         return len(self._losses)
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that upstream's loop has begun."""
+        return self._epochs_begun
 
     @property
     def computed(self) -> int:
@@ -150,6 +157,9 @@ class Journal:
             self.catch_up(run)
         self._begin(length)
         self._epoch_random = random_states(self.device)
+        if self.training_begins is not None:
+            begins, self.training_begins = self.training_begins, None
+            begins(run)
         batches = songs()
         for _ in range(skipped):
             next(batches)  # the sampler has to go through its order

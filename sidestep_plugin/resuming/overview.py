@@ -29,6 +29,7 @@ class Saved:
         training_steps: training steps done; None if unknown.
         optimizer_steps: optimizer steps done; None if unknown.
         loss: mean loss of its last epoch; None if unknown.
+        validation_change: validation loss relative to the model without adapter, -0.02 is 2 % lower; None if unknown.
         bytes: size of all files in the folder.
         resumable: whether a training can be resumed from it.
     """
@@ -38,6 +39,7 @@ class Saved:
     training_steps: int | None
     optimizer_steps: int | None
     loss: float | None
+    validation_change: float | None
     bytes: int
     resumable: bool
 
@@ -77,6 +79,7 @@ def saved_in(output: Path) -> list[Saved]:
                 training_steps=steps,
                 optimizer_steps=_whole(facts.get("global_step")),
                 loss=loss,
+                validation_change=_number(facts.get("validation_change")),
                 bytes=sum(file.stat().st_size for file in files),
                 resumable=any((folder / state).is_file() for state in (STATE_FILE, UPSTREAMS_FILE)),
             )
@@ -114,6 +117,10 @@ def _loss_in(folder: Path) -> float | None:
         return float(last.mean()) if len(last) else None
     except (Refusal, KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _whole(value: Any) -> int | None:

@@ -107,8 +107,6 @@ class Replay:
         Raises:
             Refusal: the checkpoint's tensors do not fit the adapter.
         """
-        import torch
-
         point, trained = self.point, trained_tensors(scheduler)
         for values in (point.parameters, point.gradients):
             if values is not None and (
@@ -123,16 +121,23 @@ class Replay:
                     "Resume with the settings that it was made with."
                 )
         put_weights(run, point)
-        if point.parameters is not None:
-            with torch.no_grad():
-                for weight, value in zip(trained, point.parameters, strict=True):
-                    weight.copy_(value)
+        put_parameters(trained, point)
         lines = _restore_optimizer(point, scheduler, trained)
         if point.random is not None:
             set_random_states(point.random, self.device)
         count = len(point.weights)
         where = f"{point.where}, {self.walked} training steps done"
         return [*lines, f"✅ Resumed: {count} of {count} tensors of the adapter, {where}"]
+
+
+def put_parameters(trained: list[torch.Tensor], point: ResumePoint) -> None:
+    """Load the trained tensors themselves, where the saved ones are computed from them (LoKr)."""
+    import torch
+
+    if point.parameters is not None:
+        with torch.no_grad():
+            for weight, value in zip(trained, point.parameters, strict=True):
+                weight.copy_(value)
 
 
 def trained_tensors(scheduler: Any) -> list[torch.Tensor]:

@@ -85,7 +85,7 @@ _OFFER: Final = (
 
 def hash_of(file: Path) -> str:
     """SHA-256 of a file's bytes | raises OSError."""
-    key = _key(file)
+    key = key_of(file)
     if key not in _hashes:
         with file.open("rb") as stream:
             _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -98,7 +98,7 @@ def not_finite_in(file: Path) -> tuple[NotFinite, ...]:
     Raises:
         OSError: the file is not there.
     """
-    key = _key(file)
+    key = key_of(file)
     if key not in _not_finite:
         try:
             song = load_song(file)
@@ -139,7 +139,8 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=wide).item()) or bool(tensor.isfinite().all())
 
 
-def _key(file: Path) -> Key:
+def key_of(file: Path) -> Key:
+    """What a file is remembered by: its path, size and times. Raises OSError."""
     found = file.stat()
     return str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -2,8 +2,9 @@
 
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
 LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, the
-learning-rate scheduler, the data loaders and the list of songs; for memory, the engine and the gradient check; and,
-only if the user allowed folders by name, the path guard.
+learning-rate scheduler, the data loaders and the list of songs; for memory, the engine and the gradient check; for
+validation, the engine and the choice of songs to train on; and, only if the user allowed folders by name, the path
+guard.
 Everything is checked before anything is changed. What the replacements do is in ``wrappers``.
 """
 
@@ -35,6 +36,7 @@ from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
 from .wrappers.song_list import wrap_song_list
+from .wrappers.held_out_songs import wrap_setup
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training
 
@@ -330,7 +332,8 @@ class Attachment:
 
         # Also if no plugin samples: plugins that look at finished steps receive the timesteps.
         looked_at = implements("acestep_step_finished") and callable(getattr(trainer, SAMPLER, None))
-        if implements("acestep_sample_timesteps") or looked_at:
+        validates = implements("acestep_plan_validation")
+        if implements("acestep_sample_timesteps") or looked_at or validates:
             yield trainer, SAMPLER, partial(wrap_sampler, host)
         for kind in kinds:
             module_class = getattr(trainer, MODULE_CLASS[kind])
@@ -344,9 +347,9 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
+        if (implements("acestep_plan_memory") or validates) and isinstance(getattr(trainer, "Fabric", None), type):
+            yield trainer, "Fabric", partial(wrap_engine, host)
         if implements("acestep_plan_memory"):
-            if isinstance(getattr(trainer, "Fabric", None), type):
-                yield trainer, "Fabric", partial(wrap_engine, host)
             if callable(getattr(trainer, "_count_nonfinite_grads", None)):
                 yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
@@ -354,6 +357,8 @@ class Attachment:
             songs = getattr(trainer, "PreprocessedDataModule", None)
             if callable(getattr(trainer, "SequentialLR", None)):
                 yield trainer, "SequentialLR", wrap_scheduler
+            if implements("acestep_hold_out") and hasattr(songs, "setup"):
+                yield songs, "setup", partial(wrap_setup, host)
             if hasattr(songs, "train_dataloader"):
                 yield songs, "train_dataloader", partial(wrap_loader, Journal.epoch)
             if hasattr(songs, "val_dataloader"):

@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from ..resuming.journal import Journal
     from ..resuming.lock import OutputLock
-    from ..run import Run, Step
+    from ..run import Run, Step, ValidationPlan
+
+
+class Validates(Protocol):
+    """What a training's validation is to the wrappers that call it.
+
+    Attributes:
+        plan: what is measured.
+        behind_the_engine: whether the engine calls :meth:`after_epoch`, behind the epoch's last optimizer step.
+        stopped: whether it has stopped the training.
+    """
+
+    plan: ValidationPlan
+    behind_the_engine: bool
+    stopped: bool
+
+    def after_epoch(self, run: Run, epoch: int) -> None:
+        """Validate if it is time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +38,14 @@ class Training:
         run: what plugins see of it.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         journal: its progress; None if no plugin needs it.
+        validation: what evaluates songs that are held out; None without validation.
         at_end: called when the training is over, last one first, to undo what was done for it alone.
     """
 
     run: Run
     trainer: Any
     journal: Journal | None
+    validation: Validates | None = None
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 

@@ -58,7 +58,8 @@ class Host:
     @property
     def keeps_journal(self) -> bool:
         """Whether any plugin needs a run's journal."""
-        return any(map(self.registry.implements, ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended")))
+        hooks = ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended", "acestep_plan_validation")
+        return any(map(self.registry.implements, hooks))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None

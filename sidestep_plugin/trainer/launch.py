@@ -33,6 +33,7 @@ from .attachment import Attachment, attach
 from .checkout import find_root, import_trainer
 from .configs import build_configs, check_rank
 from .current import CommandLine, command_line
+from .holding_out import held_out
 from .models import (
     Handler,
     check_weights,
@@ -204,10 +205,11 @@ def _prepared(
     device = pick_device(request.device)
     dataset = _check_songs(request, model)
     upstream = _check_upstream(request, root, registry, device, say)
+    out = held_out(registry, dataset.files, options, upstream.training_config)
     _check_values(dataset, upstream, options, say)
     _announce(request, registry, model, device, say)
     handler = _load(model, device, dataset)
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest)
+    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=len(out))
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -355,6 +357,7 @@ def _attach(
     extra_plugins: Callable[[], Mapping[str, object]],
     *,
     latest: bool,
+    held_out: int,
 ) -> Launch:
     """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
@@ -380,7 +383,7 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    held_out = _held_out(songs, getattr(config, "val_split", 0.0))
+    held_out += _held_out(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,

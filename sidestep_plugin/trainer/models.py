@@ -108,23 +108,25 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
 
 
 def decoder_layers(folder: Path) -> list[str]:
-    """Full names of the decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``.
+    """Full names of the decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``."""
+    return list(decoder_shapes(folder))
+
+
+def decoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of those layers' weights.
 
     Read from the headers of the weights, before anything is loaded; check_weights has read them before. Empty for a
     model without safetensors.
     """
     from safetensors import safe_open
 
-    layers = []
+    layers = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a mapping
-                if (
-                    key.startswith("decoder.")
-                    and key.endswith(".weight")
-                    and len(weights.get_slice(key).get_shape()) > 1
-                ):
-                    layers.append(key.removeprefix("decoder.").removesuffix(".weight"))
+                shape = tuple(weights.get_slice(key).get_shape())
+                if key.startswith("decoder.") and key.endswith(".weight") and len(shape) > 1:
+                    layers[key.removeprefix("decoder.").removesuffix(".weight")] = shape
     return layers
 
 

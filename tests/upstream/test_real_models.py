@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 
 import pytest
 import torch
 
 from sidestep_plugin import attach
+from sidestep_plugin.trainer.models import Handler
 
 pytestmark = pytest.mark.upstream
 
@@ -185,3 +187,42 @@ def test_the_timesteps_are_those_of_the_real_sample_t_r(trainer, real_model, mod
             use_meanflow=False,
         )
         assert torch.equal(seen[0], t) and torch.equal(t, r)
+
+
+# -- validation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of_songs(real_model, tmp_path):
+    """Songs that the model's own condition encoder has prepared."""
+    model, _ = real_model("base")
+    folder = tmp_path / "songs"
+    folder.mkdir()
+    batch = preprocessed(model, songs_for(model, 6, seed=3))
+    for number in range(6):
+        song = {name: tensor[number].clone() for name, tensor in batch.items() if name != "metadata"}
+        torch.save(song | {"metadata": {}}, folder / f"song_{number}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("family", ["base", "turbo"])
+def test_validation_changes_no_bit_of_the_training(
+    train, trainer, real_model, folder_of_songs, equal_bits, monkeypatch, family, kind
+):
+    def trained():
+        model, _ = real_model(family)
+        handler = Handler(model, "cpu", torch.float32)
+        settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 3, "tensors": folder_of_songs}
+        return train(family, kind, handler=handler, options={"validate": 2, "validate_every": 1}, **settings)
+
+    validated = trained()
+    with monkeypatch.context() as patch:
+        # Holds the same songs out and evaluates nothing.
+        patch.setattr("sidestep_plugin.trainer.wrappers.training.planned", lambda *_: None)
+        plain = trained()
+    assert equal_bits(plain, validated), validated.messages
+    report = json.loads((validated.output / "training_report.json").read_text(encoding="utf-8"))["validation"]
+    losses = [entry["loss"] for entry in report["epochs"]]
+    assert len(losses) == 4 and len(set(losses)) == 4 and len(report["timesteps"]) == 8
+    assert "validation" not in json.loads((plain.output / "training_report.json").read_text(encoding="utf-8"))

@@ -2,6 +2,9 @@
 
 At that moment the adapter is injected and nothing has been cast. Plugins say what may stay as it is; what they say is
 applied to this one training and undone when it ends.
+
+Its log is the one place that is behind the last optimizer step of an epoch and before its checkpoint in every version:
+there the songs that are held out are validated.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
 from ..current import Training, running_training
+from .validation import EPOCH_LOSS
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +37,8 @@ def wrap_engine(host: Host, original: Any) -> Any:
             super().__init__(*args, **kwargs)
             self._acestep_plans: list[_Cast] = []
             training = running_training.get()
+            if training is not None and training.validation is not None:
+                training.validation.behind_the_engine = True
             if training is not None:
                 precision = signature.bind(self, *args, **kwargs).arguments.get("precision")
                 try:
@@ -40,6 +46,12 @@ def wrap_engine(host: Host, original: Any) -> Any:
                 except Refusal as refusal:  # upstream reports it as a failure
                     host.refusal = refusal
                     raise
+
+        def log(self, name: str, value: Any, step: int | None = None) -> None:
+            super().log(name, value, step=step)
+            training = running_training.get()
+            if name == EPOCH_LOSS and training is not None and training.validation is not None and step is not None:
+                training.validation.after_epoch(training.run, step)
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:

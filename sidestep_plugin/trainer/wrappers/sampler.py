@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...run import note
 from ..answers import check_timesteps
 from ..current import running_step
+from ..evaluation import evaluating
 from ..seams import sampler_style
 
 if TYPE_CHECKING:
@@ -34,15 +35,20 @@ def wrap_sampler(host: Host, original: Callable[..., Any]) -> Callable[..., Any]
         if step is None:  # called from outside a training step: leave it alone
             return original(*args, **kwargs)
         note(step, sampler_called=True)
-        if not asked_plugins:
+        point = evaluating.get()
+        if not asked_plugins and point is None:
             return _noted(step, original(*args, **kwargs))
-        ((plugin, caller),) = asked_plugins
         values = list(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
         batch_size = int(values[0])
         if takes_table:
             device, dtype = values[1].device, values[1].dtype
         else:
             device, dtype = torch.device(values[1]), values[2]
+        if point is not None:
+            fixed = torch.full((batch_size,), point.t, device=device, dtype=dtype)
+            note(step, t=fixed)
+            return fixed, fixed
+        ((plugin, caller),) = asked_plugins
         asked = {"step": step, "batch_size": batch_size, "device": device, "dtype": dtype}
         for t in host.registry.ask(plugin, caller, "acestep_sample_timesteps", asked):
             check_timesteps(plugin, t, batch_size, device, dtype, first=step.run.first_step)

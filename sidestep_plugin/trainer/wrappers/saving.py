@@ -75,7 +75,8 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             return said
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
-            epochs = getattr(run.training_config, "max_epochs", None)
+            # Fewer than were asked for, when validation has stopped the training.
+            epochs = journal.epochs_begun or getattr(run.training_config, "max_epochs", None)
             if final and host.resumes and isinstance(epochs, int):
                 with suppress(OSError):  # then a resumed run only goes through the last epochs again
                     write_finished(folder.parent, epochs)

@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError, Refusal
-from ...run import AdapterType, Step, note
+from ...run import AdapterType, Run, Step, note
 from ..answers import check_replaced, described, writes
 from ..current import running_step
+from ..evaluation import evaluating, without_condition
 from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
 from ..seams import SAMPLER
 
@@ -33,6 +34,8 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
     def training_step(module: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             run = host.run_of_step(module, kind)
+            if evaluating.get() is not None:
+                return _evaluated(host, original, run, module, batch, prepares=prepares)
             recorded = not (args or kwargs) or (
                 signature.bind(module, batch, *args, **kwargs).arguments.get("record_loss", True)
             )
@@ -67,6 +70,32 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         return loss
 
     return training_step
+
+
+def _evaluated(
+    host: Host, original: Callable[..., Any], run: Run, module: Any, batch: Mapping[str, Any], *, prepares: bool
+) -> Any:
+    """A step of a validation: upstream's own, at a given t with given noise. Nothing records or counts it."""
+    point = evaluating.get()
+    assert point is not None
+    import torch
+
+    step = Step(run, module, False, torch.device(module.device), module.dtype)
+    prepared = _prepared(host, step, batch) if prepares else dict(batch)
+    if not point.condition:
+        prepared |= without_condition(step, prepared)
+    point.seed_noise(step.device)
+    token = running_step.set(step)
+    try:
+        watch: AbstractContextManager[list[Given]] = watched_decoder(module) if point.check else nullcontext([])
+        with watch as calls:
+            loss = original(module, prepared)
+    finally:
+        running_step.reset(token)
+    if not step.sampler_called:
+        raise unused(module, f"ended without calling {SAMPLER}")
+    check_decoder_input(step, prepared, calls, samples=True)
+    return loss
 
 
 def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from ..checkout import place_of
 from ..current import Training, command_line, running_training
 from ..failures import advice
 from ..seams import FINAL
-from .ending import saved_after, summed_up
+from .ending import finished_early, saved_after, summed_up
 from .loaders import epoch_finished
+from .validation import planned
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 _lock_output(host, run, ending)
                 host.start(run)
                 point = _point(host, run, resume_from) if resume_from and host.resumes else None
+                journal = _journal(host, run, trainer, point)
+                validation = planned(host, run, journal)
             except Refusal as refusal:
                 host.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
@@ -69,8 +72,12 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                     yield 0, 0.0, f"{done} To train on, ask for more --epochs."
                     return
                 call.arguments.pop("resume_from", None)
-            training = Training(run, trainer, _journal(host, run, trainer, point))
+            training = Training(run, trainer, journal, validation)
             state = call.arguments.get("training_state")
+            if validation is not None:
+                if state is None and validation.plan.patient and "training_state" in signature.parameters:
+                    state = call.arguments["training_state"] = {}
+                validation.training, validation.state = training, state
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
@@ -158,7 +165,10 @@ def _followed(
         else:
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
-        if _stopped(state):
+        if training.validation is not None and training.validation.stopped:
+            for line in [*finished_early(host, training), *summed_up(host, training, "finished")]:
+                yield step, loss, line
+        elif _stopped(state):
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 yield step, loss, line
     except GeneratorExit:  # the caller stopped listening
@@ -170,6 +180,8 @@ def _followed(
         running.close()
         while training.at_end:
             training.at_end.pop()()
+        if isinstance(state, dict) and training.validation is not None and training.validation.stopped:
+            state["should_stop"] = False  # in the app it says that somebody has pressed stop
         if journal is not None:
             journal.scheduler = None  # it references the optimizer and so every trained tensor
 

@@ -1,0 +1,220 @@
+"""``acestep-train compare``: the loss of saved adapters on the same songs, by timestep, as text, picture and JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidestep_plugin.options import SongsOrShare
+from sidestep_plugin.text import shown
+from sidestep_plugin.variants import VARIANTS
+
+from . import quiet
+from .commands import Place, PluginCommand, echo_json
+from .plotting import check_plot
+from .terminal import say
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sidestep_plugin.trainer.comparing import Comparison
+
+_LONGEST = 40  # characters of an adapter's name in the table
+
+
+@click.command(cls=PluginCommand)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=Place(path_type=Path))
+@click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
+@click.option("--dataset-dir", required=True, type=FOLDER, metavar="DIR", help="Folder of preprocessed songs.")
+@click.option(
+    "--validate",
+    type=SongsOrShare(),
+    default="0",
+    metavar="N",
+    help="Only the songs that a training with --validate N holds out.",
+)
+@ACESTEP_ROOT
+@CHECKPOINT_DIR
+@click.option("--variant", type=click.Choice(["auto", *VARIANTS]), default="auto", metavar="KIND", help="turbo, base or sft.")
+@click.option(
+    "--device", callback=check_device, default="auto", show_default=True, metavar="NAME", help="Where to compute."
+)
+@click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--plugin", multiple=True, hidden=True)
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+def compare(
+    adapters: tuple[Path, ...],
+    model: str,
+    dataset_dir: Path,
+    validate: float,
+    acestep_root: Path | None,
+    checkpoint_dir: Path | None,
+    variant: Any,
+    device: str,
+    plot: Path | None,
+    as_json: bool,
+    plugins: tuple[str, ...],
+    options: dict[str, Any],
+) -> None:
+    """Compare adapters by their loss on the same songs, at the same timesteps and with the same noise.
+
+    ADAPTER is a .safetensors file, or the folder of an adapter, a checkpoint or a training. It can be a LoRA or LoKr
+    from this plugin, ACE-Step or Side-Step. Take songs that none of them was trained on: on its own songs every adapter
+    is better than the model.
+
+    \b
+    Example:
+        acestep-train compare mine/final theirs/final --model base --dataset-dir tensors/held-out --plot compare.png
+    """
+    if plot is not None:
+        check_plot(plot)
+    if not click.get_current_context().meta["debug"]:
+        quiet.quiet_third_parties()
+        quiet.quiet_upstream()
+    from sidestep_plugin.trainer.comparing import compare as measure
+
+    done = measure(
+        adapters,
+        model=model,
+        dataset_dir=dataset_dir,
+        acestep_root=acestep_root,
+        checkpoint_dir=checkpoint_dir,
+        device=device,
+        variant=None if variant == "auto" else variant,
+        held_out=validate,
+        say=lambda line: say(line, err=as_json),
+        progress=_Progress(err=as_json),
+    )
+    names = [shown(path, 200) for path in adapters]
+    if plot is not None:
+        from sidestep_plugin.timesteps.shares import save_picture
+
+        save_picture(_picture(done, names), plot)
+    if as_json:
+        echo_json(_as_json(done, names))
+        return
+    for line in _as_text(done, names):
+        click.echo(line)
+    if plot is not None:
+        click.echo(f"\nPicture: {plot}")
+
+
+class _Progress:
+    """Says which adapter is evaluated, and on a terminal how many songs are done."""
+
+    def __init__(self, *, err: bool) -> None:
+        self._err = err
+        stream = sys.stderr if err else sys.stdout
+        self._lively = stream is not None and stream.isatty()
+
+    def __call__(self, name: str, done: int, songs: int) -> None:
+        if self._lively and 0 < done < songs:
+            click.echo(f"\r  {done} of {songs} songs", nl=False, err=self._err)
+        elif self._lively and done == songs:
+            click.echo(f"\r{' ' * 30}\r", nl=False, err=self._err)
+        elif done == 0:
+            say(f"Evaluating {shown(name, 200)} on {songs} {'song' if songs == 1 else 'songs'} ...", err=self._err)
+
+
+def _changes(done: Comparison, condition: int) -> list[list[float]]:
+    """The change of each adapter at each timestep."""
+    before = done.by_t(done.before, condition)
+    return [
+        [now / then - 1.0 for now, then in zip(done.by_t(losses, condition), before, strict=True)]
+        for _, losses in done.after
+    ]
+
+
+def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
+    songs = f"{len(done.songs)} {'song' if len(done.songs) == 1 else 'songs'}"
+    lines = [
+        f"Loss on {songs} relative to {done.model} without adapter, by t (1 is pure noise). Lower is better.",
+        *_notes(done, names),
+    ]
+    before = done.mean(done.before)
+    short = [name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}" for name in names]
+    width = max(map(len, (*short, "without condition")))
+    for place, condition in enumerate(done.conditions):
+        title = "with condition" if condition else "without condition"
+        lines.append("")
+        lines.append(f"{title:<{width}}  {'all t':>8}  " + " ".join(f"{t:>7.2f}" for t in done.timesteps))
+        then = sum(done.by_t(done.before, place)) / len(done.timesteps)
+        for name, (_, losses), changes in zip(short, done.after, _changes(done, place), strict=True):
+            mean = sum(done.by_t(losses, place)) / len(done.timesteps) / then - 1.0
+            cells = " ".join(f"{100 * change:>+6.2f}%" for change in changes)
+            lines.append(f"{name:<{width}}  {100 * mean:>+7.2f}%  {cells}")
+    lines.append("")
+    best, (_, losses) = min(zip(short, done.after, strict=True), key=lambda entry: done.mean(entry[1][1]))
+    change = done.mean(losses) / before - 1.0
+    weights = ""
+    if len(done.conditions) > 1 and done.treatment.cfg_ratio:
+        weights = f", with {100 * done.treatment.cfg_ratio:.4g} % of it without condition, as in training"
+    if change < 0.0:
+        lines.append(f"Lowest loss: {best}, {100 * change:+.2f} %{weights}.")
+    else:
+        lines.append(f"None is better than the model without adapter; {best} is nearest, {100 * change:+.2f} %{weights}.")
+    return lines
+
+
+def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
+    """What makes a comparison doubtful."""
+    notes = []
+    for name, (report, _) in zip(names, done.after, strict=True):
+        trained_for = report.facts.get("model_name")
+        if trained_for and trained_for != done.model:
+            notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")
+        if len(report.adapter.idle) == len(report.adapter.layers):
+            notes.append(f"Note: {name} holds only zeros, as before the first optimizer step.")
+    return notes
+
+
+def _as_json(done: Comparison, names: Sequence[str]) -> dict[str, Any]:
+    before = done.mean(done.before)
+
+    def losses_of(losses: Any) -> Mapping[str, Any]:
+        entries = {"loss": done.mean(losses), "loss_by_t": done.by_t(losses, 0)}
+        if len(done.conditions) > 1:
+            entries["loss_by_t_without_condition"] = done.by_t(losses, 1)
+        return entries | {"loss_by_song": losses[:, :, 0].mean(dim=1).tolist()}
+
+    return {
+        "model": done.model,
+        "variant": done.treatment.variant,
+        "songs": list(done.songs),
+        "timesteps": list(done.timesteps),
+        "weight_without_condition": done.treatment.cfg_ratio if len(done.conditions) > 1 else 0.0,
+        "without_adapter": losses_of(done.before),
+        "adapters": [
+            {
+                "name": name,
+                "adapter_type": report.adapter.kind,
+                "written_by": report.written_by,
+                "change": done.mean(losses) / before - 1.0,
+                **losses_of(losses),
+            }
+            for name, (report, losses) in zip(names, done.after, strict=True)
+        ],
+    }
+
+
+def _picture(done: Comparison, names: Sequence[str]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 * len(done.conditions), 4.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(done.conditions), sharey=True, squeeze=False)[0]
+    for place, (condition, axes) in enumerate(zip(done.conditions, panels, strict=True)):
+        for name, changes in zip(names, _changes(done, place), strict=True):
+            label = name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}"
+            axes.plot(done.timesteps, [100.0 * change for change in changes], "o-", ms=3, label=label)
+        axes.axhline(0.0, color="0.8", lw=1.0, zorder=0)
+        title = "with condition" if condition else "without condition"
+        axes.set(title=title, xlabel="t   (0: the song, 1: pure noise)", xlim=(0.0, 1.02))
+    panels[0].set_ylabel(f"loss vs. {done.model} without adapter, %")
+    panels[-1].legend(frameon=False, fontsize=8)
+    return figure
