@@ -7,6 +7,7 @@
     memory               half the memory of the base model's weights, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
+    previews             clips of some songs while it trains
     resume_training      checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
@@ -19,18 +20,20 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking
+from . import adapter_metadata, memory, model_treatment, nan_masking, previews
 from .adapter_metadata import acestep_adapter_saved
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import acestep_prepare_batch, check_song_values
+from .previews import acestep_between_epochs, plan_previews
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 
 __all__ = [
     "acestep_adapter_saved",
+    "acestep_between_epochs",
     "acestep_epoch_finished",
     "acestep_model_chosen",
     "acestep_options",
@@ -44,6 +47,7 @@ __all__ = [
     "check_song_values",
     "keep_resume_state",
     "note_step",
+    "plan_previews",
 ]
 
 
@@ -54,4 +58,5 @@ def acestep_options() -> list[click.Option]:
         *nan_masking.options(),
         *adapter_metadata.options(),
         *memory.options(),
+        *previews.options(),
     ]

@@ -76,6 +76,10 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _no_vae() -> None:
+    return None
+
+
 @dataclass(eq=False)
 class Run:
     """One training, from its start to the saved adapter.
@@ -90,6 +94,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
+        loaded_vae: the VAE that the app has loaded, None on the command line. It belongs to the app: never move it.
     """
 
     adapter_type: AdapterType
@@ -105,6 +110,7 @@ class Run:
     steps: int = 0
     resumed_at: int = 0
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
+    loaded_vae: Callable[[], Any] = _no_vae
 
     @property
     def first_step(self) -> bool:
@@ -229,6 +235,32 @@ class MemoryPlan:
     bypassed: frozenset[str] = frozenset()
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of sound.
+
+    Attributes:
+        samples: shape [C,N], fp32 in [-1, 1], on the CPU.
+        rate: samples per second.
+    """
+
+    samples: torch.Tensor
+    rate: int
+
+
+@dataclass(frozen=True)
+class EpochNews:
+    """What a plugin tells between two epochs.
+
+    Attributes:
+        lines: lines for the user.
+        logged: numbers and clips by name, for upstream's log, which TensorBoard shows.
+    """
+
+    lines: tuple[str, ...] = ()
+    logged: Mapping[str, float | Clip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
+from ..between_epochs import epoch_logged
 from ..current import Training, running_training
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def wrap_engine(host: Host, original: Any) -> Any:
                 except Refusal as refusal:  # upstream reports it as a failure
                     host.refusal = refusal
                     raise
+
+        def log(self, name: str, value: Any, step: int | None = None) -> None:
+            super().log(name, value, step=step)
+            if (training := running_training.get()) is not None:
+                epoch_logged(host, training, name, value, step)
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:
