@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,13 +57,16 @@ def check_vae(folder: Path) -> None:
 def load_vae(folder: Path, device: torch.device) -> Any:
     """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device."""
     import torch
-    from diffusers import AutoencoderOobleck
 
     check_vae(folder)
     half = device.type == "xpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     place = device if half or device.type == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if half else torch.float16 if place.type == "cuda" else torch.float32
-    vae = AutoencoderOobleck.from_pretrained(str(folder), local_files_only=True, torch_dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it with torch's older weight_norm
+        from diffusers import AutoencoderOobleck
+
+        vae = AutoencoderOobleck.from_pretrained(str(folder), local_files_only=True, torch_dtype=dtype)
     return vae.to(place).eval()
 
 
