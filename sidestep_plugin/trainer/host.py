@@ -74,7 +74,7 @@ class Host:
             tensor_dir=tensor_dir,
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
-            loaded_vae=_vae_of(getattr(owner, "dit_handler", None)),
+            loaded_vae=_vae_of(owner),
         )
 
     def start(self, run: Run) -> None:
@@ -108,10 +108,10 @@ class Host:
                 self.announce(line)
 
 
-def _vae_of(handler: Any) -> Callable[[], Any]:
+def _vae_of(owner: Any) -> Callable[[], Any]:
     """Answers with the VAE of the app's handler. Weak: asking for it must not keep the app's models in memory."""
-    held = weakref.ref(handler) if handler is not None else lambda: None
-    return lambda: getattr(held(), "vae", None)
+    held = weakref.ref(owner)
+    return lambda: getattr(getattr(held(), "dit_handler", None), "vae", None)
 
 
 def log_of(trainer: Any) -> Any:

@@ -178,13 +178,7 @@ def test_the_vae_of_the_app_is_used_where_it_is(train, load, vae_there):
         def decode(self, latents):
             return SimpleNamespace(sample=self.weight * latents[:, :2].repeat_interleave(4, dim=-1) / 1000)
 
-    handler = SimpleNamespace(model=handler.model, device=handler.device, dtype=handler.dtype, vae=Vae(), quantization=None)
-
-    class Handler:
-        def __init__(self, **values):
-            self.__dict__ |= values
-
-    handler = Handler(**vars(handler))
+    handler = SimpleNamespace(**vars(handler), vae=Vae())
     done = train("base", options=ON | {"preview_songs": "1"}, max_epochs=1, handler=handler)
     with wave.open(str(done.output / "previews" / rows(done.output)[1]["clips"][0])) as clip:
         assert clip.getframerate() == 100
