@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "inspect": "Show what an adapter is and what to generate with.",
+    "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",
