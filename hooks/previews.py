@@ -1,7 +1,7 @@
-"""Clips while it trains: a few songs are generated with the adapter as it is, at the end of an epoch (``--preview-every``).
+"""Clips while it trains (``--preview-every``): some songs are generated with the adapter at the end of an epoch.
 
-They are generated from the songs' own conditions, silence as context and the same noise each time, with the steps, the
-shift and the guidance that the model is meant for. The first row of the page is the model without the adapter. A
+They are generated from the songs' own conditions, silence as context and the same noise each time, with the steps,
+the shift and the guidance that the model is meant for. The first row of the page is the model without the adapter. A
 preview changes nothing of the training: random states, modes and gradients are as before, bit for bit.
 """
 
@@ -22,8 +22,10 @@ from sidestep_plugin.previews.settings import SECONDS, SEED, SONGS, PreviewSetti
 from sidestep_plugin.previews.table import BASE, FOLDER
 from sidestep_plugin.run import Clip, EpochNews, Run
 from sidestep_plugin.songs.dataset import songs_in
+from sidestep_plugin.text import counted
 
 from .model_treatment import treatment_of
+from .training_report import PAUSED
 
 if TYPE_CHECKING:
     import torch
@@ -116,11 +118,12 @@ def plan_previews(run: Run) -> list[str] | None:
     settings = PreviewSettings(
         treatment.shift, treatment.num_inference_steps, guidance, run.options["preview_seed"], seconds
     )
-    lines = [
-        f"Previews: every {every} epochs, {', '.join(song.name for song in songs)}, {settings.in_words} "
-        "(does not change training)"
+    often = "every epoch" if every == 1 else f"every {every} epochs"
+    names = ", ".join(song.name for song in songs)
+    lines = [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
+    short = [
+        f"{song.name} {song.seconds:.1f} s" for song in songs if song.seconds < seconds and song.frames == song.whole
     ]
-    short = [f"{song.name} {song.seconds:.1f} s" for song in songs if song.seconds < seconds and song.frames == song.whole]
     if short:
         lines.append(f"Note: songs shorter than --preview-seconds {seconds:g} are heard whole: {', '.join(short)}.")
     vae = None
@@ -143,6 +146,7 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     from sidestep_plugin.previews.generation import computed_in
     from sidestep_plugin.previews.undisturbed import freed, plain_decoder, undisturbed
 
+    began = time.monotonic()
     decoder = plain_decoder(run.model)
     device = computed_in(decoder)[0]
     try:
@@ -158,6 +162,8 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
             )
         )
     freed(device)
+    if epoch > 0:  # the time per step counts from the first step on
+        run.state[PAUSED] = run.state.get(PAUSED, 0.0) + time.monotonic() - began
     return news
 
 
@@ -238,7 +244,7 @@ def _peak(device: torch.device) -> int:
 
 def _costs(clips: int, seconds: float, before: int, device: torch.device, folder: Path) -> str:
     """What the first preview cost. The counter of the peak is only read: others use it too."""
-    line = f"Previews: {clips} clips in {seconds:.1f} s"
+    line = f"Previews: {counted(clips, 'clip')} in {seconds:.1f} s"
     if device.type == "cuda":
         now = _peak(device)
         line += (

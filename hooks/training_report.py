@@ -33,6 +33,9 @@ PICTURE_NAME: Final = "training_report.png"
 SCHEMA_VERSION: Final = 1
 BANDS: Final = 10
 
+PAUSED: Final = "sidestep.paused"
+"""Where a run keeps the seconds between its steps that were spent on something else than training."""
+
 _KEY: Final = "sidestep.report"
 
 
@@ -46,6 +49,7 @@ class _Notes:
     dropped: int = 0
     began: float = 0.0
     ended: float = 0.0
+    paused: float = 0.0  # between the first and the newest step
     count: int = 0
 
 
@@ -57,6 +61,7 @@ def note_step(step: Step) -> None:
     notes.ended = time.monotonic()
     if notes.count == 0:
         notes.began = notes.ended  # the setup does not count for the time per step
+    notes.paused = step.run.state.get(PAUSED, 0.0)
     notes.count += 1
     notes.steps.append((None if step.t is None else step.t.detach(), step.loss.detach()))
 
@@ -121,6 +126,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
     treatment = treatment_of(run)
     by_epoch = run.loss_by_epoch
     rows = sum(notes.rows)
+    seconds = max(0.0, notes.ended - notes.began - notes.paused)
     return {
         "schema_version": SCHEMA_VERSION,
         "ending": ending,
@@ -129,7 +135,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "adapter_type": run.adapter_type,
         "training_steps": run.steps,
         "steps_of_this_run": notes.count,
-        "seconds_per_step": round((notes.ended - notes.began) / (notes.count - 1), 6) if notes.count > 1 else None,
+        "seconds_per_step": round(seconds / (notes.count - 1), 6) if notes.count > 1 else None,
         "loss_by_epoch": [{"epoch": epoch, "loss": _finite(by_epoch[epoch])} for epoch in sorted(by_epoch)],
         "loss_by_t": [
             {

@@ -22,7 +22,9 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 @click.option("--model", metavar="NAME|DIR", help="Model.  [default: the one that the adapter is for]")
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
-@click.option("--output", type=FOLDER, metavar="DIR", help="Folder for the clips.  [default: previews/ of the training]")
+@click.option(
+    "--output", type=FOLDER, metavar="DIR", help="Folder for the clips.  [default: previews/ of the training]"
+)
 @click.option("--songs", type=Line(), metavar="K|NAMES", help="How many songs, or which ones: a,b,c.  [default: 2]")
 @click.option(
     "--seconds",

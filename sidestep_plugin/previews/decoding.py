@@ -66,7 +66,8 @@ def load_vae(folder: Path, device: torch.device) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it with torch's older weight_norm
         from diffusers import AutoencoderOobleck
 
-        vae = AutoencoderOobleck.from_pretrained(str(folder), local_files_only=True, torch_dtype=dtype)
+        load: Any = AutoencoderOobleck.from_pretrained  # diffusers has no types for it
+        vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
     return vae.to(place).eval()
 
 

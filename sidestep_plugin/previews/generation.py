@@ -107,7 +107,8 @@ def own_arguments(model: Any, settings: PreviewSettings) -> dict[str, Any] | Non
     asked = {
         name
         for name, parameter in known.items()
-        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     return None if asked - ours - said.keys() else said
 
@@ -176,7 +177,7 @@ def _by_the_model(
     import torch
 
     plain = _plain(model)
-    silent, mask = conditions.context_latents.split(LATENT_CHANNELS, dim=-1)
+    silent, mask = conditions.context_latents.tensor_split(2, dim=-1)
     given: dict[str, Any] = dict.fromkeys(_NOT_NEEDED) | {
         "src_latents": silent,
         "chunk_masks": mask,

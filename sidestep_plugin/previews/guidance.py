@@ -44,4 +44,5 @@ class ProjectedGuidance:
         direction = torch.nn.functional.normalize(conditional.to(wide), dim=TIME)
         along = (update.to(wide) * direction).sum(dim=TIME, keepdim=True) * direction
         orthogonal = (update.to(wide) - along).to(conditional.dtype)
-        return conditional + (self._scale - 1.0) * orthogonal
+        guided: torch.Tensor = conditional + (self._scale - 1.0) * orthogonal
+        return guided

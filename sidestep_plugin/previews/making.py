@@ -78,7 +78,7 @@ def write_row(
     label: str,
     epoch: int | None,
     loss: float | None,
-    content: Sequence[Clip] | Sequence[torch.Tensor],
+    content: Sequence[Clip | torch.Tensor],
 ) -> None:
     """Write the clips of a row, sounds or latents, then the table and the page. Raises OSError."""
     sounds = [each for each in content if isinstance(each, Clip)]

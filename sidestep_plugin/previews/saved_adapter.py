@@ -33,7 +33,9 @@ def _put_lora(model: Any, weights: Path) -> None:
     from safetensors.torch import load_file
 
     if not (weights.parent / "adapter_config.json").is_file():
-        raise Refusal(f"No adapter_config.json beside {weights}, which says its alpha. Name the adapter as it was saved.")
+        raise Refusal(
+            f"No adapter_config.json beside {weights}, which says its alpha. Name the adapter as it was saved."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys are counted below

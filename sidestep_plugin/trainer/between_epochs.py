@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .host import Host
 
 EPOCH_LOSS: Final = "train/epoch_loss"
-"""What every known version of upstream logs behind the last optimizer step of an epoch, before it validates and saves."""
+"""What every known version of upstream logs behind an epoch's last optimizer step, before it validates and saves."""
 
 
 def between_epochs(host: Host, trainer: Any, run: Run, epoch: int, loss: float | None) -> None:

@@ -20,6 +20,7 @@ from ..previews.undisturbed import adapter_off
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_width
+from ..text import counted
 from ..timesteps.treatment import Treatment, decide_treatment
 from .checkout import find_root, import_trainer
 from .models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
@@ -72,7 +73,7 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
         )
     restrict_gpus(request.device)
     number = decode_rest(folder, table, load_vae(vae, pick_device(request.device)))
-    say(f"Decoded {number} clips of {len(table.rows)} rows.")
+    say(f"Decoded {counted(number, 'clip')}.")
     return folder / "index.html"
 
 
@@ -109,7 +110,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     model = load_model(model_folder, device).model
     check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
     network = put_on(model, report.adapter.file.path, report.adapter.kind)
-    say(f"Generating {len(songs)} songs: {settings.in_words} ...")
+    say(f"Generating {counted(len(songs), 'song')}: {settings.in_words} ...")
     rows = _rows(model, network, songs, silence, settings, table, label, epoch)
     del model, network
     vae = None if vae_folder is None else load_vae(vae_folder, device)
@@ -170,7 +171,9 @@ def _settings(
     settings = PreviewSettings(
         shift=there.get("shift", shift),
         steps=there.get("steps", steps),
-        guidance=guidance_for(treatment.variant, request.cfg) if request.cfg is not None or not there else there["guidance"],
+        guidance=guidance_for(treatment.variant, request.cfg)
+        if request.cfg is not None or not there
+        else there["guidance"],
         seed=there.get("seed", SEED) if request.seed is None else request.seed,
         seconds=longest if request.seconds is None else request.seconds,
     )

@@ -161,7 +161,7 @@ def test_with_a_vae_there_are_wav_files_and_tensorboard_has_them(train, trainer,
         assert len(set(clip.readframes(1000))) > 2, "not silence"
     assert re.search(r"Previews: 1 clips? in \d+\.\d s: .*index\.html", out), out
     assert out.count("Previews: 1 clip") == 1 and "Note: " not in out
-    assert logged in ([], [(f"preview/song_03", (1, 10 * HOP), epoch, 48000) for epoch in (0, 1)])
+    assert logged in ([], [("preview/song_03", (1, 10 * HOP), epoch, 48000) for epoch in (0, 1)])
     assert logged or not getattr(trainer, "LIGHTNING_AVAILABLE", False)
 
 

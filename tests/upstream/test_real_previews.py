@@ -1,6 +1,6 @@
 """Previews on real model code: our Euler loop is the model's own sampler, the context is that of its inference.
 
-    pytest --acestep-root DIR tests/upstream/test_real_previews.py
+pytest --acestep-root DIR tests/upstream/test_real_previews.py
 """
 
 from __future__ import annotations
