@@ -111,7 +111,7 @@ def plan_previews(run: Run) -> list[str] | None:
     treatment = treatment_of(run)
     guidance = guidance_for(treatment.variant, run.options["preview_cfg"])
     if guidance > 1.0 and getattr(run.model, "null_condition_emb", None) is None:
-        raise Refusal("The model has no null_condition_emb, which guidance needs. Add --preview-cfg 1.")
+        raise Refusal("The model has no null_condition_emb, which guidance needs. Use --preview-cfg 1.")
     seconds = run.options["preview_seconds"]
     songs = [look_at(file, seconds) for file in choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])]
     folder = Path(str(getattr(run.model.config, "_name_or_path", "") or ""))

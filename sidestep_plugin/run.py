@@ -76,7 +76,8 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _no_vae() -> None:
+def _no_vae() -> Any:
+    """The answer where nobody has loaded a VAE."""
     return None
 
 
@@ -94,7 +95,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
-        loaded_vae: the VAE that the app has loaded, None on the command line. It belongs to the app: never move it.
+        loaded_vae: call it for the VAE that the app has loaded, None on the command line. Never move that VAE.
     """
 
     adapter_type: AdapterType

@@ -70,8 +70,8 @@ def choose_songs(files: Sequence[Path], wanted: str) -> list[Path]:
         number = int(wanted)
         if not 1 <= number <= len(files):
             raise Refusal(
-                f"--preview-songs {number}: there are {len(files)} songs. Ask for 1 to {len(files)} of them, or name "
-                "some."
+                f"--preview-songs {number}: there are {len(files)} songs. Expected 1 to {len(files)}, or "
+                "names with commas between."
             )
         return [files[(2 * place + 1) * len(files) // (2 * number)] for place in range(number)]
     by_name = {name: file for file in files for name in (file.stem, file.name)}

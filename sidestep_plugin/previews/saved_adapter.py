@@ -25,7 +25,7 @@ def put_on(model: Any, weights: Path, kind: str) -> Any:
         return _put_lora(model, weights)
     if kind == "lokr":
         return _put_lokr(model.decoder, weights)
-    raise Refusal(f"{weights} is a {kind}. Clips can be made from a LoRA or a LoKr of ACE-Step's.")
+    raise Refusal(f"{weights} is a {kind}, expected a LoRA or a LoKr.")
 
 
 def _put_lora(model: Any, weights: Path) -> None:

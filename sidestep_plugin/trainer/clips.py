@@ -88,7 +88,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     report = inspect_adapter(request.path)
     if report.problems:
-        raise Refusal(f"{report.adapter.file.path} cannot be heard: {report.problems[0]}")
+        raise Refusal(f"Cannot read {report.adapter.file.path} for generating: {report.problems[0]}")
     if request.dataset_dir is None:
         raise Refusal("Clips are generated from preprocessed songs. Say where they are: --dataset-dir DIR.")
     root = find_root(request.acestep_root)

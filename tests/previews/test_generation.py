@@ -1,4 +1,4 @@
-"""What a clip is generated from and how, without a training. On real model code: tests/upstream/test_real_previews.py."""
+"""What a clip is generated from and how. On real model code: tests/upstream/test_real_previews.py."""
 
 from __future__ import annotations
 
