@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from preview_parts import HOP, moved_a_little, write_tiny_vae
+from preview_parts import HOP, write_tiny_vae
 from safetensors.torch import load_file
 
 from sidestep_plugin import hookimpl
+from sidestep_plugin.previews.table import Row, Table, read_table
 
 ON = {"preview_every": 1, "num_inference_steps": 3}
 UNEVEN = {"batch_size": 1, "gradient_accumulation_steps": 4}  # 6 songs: a rest is left at the end of an epoch
@@ -34,33 +35,6 @@ def vae_there(tmp_path, monkeypatch):
     return write_tiny_vae(tmp_path / "checkpoints" / "vae")
 
 
-@pytest.mark.parametrize("model, kind", [("base", "lora"), ("base", "lokr"), ("turbo", "lora")])
-def test_the_adapter_is_the_same_bit_for_bit(train, equal_bits, model, kind):
-    """Dropout on (its default), condition dropout on (base), gradients waiting at the end of each epoch."""
-    without = train(model, kind, options={"num_inference_steps": 3}, **UNEVEN)
-    heard = train(model, kind, options=ON, **UNEVEN)
-    assert equal_bits(without, heard)
-    assert [row["label"] for row in rows(heard.output)] == ["base model", "epoch 1", "epoch 2"]
-    assert not (without.output / "previews").exists()
-
-
-def test_without_restoring_the_random_state_it_would_not_be(train, equal_bits, monkeypatch):
-    """The test above can fail: a preview that draws from the global generator is noticed."""
-    from sidestep_plugin.previews import making, undisturbed
-
-    original = making.generate
-
-    def drawing(*args):
-        torch.randn(3)
-        return original(*args)
-
-    without = train("base", options={"num_inference_steps": 3})
-    monkeypatch.setattr(making, "generate", drawing)
-    assert equal_bits(without, train("base", options=ON))
-    monkeypatch.setattr(undisturbed, "set_random_states", lambda *_: None)
-    assert not equal_bits(without, train("base", options=ON))
-
-
 class Looking:
     """Notes the state of the training when a preview is over."""
 
@@ -70,19 +44,44 @@ class Looking:
     @hookimpl(trylast=True)
     def acestep_between_epochs(self, run, epoch):
         decoder = run.model.decoder
-        gradients = [weight.grad is not None for weight in decoder.parameters() if weight.requires_grad]
-        self.seen.append((epoch, {module.training for module in decoder.modules()}, any(gradients), len(gradients)))
+        trained = [weight for weight in decoder.parameters() if weight.requires_grad]
+        modes = {module.training for module in decoder.modules()}
+        self.seen.append((epoch, modes, len(trained), any(weight.grad is not None for weight in trained)))
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_modes_switches_and_the_loop_are_as_they_were(train, trainer, kind):
+@pytest.mark.parametrize("model, kind", [("base", "lora"), ("base", "lokr"), ("turbo", "lora")])
+def test_the_adapter_is_the_same_bit_for_bit(train, trainer, equal_bits, model, kind):
+    """Dropout on (its default), condition dropout on (base), gradients waiting at the end of each epoch."""
     looking = Looking()
-    done = train("base", kind, options=ON, extra_plugins={"looking": looking}, **UNEVEN)
-    assert [epoch for epoch, *_ in looking.seen] == [0, 1, 2], done.messages
+    without = train(model, kind, options={"num_inference_steps": 3}, **UNEVEN)
+    heard = train(model, kind, options=ON, extra_plugins={"looking": looking}, **UNEVEN)
+    assert equal_bits(without, heard)
+    assert not (without.output / "previews").exists()
+    assert [row["label"] for row in rows(heard.output)] == ["base model", "epoch 1", "epoch 2"]
+    base, first, second = (clips(heard.output, label) for label in ("base_model", "epoch_1", "epoch_2"))
+    assert len(base) == 2 and base.keys() == first.keys() == second.keys()
+    for name in base:
+        assert not torch.equal(base[name], first[name]) and not torch.equal(first[name], second[name])
+    assert [epoch for epoch, *_ in looking.seen] == [0, 1, 2]
     assert all(modes == {True} for _, modes, *_ in looking.seen[1:])
-    assert len({count for *_, count in looking.seen}) == 1 and looking.seen[0][-1] > 0
+    assert len({trained for _, _, trained, _ in looking.seen}) == 1 and looking.seen[0][2] > 0
     if getattr(trainer, "LIGHTNING_AVAILABLE", False):
-        assert not any(waiting for *_, waiting, _ in looking.seen), "called before the last optimizer step"
+        assert not any(waiting for *_, waiting in looking.seen), "called before the last optimizer step"
+
+
+def test_drawing_in_a_preview_changes_nothing(train, equal_bits, monkeypatch):
+    """Whatever the model's own generation code draws from the global generator."""
+    from sidestep_plugin.previews import making
+
+    original = making.generate
+
+    def drawing(*args):
+        torch.randn(3)
+        return original(*args)
+
+    without = train("base", options={"num_inference_steps": 3}, max_epochs=1)
+    monkeypatch.setattr(making, "generate", drawing)
+    assert equal_bits(without, train("base", options=ON, max_epochs=1))
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
@@ -95,52 +94,44 @@ def test_twins_are_equal_when_the_adapter_is_zero(train, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_what_was_learned_is_heard_and_what_is_off_is_not(train, load, kind):
-    done = train("base", kind, options=ON, max_epochs=1)
-    base, trained = clips(done.output, "base_model"), clips(done.output, "epoch_1")
-    assert all(not torch.equal(base[name], trained[name]) for name in base)
-
-
-def test_a_resumed_run_goes_on_with_the_table(train, equal_bits, tmp_path):
-    whole = train("base", options=ON, max_epochs=3, output_dir=str(tmp_path / "one"))
+def test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off(train, kind, tmp_path):
+    """And it gives the adapter and the clips of the whole run; every second epoch is heard, and the last one."""
+    every_second = ON | {"preview_every": 2}
+    whole = train("base", kind, options=every_second, max_epochs=3, output_dir=str(tmp_path / "one"))
     (checkpoint,) = (tmp_path / "one" / "checkpoints").glob("epoch_2*")
-    first = (tmp_path / "one" / "previews" / "base_model" / "01_song_02.safetensors").stat().st_mtime_ns
-    settings = {"max_epochs": 3, "resume_from": str(checkpoint)}
-    rest = train("base", options=ON, output_dir=str(tmp_path / "one"), **settings)
-    silent = train("base", options={"num_inference_steps": 3}, output_dir=str(tmp_path / "two"), **settings)
+    assert [row["label"] for row in rows(tmp_path / "one")] == ["base model", "epoch 2", "epoch 3"]
+    report = json.loads((tmp_path / "one" / "training_report.json").read_text(encoding="utf-8"))
+    known = [None, *(entry["loss"] for entry in report["loss_by_epoch"][1:])]
+    assert [row["loss"] and round(row["loss"], 6) for row in rows(tmp_path / "one")] == known
+    settings = {"max_epochs": 3, "resume_from": str(checkpoint), "output_dir": str(tmp_path / "two")}
+    rest = train("base", kind, options=every_second, **settings)
     assert whole.losses and rest.losses, (whole.messages, rest.messages)
     final = [load_file(next((tmp_path / name / "final").rglob("*.safetensors"))) for name in ("one", "two")]
+    assert final[0].keys() == final[1].keys()
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
-    assert [row["label"] for row in rows(tmp_path / "one")] == ["base model", "epoch 1", "epoch 2", "epoch 3"]
-    assert (tmp_path / "one/previews/base_model/01_song_02.safetensors").stat().st_mtime_ns == first
-    assert silent.messages and not (tmp_path / "two" / "previews").exists()
-
-
-def test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off(train, load, tmp_path):
-    done = train("base", options=ON | {"preview_every": 3}, max_epochs=3, output_dir=str(tmp_path / "one"))
-    (checkpoint,) = (tmp_path / "one" / "checkpoints").glob("epoch_2*")
-    assert done.losses
-    rest = train("base", options=ON, max_epochs=3, output_dir=str(tmp_path / "two"), resume_from=str(checkpoint))
-    assert rest.losses
-    one, two = (clips(tmp_path / name, "base_model") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = (clips(tmp_path / name, "epoch_3") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [row["label"] for row in rows(tmp_path / "two")] == ["base model", "epoch 3"]
+    for label in ("base_model", "epoch_3"):
+        one, two = (clips(tmp_path / name, label) for name in ("one", "two"))
+        assert len(one) == 2 and all(torch.equal(one[name], two[name]) for name in one)
+    # Once more, in the folder of the whole run: its table goes on.
+    before = (tmp_path / "one/previews/base_model/01_song_02.safetensors").stat().st_mtime_ns
+    train("base", kind, options=every_second, **settings | {"output_dir": str(tmp_path / "one")})
+    assert [row["label"] for row in rows(tmp_path / "one")] == ["base model", "epoch 2", "epoch 3"]
+    assert (tmp_path / "one/previews/base_model/01_song_02.safetensors").stat().st_mtime_ns == before
+    assert not (tmp_path / "one" / "previews-1").exists()
 
 
 def test_clips_of_an_earlier_training_are_moved_aside(train, capsys, tmp_path):
-    for _ in range(2):
-        train("base", options=ON, max_epochs=1, output_dir=str(tmp_path))
+    song = {"name": "other", "seconds": 1.0}
+    earlier = Table(
+        {"model_name": "m", "songs": [song], "settings": {}}, [Row("epoch 9", 9, 1.0, ["epoch_9/01_other.wav"])]
+    )
+    (tmp_path / "previews").mkdir()
+    earlier.write(tmp_path / "previews")
+    train("base", options=ON, max_epochs=1, output_dir=str(tmp_path))
     assert "clips of an earlier training were moved to" in capsys.readouterr().out
-    assert rows(tmp_path) and (tmp_path / "previews-1" / "index.html").is_file()
-
-
-def test_every_second_epoch_and_the_last_one(train):
-    done = train("base", options=ON | {"preview_every": 2}, max_epochs=3)
-    assert [row["label"] for row in rows(done.output)] == ["base model", "epoch 2", "epoch 3"]
-    losses = json.loads((done.output / "training_report.json").read_text(encoding="utf-8"))["loss_by_epoch"]
-    of_epochs = [None if row["loss"] is None else round(row["loss"], 6) for row in rows(done.output)]
-    assert of_epochs == [None, losses[1]["loss"], losses[2]["loss"]]
+    assert [row["label"] for row in rows(tmp_path)] == ["base model", "epoch 1"]
+    assert read_table(tmp_path / "previews-1") == earlier
 
 
 def test_with_a_vae_there_are_wav_files_and_tensorboard_has_them(train, trainer, vae_there, capsys, monkeypatch):
@@ -192,9 +183,9 @@ def broken(*_, **__):
 def test_a_preview_that_fails_warns_once_and_the_training_goes_on(train, equal_bits, capsys, monkeypatch):
     from sidestep_plugin.previews import making
 
-    without = train("base", options={"num_inference_steps": 3})
+    without = train("base", options={"num_inference_steps": 3}, max_epochs=1)
     monkeypatch.setattr(making, "generate", broken)
-    done = train("base", options=ON)
+    done = train("base", options=ON, max_epochs=1)
     assert equal_bits(without, done)
     out = capsys.readouterr().out
     assert out.count("Warning: no preview after epoch 0: CUDA out of memory. The training goes on") == 1
@@ -205,18 +196,17 @@ def test_a_vae_that_fails_leaves_latents(train, vae_there, capsys, monkeypatch):
     from sidestep_plugin.previews import making
 
     monkeypatch.setattr(making, "decode", broken)
-    done = train("base", options=ON)
+    done = train("base", options=ON | {"preview_songs": "1"}, max_epochs=1)
     assert capsys.readouterr().out.count("could not be decoded (CUDA out of memory) and are saved as latents") == 1
     assert all(clip.endswith(".safetensors") for row in rows(done.output) for clip in row["clips"])
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(train, equal_bits, capsys, tmp_path):
-    without = train("base", options={"num_inference_steps": 3})
+def test_a_folder_that_cannot_be_written_is_a_warning(train, capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "previews").write_text("in the way", encoding="utf-8")
-    done = train("base", options=ON, output_dir=str(tmp_path / "out"))
+    done = train("base", options=ON, max_epochs=1, output_dir=str(tmp_path / "out"))
     assert capsys.readouterr().out.count("Warning: no preview after epoch 0") == 1
-    assert done.losses == without.losses
+    assert len(done.losses) == 3 and "complete" in done.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -247,10 +237,3 @@ def test_a_vae_of_another_width_is_refused(train, tmp_path, monkeypatch):
     done = train("base", options=ON)
     assert "AutoencoderOobleck with 32 channels, expected ACE-Step's AutoencoderOobleck with 64" in done.messages[-1]
     assert not done.losses
-
-
-def test_the_helper_makes_adapters_that_do_something():
-    layer = torch.nn.Linear(2, 2)
-    with torch.no_grad():
-        layer.weight.zero_()
-    assert moved_a_little(layer) == 1 and layer.weight.any()
