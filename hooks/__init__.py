@@ -8,6 +8,7 @@
     validation           the loss on songs that are held out: always the same songs, noise and timesteps
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
+    previews             clips of some songs while it trains
     resume_training      checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
@@ -20,12 +21,13 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking, validation
+from . import adapter_metadata, memory, model_treatment, nan_masking, previews, validation
 from .adapter_metadata import acestep_adapter_saved
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import acestep_prepare_batch, check_song_values
+from .previews import acestep_between_epochs, plan_previews
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
@@ -40,6 +42,7 @@ from .validation import (
 
 __all__ = [
     "acestep_adapter_saved",
+    "acestep_between_epochs",
     "acestep_epoch_finished",
     "acestep_hold_out",
     "acestep_model_chosen",
@@ -58,6 +61,7 @@ __all__ = [
     "check_validation_folder",
     "keep_resume_state",
     "note_step",
+    "plan_previews",
     "sum_up_validation",
 ]
 
@@ -70,4 +74,5 @@ def acestep_options() -> list[click.Option]:
         *adapter_metadata.options(),
         *memory.options(),
         *validation.options(),
+        *previews.options(),
     ]

@@ -34,6 +34,9 @@ PICTURE_NAME: Final = "training_report.png"
 SCHEMA_VERSION: Final = 1
 BANDS: Final = 10
 
+PAUSED: Final = "sidestep.paused"
+"""Where a run keeps the seconds between its steps that were spent on something else than training."""
+
 _KEY: Final = "sidestep.report"
 
 
@@ -47,6 +50,7 @@ class _Notes:
     dropped: int = 0
     began: float = 0.0
     ended: float = 0.0
+    paused: float = 0.0  # between the first and the newest step
     count: int = 0
 
 
@@ -58,6 +62,7 @@ def note_step(step: Step) -> None:
     notes.ended = time.monotonic()
     if notes.count == 0:
         notes.began = notes.ended  # the setup does not count for the time per step
+    notes.paused = step.run.state.get(PAUSED, 0.0)
     notes.count += 1
     notes.steps.append((None if step.t is None else step.t.detach(), step.loss.detach()))
 
@@ -121,7 +126,8 @@ def _count(run: Run, notes: _Notes) -> torch.Tensor | None:
 def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
     treatment = treatment_of(run)
     by_epoch = run.loss_by_epoch
-    trained = notes.ended - notes.began - seconds_between(run, notes.began, notes.ended)
+    looked = seconds_between(run, notes.began, notes.ended) + notes.paused
+    trained = max(0.0, notes.ended - notes.began - looked)
     validation = report_of(run)
     rows = sum(notes.rows)
     return {

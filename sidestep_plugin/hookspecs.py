@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .run import MemoryPlan, ModelFacts, ResumePoint, Run, SavedAdapter, Step, Validation, ValidationPlan, Verdict
+    from .run import (
+        EpochNews,
+        MemoryPlan,
+        ModelFacts,
+        ResumePoint,
+        Run,
+        SavedAdapter,
+        Step,
+        Validation,
+        ValidationPlan,
+        Verdict,
+    )
 
 PROJECT: Final = "acestep"
 
@@ -265,6 +276,29 @@ def acestep_validated(run: Run, validation: Validation) -> Verdict | None:
 
     Raises:
         Refusal: to stop the run.
+    """
+
+
+@hookspec
+def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
+    """Look at the adapter as an epoch left it, and tell what was found.
+
+    When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed:
+    with Lightning behind its last optimizer step and before upstream's validation and checkpoint, so the weights are
+    those that a checkpoint saves. Without Lightning it is called right after :func:`acestep_epoch_finished`, before
+    the optimizer step for the rest of an epoch that gradient accumulation does not divide.
+
+    Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
+    takes the training's time.
+
+    Args:
+        run: the run.
+        epoch: number of finished epochs.
+        loss: mean loss of the epoch's training steps, None before the first one.
+        folder: the output folder.
+
+    Returns:
+        Lines for the user, and numbers and clips for upstream's log. None to say nothing.
     """
 
 

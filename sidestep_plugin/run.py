@@ -76,6 +76,11 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _no_vae() -> Any:
+    """The answer where nobody has loaded a VAE."""
+    return None
+
+
 @dataclass(eq=False)
 class Run:
     """One training, from its start to the saved adapter.
@@ -91,6 +96,7 @@ class Run:
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
         best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
+        loaded_vae: call it for the VAE that the app has loaded, None on the command line. Never move that VAE.
     """
 
     adapter_type: AdapterType
@@ -107,6 +113,7 @@ class Run:
     resumed_at: int = 0
     best_epoch: int | None = None
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
+    loaded_vae: Callable[[], Any] = _no_vae
 
     @property
     def first_step(self) -> bool:
@@ -291,6 +298,32 @@ class Verdict:
     stop: bool = False
     lines: tuple[str, ...] = ()
     log: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of sound.
+
+    Attributes:
+        samples: shape [C,N], fp32 in [-1, 1], on the CPU.
+        rate: samples per second.
+    """
+
+    samples: torch.Tensor
+    rate: int
+
+
+@dataclass(frozen=True)
+class EpochNews:
+    """What a plugin tells between two epochs.
+
+    Attributes:
+        lines: lines for the user.
+        logged: numbers and clips by name, for upstream's log, which TensorBoard shows.
+    """
+
+    lines: tuple[str, ...] = ()
+    logged: Mapping[str, float | Clip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

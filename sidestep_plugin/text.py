@@ -14,6 +14,11 @@ def is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 clip" and "2 clips"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shown(value: object, longest: int = 200) -> str:
     """A text, safe to print: control characters as escapes, and not longer than a few lines."""
     text = str(value)

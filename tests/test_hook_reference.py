@@ -133,6 +133,19 @@ def test_acestep_epoch_finished(train, trainer, capsys, monkeypatch):
     assert ours == ([({"songs seen": 6.0}, 1), ({"songs seen": 12.0}, 2)] if logged else [])
 
 
+def test_acestep_between_epochs(train, trainer, capsys, monkeypatch):
+    logged = []
+    if getattr(trainer, "LIGHTNING_AVAILABLE", False):
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        monkeypatch.setattr(TensorBoardLogger, "log_metrics", lambda _, values, step: logged.append((values, step)))
+    done, said = trained_with(train, "acestep_between_epochs", capsys)
+    norms = re.findall(r"After epoch (\d): norm of the adapter (\d+\.\d{4})", said)
+    assert [epoch for epoch, _ in norms] == ["0", "1", "2"] and len({norm for _, norm in norms}) == 3
+    ours = [(f"{values['adapter norm']:.4f}", step) for values, step in logged if "adapter norm" in values]
+    assert ours == ([(norm, int(epoch)) for epoch, norm in norms] if logged else []) and done.tensors
+
+
 def test_acestep_run_ended(train, capsys):
     done, _ = trained_with(train, "acestep_run_ended", capsys)
     assert f"{done.output.name}: finished after 6 steps" in done.messages

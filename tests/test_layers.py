@@ -42,6 +42,8 @@ ALLOWED = {
     ("sidestep_plugin/trainer/wrappers/engine.py", "decoder.to"): "one decoder, for one call, and taken back",
     ("sidestep_plugin/trainer/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
+    ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
     ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",

@@ -9,6 +9,7 @@ import torch
 
 from sidestep_plugin import PluginError, hookimpl
 from sidestep_plugin.registry import Registry
+from sidestep_plugin.run import EpochNews
 
 ONE = torch.zeros
 
@@ -48,6 +49,18 @@ CASES = {
     "says a number": ("acestep_run_started", ["run"], lambda run: 5, "returned 5"),
     "says numbers": ("acestep_run_started", ["run"], lambda run: [1, 2], "returned [1, 2]"),
     "returns from a hook without result": ("acestep_step_finished", ["step"], lambda step: "x", "returned 'x'"),
+    "says a line between epochs": (
+        "acestep_between_epochs",
+        ["epoch"],
+        lambda epoch: "a line" if epoch == 0 else None,
+        "expected an EpochNews",
+    ),
+    "logs a text between epochs": (
+        "acestep_between_epochs",
+        ["epoch"],
+        lambda epoch: EpochNews(logged={"a": "b"}) if epoch == 0 else None,
+        "returned 'a' as 'b'",
+    ),
     "batch is a list": ("acestep_prepare_batch", ["batch"], lambda batch: [1], "returned a list"),
     "new key": ("acestep_prepare_batch", ["batch"], lambda batch: {"new": ONE(1)}, "returned an entry 'new'"),
     "no tensor": (

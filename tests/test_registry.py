@@ -101,6 +101,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
     assert loaded.names == ["sidestep"]
     assert loaded.hooks_of("sidestep") == [
         "acestep_adapter_saved",
+        "acestep_between_epochs",
         "acestep_epoch_finished",
         "acestep_model_chosen",
         "acestep_options",
@@ -120,6 +121,11 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "license",
         "mask_nan",
         "num_inference_steps",
+        "preview_cfg",
+        "preview_every",
+        "preview_seconds",
+        "preview_seed",
+        "preview_songs",
         "shift",
         "timestep_mode",
         "title",

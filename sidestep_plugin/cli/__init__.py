@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",
     "inspect": "Show what an adapter is and what to generate with.",
+    "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",

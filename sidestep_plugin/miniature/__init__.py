@@ -9,7 +9,7 @@ reach every seam. An adapter trained on it is useless.
 
     ACE-Step-miniature/            what `--acestep-root` wants
         acestep/training/…         copied from `checkout/`
-        checkpoints/acestep-v15-base/ …   config.json, model.safetensors and the two files of `model/`
+        checkpoints/acestep-v15-base/ …   config.json, model.safetensors, silence_latent.pt, the two files of `model/`
     tensors/                       preprocessed songs, as `--dataset-dir` wants them
     tensors-xl/                    the same for XL models, whose conditions are narrower; only if one is built
 
@@ -153,6 +153,9 @@ def write_model(directory: Path, name: str, *, seed: int, **config_overrides: An
         shutil.copyfile(_HERE / "model" / file, folder / file)
     _write_json(folder / "config.json", settings)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # As beside every official model: what a generation from nothing has for context.
+    silence = 0.1 * torch.randn((1, 64, 40), generator=generator, device="cpu", dtype=torch.float32)
+    torch.save(silence, folder / "silence_latent.pt")
     return folder
 
 

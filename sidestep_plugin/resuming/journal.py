@@ -39,6 +39,7 @@ class Journal:
         summed_up: whether plugins were asked for their summary.
         training_begins: called with the run before the first batch that this run computes is read.
         epoch_finished: called with run, number and mean loss after the last step of every epoch that was computed.
+        begins: called with the run before the first training step of a run from the start.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
         say: takes each message for the user as soon as there is one.
     """
@@ -51,6 +52,7 @@ class Journal:
         self.finished = self.unsaved = self.ending = self.failed = self.summed_up = False
         self.training_begins: Callable[[Run], None] | None = None
         self.epoch_finished: Callable[[Run, int, float], None] | None = None
+        self.begins: Callable[[Run], None] | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
         self._replay = None if point is None else Replay(point, device)
@@ -75,6 +77,11 @@ class Journal:
     def walking(self) -> bool:
         """Whether upstream's loop has begun to go through such steps: its reports are no news."""
         return self.catching_up and self._epochs_begun > 0
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that upstream's loop has begun, including those of earlier runs."""
+        return self._epochs_begun
 
     @property
     def steps(self) -> int:
@@ -156,6 +163,8 @@ class Journal:
         elif self._replay is not None:
             self.catch_up(run)
         self._begin(length)
+        if self.begins is not None and self._epochs_begun == 1 and not len(self._losses):
+            self.begins(run)
         self._epoch_random = random_states(self.device)
         if self.training_begins is not None:
             begins, self.training_begins = self.training_begins, None

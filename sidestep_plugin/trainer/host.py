@@ -58,8 +58,14 @@ class Host:
     @property
     def keeps_journal(self) -> bool:
         """Whether any plugin needs a run's journal."""
-        hooks = ("acestep_resume", "acestep_epoch_finished", "acestep_run_ended", "acestep_plan_validation")
-        return any(map(self.registry.implements, hooks))
+        needing = (
+            "acestep_resume",
+            "acestep_epoch_finished",
+            "acestep_between_epochs",
+            "acestep_plan_validation",
+            "acestep_run_ended",
+        )
+        return any(map(self.registry.implements, needing))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None
@@ -74,6 +80,7 @@ class Host:
             tensor_dir=tensor_dir,
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
+            loaded_vae=_vae_of(owner),
         )
 
     def start(self, run: Run) -> None:
@@ -105,6 +112,12 @@ class Host:
         for plugin, lines in self.registry.call(hook, **arguments):
             for line in checked_lines(plugin, hook, lines):
                 self.announce(line)
+
+
+def _vae_of(owner: Any) -> Callable[[], Any]:
+    """Answers with the VAE of the app's handler. Weak: asking for it must not keep the app's models in memory."""
+    held = weakref.ref(owner)
+    return lambda: getattr(getattr(held(), "dit_handler", None), "vae", None)
 
 
 def log_of(trainer: Any) -> Any:

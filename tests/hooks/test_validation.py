@@ -172,7 +172,9 @@ def test_nothing_is_different_after_an_evaluation(trainer, checkout, load, modul
     assert state() == before
 
 
-def test_without_lightning_it_is_the_same_bit_for_bit(train, trainer, checkout, folder_of, equal_bits, measured, monkeypatch):
+def test_without_lightning_it_is_the_same_bit_for_bit(
+    train, trainer, checkout, folder_of, equal_bits, measured, monkeypatch
+):
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     songs = songs_in(checkout.tensors)
     settings = {"batch_size": 1, "gradient_accumulation_steps": 3}
@@ -224,7 +226,9 @@ def overfitting(checkout, folder_of):
 def test_a_planted_overfit_turns_the_curve_and_patience_stops_it(train, measured, overfitting, capsys, kind, load):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
     rate = {"lora": 3e-3, "lokr": 3e-3}[kind]
-    result = train("base", kind, tensors=overfitting, options=options, max_epochs=40, learning_rate=rate, save_every_n_epochs=100)
+    result = train(
+        "base", kind, tensors=overfitting, options=options, max_epochs=40, learning_rate=rate, save_every_n_epochs=100
+    )
     out = capsys.readouterr().out
     means = {epoch: float((0.85 * loss[..., 0] + 0.15 * loss[..., 1]).mean()) for epoch, loss in measured.items()}
     best = min((epoch for epoch in means if epoch), key=lambda epoch: means[epoch])

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
+from ..between_epochs import EPOCH_LOSS, epoch_logged
 from ..current import Training, running_training
-from .validation import EPOCH_LOSS
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,11 @@ def wrap_engine(host: Host, original: Any) -> Any:
         def log(self, name: str, value: Any, step: int | None = None) -> None:
             super().log(name, value, step=step)
             training = running_training.get()
-            if name == EPOCH_LOSS and training is not None and training.validation is not None and step is not None:
+            if training is None:
+                return
+            if name == EPOCH_LOSS and training.validation is not None and step is not None:
                 training.validation.after_epoch(training.run, step)
+            epoch_logged(host, training, name, value, step)
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError
 from ..answers import described
+from ..between_epochs import between_epochs
 from ..current import running_training
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) 
                 logger.log_metrics({name: value}, epoch)
             elif hasattr(logger.experiment, "add_histogram"):
                 logger.experiment.add_histogram(name, value, epoch)
+    if getattr(trainer, "fabric", None) is None:  # without Lightning nothing is logged behind the last optimizer step
+        between_epochs(host, trainer, run, epoch, loss)
 
 
 def _not_loggable(name: Any, value: Any) -> str | None:

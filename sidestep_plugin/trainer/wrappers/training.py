@@ -16,6 +16,7 @@ from ...resuming.journal import Journal
 from ...resuming.lock import OutputLock
 from ...run import AdapterType, ResumePoint, Run
 from ..answers import described
+from ..between_epochs import between_epochs
 from ..checkout import place_of
 from ..current import Training, command_line, running_training
 from ..failures import advice
@@ -120,6 +121,7 @@ def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> J
     saves = newest_save_number(_output_of(host, run)) if host.resumes else 0
     journal = Journal(_device_of(trainer), point, each if isinstance(each, int) else 0, saves)
     journal.epoch_finished = partial(epoch_finished, host, trainer)
+    journal.begins = partial(between_epochs, host, trainer, epoch=0, loss=None)
     if host.listened_to:  # at once: upstream's next report may come many steps later
         journal.say = host.announce
     run.epoch_losses = journal.loss_by_epoch

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError, Refusal
 from ...run import Run, Validation, ValidationPlan, Verdict
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ...resuming.journal import Journal
     from ..current import Training
     from ..host import Host
-
-EPOCH_LOSS: Final = "train/epoch_loss"
-"""What upstream logs after the last optimizer step of an epoch, before its own validation and its checkpoint."""
 
 
 class Validator:

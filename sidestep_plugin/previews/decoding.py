@@ -1,0 +1,97 @@
+"""From latents to sound: the VAE of the checkpoint folder, loaded when it is needed, in windows for long clips."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import Refusal
+from ..files import read_json_object
+from .conditions import LATENT_CHANNELS
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER: Final = "vae"
+"""Folder of ACE-Step's VAE, beside the folders of the models."""
+
+WINDOW: Final = 500
+"""Frames that are decoded at once: 20 seconds."""
+OVERLAP: Final = 64
+"""Frames on either side of a window that are decoded with it and thrown away, as in ACE-Step's own tiled decoding."""
+
+
+def find_vae(checkpoints: Path | None) -> Path | None:
+    """The VAE's folder below a folder of models, else below ``$ACESTEP_CHECKPOINTS_DIR``; None if there is none."""
+    said = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
+    places = [place / FOLDER for place in (checkpoints, Path(said).expanduser() if said else None) if place is not None]
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def why_not(folder: Path | None) -> str:
+    """Why latents cannot be decoded, as the end of a sentence; "" when they can. Raises Refusal for another VAE."""
+    if folder is None:
+        return "the checkpoint folder has no vae folder"
+    check_vae(folder)
+    return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed here"
+
+
+def check_vae(folder: Path) -> None:
+    """Refuse a VAE that ACE-Step's latents do not fit, by its config alone. Raises Refusal."""
+    try:
+        config = read_json_object(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder / 'config.json'} cannot be read ({error}). Download the VAE again.") from None
+    width = config.get("decoder_input_channels", LATENT_CHANNELS)
+    kind = config.get("_class_name", "AutoencoderOobleck")
+    if width != LATENT_CHANNELS or kind != "AutoencoderOobleck":
+        raise Refusal(
+            f"The VAE in {folder} is an {kind} with {width} channels, expected ACE-Step's AutoencoderOobleck with "
+            f"{LATENT_CHANNELS}. Download it again, or train without --preview-every."
+        )
+
+
+def load_vae(folder: Path, device: torch.device) -> Any:
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device."""
+    import torch
+
+    check_vae(folder)
+    half = device.type == "xpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    place = device if half or device.type == "cuda" else torch.device("cpu")
+    dtype = torch.bfloat16 if half else torch.float16 if place.type == "cuda" else torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it with torch's older weight_norm
+        from diffusers import AutoencoderOobleck
+
+        load: Any = AutoencoderOobleck.from_pretrained  # diffusers has no types for it
+        vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
+    return vae.to(place).eval()
+
+
+def rate_of(vae: Any) -> int:
+    """The sampling rate of a VAE in Hz: 48,000 for ACE-Step's."""
+    return int(vae.config.sampling_rate)
+
+
+def decode(vae: Any, latents: torch.Tensor, *, window: int = WINDOW, overlap: int = OVERLAP) -> torch.Tensor:
+    """Decode latents in overlapping windows | given shape [1,T,64] | returns samples, shape [C,N], fp32 on the CPU.
+
+    The VAE stays where it is, in the type that it has. Draws no random number.
+    """
+    import torch
+
+    weight = next(vae.parameters())
+    frames = latents.shape[1]
+    parts = []
+    with torch.no_grad():
+        for start in range(0, frames, window):
+            end = min(start + window, frames)
+            first, last = max(0, start - overlap), min(frames, end + overlap)
+            piece = latents[:, first:last].to(weight.device, weight.dtype).transpose(1, 2).contiguous()
+            samples = vae.decode(piece).sample[0].float().cpu()
+            each = samples.shape[-1] // (last - first)  # samples of a frame
+            parts.append(samples[:, (start - first) * each : (end - first) * each])
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,53 @@
+"""What a preview is generated with. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import Refusal
+from ..variants import Variant
+
+GUIDANCE_SCALE: Final = 7.0
+"""Guidance scale of base and sft: what ACE-Step's own ``generate_audio`` and its app start with."""
+
+SECONDS: Final = 20.0
+SONGS: Final = "2"
+SEED: Final = 42
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """What every clip of a training is generated with.
+
+    Attributes:
+        shift: shift of the timesteps.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance against the null condition; 1.0 is none.
+        seed: seed of the noise. Song number i, from 0, has the noise of ``seed + i``.
+        seconds: length of a clip, unless the song is shorter.
+    """
+
+    shift: float
+    steps: int
+    guidance: float
+    seed: int
+    seconds: float
+
+    @property
+    def in_words(self) -> str:
+        """Such as "50 steps, shift 1.0, CFG 7.0, seed 42"."""
+        cfg = f"CFG {self.guidance:g}" if self.guidance > 1.0 else "no CFG"
+        return f"{self.steps} steps, shift {self.shift:g}, {cfg}, seed {self.seed}"
+
+
+def guidance_for(variant: Variant, said: float | None) -> float:
+    """The guidance scale of a variant | said: the user's, None for the default | raises Refusal for turbo."""
+    if variant != "turbo":
+        return GUIDANCE_SCALE if said is None else said
+    if said is not None and said != 1.0:
+        raise Refusal(
+            f"--preview-cfg {said:g}: turbo models are generated without guidance, and their own code has none. "
+            "Leave --preview-cfg out."
+        )
+    return 1.0
