@@ -2,6 +2,8 @@
 
     model_treatment      which variant this model is, what follows from it, and saying so before the first step
     timestep_sampling    the timesteps that the model's variant is trained with
+    batch                the order in which the next three change a batch before its step
+    crops                a random window of each song, a new one every time
     nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
     memory               half the memory of the base model's weights, with the same bits
@@ -19,12 +21,14 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking
+from . import adapter_metadata, crops, memory, model_treatment, nan_masking
 from .adapter_metadata import acestep_adapter_saved
+from .batch import acestep_prepare_batch
+from .crops import say_crops
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
-from .nan_masking import acestep_prepare_batch, check_song_values
+from .nan_masking import check_song_values
 from .resume_training import acestep_resume, keep_resume_state
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
@@ -44,6 +48,7 @@ __all__ = [
     "check_song_values",
     "keep_resume_state",
     "note_step",
+    "say_crops",
 ]
 
 
@@ -52,6 +57,7 @@ def acestep_options() -> list[click.Option]:
     return [
         *model_treatment.options(),
         *nan_masking.options(),
+        *crops.options(),
         *adapter_metadata.options(),
         *memory.options(),
     ]

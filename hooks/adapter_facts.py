@@ -62,6 +62,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
         **({"mask_nan": True} if options.get("mask_nan") else {}),
+        **({"crop_seconds": options["crop_seconds"]} if options.get("crop_seconds") is not None else {}),
         **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),

@@ -35,6 +35,7 @@ MAY_CHANGE: Final = {
     "batch_size": "batch size",
     "timestep_law": "timesteps",
     "cfg_ratio": "condition dropout",
+    "crop_seconds": "crops in seconds",
     "dropout": "dropout",
     "learning_rate": "learning rate",
     "max_epochs": "epochs",
@@ -46,6 +47,9 @@ MAY_CHANGE: Final = {
     "seed": "seed (the random states are those of the checkpoint)",
 }
 """Facts that may change from here on; the user gets a notice."""
+
+WHEN_OFF: Final = {"crop_seconds": "whole songs"}
+"""Facts that are left out when the feature is off, and what they mean then."""
 
 
 @hookimpl(specname="acestep_adapter_saved")
@@ -119,6 +123,7 @@ def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
 
 def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Facts that both have and that differ, in words."""
+    then, now = ({**WHEN_OFF, **facts} for facts in (then, now))
     return [
         f"{words} (was {then[name]}, now {now[name]})"
         for name, words in names.items()

@@ -145,8 +145,9 @@ def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, 
             on the CPU and in another dtype. Never write into these tensors: they belong to the caller.
 
     Returns:
-        Only the entries to replace, under their existing names and with tensors of the same shape. The next plugin
-        receives the batch with these entries replaced. None to leave the batch unchanged.
+        Only the entries to replace, under their existing names and with tensors of the same shape. A song may be
+        shortened: then ``target_latents``, ``attention_mask`` and ``context_latents`` are all returned with the same
+        smaller T. The next plugin receives the batch with these entries replaced. None to leave the batch unchanged.
 
     Random numbers: what a plugin draws here comes before upstream's noise and timesteps. Draw none if your feature is
     switched off.

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .errors import Refusal
 from .files import not_a_file
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 AdapterType = Literal["lora", "lokr"]
+
+FRAMES: Final = ("target_latents", "attention_mask", "context_latents")
+"""Entries of a batch with one row per frame of latents, [B,T,...]. A plugin may shorten T in all of them at once."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,27 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "a window that reaches into a song's padding",
+        "hooks/crops.py",
+        "    last = (shown - window).clamp(min=0)\n",
+        "    last = (shown * 0 + frames - window).clamp(min=0)\n",
+        "tests/hooks/test_crops.py::test_a_window_lies_within_its_own_song",
+    ),
+    Mutation(
+        "the context not cut with the song",
+        "sidestep_plugin/trainer/answers.py",
+        "    return lengths.pop() if len(lengths) == 1 and 0 <",
+        "    return min(lengths) if 0 <",
+        "tests/hooks/test_crops.py::test_entries_that_do_not_belong_together_stop_the_step",
+    ),
+    Mutation(
+        "windows in validation",
+        "hooks/crops.py",
+        "window is None or not step.training or",
+        "window is None or",
+        "tests/hooks/test_crops.py::test_whole_songs_draw_no_random_number",
+    ),
+    Mutation(
         "a single draw instead of the maximum of two",
         "hooks/timestep_sampling.py",
         "return torch.maximum(first, second)",

@@ -116,6 +116,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "author",
         "cfg_ratio",
         "export",
+        "crop_seconds",
         "frozen_weights",
         "license",
         "mask_nan",

@@ -36,6 +36,7 @@ FACTS: Final = {
     "timestep_schedule": "the discrete training timesteps, noisiest first, null if continuous",
     "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
     "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
+    "crop_seconds": "seconds of the random window of each song (--crop-seconds); left out for whole songs",
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
