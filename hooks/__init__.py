@@ -6,6 +6,7 @@
     crops                a random window of each song, a new one every time
     nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
+    song_cache           songs stay in RAM after they were read once
     memory               half the memory of the base model's weights, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
@@ -21,7 +22,7 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, crops, memory, model_treatment, nan_masking
+from . import adapter_metadata, crops, memory, model_treatment, nan_masking, song_cache
 from .adapter_metadata import acestep_adapter_saved
 from .batch import acestep_prepare_batch
 from .crops import say_crops
@@ -30,6 +31,7 @@ from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import check_song_values
 from .resume_training import acestep_resume, keep_resume_state
+from .song_cache import acestep_song_cache, decide_cache
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 
@@ -44,8 +46,10 @@ __all__ = [
     "acestep_run_ended",
     "acestep_run_started",
     "acestep_sample_timesteps",
+    "acestep_song_cache",
     "acestep_step_finished",
     "check_song_values",
+    "decide_cache",
     "keep_resume_state",
     "note_step",
     "say_crops",
@@ -60,4 +64,5 @@ def acestep_options() -> list[click.Option]:
         *crops.options(),
         *adapter_metadata.options(),
         *memory.options(),
+        *song_cache.options(),
     ]

@@ -109,6 +109,22 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
 
 
 @hookspec
+def acestep_song_cache(run: Run) -> int | None:
+    """Return how much RAM may be used to keep songs that were read.
+
+    When: once per training, before its first song is read. Not if other processes read the songs (``num_workers``),
+    and not in a version of upstream without a dataset of its own for songs.
+
+    Args:
+        run: the run.
+
+    Returns:
+        A number of bytes, 0 to keep nothing. If several plugins answer, the smallest number counts. None to say
+        nothing; if no plugin answers, nothing is kept.
+    """
+
+
+@hookspec
 def acestep_plan_memory(
     run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
 ) -> MemoryPlan | None:

@@ -110,6 +110,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_run_ended",
         "acestep_run_started",
         "acestep_sample_timesteps",
+        "acestep_song_cache",
         "acestep_step_finished",
     ]
     assert set(loaded.resolve_options({})) == {
@@ -122,6 +123,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "mask_nan",
         "num_inference_steps",
         "shift",
+        "song_cache",
         "timestep_mode",
         "title",
         "trigger",
