@@ -8,6 +8,7 @@
     cfg_dropout          condition dropout, for the models that are generated with guidance
     song_cache           songs stay in RAM after they were read once
     memory               half the memory of the base model's weights, with the same bits
+    quantization         the base model in one byte per weight, if asked for
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resume_training      checkpoints from which a training really goes on
@@ -22,7 +23,7 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, crops, memory, model_treatment, nan_masking, song_cache
+from . import adapter_metadata, crops, memory, model_treatment, nan_masking, quantization, song_cache
 from .adapter_metadata import acestep_adapter_saved
 from .batch import acestep_prepare_batch
 from .crops import say_crops
@@ -30,6 +31,7 @@ from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import check_song_values
+from .quantization import check_base_weights, plan_base_weights
 from .resume_training import acestep_resume, keep_resume_state
 from .song_cache import acestep_song_cache, decide_cache
 from .timestep_sampling import acestep_sample_timesteps
@@ -48,10 +50,12 @@ __all__ = [
     "acestep_sample_timesteps",
     "acestep_song_cache",
     "acestep_step_finished",
+    "check_base_weights",
     "check_song_values",
     "decide_cache",
     "keep_resume_state",
     "note_step",
+    "plan_base_weights",
     "say_crops",
 ]
 
@@ -65,4 +69,5 @@ def acestep_options() -> list[click.Option]:
         *adapter_metadata.options(),
         *memory.options(),
         *song_cache.options(),
+        *quantization.options(),
     ]

@@ -36,6 +36,7 @@ MAY_CHANGE: Final = {
     "timestep_law": "timesteps",
     "cfg_ratio": "condition dropout",
     "crop_seconds": "crops in seconds",
+    "base_weights": "base weights",
     "dropout": "dropout",
     "learning_rate": "learning rate",
     "max_epochs": "epochs",
@@ -48,7 +49,7 @@ MAY_CHANGE: Final = {
 }
 """Facts that may change from here on; the user gets a notice."""
 
-WHEN_OFF: Final = {"crop_seconds": "whole songs"}
+WHEN_OFF: Final = {"crop_seconds": "whole songs", "base_weights": "not quantized"}
 """Facts that are left out when the feature is off, and what they mean then."""
 
 

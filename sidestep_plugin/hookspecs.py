@@ -128,7 +128,7 @@ def acestep_song_cache(run: Run) -> int | None:
 def acestep_plan_memory(
     run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
 ) -> MemoryPlan | None:
-    """Return what this training need not keep in memory or compute, if the adapter stays the same bit for bit.
+    """Return what this training need not keep in memory or compute, or computes in another way.
 
     When: once per training with Lightning, after the adapter was injected, before upstream casts the decoder and
     moves it to the device. Never without Lightning.
@@ -140,7 +140,8 @@ def acestep_plan_memory(
         autocast: the type that autocast computes in, None without autocast.
 
     Returns:
-        A MemoryPlan, or None to leave everything to upstream.
+        A MemoryPlan, or None to leave everything to upstream. What changes the adapter must be an option that the user
+        has chosen; by default the adapter stays the same bit for bit.
 
     Raises:
         Refusal: to stop the run before its first step.

@@ -93,6 +93,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
+        with_lightning: whether upstream trains with Lightning; without it, :func:`acestep_plan_memory` is never called.
     """
 
     adapter_type: AdapterType
@@ -107,6 +108,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
+    with_lightning: bool = True
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
 
     @property
@@ -223,6 +225,9 @@ class MemoryPlan:
     Attributes:
         kept: names of decoder parameters that keep their type when upstream casts the decoder to fp32.
         bypassed: names of LyCORIS modules that are taken out of the forward pass until the training ends.
+        replaced: names of the decoder's modules that are replaced until the training ends, each with a function that
+            is given the module and returns another one, which computes the same shapes and has nothing to train.
+        after_replacing: called once they are replaced; returns lines to announce.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -230,6 +235,8 @@ class MemoryPlan:
 
     kept: frozenset[str] = frozenset()
     bypassed: frozenset[str] = frozenset()
+    replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    after_replacing: Callable[[], Sequence[str]] | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

@@ -115,6 +115,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
     ]
     assert set(loaded.resolve_options({})) == {
         "author",
+        "base_weights",
         "cfg_ratio",
         "export",
         "crop_seconds",
