@@ -45,9 +45,17 @@ def replace_modules(plugin: str, training: Training, decoder: torch.nn.Module, p
         parent.add_module(last, made)
         if command_line.get() is None:
             device = next((weight.device for weight in original.parameters()), None)
-            training.at_end.append(partial(_put_back, parent, last, original, device))
+            training.at_end.append(partial(_put_back, decoder, name, original, device))
             original.to("cpu")
 
 
-def _put_back(parent: torch.nn.Module, name: str, original: torch.nn.Module, device: torch.device | None) -> None:
-    parent.add_module(name, original if device is None else original.to(device))
+def _put_back(decoder: torch.nn.Module, name: str, original: torch.nn.Module, device: torch.device | None) -> None:
+    owner, _, last = name.rpartition(".")
+    frozen = [weight for weight in decoder.parameters() if weight.is_floating_point() and not weight.requires_grad]
+    # Early versions of upstream cast the whole model to bf16, which the original has missed.
+    smallest = min((weight.dtype for weight in frozen), key=lambda dtype: dtype.itemsize, default=None)
+    for weight in original.parameters():
+        if smallest is not None and weight.dtype.itemsize > smallest.itemsize:
+            original.to(smallest)
+            break
+    decoder.get_submodule(owner).add_module(last, original if device is None else original.to(device))
