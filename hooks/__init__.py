@@ -2,10 +2,14 @@
 
     model_treatment      which variant this model is, what follows from it, and saying so before the first step
     timestep_sampling    the timesteps that the model's variant is trained with
+    batch                the order in which the next three change a batch before its step
+    crops                a random window of each song, a new one every time
     nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
+    song_cache           songs stay in RAM after they were read once
     memory               half the memory of the base model's weights, with the same bits
     validation           the loss on songs that are held out: always the same songs, noise and timesteps
+    quantization         the base model in one byte per weight, if asked for
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     previews             clips of some songs while it trains
@@ -21,14 +25,28 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking, previews, validation
+from . import (
+    adapter_metadata,
+    crops,
+    memory,
+    model_treatment,
+    nan_masking,
+    previews,
+    quantization,
+    song_cache,
+    validation,
+)
 from .adapter_metadata import acestep_adapter_saved
+from .batch import acestep_prepare_batch
+from .crops import say_crops
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
-from .nan_masking import acestep_prepare_batch, check_song_values
+from .nan_masking import check_song_values
 from .previews import acestep_between_epochs, plan_previews
+from .quantization import check_base_weights, plan_base_weights
 from .resume_training import acestep_resume, keep_resume_state
+from .song_cache import acestep_song_cache, decide_cache
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 from .validation import (
@@ -54,14 +72,19 @@ __all__ = [
     "acestep_run_ended",
     "acestep_run_started",
     "acestep_sample_timesteps",
+    "acestep_song_cache",
     "acestep_step_finished",
     "acestep_validated",
+    "check_base_weights",
     "check_song_values",
     "check_validation",
     "check_validation_folder",
+    "decide_cache",
     "keep_resume_state",
     "note_step",
+    "plan_base_weights",
     "plan_previews",
+    "say_crops",
     "sum_up_validation",
 ]
 
@@ -71,8 +94,11 @@ def acestep_options() -> list[click.Option]:
     return [
         *model_treatment.options(),
         *nan_masking.options(),
+        *crops.options(),
         *adapter_metadata.options(),
         *memory.options(),
         *validation.options(),
         *previews.options(),
+        *song_cache.options(),
+        *quantization.options(),
     ]

@@ -19,6 +19,7 @@ from sidestep_plugin.timesteps.treatment import Treatment
 from sidestep_plugin.variants import words_of
 
 from .memory import FACT as FROZEN
+from .quantization import FACTS as QUANTIZED
 from .validation import facts_of as validation_facts
 
 _VERSIONS: Final = ("sidestep-plugin", "torch", "peft", "lycoris-lora", "safetensors")
@@ -63,7 +64,9 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         **_timesteps(treatment, other_sampler),
         "cfg_ratio": treatment.cfg_ratio,
         **({"mask_nan": True} if options.get("mask_nan") else {}),
+        **({"crop_seconds": options["crop_seconds"]} if options.get("crop_seconds") is not None else {}),
         **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
+        **run.state.get(QUANTIZED, {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),

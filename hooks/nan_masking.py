@@ -17,8 +17,6 @@ from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.one_song import MASK_OF
 from sidestep_plugin.songs.values import check_values
 
-from . import cfg_dropout
-
 if TYPE_CHECKING:
     import torch
 
@@ -47,16 +45,7 @@ def check_song_values(run: Run) -> list[str]:
     return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {len(songs)} songs (--mask-nan)"]
 
 
-@hookimpl
-def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, torch.Tensor] | None:
-    """Condition dropout, on conditions without hidden NaN."""
-    if not step.run.options.get("mask_nan"):
-        return cfg_dropout.acestep_prepare_batch(step, batch)
-    zeroed = _zeroed(step, batch)
-    return zeroed | dict(cfg_dropout.acestep_prepare_batch(step, {**batch, **zeroed}) or {})
-
-
-def _zeroed(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def zeroed(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of a batch, where the step computes, with zeros for what is not finite in hidden rows.
 
     Nothing here waits for a GPU or draws a random number.

@@ -36,6 +36,8 @@ MAY_CHANGE: Final = {
     "batch_size": "batch size",
     "timestep_law": "timesteps",
     "cfg_ratio": "condition dropout",
+    "crop_seconds": "crops in seconds",
+    "base_weights": "base weights",
     "dropout": "dropout",
     "learning_rate": "learning rate",
     "max_epochs": "epochs",
@@ -47,6 +49,9 @@ MAY_CHANGE: Final = {
     "seed": "seed (the random states are those of the checkpoint)",
 }
 """Facts that may change from here on; the user gets a notice."""
+
+WHEN_OFF: Final = {"crop_seconds": "whole songs", "base_weights": "not quantized"}
+"""Facts that are left out when the feature is off, and what they mean then."""
 
 
 @hookimpl(specname="acestep_adapter_saved")
@@ -123,6 +128,7 @@ def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:
 
 def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Facts that both have and that differ, in words."""
+    then, now = ({**WHEN_OFF, **facts} for facts in (then, now))
     return [
         f"{words} (was {then[name]}, now {now[name]})"
         for name, words in names.items()

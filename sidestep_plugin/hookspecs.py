@@ -163,10 +163,26 @@ def acestep_plan_validation(run: Run) -> ValidationPlan | None:
 
 
 @hookspec
+def acestep_song_cache(run: Run) -> int | None:
+    """Return how much RAM may be used to keep songs that were read.
+
+    When: once per training, before its first song is read. Not if other processes read the songs (``num_workers``),
+    and not in a version of upstream without a dataset of its own for songs.
+
+    Args:
+        run: the run.
+
+    Returns:
+        A number of bytes, 0 to keep nothing. If several plugins answer, the smallest number counts. None to say
+        nothing; if no plugin answers, nothing is kept.
+    """
+
+
+@hookspec
 def acestep_plan_memory(
     run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
 ) -> MemoryPlan | None:
-    """Return what this training need not keep in memory or compute, if the adapter stays the same bit for bit.
+    """Return what this training need not keep in memory or compute, or computes in another way.
 
     When: once per training with Lightning, after the adapter was injected, before upstream casts the decoder and
     moves it to the device. Never without Lightning.
@@ -178,7 +194,8 @@ def acestep_plan_memory(
         autocast: the type that autocast computes in, None without autocast.
 
     Returns:
-        A MemoryPlan, or None to leave everything to upstream.
+        A MemoryPlan, or None to leave everything to upstream. What changes the adapter must be an option that the user
+        has chosen; by default the adapter stays the same bit for bit.
 
     Raises:
         Refusal: to stop the run before its first step.
@@ -199,8 +216,9 @@ def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, 
             on the CPU and in another dtype. Never write into these tensors: they belong to the caller.
 
     Returns:
-        Only the entries to replace, under their existing names and with tensors of the same shape. The next plugin
-        receives the batch with these entries replaced. None to leave the batch unchanged.
+        Only the entries to replace, under their existing names and with tensors of the same shape. A song may be
+        shortened: then ``target_latents``, ``attention_mask`` and ``context_latents`` are all returned with the same
+        smaller T. The next plugin receives the batch with these entries replaced. None to leave the batch unchanged.
 
     Random numbers: what a plugin draws here comes before upstream's noise and timesteps. Draw none if your feature is
     switched off.

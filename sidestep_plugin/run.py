@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .errors import Refusal
 from .files import not_a_file
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 AdapterType = Literal["lora", "lokr"]
+
+FRAMES: Final = ("target_latents", "attention_mask", "context_latents")
+"""Entries of a batch with one row per frame of latents, [B,T,...]. A plugin may shorten T in all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Run:
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
         best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
         loaded_vae: call it for the VAE that the app has loaded, None on the command line. Never move that VAE.
+        with_lightning: whether upstream trains with Lightning; without it, :func:`acestep_plan_memory` is never called.
     """
 
     adapter_type: AdapterType
@@ -112,6 +116,7 @@ class Run:
     steps: int = 0
     resumed_at: int = 0
     best_epoch: int | None = None
+    with_lightning: bool = True
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
     loaded_vae: Callable[[], Any] = _no_vae
 
@@ -232,6 +237,9 @@ class MemoryPlan:
     Attributes:
         kept: names of decoder parameters that keep their type when upstream casts the decoder to fp32.
         bypassed: names of LyCORIS modules that are taken out of the forward pass until the training ends.
+        replaced: names of the decoder's modules that are replaced until the training ends, each with a function that
+            is given the module and returns another one, which computes the same shapes and has nothing to train.
+        after_replacing: called once they are replaced; returns lines to announce.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -239,6 +247,8 @@ class MemoryPlan:
 
     kept: frozenset[str] = frozenset()
     bypassed: frozenset[str] = frozenset()
+    replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    after_replacing: Callable[[], Sequence[str]] | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

@@ -31,6 +31,41 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "a window that reaches into a song's padding",
+        "hooks/crops.py",
+        "    last = (shown - window).clamp(min=0)\n",
+        "    last = (shown * 0 + frames - window).clamp(min=0)\n",
+        "tests/hooks/test_crops.py::test_a_window_lies_within_its_own_song",
+    ),
+    Mutation(
+        "the context not cut with the song",
+        "sidestep_plugin/trainer/answers.py",
+        "    return lengths.pop() if len(lengths) == 1 and 0 <",
+        "    return min(lengths) if 0 <",
+        "tests/hooks/test_crops.py::test_entries_that_do_not_belong_together_stop_the_step",
+    ),
+    Mutation(
+        "a song from RAM although its file changed",
+        "sidestep_plugin/trainer/wrappers/song_reading.py",
+        "(kept.state, kept.written) == (state, writes(kept.song))",
+        "kept.written == writes(kept.song)",
+        "tests/hooks/test_song_cache.py::test_a_file_that_changes_is_read_again",
+    ),
+    Mutation(
+        "a song from RAM that somebody wrote to",
+        "sidestep_plugin/trainer/wrappers/song_reading.py",
+        "(kept.state, kept.written) == (state, writes(kept.song))",
+        "kept.state == state",
+        "tests/hooks/test_song_cache.py::test_a_song_that_somebody_wrote_to_is_read_again",
+    ),
+    Mutation(
+        "windows in validation",
+        "hooks/crops.py",
+        "window is None or not step.training or",
+        "window is None or",
+        "tests/hooks/test_crops.py::test_whole_songs_draw_no_random_number",
+    ),
+    Mutation(
         "a single draw instead of the maximum of two",
         "hooks/timestep_sampling.py",
         "return torch.maximum(first, second)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 
 import hook_reference
 import pytest
@@ -68,6 +69,18 @@ def test_acestep_plan_memory(train, trainer, load, capsys, monkeypatch):
     monkeypatch.undo()
     _, said = trained_with(train, "acestep_plan_memory", capsys)
     assert "Feed-forward" not in said
+
+
+def test_acestep_song_cache(train, trainer, capsys, monkeypatch):
+    data_module = sys.modules[trainer.PreprocessedDataModule.__module__]
+    read = []
+    original = data_module.torch.load
+    monkeypatch.setattr(data_module.torch, "load", lambda *args, **more: read.append(args) or original(*args, **more))
+    train("base", plugins=())
+    without = len(read)
+    read.clear()
+    trained_with(train, "acestep_song_cache", capsys)
+    assert 0 < len(read) < without
 
 
 def test_acestep_model_chosen():

@@ -95,6 +95,21 @@ def test_masking_nan_stays_on_the_gpu(on_gpu, variant):
     assert watcher.crossings == [] and watcher.calls
 
 
+@pytest.mark.parametrize("variant", ["base", "turbo"])
+def test_cutting_windows_stays_on_the_gpu(on_gpu, variant):
+    with FakeTensorMode():
+        step, batch = on_gpu(variant)
+        batch |= {
+            "target_latents": torch.randn(4, 100, 64, device=CUDA),
+            "attention_mask": torch.ones(4, 100, device=CUDA),
+            "context_latents": torch.randn(4, 100, 128, device=CUDA),
+        }
+        step.run.options["crop_seconds"] = 2.0
+        with Watcher() as watcher:
+            answer = acestep_prepare_batch(step=step, batch=batch)
+    assert watcher.crossings == [] and answer["target_latents"].shape == (4, 50, 64)
+
+
 def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):
     """For the report, for resuming, and by the watch over the loss: all is fetched later, or was by upstream."""
     with FakeTensorMode():

@@ -111,12 +111,15 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_run_ended",
         "acestep_run_started",
         "acestep_sample_timesteps",
+        "acestep_song_cache",
         "acestep_step_finished",
     ]
     assert set(loaded.resolve_options({})) == {
         "author",
+        "base_weights",
         "cfg_ratio",
         "export",
+        "crop_seconds",
         "frozen_weights",
         "license",
         "mask_nan",
@@ -127,6 +130,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "preview_seed",
         "preview_songs",
         "shift",
+        "song_cache",
         "timestep_mode",
         "title",
         "trigger",

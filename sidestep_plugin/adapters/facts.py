@@ -36,7 +36,10 @@ FACTS: Final = {
     "timestep_schedule": "the discrete training timesteps, noisiest first, null if continuous",
     "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
     "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
+    "crop_seconds": "seconds of the random window of each song (--crop-seconds); left out for whole songs",
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
+    "base_weights": "int8 or fp8 if the base model was quantized for the training (--base-weights); else left out",
+    "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",
@@ -59,7 +62,7 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type"}
+    | {"timestep_law", "adapter_type", "base_weights"}
 )
 """Those of them that are strings."""
 

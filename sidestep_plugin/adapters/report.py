@@ -136,4 +136,8 @@ def _trained(facts: Any) -> str:
         parts.append(f"timesteps: {shown(facts.get('timestep_law', facts.get('timestep_mode')))}")
     if isinstance(facts.get("cfg_ratio"), int | float):
         parts.append(f"condition dropout {100 * facts['cfg_ratio']:.4g} %")
+    if facts.get("base_weights"):
+        parts.append(f"base weights in {shown(facts['base_weights'])}")
+    if isinstance(facts.get("crop_seconds"), int | float):
+        parts.append(f"windows of {facts['crop_seconds']:g} s")
     return ", ".join(parts)

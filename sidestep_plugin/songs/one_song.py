@@ -50,6 +50,12 @@ def load_song(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def frames_in(file: Path) -> int:
+    """Number of the last frame that a song's mask shows; 0 for a file that is no song."""
+    song, problem = read_song(file)
+    return 0 if problem else int(song["attention_mask"].nonzero().max()) + 1
+
+
 def read_song(file: Path) -> tuple[dict[str, Any], str]:
     """A song's tensors, and what is wrong with them: what was found and what was expected, "" when nothing is."""
     if problem := not_a_file(file):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError
+from ..run import FRAMES
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +23,40 @@ def writes(batch: Mapping[str, Any]) -> list[int]:
     return [value._version for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
 
 
-def check_replaced(plugin: str, batch: Mapping[str, Any], key: str, tensor: Any, device: torch.device) -> None:
-    if key not in batch:
-        found = f"an entry {key!r}, which the batch does not have ({', '.join(batch)})"
-    elif getattr(tensor, "shape", None) != batch[key].shape:
-        found = f"{key!r} as {described(tensor)}, expected a tensor of shape {list(batch[key].shape)}"
-    elif tensor.is_floating_point() != batch[key].is_floating_point():
-        kind = "floating" if batch[key].is_floating_point() else "whole"
-        found = f"{key!r} as {described(tensor)}, expected {kind} numbers"
-    elif tensor.device.type not in ("cpu", device.type, batch[key].device.type):
-        found = f"{key!r} as {described(tensor)}, expected it on {device}"
-    else:
-        return
-    raise PluginError(f"Plugin {plugin!r} returned {found} from acestep_prepare_batch.")
+def check_replaced(plugin: str, batch: Mapping[str, Any], replaced: Mapping[str, Any], device: torch.device) -> None:
+    """Check what a plugin returned for a batch. Raises PluginError that names the plugin and the entry."""
+    shorter = _shortened(batch, replaced)
+    for key, tensor in replaced.items():
+        if key not in batch:
+            found = f"an entry {key!r}, which the batch does not have ({', '.join(batch)})"
+        elif getattr(tensor, "shape", None) != (wanted := _shape(batch, key, shorter)):
+            found = f"{key!r} as {described(tensor)}, expected a tensor of shape {list(wanted)}"
+            if key in FRAMES:
+                found += f" (to shorten songs, return {', '.join(FRAMES)} with one smaller T)"
+        elif tensor.is_floating_point() != batch[key].is_floating_point():
+            kind = "floating" if batch[key].is_floating_point() else "whole"
+            found = f"{key!r} as {described(tensor)}, expected {kind} numbers"
+        elif tensor.device.type not in ("cpu", device.type, batch[key].device.type):
+            found = f"{key!r} as {described(tensor)}, expected it on {device}"
+        else:
+            continue
+        raise PluginError(f"Plugin {plugin!r} returned {found} from acestep_prepare_batch.")
+
+
+def _shortened(batch: Mapping[str, Any], replaced: Mapping[str, Any]) -> int | None:
+    """The smaller T that a plugin returned for all entries of frames at once; None if it did not."""
+    if FRAMES[0] not in replaced:
+        return None
+    shapes: list[Any] = [getattr(replaced.get(name, batch.get(name)), "shape", ()) for name in FRAMES]
+    lengths = {int(shape[1]) if len(shape) > 1 else 0 for shape in shapes}
+    # Anything else would train on parts that do not belong together.
+    return lengths.pop() if len(lengths) == 1 and 0 < min(lengths) < batch[FRAMES[0]].shape[1] else None
+
+
+def _shape(batch: Mapping[str, Any], key: str, shorter: int | None) -> tuple[int, ...]:
+    """The shape that an entry must have."""
+    shape = tuple(batch[key].shape)
+    return shape if shorter is None or key not in FRAMES else (shape[0], shorter, *shape[2:])
 
 
 def check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: torch.dtype, *, first: bool) -> None:

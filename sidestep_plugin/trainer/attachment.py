@@ -3,8 +3,8 @@
 What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
 LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, the
 learning-rate scheduler, the data loaders and the list of songs; for memory, the engine and the gradient check; for
-validation, the engine and the choice of songs to train on; and, only if the user allowed folders by name, the path
-guard.
+validation, the engine and the choice of songs to train on; for speed, how a song is read; and, only if the user allowed
+folders by name, the path guard.
 Everything is checked before anything is changed. What the replacements do is in ``wrappers``.
 """
 
@@ -37,6 +37,7 @@ from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
 from .wrappers.song_list import wrap_song_list
+from .wrappers.song_reading import wrap_song_reading
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training
 
@@ -367,6 +368,8 @@ class Attachment:
         songs = _song_list(trainer)
         if songs is not None and (host.keeps_journal or self.allowed_folders):
             yield songs, "__init__", wrap_song_list
+        if hasattr(songs, "__getitem__") and implements("acestep_song_cache"):
+            yield songs, "__getitem__", partial(wrap_song_reading, host)
         if self.allowed_folders:
             for module in guarded_modules(trainer):
                 yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)

@@ -78,6 +78,7 @@ class Host:
             options=self.options,
             sampled_by=next((name for name, _ in self.registry.callers("acestep_sample_timesteps")), None),
             tensor_dir=tensor_dir,
+            with_lightning=bool(getattr(self.trainer, "LIGHTNING_AVAILABLE", True)),
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
             loaded_vae=_vae_of(owner),

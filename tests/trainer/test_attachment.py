@@ -67,7 +67,7 @@ def stepped(trainer, load, module_for, batch_of):
 
 
 FOR_RESUMING = {"SequentialLR", "train_dataloader", "val_dataloader"}
-FOR_MEMORY = {"Fabric", "_count_nonfinite_grads"}
+FOR_MEMORY = {"Fabric", "_count_nonfinite_grads", "__getitem__"}
 
 
 def test_detach_puts_back_the_very_objects(trainer, tmp_path):

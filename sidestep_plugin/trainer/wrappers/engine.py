@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
-from ..answers import described
+from ..answers import checked_lines, described
 from ..between_epochs import EPOCH_LOSS, epoch_logged
 from ..current import Training, running_training
+from .replaced_modules import replace_modules
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,10 @@ def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
         for line in plan.lines:
             host.announce(line)
         _bypass(training, asked["network"], plan.bypassed)
+        replace_modules(plugin, training, asked["decoder"], plan)
+        if plan.after_replacing is not None:
+            for line in checked_lines(plugin, "acestep_plan_memory", plan.after_replacing()):
+                host.announce(line)
         casts.append(_Cast(asked["decoder"], plan))
         training.at_end.append(casts[-1].end)
     return casts

@@ -115,7 +115,6 @@ def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any
                     f"Plugin {name!r} returned {described(replaced)}, expected a mapping of batch entries, from "
                     "acestep_prepare_batch."
                 )
-            for key, tensor in replaced.items():
-                check_replaced(name, prepared, key, tensor, step.device)
+            check_replaced(name, prepared, replaced, step.device)
             prepared = {**prepared, **replaced}
     return prepared
