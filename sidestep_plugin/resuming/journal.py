@@ -89,11 +89,6 @@ class Journal:
         return len(self._losses)
 
     @property
-    def epochs_begun(self) -> int:
-        """Epochs that upstream's loop has begun."""
-        return self._epochs_begun
-
-    @property
     def computed(self) -> int:
         """Training steps that this run has computed itself."""
         return len(self._losses) - (self._replayed if self._replay is None else self._replay.walked)
