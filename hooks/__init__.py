@@ -5,6 +5,7 @@
     nan_masking          songs with NaN: refused, or zeroed where the mask hides it
     cfg_dropout          condition dropout, for the models that are generated with guidance
     memory               half the memory of the base model's weights, with the same bits
+    gradient_checkpointing   less memory for activations, at the price of time, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resume_training      checkpoints from which a training really goes on
@@ -19,8 +20,9 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking
+from . import adapter_metadata, gradient_checkpointing, memory, model_treatment, nan_masking
 from .adapter_metadata import acestep_adapter_saved
+from .gradient_checkpointing import check_gradient_checkpointing, plan_checkpointing
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
@@ -41,9 +43,11 @@ __all__ = [
     "acestep_run_started",
     "acestep_sample_timesteps",
     "acestep_step_finished",
+    "check_gradient_checkpointing",
     "check_song_values",
     "keep_resume_state",
     "note_step",
+    "plan_checkpointing",
 ]
 
 
@@ -54,4 +58,5 @@ def acestep_options() -> list[click.Option]:
         *nan_masking.options(),
         *adapter_metadata.options(),
         *memory.options(),
+        *gradient_checkpointing.options(),
     ]

@@ -90,6 +90,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
+        plans_memory: whether acestep_plan_memory will be called: upstream trains with Lightning.
     """
 
     adapter_type: AdapterType
@@ -104,6 +105,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
+    plans_memory: bool = False
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
 
     @property
@@ -220,6 +222,8 @@ class MemoryPlan:
     Attributes:
         kept: names of decoder parameters that keep their type when upstream casts the decoder to fp32.
         bypassed: names of LyCORIS modules that are taken out of the forward pass until the training ends.
+        checkpointing: whether the decoder's layers are computed again in the backward pass (gradient checkpointing);
+            None leaves it to upstream.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -227,6 +231,7 @@ class MemoryPlan:
 
     kept: frozenset[str] = frozenset()
     bypassed: frozenset[str] = frozenset()
+    checkpointing: bool | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

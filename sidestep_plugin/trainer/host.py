@@ -73,6 +73,7 @@ class Host:
             tensor_dir=tensor_dir,
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
+            plans_memory=module is None and bool(getattr(self.trainer, "LIGHTNING_AVAILABLE", False)),
         )
 
     def start(self, run: Run) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
+from ..checkpointing import switch_checkpointing
 from ..current import Training, running_training
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
         for line in plan.lines:
             host.announce(line)
         _bypass(training, asked["network"], plan.bypassed)
+        if plan.checkpointing is not None:
+            training.at_end.append(switch_checkpointing(asked["decoder"], plan.checkpointing))
         casts.append(_Cast(asked["decoder"], plan))
         training.at_end.append(casts[-1].end)
     return casts
