@@ -90,7 +90,7 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
-        plans_memory: whether acestep_plan_memory will be called: upstream trains with Lightning.
+        with_lightning: whether upstream trains with Lightning; without it, :func:`acestep_plan_memory` is never called.
     """
 
     adapter_type: AdapterType
@@ -105,7 +105,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
-    plans_memory: bool = False
+    with_lightning: bool = True
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
 
     @property

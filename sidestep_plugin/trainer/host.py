@@ -71,9 +71,9 @@ class Host:
             options=self.options,
             sampled_by=next((name for name, _ in self.registry.callers("acestep_sample_timesteps")), None),
             tensor_dir=tensor_dir,
+            with_lightning=bool(getattr(self.trainer, "LIGHTNING_AVAILABLE", True)),
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
-            plans_memory=module is None and bool(getattr(self.trainer, "LIGHTNING_AVAILABLE", False)),
         )
 
     def start(self, run: Run) -> None:

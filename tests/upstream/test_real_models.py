@@ -185,3 +185,16 @@ def test_the_timesteps_are_those_of_the_real_sample_t_r(trainer, real_model, mod
             use_meanflow=False,
         )
         assert torch.equal(seen[0], t) and torch.equal(t, r)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("family", ["base", "xl-base"])
+def test_gradient_checkpointing_changes_no_bit(train, real_model, equal_bits, kind, family):
+    from sidestep_plugin.trainer.models import Handler
+
+    def trained(choice):
+        model, _ = real_model(family)
+        handler = Handler(model, "cpu", torch.float32)
+        return train(family, kind, handler=handler, options={"gradient_checkpointing": choice})
+
+    assert equal_bits(trained("on"), trained("off"))
