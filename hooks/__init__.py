@@ -10,6 +10,7 @@
     memory               half the memory of the base model's weights, with the same bits
     validation           the loss on songs that are held out: always the same songs, noise and timesteps
     quantization         the base model in one byte per weight, if asked for
+    gradient_checkpointing   less memory for activations, at the price of time, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     previews             clips of some songs while it trains
@@ -28,6 +29,7 @@ from sidestep_plugin import hookimpl
 from . import (
     adapter_metadata,
     crops,
+    gradient_checkpointing,
     memory,
     model_treatment,
     nan_masking,
@@ -39,6 +41,7 @@ from . import (
 from .adapter_metadata import acestep_adapter_saved
 from .batch import acestep_prepare_batch
 from .crops import say_crops
+from .gradient_checkpointing import check_gradient_checkpointing, plan_checkpointing
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
@@ -76,6 +79,7 @@ __all__ = [
     "acestep_step_finished",
     "acestep_validated",
     "check_base_weights",
+    "check_gradient_checkpointing",
     "check_song_values",
     "check_validation",
     "check_validation_folder",
@@ -83,6 +87,7 @@ __all__ = [
     "keep_resume_state",
     "note_step",
     "plan_base_weights",
+    "plan_checkpointing",
     "plan_previews",
     "say_crops",
     "sum_up_validation",
@@ -101,4 +106,5 @@ def acestep_options() -> list[click.Option]:
         *previews.options(),
         *song_cache.options(),
         *quantization.options(),
+        *gradient_checkpointing.options(),
     ]

@@ -52,12 +52,7 @@ def acestep_plan_memory(
     if idle:
         total = len(network.loras)
         lines.append(f"LoKr: {len(idle)} of {total} wrapped layers are not trained, so they are bypassed (same result)")
-    adapted = {id(lora.org_module[0]) for lora in getattr(network, "loras", ()) if lora.lora_name not in idle}
-    kept = (
-        {name: size for name, size in _frozen_bf16(decoder, adapted)}
-        if wanted != "fp32" and autocast is torch.bfloat16
-        else {}
-    )
+    kept = kept_weights(run, decoder, network, autocast)
     if wanted == "bf16" and not kept:
         where = "autocast does not compute in bf16 here" if autocast is not torch.bfloat16 else "none is in bf16"
         raise Refusal(f"--frozen-weights bf16: no frozen weight can stay in bf16 ({where}). Use --frozen-weights auto.")
@@ -76,6 +71,17 @@ def acestep_plan_memory(
         return [f"Frozen weights: bf16 instead of fp32, {saved / 2**20:,.0f} MiB less (same result, bit for bit)"]
 
     return MemoryPlan(kept=frozenset(kept), bypassed=frozenset(idle), lines=tuple(lines), outcome=outcome)
+
+
+def kept_weights(run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None) -> dict[str, int]:
+    """Names and sizes of the decoder's parameters that stay in bf16 in this training."""
+    import torch
+
+    if run.options["frozen_weights"] == "fp32" or autocast is not torch.bfloat16:
+        return {}
+    idle = dict(_idle(network))
+    adapted = {id(lora.org_module[0]) for lora in getattr(network, "loras", ()) if lora.lora_name not in idle}
+    return dict(_frozen_bf16(decoder, adapted))
 
 
 def _frozen_bf16(decoder: torch.nn.Module, adapted: set[int]) -> Iterator[tuple[str, int]]:

@@ -240,6 +240,8 @@ class MemoryPlan:
         replaced: names of the decoder's modules that are replaced until the training ends, each with a function that
             is given the module and returns another one, which computes the same shapes and has nothing to train.
         after_replacing: called once they are replaced; returns lines to announce.
+        checkpointing: whether the decoder's layers are computed again in the backward pass (gradient checkpointing);
+            None leaves it to upstream.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -249,6 +251,7 @@ class MemoryPlan:
     bypassed: frozenset[str] = frozenset()
     replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     after_replacing: Callable[[], Sequence[str]] | None = None
+    checkpointing: bool | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

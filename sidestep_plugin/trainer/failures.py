@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
+
+from ..memory.estimate import Settings
+from ..memory.savings import advice_for
 
 _NO_MEMORY = ("out of memory", "outofmemory", "cannot allocate memory", "alloc_cpu", "not enough memory")
 _NO_ROOM = ("no space left", "disk full", "not enough space", "file write failed", "code: 28", "quota exceeded")
 _NO_NUMBERS = ("division by zero", "not finite", "non-finite")
 
+_NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
-def advice(failure: str, training_config: Any, adapter_config: Any, output: Path) -> str:
+
+def advice(
+    failure: str,
+    training_config: Any,
+    adapter_config: Any,
+    output: Path,
+    *,
+    options: Mapping[str, Any] = _NO_OPTIONS,
+    checkpointed: bool = False,
+    frames: int | None = None,
+    on_gpu: bool = False,
+) -> str:
     """What to do about a failure that upstream reports, in one or two sentences; "" for an unknown failure.
 
     Args:
         failure: upstream's own words.
         training_config, adapter_config: upstream's configurations; the advice names their values.
         output: the output folder.
+        options: the values of the plugins' options; only flags of these are named.
+        checkpointed: whether gradient checkpointing was on.
+        frames: length of the longest song in frames of latents, if it is known.
+        on_gpu: whether the training ran where autocast computes in bf16.
     """
     text = failure.lower()
     if any(words in text for words in _NO_MEMORY):
-        rank = getattr(adapter_config, "r", None) or getattr(adapter_config, "linear_dim", None)
-        batch, accumulation = (
-            getattr(training_config, name, None) for name in ("batch_size", "gradient_accumulation_steps")
-        )
-        return (
-            f"The device ran out of memory. Lower --batch-size (now {batch}) and raise --gradient-accumulation "
-            f"(now {accumulation}), lower --rank (now {rank}), or close other programs that use the device."
-        )
+        now = _settings(training_config, adapter_config, options, checkpointed, frames, on_gpu)
+        steps = [*advice_for(now, options), "close other programs that use the device"]
+        listed = steps[0] if len(steps) == 1 else f"{'; '.join(steps[:-1])}; or {steps[-1]}"
+        return f"The device ran out of memory. {listed[0].upper()}{listed[1:]}."
     if any(words in text for words in _NO_ROOM):
         return f"{room(output)} Free some space, or choose an --output-dir on another disk."
     if any(words in text for words in _NO_NUMBERS):
@@ -38,6 +55,36 @@ def advice(failure: str, training_config: Any, adapter_config: Any, output: Path
             "it again, preprocess that song again."
         )
     return ""
+
+
+def _settings(
+    training_config: Any,
+    adapter_config: Any,
+    options: Mapping[str, Any],
+    checkpointed: bool,
+    frames: int | None,
+    on_gpu: bool,
+) -> Settings:
+    """The settings of a run that its memory depends on, as far as its flags change them."""
+
+    def number(config: Any, *names: str) -> int:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), 1)
+
+    known = Settings(
+        kind="lokr" if hasattr(adapter_config, "linear_dim") else "lora",
+        rank=number(adapter_config, "r", "linear_dim"),
+        batch_size=number(training_config, "batch_size"),
+        accumulation=number(training_config, "gradient_accumulation_steps"),
+        mixed=on_gpu,
+        checkpointing=checkpointed,
+        crop_seconds=options.get("crop_seconds"),
+    )
+    if options.get("base_weights", "off") != "off":
+        known = known.but(frozen="int8")
+    elif options.get("frozen_weights") == "fp32":
+        known = known.but(frozen="fp32")
+    return known if frames is None else known.but(frames=frames)
 
 
 def room(folder: Path) -> str:

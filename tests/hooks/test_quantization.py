@@ -125,7 +125,9 @@ def test_a_training_with_quantized_weights(train, load, capsys, kind):
     assert QuantizedLinear not in {type(module) for module in handler.model.modules()}
     # The names are those of PEFT and Fabric by now; the order is the model's own. Early versions cast it to bf16.
     after = [weight for name, weight in handler.model.named_parameters() if "lora_" not in name]
-    assert len(before) == len(after) and all(torch.equal(one.to(two.dtype), two) for one, two in zip(before, after, strict=True))
+    assert len(before) == len(after) and all(
+        torch.equal(one.to(two.dtype), two) for one, two in zip(before, after, strict=True)
+    )
     assert len({weight.dtype for weight in after}) == 1
 
 

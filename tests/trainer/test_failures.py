@@ -30,3 +30,52 @@ def test_what_is_known_is_explained(failure, says, tmp_path):
 
 def test_what_is_not_known_gets_no_guess(tmp_path):
     assert advice("Training failed: 'decoder'", TRAINING, SimpleNamespace(), tmp_path) == ""
+
+
+OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
+ALL = {"frozen_weights": "fp32", "gradient_checkpointing": "auto", "crop_seconds": None, "base_weights": "off"}
+FLAGS = [
+    "--frozen-weights bf16",
+    "--gradient-checkpointing on",
+    "--crop-seconds 120",
+    "--batch-size (now 4) to 1",
+    "--rank (now 64) to 32",
+    "--base-weights int8",
+    "close other programs",
+]
+
+
+def named(tmp_path, adapter=SimpleNamespace(r=64), training=TRAINING, options=ALL, **known):  # noqa: B008
+    known = {"frames": 6000, "on_gpu": True} | known
+    text = advice(OOM, training, adapter, tmp_path, options=options, **known)
+    places = [text.index(flag) for flag in FLAGS if flag in text]
+    assert places == sorted(places), text
+    return [flag for flag in FLAGS if flag in text]
+
+
+def test_without_memory_the_flags_are_named_in_the_order_of_what_they_cost(tmp_path):
+    assert named(tmp_path) == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("left_out", "known"),
+    [
+        ([0], {"options": ALL | {"frozen_weights": "auto"}}),
+        ([0, 5], {"on_gpu": False}),
+        ([1], {"checkpointed": True}),
+        ([2], {"frames": 59 * 25}),
+        ([2], {"options": ALL | {"crop_seconds": 30.0}}),
+        ([3], {"training": SimpleNamespace(batch_size=1, gradient_accumulation_steps=8)}),
+        ([4], {"adapter": SimpleNamespace(r=8)}),
+        ([5], {"adapter": SimpleNamespace(linear_dim=64)}),
+        ([0, 5], {"options": ALL | {"base_weights": "int8"}}),
+        ([0, 1, 2, 5], {"options": {}}),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_not_named(tmp_path, left_out, known):
+    """Or one that the loaded plugins do not have."""
+    assert named(tmp_path, **known) == [flag for place, flag in enumerate(FLAGS) if place not in left_out]
+
+
+def test_the_accumulation_keeps_the_songs_of_an_optimizer_step(tmp_path):
+    assert "raise --gradient-accumulation (now 2) to 8" in advice(OOM, TRAINING, SimpleNamespace(r=8), tmp_path)

@@ -226,3 +226,16 @@ def test_validation_changes_no_bit_of_the_training(
     losses = [entry["loss"] for entry in report["epochs"]]
     assert len(losses) == 4 and len(set(losses)) == 4 and len(report["timesteps"]) == 8
     assert "validation" not in json.loads((plain.output / "training_report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("family", ["base", "xl-base"])
+def test_gradient_checkpointing_changes_no_bit(train, real_model, equal_bits, kind, family):
+    from sidestep_plugin.trainer.models import Handler
+
+    def trained(choice):
+        model, _ = real_model(family)
+        handler = Handler(model, "cpu", torch.float32)
+        return train(family, kind, handler=handler, options={"gradient_checkpointing": choice})
+
+    assert equal_bits(trained("on"), trained("off"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_acestep_v15 import AceStepConfig
 
@@ -85,7 +86,7 @@ class _TimeEmbedding(nn.Module):
         return out.reshape(len(t), 3, -1)
 
 
-class _Layer(nn.Module):
+class _Layer(GradientCheckpointingLayer):
     def __init__(self, config: AceStepConfig) -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
@@ -117,6 +118,7 @@ class AceStepDiTModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The decoder: noisy latents, context and condition in, velocity out."""
 
     config_class = AceStepConfig
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: AceStepConfig) -> None:

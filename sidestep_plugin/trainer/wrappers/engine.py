@@ -17,6 +17,7 @@ from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import checked_lines, described
 from ..between_epochs import EPOCH_LOSS, epoch_logged
+from ..checkpointing import switch_checkpointing
 from ..current import Training, running_training
 from .replaced_modules import replace_modules
 
@@ -101,6 +102,8 @@ def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
         if plan.after_replacing is not None:
             for line in checked_lines(plugin, "acestep_plan_memory", plan.after_replacing()):
                 host.announce(line)
+        if plan.checkpointing is not None:
+            training.at_end.append(switch_checkpointing(asked["decoder"], plan.checkpointing))
         casts.append(_Cast(asked["decoder"], plan))
         training.at_end.append(casts[-1].end)
     return casts

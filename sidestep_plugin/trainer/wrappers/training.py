@@ -15,9 +15,12 @@ from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
 from ...resuming.lock import OutputLock
 from ...run import AdapterType, ResumePoint, Run
+from ...songs.dataset import songs_in
+from ...songs.lengths import longest
 from ..answers import described
 from ..between_epochs import between_epochs
 from ..checkout import place_of
+from ..checkpointing import is_checkpointed
 from ..current import Training, command_line, running_training
 from ..failures import advice
 from ..seams import FINAL
@@ -159,7 +162,7 @@ def _followed(
             if text.startswith("❌"):
                 for line in [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]:
                     yield step, loss, line
-                yield step, loss, _with_advice(text, run)
+                yield step, loss, _with_advice(text, training)
             elif journal.unsaved and text.startswith("💾"):
                 journal.unsaved = False  # upstream reports a checkpoint that could not be saved
             elif not journal.walking:
@@ -225,7 +228,19 @@ def _device_of(trainer: Any) -> torch.device:
     return torch.device(trainer.dit_handler.device)
 
 
-def _with_advice(text: str, run: Run) -> str:
+def _with_advice(text: str, training: Training) -> str:
     """Upstream's report of a failure, with advice where the cause is known."""
-    known = advice(text, run.training_config, run.adapter_config, Path(run.training_config.output_dir))
+    run = training.run
+    output = Path(run.training_config.output_dir)
+    frames, _ = longest(songs_in(run.tensor_dir)) if run.tensor_dir is not None else (0, 0)
+    known = advice(
+        text,
+        run.training_config,
+        run.adapter_config,
+        output,
+        options=run.options,
+        checkpointed=is_checkpointed(run.model.decoder),
+        frames=frames or None,
+        on_gpu=_device_of(training.trainer).type in ("cuda", "xpu"),
+    )
     return f"{text.rstrip('. ')}. {known}" if known else text

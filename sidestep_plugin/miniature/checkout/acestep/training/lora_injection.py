@@ -26,6 +26,10 @@ def inject_lora_into_dit(model: Any, lora_config: LoRAConfig) -> tuple[Any, dict
     decoder = unwrap_fabric(model.decoder)
     if isinstance(decoder, PeftModel):
         decoder = decoder.get_base_model()
+    # An earlier run left it on, and PEFT would ask for token embeddings then, which a decoder of audio has not.
+    for module in decoder.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
     settings = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **lora_config.to_dict())
     model.decoder = get_peft_model(decoder, settings)
     trainable = total = 0

@@ -1,0 +1,163 @@
+"""Memory of a decoder's activations: what autograd saves in a forward pass for the backward pass, in bytes.
+
+The terms were read from the model's code and PEFT's, LyCORIS' and torch's forward functions, and agree with what
+autograd really saves (tests/benchmarks/activation_memory.py; docs/memory.md has the error). They are for attention by
+torch's scaled_dot_product_attention, which never keeps the matrix of scores on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ..run import AdapterType
+from .sizes import DecoderSize
+
+_OF_CONDITIONS: Final = frozenset({"cross_attn.k_proj", "cross_attn.v_proj"})
+"""Linear layers whose inputs are the conditions, which need no gradient."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a training.
+
+    Attributes:
+        songs: songs in it.
+        frames: length of the longest one in frames of latents; shorter ones are padded to it.
+        tokens: length of the longest condition in tokens.
+    """
+
+    songs: int
+    frames: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How the decoder computes.
+
+    Attributes:
+        kind: what is trained.
+        rank: of a LoRA.
+        targets: names of the adapted linear layers.
+        dropout: whether a LoRA has dropout.
+        mixed: whether autocast computes in bf16; else everything is fp32.
+        fp32_weights: whether the frozen weights are fp32, so that autocast keeps a bf16 copy of each for the backward.
+        checkpointing: whether layers keep only their input, and are computed again in the backward pass.
+        mask_bytes: bytes of an entry of a dropout mask: 1 on a GPU, 4 on a CPU.
+    """
+
+    kind: AdapterType
+    rank: int
+    targets: tuple[str, ...]
+    dropout: bool
+    mixed: bool
+    fp32_weights: bool
+    checkpointing: bool
+    mask_bytes: int = 1
+
+
+def activation_bytes(size: DecoderSize, batch: Batch, how: Forward) -> int:
+    """Bytes that wait for the backward pass at the end of a forward pass, or, with checkpointing, that and the layer
+    that is computed again."""
+    rows = batch.songs * _positions(size, batch)
+    layer = _layer(size, batch, how)
+    if how.checkpointing:
+        # Each layer's input, and the time embedding that all of them share.
+        return size.layers * rows * size.width * _width_of(how) + layer + _outside(size, batch, how)
+    return size.layers * layer + _outside(size, batch, how)
+
+
+def working_bytes(size: DecoderSize, batch: Batch, how: Forward) -> int:
+    """Bytes of the intermediate results that exist at once in the backward pass of a layer, beside what was saved."""
+    rows = batch.songs * _positions(size, batch)
+    # Gradients of the MLP's three intermediates, and fp32 ones of the hidden states around a norm.
+    gradients = rows * (3 * size.feed_forward * _width_of(how) + 8 * size.width)
+    if how.kind == "lora":
+        return gradients
+    # The fp32 product of a LoKr's factors, and its gradient.
+    return max(gradients, 8 * max((one * other for one, other in size.targets(how.targets).values()), default=0))
+
+
+def _width_of(how: Forward) -> int:
+    """Bytes of a number that a linear layer returns."""
+    return 2 if how.mixed else 4
+
+
+def _positions(size: DecoderSize, batch: Batch) -> int:
+    """Length of the sequence that the layers see."""
+    return -(-batch.frames // size.patch)
+
+
+def _layer(size: DecoderSize, batch: Batch, how: Forward) -> int:
+    rows, tokens, e = batch.songs * _positions(size, batch), batch.songs * batch.tokens, _width_of(how)
+    norms = 4 * (3 * rows * size.width + 2 * rows * size.queries + rows * size.keys + tokens * size.keys)
+    # Queries, keys, values and the result of the self attention; queries and result, keys and values of the other one.
+    # Keys and values are repeated for each head of the queries.
+    attention = e * (4 * rows + 2 * rows + 2 * tokens) * size.queries + 4 * 2 * rows * size.heads
+    feed_forward = 3 * rows * size.feed_forward * e
+    weights = 0
+    if how.mixed and how.fp32_weights:
+        adapted = size.targets(how.targets) if how.kind == "lokr" else {}  # these are counted with the adapter
+        weights = 2 * sum(
+            outputs * inputs
+            for name, (outputs, inputs) in size.layer_linears.items()
+            if name not in adapted and name not in _OF_CONDITIONS
+        )
+    return norms + attention + feed_forward + weights + _adapter(size, rows, tokens, how)
+
+
+def _adapter(size: DecoderSize, rows: int, tokens: int, how: Forward) -> int:
+    """What the adapter of one layer saves."""
+    e, saved = _width_of(how), 0
+    targets = size.targets(how.targets)
+    if how.kind == "lokr":
+        # The difference in the type of the product, autocast's copy of the base weight, which stays fp32 for LyCORIS,
+        # and the inputs, which layers with the same input share.
+        for name, (outputs, inputs) in targets.items():
+            copy = 2 if how.mixed and name not in _OF_CONDITIONS else 0
+            saved += (e + copy) * outputs * inputs
+        return saved + e * sum(_rows(name, rows, tokens) * inputs for name, inputs in _inputs(size, how).items())
+    for name, (outputs, inputs) in targets.items():
+        length = _rows(name, rows, tokens)
+        # PEFT casts the input to the adapter's type, and autocast casts it back: a copy for each adapted layer.
+        if how.mixed or how.dropout:
+            saved += length * inputs * e
+        if how.dropout and name not in _OF_CONDITIONS:
+            saved += length * inputs * how.mask_bytes
+        saved += length * how.rank * e
+        if how.mixed:
+            saved += 2 * how.rank * (outputs + inputs)  # bf16 copies of the adapter's own weights
+    if not how.mixed and not how.dropout:
+        saved += e * sum(_rows(name, rows, tokens) * inputs for name, inputs in _inputs(size, how).items())
+    return saved
+
+
+def _inputs(size: DecoderSize, how: Forward) -> dict[str, int]:
+    """One adapted layer for each different input that adapted layers have, with its width.
+
+    The conditions are the same tensor in every layer, and are counted outside; what o_proj gets is the result of the
+    attention, which is counted there.
+    """
+    same = {f"self_attn.{name}_proj": "self_attn.q_proj" for name in "kv"} | {"mlp.up_proj": "mlp.gate_proj"}
+    return {
+        same.get(name, name): inputs
+        for name, (_, inputs) in size.targets(how.targets).items()
+        if name not in _OF_CONDITIONS and not name.endswith("o_proj")
+    }
+
+
+def _rows(name: str, rows: int, tokens: int) -> int:
+    """How many vectors go through a linear layer."""
+    return tokens if name in _OF_CONDITIONS else rows
+
+
+def _outside(size: DecoderSize, batch: Batch, how: Forward) -> int:
+    positions, e = _positions(size, batch), _width_of(how)
+    rows = batch.songs * positions
+    longest = max(positions, batch.tokens)
+    masks = e * (2 * positions * positions + longest * longest)
+    ends = e * rows * (size.patch * (size.channels + size.audio) + size.width)
+    conditions = e * batch.songs * batch.tokens * size.width if _OF_CONDITIONS & set(size.targets(how.targets)) else 0
+    weights = 2 * size.patch * size.width * (size.channels + size.audio) if how.mixed and how.fp32_weights else 0
+    return masks + ends + 4 * rows * size.width + conditions + weights + 2 * e * positions * size.head_dim

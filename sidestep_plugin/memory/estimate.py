@@ -1,0 +1,145 @@
+"""What a training needs in memory, part by part, for given settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ..run import AdapterType
+from .activations import Batch, Forward, activation_bytes, working_bytes
+from .sizes import DecoderSize, adapter_parameters
+
+FrozenType = Literal["int8", "bf16", "fp32"]
+
+FRAMES_A_SECOND: Final = 25
+"""Frames per second of ACE-Step 1.5's latents."""
+
+MARGIN: Final = 1.1
+"""What is estimated is taken this many times before it is compared with free memory: allocators keep blocks that they
+cannot use, and matrix products need room of their own."""
+
+USUAL_TOKENS: Final = 769
+"""Length of a condition that upstream's preprocessing makes: 512 tokens of lyrics, 256 of the prompt, 1 of timbre."""
+
+_BYTES: Final[dict[FrozenType, int]] = {"int8": 1, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training that its memory depends on.
+
+    Attributes:
+        kind: what is trained.
+        rank: of the adapter.
+        targets: names of the adapted linear layers.
+        dropout: whether a LoRA has dropout.
+        batch_size: songs in a batch.
+        accumulation: batches for each optimizer step, which costs no memory.
+        frames: length of the longest song in frames of latents.
+        tokens: length of the longest condition in tokens.
+        mixed: whether autocast computes in bf16, as on a GPU; else all weights are fp32.
+        frozen: type of the frozen linear and convolution layers; with `mixed` only.
+        checkpointing: whether gradient checkpointing is on.
+        crop_seconds: length of the windows of songs that are trained on; None: whole songs.
+        optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
+    """
+
+    kind: AdapterType = "lora"
+    rank: int = 64
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: bool = True
+    batch_size: int = 1
+    accumulation: int = 4
+    frames: int = 240 * FRAMES_A_SECOND
+    tokens: int = USUAL_TOKENS
+    mixed: bool = True
+    frozen: FrozenType = "bf16"
+    checkpointing: bool = False
+    crop_seconds: float | None = None
+    optimizer_bytes: int = 8
+
+    @property
+    def trained_frames(self) -> int:
+        """Frames of the longest song or window."""
+        if self.crop_seconds is None:
+            return self.frames
+        return min(self.frames, max(1, int(self.crop_seconds * FRAMES_A_SECOND)))
+
+    def but(self, **changes: object) -> Settings:
+        """The same settings with some changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a training needs at its peak.
+
+    Attributes:
+        weights: the decoder's frozen weights.
+        adapter, gradients, optimizer: of the trained parameters.
+        activations: what waits for the backward pass, and what exists beside it there.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+    def fits(self, free: int) -> bool:
+        """Whether that much free memory is enough, with the margin."""
+        return self.total * MARGIN <= free
+
+
+def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:
+    """What a training needs. Each term's source is in ``sizes`` and ``activations``.
+
+    Args:
+        size: the decoder.
+        settings: the training.
+        weights: bytes of the frozen weights, if they are known.
+        trained: number of trained parameters, if it is known.
+    """
+    trained = adapter_parameters(size, settings.kind, settings.rank, settings.targets) if trained is None else trained
+    return Needs(
+        weights=weight_bytes(size, settings) if weights is None else weights,
+        adapter=4 * trained,
+        gradients=4 * trained,
+        optimizer=settings.optimizer_bytes * trained,
+        activations=activations(size, settings),
+    )
+
+
+def shown(number: int) -> str:
+    """Bytes as a person reads them: GiB with one decimal, MiB below one GiB."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+
+
+def activations(size: DecoderSize, settings: Settings) -> int:
+    """Bytes of activations at the peak."""
+    batch = Batch(settings.batch_size, settings.trained_frames, settings.tokens)
+    how = Forward(
+        kind=settings.kind,
+        rank=settings.rank,
+        targets=settings.targets,
+        dropout=settings.dropout and settings.kind == "lora",
+        mixed=settings.mixed,
+        fp32_weights=settings.frozen == "fp32",
+        checkpointing=settings.checkpointing,
+        mask_bytes=1 if settings.mixed else 4,
+    )
+    return activation_bytes(size, batch, how) + working_bytes(size, batch, how)
+
+
+def weight_bytes(size: DecoderSize, settings: Settings) -> int:
+    """Bytes of the decoder's weights. Norms and tables are fp32, and so is what a LoKr adapts."""
+    each = _BYTES[settings.frozen] if settings.mixed else 4
+    adapted = 0
+    if settings.kind == "lokr":
+        adapted = size.layers * sum(one * other for one, other in size.targets(settings.targets).values())
+    return each * (size.cast_parameters - adapted) + 4 * (size.other_parameters + adapted)
