@@ -7,6 +7,7 @@
     memory               half the memory of the base model's weights, with the same bits
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
+    several_gpus         one process for each GPU, each with its share of the songs
     resume_training      checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
@@ -19,13 +20,14 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, memory, model_treatment, nan_masking
+from . import adapter_metadata, memory, model_treatment, nan_masking, several_gpus
 from .adapter_metadata import acestep_adapter_saved
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import acestep_prepare_batch, check_song_values
 from .resume_training import acestep_resume, keep_resume_state
+from .several_gpus import acestep_plan_processes
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
 
@@ -35,6 +37,7 @@ __all__ = [
     "acestep_model_chosen",
     "acestep_options",
     "acestep_plan_memory",
+    "acestep_plan_processes",
     "acestep_prepare_batch",
     "acestep_resume",
     "acestep_run_ended",
@@ -54,4 +57,5 @@ def acestep_options() -> list[click.Option]:
         *nan_masking.options(),
         *adapter_metadata.options(),
         *memory.options(),
+        *several_gpus.options(),
     ]

@@ -63,6 +63,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "cfg_ratio": treatment.cfg_ratio,
         **({"mask_nan": True} if options.get("mask_nan") else {}),
         **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
+        **({"processes": run.ranks.world_size} if run.ranks.several else {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),

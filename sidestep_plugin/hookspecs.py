@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .run import MemoryPlan, ModelFacts, ResumePoint, Run, SavedAdapter, Step
+    from .ranks import Ranks
+    from .run import MemoryPlan, ModelFacts, ProcessPlan, ResumePoint, Run, SavedAdapter, Step
 
 PROJECT: Final = "acestep"
 
@@ -34,7 +35,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
 """Hooks whose implementations return nothing: returning a value would be a misunderstanding."""
 
-EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps", "acestep_resume"})
+EXCLUSIVE: Final = frozenset({"acestep_plan_processes", "acestep_sample_timesteps", "acestep_resume"})
 """Hooks that only one of the loaded plugins may implement, because two answers cannot both be used."""
 
 
@@ -128,6 +129,30 @@ def acestep_plan_memory(
 
     Raises:
         Refusal: to stop the run before its first step.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPlan | None:
+    """Return in how many processes to train, one for each GPU.
+
+    When: on the command line before anything is loaded, where the processes are started if there are to be several;
+    and at the start of a training in each process, which is refused if it is one of several and no plan says so.
+
+    With several processes, a step sees the songs of its own process. ``acestep_adapter_saved`` and
+    ``acestep_run_ended`` are called in the first process only, all other hooks in every process, and lines are shown
+    by the first one. Weights are equal everywhere. ``run.ranks`` tells the processes apart, and ``run.gather``
+    exchanges values between them.
+
+    Args:
+        options: the values of all plugin options.
+        ranks: the place of this process among those that were started; process 0 of 1 before that.
+
+    Returns:
+        A ProcessPlan, or None for a single process.
+
+    Raises:
+        Refusal: the options contradict each other, or what was started.
     """
 
 

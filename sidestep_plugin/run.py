@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import Refusal
 from .files import not_a_file
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,9 @@ class Run:
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
+        ranks: the place of this process among those of the training; process 0 of 1 on a single GPU.
+        together: functions that are called in every process before :func:`acestep_run_ended` is called in the first
+            one, which is where a plugin exchanges what its processes have noted since the last epoch.
     """
 
     adapter_type: AdapterType
@@ -105,11 +109,22 @@ class Run:
     steps: int = 0
     resumed_at: int = 0
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
+    ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
+    together: list[Callable[[], object]] = field(default_factory=list)
+    exchange: Callable[[Any], list[Any]] | None = None  # set by the host, for gather
 
     @property
     def first_step(self) -> bool:
         """Whether this run is still in its first step, in which reading values is worth waiting for the GPU."""
         return self.steps - self.resumed_at <= 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; ``[value]`` on a single GPU.
+
+        Every process has to call it equally often: in ``acestep_epoch_finished`` or from :attr:`together`. Values are
+        pickled, so tensors should be on the CPU.
+        """
+        return [value] if self.exchange is None else self.exchange(value)
 
     @property
     def loss_by_epoch(self) -> Mapping[int, float]:
@@ -180,6 +195,7 @@ class ResumePoint:
         songs: fingerprint of the songs, "" if unknown.
         save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
             not recorded.
+        ranks: of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one.
         lines: what the user should know before resuming from here.
     """
 
@@ -198,6 +214,7 @@ class ResumePoint:
     parameters: list[torch.Tensor] | None = None
     songs: str = ""
     save_number: int = 0
+    ranks: Sequence[Mapping[str, Any]] = ()
     lines: tuple[str, ...] = ()
 
     @property
@@ -229,6 +246,31 @@ class MemoryPlan:
     bypassed: frozenset[str] = frozenset()
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """In how many processes a training runs, one for each GPU.
+
+    Attributes:
+        devices: processes on this machine.
+        machines: number of machines.
+        machine: number of this machine, from 0.
+        rendezvous: ``host:port`` on the first machine, where the processes meet; "" on a single machine.
+        outcome: called in the first process when the songs are divided, with the run, the number of songs and the
+            training steps that each process has per epoch; returns lines to announce.
+    """
+
+    devices: int = 1
+    machines: int = 1
+    machine: int = 0
+    rendezvous: str = ""
+    outcome: Callable[[Run, int, int], Sequence[str]] | None = None
+
+    @property
+    def processes(self) -> int:
+        """Number of processes on all machines."""
+        return self.devices * self.machines
 
 
 @dataclass(frozen=True)

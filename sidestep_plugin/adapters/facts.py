@@ -37,6 +37,7 @@ FACTS: Final = {
     "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
     "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
+    "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",

@@ -28,7 +28,7 @@ from .host import Host, log_of
 from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types, require
 from .wrappers.engine import wrap_engine
 from .wrappers.gradient_check import wrap_gradient_check
-from .wrappers.loaders import wrap_loader
+from .wrappers.loaders import wrap_loader, wrap_training_loader
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 from .wrappers.sampler import wrap_sampler
@@ -344,9 +344,10 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
-        if implements("acestep_plan_memory"):
+        if implements("acestep_plan_memory") or implements("acestep_plan_processes"):
             if isinstance(getattr(trainer, "Fabric", None), type):
                 yield trainer, "Fabric", partial(wrap_engine, host)
+        if implements("acestep_plan_memory"):
             if callable(getattr(trainer, "_count_nonfinite_grads", None)):
                 yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
@@ -355,7 +356,7 @@ class Attachment:
             if callable(getattr(trainer, "SequentialLR", None)):
                 yield trainer, "SequentialLR", wrap_scheduler
             if hasattr(songs, "train_dataloader"):
-                yield songs, "train_dataloader", partial(wrap_loader, Journal.epoch)
+                yield songs, "train_dataloader", partial(wrap_training_loader, host, Journal.epoch)
             if hasattr(songs, "val_dataloader"):
                 yield songs, "val_dataloader", partial(wrap_loader, Journal.validation)
         songs = _song_list(trainer)

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..run import ProcessPlan
+
 if TYPE_CHECKING:
     from ..resuming.journal import Journal
     from ..resuming.lock import OutputLock
@@ -21,12 +23,14 @@ class Training:
         run: what plugins see of it.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         journal: its progress; None if no plugin needs it.
+        plan: in how many processes it runs.
         at_end: called when the training is over, last one first, to undo what was done for it alone.
     """
 
     run: Run
     trainer: Any
     journal: Journal | None
+    plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 

@@ -27,6 +27,8 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
         return []
     if failed and not journal.learned:  # the adapter is what it was at the start
         return []
+    if failed and run.ranks.several:  # what the other processes would have to add cannot be asked for any more
+        return []
     module, save, checkpoint = trainer.module, *SAVE_FUNCTIONS[run.adapter_type]
     point = journal.here(run, failed=failed)
     folder = Path(run.training_config.output_dir) / INTERRUPTED
@@ -61,6 +63,13 @@ def summed_up(host: Host, training: Training, ending: str) -> list[str]:
     if journal is None or journal.summed_up or journal.computed == 0 or (ending != "finished" and journal.finished):
         return []
     journal.summed_up = True
+    if run.ranks.several:
+        if ending == "failed":  # the other processes are elsewhere
+            return []
+        for exchange in run.together:
+            exchange()
+        if not run.ranks.first:
+            return []
     folder = place_of(host.trainer, run.training_config.output_dir)
     told: list[str] = []
     try:

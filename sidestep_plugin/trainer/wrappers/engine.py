@@ -1,4 +1,4 @@
-"""The engine (Lightning Fabric): saves memory when it is made, before upstream casts the decoder and sets it up.
+"""The engine (Lightning Fabric): made for several GPUs if there are, and for less memory, before upstream sets it up.
 
 At that moment the adapter is injected and nothing has been cast. Plugins say what may stay as it is; what they say is
 applied to this one training and undone when it ends.
@@ -14,6 +14,7 @@ from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import described
 from ..current import Training, running_training
+from ..devices import on_all_devices, seed_apart
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +31,26 @@ def wrap_engine(host: Host, original: Any) -> Any:
 
     class Engine(original):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._acestep_plans: list[_Cast] = []
+            call = signature.bind(self, *args, **kwargs)
             training = running_training.get()
+            if training is not None and training.run.ranks.several:
+                call.arguments |= on_all_devices(original, call.arguments, training.run.ranks)
+            super().__init__(*call.args[1:], **call.kwargs)
+            self._acestep_plans: list[_Cast] = []
             if training is not None:
-                precision = signature.bind(self, *args, **kwargs).arguments.get("precision")
+                precision = call.arguments.get("precision")
                 try:
                     self._acestep_plans = _apply_plans(host, training, str(precision))
                 except Refusal as refusal:  # upstream reports it as a failure
                     host.refusal = refusal
                     raise
+
+        def launch(self, *args: Any, **kwargs: Any) -> Any:
+            launched = super().launch(*args, **kwargs)
+            training = running_training.get()
+            if training is not None and training.run.ranks.several:
+                seed_apart(training.run)
+            return launched
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import PluginError
 from ..answers import described
 from ..current import running_training
+from ..devices import share_of_songs
+from ..devices import share_of_songs
 
 if TYPE_CHECKING:
     from ...run import Run
@@ -29,9 +31,34 @@ def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Cal
     return loader
 
 
+def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for the training loader, which also gets its share of the songs if there are several processes."""
+
+    @wraps(original)
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        made, training = original(*args, **kwargs), running_training.get()
+        if made is None or training is None or training.journal is None:
+            return made
+        through = partial(passes, training.journal, training.run)
+        if not training.run.ranks.several:
+            return _watched(made, through)
+        made, journal = share_of_songs(made, training.run), training.journal
+        if training.plan.outcome is not None:
+            for line in training.plan.outcome(training.run, len(made.dataset), len(made)):
+                host.announce(line)
+
+        def in_order(songs: Callable[[], Iterator[Any]], length: int) -> Iterator[Any]:
+            made.sampler.set_epoch(journal.epochs_begun)  # some versions leave the loader to themselves, not to Fabric
+            return through(songs, length)
+
+        return _watched(made, in_order)
+
+    return loader
+
+
 def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
     """Write what plugins return for an epoch to upstream's log. Raises Refusal."""
-    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
+    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ()) if run.ranks.first else ()
     for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
         if not isinstance(entries, Mapping):
             raise PluginError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import partial, wraps
@@ -15,10 +15,22 @@ from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
 from ...resuming.lock import OutputLock
 from ...run import AdapterType, ResumePoint, Run
+from ...songs.dataset import songs_in
 from ..answers import described
 from ..checkout import place_of
 from ..current import Training, command_line, running_training
 from ..failures import advice
+from ..processes import (
+    SharedState,
+    check_agreement,
+    check_engine,
+    check_started,
+    gather,
+    join,
+    mean,
+    plan_of,
+    wait_for_all,
+)
 from ..seams import FINAL
 from .ending import saved_after, summed_up
 from .loaders import epoch_finished
@@ -55,10 +67,17 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
         run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
         with ExitStack() as ending:
             try:
-                refuse_several_processes()
+                plan = plan_of(host.registry, host.options)
+                check_started(plan)
+                if run.ranks.several:
+                    check_engine(host.trainer)
+                    join(_device_of(trainer).type)
+                    run.exchange = gather
                 _lock_output(host, run, ending)
                 host.start(run)
                 point = _point(host, run, resume_from) if resume_from and host.resumes else None
+                if run.ranks.several:
+                    check_agreement(_same_everywhere(run, point))
             except Refusal as refusal:
                 host.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
@@ -69,26 +88,35 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                     yield 0, 0.0, f"{done} To train on, ask for more --epochs."
                     return
                 call.arguments.pop("resume_from", None)
-            training = Training(run, trainer, _journal(host, run, trainer, point))
+            training = Training(run, trainer, _journal(host, run, trainer, point), plan)
             state = call.arguments.get("training_state")
+            if run.ranks.several:
+                state = {} if state is None else state
+                call.arguments["training_state"] = SharedState(state, host.announce)
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
 
 
-def refuse_several_processes() -> None:
-    """Raise Refusal under torchrun: upstream would train the same adapter in every process, all into one folder."""
-    size = os.environ.get("WORLD_SIZE", "1").strip()
-    if size.isdigit() and int(size) > 1:
-        raise Refusal(
-            f"WORLD_SIZE is {size}: ACE-Step's trainer uses one GPU, so every process would train the same adapter and "
-            "save it to the same folder. Start a single process, without torchrun, and choose the GPU with --device."
-        )
+def _same_everywhere(run: Run, point: ResumePoint | None) -> dict[str, Any]:
+    """What all processes of a training must have in common."""
+    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
+    settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
+    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
+    return {
+        "number of songs": len(songs),
+        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        "adapter type": run.adapter_type,
+        "adapter's settings": repr(run.adapter_config),
+        "training settings": repr(sorted(settings.items())),
+        "plugin options": repr(sorted(run.options.items())),
+        "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
+    }
 
 
 def _lock_output(host: Host, run: Run, ending: ExitStack) -> None:
     """Lock the output folder until the training ends; the command line has done so already. Raises Refusal."""
-    if command_line.get() is not None or not host.registry.names:
+    if command_line.get() is not None or not host.registry.names or not run.ranks.first:
         return
     lock = ending.enter_context(OutputLock(_output_of(host, run)))
     lock.acquire()
@@ -115,6 +143,8 @@ def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> J
     journal.epoch_finished = partial(epoch_finished, host, trainer)
     if host.listened_to:  # at once: upstream's next report may come many steps later
         journal.say = host.announce
+    if run.ranks.several:
+        journal.mean, journal.gather = mean, gather
     run.epoch_losses = journal.loss_by_epoch
     host.journals[run] = journal
     return journal
@@ -161,8 +191,10 @@ def _followed(
         if _stopped(state):
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 yield step, loss, line
+            if run.ranks.several:
+                wait_for_all()  # the first process saves, and must not be ended because another one has left
     except GeneratorExit:  # the caller stopped listening
-        if _stopped(state) and host.attached and journal is not None:
+        if _stopped(state) and host.attached and journal is not None and not run.ranks.several:
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 host.announce(line)
         raise
