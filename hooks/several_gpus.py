@@ -28,9 +28,7 @@ def options() -> list[click.Option]:
             metavar="N",
             help="GPUs on this machine; on a CPU, processes.  [default: 1]",
         ),
-        click.Option(
-            ["--nodes"], type=WholeNumber(1, 1024), default=None, metavar="N", help="Machines.  [default: 1]"
-        ),
+        click.Option(["--nodes"], type=WholeNumber(1, 1024), default=None, metavar="N", help="Machines.  [default: 1]"),
         click.Option(
             ["--node-rank"],
             type=WholeNumber(0, 1023),
@@ -64,7 +62,9 @@ def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessP
             "HOST:PORT (the same on all of them). Add both, or start with torchrun."
         )
     if machine >= machines:
-        raise Refusal(f"--node-rank {machine}: with --nodes {machines} the machines are 0 to {machines - 1}. Choose one.")
+        raise Refusal(
+            f"--node-rank {machine}: with --nodes {machines} the machines are 0 to {machines - 1}. Choose one."
+        )
     return ProcessPlan(options["devices"] or 1, machines, machine, where)
 
 
@@ -88,8 +88,8 @@ def _outcome(run: Run, songs: int, steps: int) -> list[str]:
     lines = [
         f"Devices: {count} ({where}one process each); batch {batch} x accumulation {accumulation} x {count} devices = "
         f"{batch * accumulation * count} songs for each optimizer step",
-        f"Steps: {steps} per epoch on each device, where one device takes {alone}; the schedule of the learning rate has "
-        f"{updates * int(getattr(config, 'max_epochs', 1))} optimizer steps ({updates} per epoch)",
+        f"Steps: {steps} per epoch on each device, where one device takes {alone}; the schedule of the learning rate "
+        f"has {updates * int(getattr(config, 'max_epochs', 1))} optimizer steps ({updates} per epoch)",
     ]
     if twice := -songs % count:
         lines.append(

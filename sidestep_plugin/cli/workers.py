@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.ranks import Ranks, ranks
+from sidestep_plugin.ranks import ranks
 
 from .commands import FAILED, INTERRUPTED, UNUSABLE
 from .terminal import say

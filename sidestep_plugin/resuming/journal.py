@@ -126,7 +126,7 @@ class Journal:
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
-        own = {"random": now, "epoch_random": None if between else self._epoch_random}
+        began = None if between else self._epoch_random
         self._share_losses()
         self._saves += 1
         trained = trained_tensors(self.scheduler)
@@ -137,8 +137,9 @@ class Journal:
             steps_per_epoch=self._steps_per_epoch,
             losses=self._losses.all(),
             validation=self._validation.all(),
-            **own,
-            ranks=() if self.gather is None else self.gather(own),
+            random=now,
+            epoch_random=began,
+            ranks=() if self.gather is None else self.gather({"random": now, "epoch_random": began}),
             gradients=None if failed or all(gradient is None for gradient in gradients) else gradients,
             optimizer=self.scheduler.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),

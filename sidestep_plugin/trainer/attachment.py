@@ -344,12 +344,11 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
-        if implements("acestep_plan_memory") or implements("acestep_plan_processes"):
-            if isinstance(getattr(trainer, "Fabric", None), type):
-                yield trainer, "Fabric", partial(wrap_engine, host)
-        if implements("acestep_plan_memory"):
-            if callable(getattr(trainer, "_count_nonfinite_grads", None)):
-                yield trainer, "_count_nonfinite_grads", wrap_gradient_check
+        engine = isinstance(getattr(trainer, "Fabric", None), type)
+        if engine and (implements("acestep_plan_memory") or implements("acestep_plan_processes")):
+            yield trainer, "Fabric", partial(wrap_engine, host)
+        if implements("acestep_plan_memory") and callable(getattr(trainer, "_count_nonfinite_grads", None)):
+            yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
             songs = getattr(trainer, "PreprocessedDataModule", None)

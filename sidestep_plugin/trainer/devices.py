@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..ranks import Ranks
@@ -54,13 +54,14 @@ def seed_apart(run: Run) -> None:
         numpy.random.seed(seed)
 
 
-def share_of_songs(loader: DataLoader[Any], run: Run) -> DataLoader[Any]:
-    """A loader of this process's songs in place of one of all songs.
+def share_of_songs(loader: DataLoader[Any], run: Run) -> tuple[DataLoader[Any], Callable[[int], None]]:
+    """A loader of this process's songs in place of one of all songs, and what begins an epoch, counted from 0.
 
     All processes draw one order for each epoch, from the run's seed, and take turns in it. If the songs cannot be
     divided, the first ones of that order are repeated at its end.
     """
     from torch.utils.data import DataLoader
+    from torch.utils.data.distributed import DistributedSampler
 
     settings = {
         name: getattr(loader, name)
@@ -69,17 +70,11 @@ def share_of_songs(loader: DataLoader[Any], run: Run) -> DataLoader[Any]:
             "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers", "pin_memory_device",
         )
     }  # fmt: skip
-    sampler = _sampler_class()(
+    sampler: DistributedSampler[Any] = DistributedSampler(
         loader.dataset,
         num_replicas=run.ranks.world_size,
         rank=run.ranks.rank,
         shuffle=True,
         seed=int(getattr(run.training_config, "seed", 0)),
     )
-    return DataLoader(loader.dataset, sampler=sampler, **settings)
-
-
-def _sampler_class() -> Any:
-    from torch.utils.data.distributed import DistributedSampler
-
-    return DistributedSampler
+    return DataLoader(loader.dataset, sampler=sampler, **settings), sampler.set_epoch

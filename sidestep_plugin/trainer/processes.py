@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import PluginError, Refusal
-from ..ranks import Ranks, ranks
+from ..ranks import ranks
 from ..run import ProcessPlan
 from .answers import described
 
@@ -26,7 +26,15 @@ STOP: Final = "should_stop"
 INTERRUPTED: Final = "interrupted"
 """Entries of upstream's training state: its stop button, and whether a signal pressed it."""
 
-_LOST: Final = ("gloo", "NCCL", "nccl", "Connection closed by peer", "Connection reset by peer", "ProcessGroup", "TCPStore")
+_LOST: Final = (
+    "gloo",
+    "NCCL",
+    "nccl",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "ProcessGroup",
+    "TCPStore",
+)
 _groups: Final[dict[str, Any]] = {}
 
 
@@ -192,8 +200,8 @@ def check_agreement(said: Mapping[str, Any]) -> None:
         for name, value in first.items():
             if other.get(name) != value:
                 raise Refusal(
-                    f"Process {rank} has another {name} than process 0 ({other.get(name)!r}, not {value!r}). Give every "
-                    "machine the same songs, model, checkpoints and options."
+                    f"Process {rank} has another {name} than process 0 ({other.get(name)!r}, not {value!r}). Give "
+                    "every machine the same songs, model, checkpoints and options."
                 )
 
 

@@ -11,7 +11,6 @@ from ...errors import PluginError
 from ..answers import described
 from ..current import running_training
 from ..devices import share_of_songs
-from ..devices import share_of_songs
 
 if TYPE_CHECKING:
     from ...run import Run
@@ -42,14 +41,15 @@ def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Calla
         through = partial(passes, training.journal, training.run)
         if not training.run.ranks.several:
             return _watched(made, through)
-        made, journal = share_of_songs(made, training.run), training.journal
+        songs, journal = len(made.dataset), training.journal
+        made, set_epoch = share_of_songs(made, training.run)
         if training.plan.outcome is not None:
-            for line in training.plan.outcome(training.run, len(made.dataset), len(made)):
+            for line in training.plan.outcome(training.run, songs, len(made)):
                 host.announce(line)
 
-        def in_order(songs: Callable[[], Iterator[Any]], length: int) -> Iterator[Any]:
-            made.sampler.set_epoch(journal.epochs_begun)  # some versions leave the loader to themselves, not to Fabric
-            return through(songs, length)
+        def in_order(batches: Callable[[], Iterator[Any]], length: int) -> Any:
+            set_epoch(journal.epochs_begun)  # some versions do not leave the loader to Fabric, which would do it
+            return through(batches, length)
 
         return _watched(made, in_order)
 
