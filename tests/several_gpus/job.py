@@ -110,6 +110,7 @@ def in_the_order_of_several(trainer):
 
     def ordered(self):
         made = own(self)
+        made.dataset.valid_paths.sort()
         sampler = DistributedSampler(made.dataset, num_replicas=1, rank=0, seed=SETTINGS["seed"])
         return DataLoader(made.dataset, made.batch_size, sampler=sampler, collate_fn=made.collate_fn)
 
@@ -189,6 +190,8 @@ def main(folder):
     torch.set_num_threads(1)
     jobs = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     if jobs[0].get("real"):
+        import transformers  # noqa: F401 - it looks for torchaudio, and should not find the one below
+
         stand_in = types.ModuleType("torchaudio")
         stand_in.transforms = types.ModuleType("torchaudio.transforms")
         sys.modules.setdefault("torchaudio", stand_in)
