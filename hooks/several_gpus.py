@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,10 @@ from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.options import WholeNumber
 from sidestep_plugin.ranks import Ranks
 from sidestep_plugin.run import ProcessPlan, Run
+
+
+_OWN: Final = frozenset({"devices", "nodes", "node_rank", "rendezvous"})
+"""Options that say something about one machine; torchrun says it in another way."""
 
 
 def options() -> list[click.Option]:
@@ -49,7 +53,7 @@ def options() -> list[click.Option]:
 def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPlan:
     if ranks.several:
         _check_started(options, ranks)
-        return ProcessPlan(ranks.local_world_size, ranks.machines, outcome=_outcome)
+        return ProcessPlan(ranks.local_world_size, ranks.machines, own=_OWN, outcome=_outcome)
     machines, machine, where = options["nodes"] or 1, options["node_rank"], options["rendezvous"] or ""
     if machines == 1:
         if machine or where:

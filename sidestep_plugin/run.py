@@ -257,6 +257,7 @@ class ProcessPlan:
         machines: number of machines.
         machine: number of this machine, from 0.
         rendezvous: ``host:port`` on the first machine, where the processes meet; "" on a single machine.
+        own: names of options that may differ between the machines.
         outcome: called in the first process when the songs are divided, with the run, the number of songs and the
             training steps that each process has per epoch; returns lines to announce.
     """
@@ -265,6 +266,7 @@ class ProcessPlan:
     machines: int = 1
     machine: int = 0
     rendezvous: str = ""
+    own: frozenset[str] = frozenset()
     outcome: Callable[[Run, int, int], Sequence[str]] | None = None
 
     @property

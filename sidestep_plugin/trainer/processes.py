@@ -200,8 +200,8 @@ def check_agreement(said: Mapping[str, Any]) -> None:
         for name, value in first.items():
             if other.get(name) != value:
                 raise Refusal(
-                    f"Process {rank} has another {name} than process 0 ({other.get(name)!r}, not {value!r}). Give "
-                    "every machine the same songs, model, checkpoints and options."
+                    f"Process {rank} has another {name} than process 0: {other.get(name)} and not {value}. Give every "
+                    "machine the same songs, model, checkpoints and options."
                 )
 
 

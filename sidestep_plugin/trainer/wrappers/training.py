@@ -14,7 +14,7 @@ from ...errors import PluginError, Refusal
 from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
 from ...resuming.lock import OutputLock
-from ...run import AdapterType, ResumePoint, Run
+from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ..answers import described
 from ..checkout import place_of
@@ -77,7 +77,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 host.start(run)
                 point = _point(host, run, resume_from) if resume_from and host.resumes else None
                 if run.ranks.several:
-                    check_agreement(_same_everywhere(run, point))
+                    check_agreement(_same_everywhere(run, point, plan))
             except Refusal as refusal:
                 host.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
@@ -98,7 +98,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
     return train_from_preprocessed
 
 
-def _same_everywhere(run: Run, point: ResumePoint | None) -> dict[str, Any]:
+def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
     songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
     settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
@@ -108,8 +108,8 @@ def _same_everywhere(run: Run, point: ResumePoint | None) -> dict[str, Any]:
         "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
-        "training settings": repr(sorted(settings.items())),
-        "plugin options": repr(sorted(run.options.items())),
+        **{f"value of {name}": repr(value) for name, value in settings.items()},
+        **{f"--{name.replace('_', '-')}": repr(value) for name, value in run.options.items() if name not in plan.own},
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 
