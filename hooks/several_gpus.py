@@ -17,7 +17,6 @@ from sidestep_plugin.options import WholeNumber
 from sidestep_plugin.ranks import Ranks
 from sidestep_plugin.run import ProcessPlan, Run
 
-
 _OWN: Final = frozenset({"devices", "nodes", "node_rank", "rendezvous"})
 """Options that say something about one machine; torchrun says it in another way."""
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
 
 RECEIVED = {
-    name: getattr(run, name) for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint", "MemoryPlan")
+    name: getattr(run, name)
+    for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint", "MemoryPlan", "ProcessPlan", "Ranks")
 }
 """What hooks receive or return."""
 
@@ -29,7 +30,7 @@ EXPORTED = {
 }
 """What ``sidestep_plugin`` exports; ``hookimpl`` is the mark of a hook and has no docstring of its own."""
 
-INTERNAL = {"model_ref", "module_ref", "epoch_losses", "sampler_called", "automatic", "registry"}
+INTERNAL = {"model_ref", "module_ref", "epoch_losses", "exchange", "sampler_called", "automatic", "registry"}
 """Attributes that are the host's own: not public, and not on the page."""
 
 HEAD = """# API

@@ -1,4 +1,4 @@
-"""``--devices``, ``--nodes`` and torchrun: what is started, how it stops and fails, and that nothing is left running."""
+"""``--devices``, ``--nodes`` and torchrun: what is started, how it ends, and that nothing is left running."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def equal(one, other):
 def alive(pid):
     with suppress(ProcessLookupError):
         os.kill(pid, 0)
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"  # noqa: SIM115, PTH123
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"  # noqa: PTH123
     return False
 
 
