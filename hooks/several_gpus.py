@@ -56,13 +56,13 @@ def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessP
     machines, machine, where = options["nodes"] or 1, options["node_rank"], options["rendezvous"] or ""
     if machines == 1:
         if machine or where:
-            raise Refusal("--node-rank and --rendezvous are for several machines. Add --nodes, or leave them out.")
+            raise Refusal("--node-rank and --rendezvous are for several machines. Leave them out, or add --nodes.")
         return ProcessPlan(options["devices"] or 1)
     host, _, port = where.rpartition(":")
     if machine is None or not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise Refusal(
             f"--nodes {machines} needs --node-rank (0 to {machines - 1}, another on each machine) and --rendezvous "
-            "HOST:PORT (the same on all of them). Add both, or start with torchrun."
+            "HOST:PORT (the same on all of them). Give both, or start with torchrun."
         )
     if machine >= machines:
         raise Refusal(

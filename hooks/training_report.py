@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,7 +56,7 @@ def note_step(step: Step) -> None:
         return
     if _KEY not in step.run.state:
         notes = step.run.state[_KEY] = _Notes()
-        step.run.together.append(lambda: _count(step.run, notes))
+        step.run.together.append(partial(_count, step.run, notes))
     notes = step.run.state[_KEY]
     notes.ended = time.monotonic()
     if notes.count == 0:

@@ -43,6 +43,7 @@ ALLOWED = {
     ("sidestep_plugin/trainer/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/cli/workers.py", "sys.stdout"): "the output of our own program, which has several processes",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",
     ("sidestep_plugin/resuming/replay.py", "weight.grad"): "a gradient is put back when resuming",

@@ -85,6 +85,7 @@ class Workers:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._signals = 0
         self._stop_at: float | None = None
+        self._asked: set[int] = set()
 
     def run(self) -> int:
         """Start them and wait until all have ended | returns the exit code: that of the first one that failed."""
@@ -164,11 +165,11 @@ class Workers:
         if self._stop_at is None or not self._running:
             return
         late = time.monotonic() - self._stop_at
-        for process in self._running.values():
+        for local, process in self._running.items():
             if late > _LAST_WORDS:
                 process.kill()
-            elif late >= 0.0 and not getattr(process, "asked", False):
-                process.asked = True  # type: ignore[attr-defined]
+            elif late >= 0.0 and local not in self._asked:
+                self._asked.add(local)
                 process.terminate()
 
     def _on_signal(self, number: int, _: Any) -> None:

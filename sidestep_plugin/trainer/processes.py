@@ -50,7 +50,7 @@ def plan_of(registry: Registry, options: Mapping[str, Any]) -> ProcessPlan:
     if here.several:
         raise Refusal(
             f"WORLD_SIZE is {here.world_size}: ACE-Step's trainer uses one GPU, so every process would train the same "
-            "adapter and save it to the same folder. Add --plugin sidestep, which trains on several, or start a single "
+            "adapter and save it to the same folder. Use --plugin sidestep, which trains on several, or start a single "
             "process, without torchrun."
         )
     return ProcessPlan()

@@ -53,8 +53,8 @@ def test_what_is_asked_for_is_planned(planned):
         ({"nodes": 2, "node_rank": 0, "rendezvous": "host0"}, "HOST:PORT"),
         ({"nodes": 2, "node_rank": 0, "rendezvous": "host0:0"}, "HOST:PORT"),
         ({"nodes": 2, "node_rank": 2, "rendezvous": "host0:29500"}, "the machines are 0 to 1"),
-        ({"node_rank": 1}, "Add --nodes"),
-        ({"rendezvous": "host0:29500"}, "Add --nodes"),
+        ({"node_rank": 1}, "add --nodes"),
+        ({"rendezvous": "host0:29500"}, "add --nodes"),
     ],
 )
 def test_what_is_missing_is_said(planned, options, told):
@@ -93,7 +93,7 @@ def test_ranks_that_contradict_each_other(monkeypatch, changed, told):
 def test_several_without_a_plugin_are_refused(monkeypatch):
     for name, value in zip(("WORLD_SIZE", *VARIABLES), "2002", strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(Refusal, match="Add --plugin sidestep"):
+    with pytest.raises(Refusal, match="Use --plugin sidestep"):
         plan_of(Registry.load([]), {})
 
 

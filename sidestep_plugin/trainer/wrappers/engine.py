@@ -34,7 +34,7 @@ def wrap_engine(host: Host, original: Any) -> Any:
             call = signature.bind(self, *args, **kwargs)
             training = running_training.get()
             if training is not None and training.run.ranks.several:
-                call.arguments |= on_all_devices(original, call.arguments, training.run.ranks)
+                call.arguments.update(on_all_devices(original, call.arguments, training.run.ranks))
             super().__init__(*call.args[1:], **call.kwargs)
             self._acestep_plans: list[_Cast] = []
             if training is not None:

@@ -64,9 +64,9 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             # upstream reports this itself: no model, or no such argument
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
-        run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
         with ExitStack() as ending:
             try:
+                run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
                 plan = plan_of(host.registry, host.options)
                 check_started(plan)
                 if run.ranks.several:
