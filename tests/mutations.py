@@ -281,10 +281,10 @@ MUTATIONS = [
         "tests/several_gpus/test_equality.py",
     ),
     Mutation(
-        "a stop that only one process knows of until the next step",
+        "a stop that all processes have to ask for",
         "sidestep_plugin/trainer/processes.py",
-        "            self._own[STOP] = True\n",
-        "            pass\n",
+        "op=dist.ReduceOp.MAX",
+        "op=dist.ReduceOp.MIN",
         "tests/several_gpus/test_equality.py::test_a_stop_in_one_process_ends_all_after_the_same_step",
     ),
     Mutation(

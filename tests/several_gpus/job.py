@@ -37,7 +37,7 @@ class Noting:
 
     def __init__(self, job):
         self.job = job
-        self.songs, self.t, self.dropped, self.steps = [], [], [], 0
+        self.songs, self.t, self.dropped, self.began, self.steps = [], [], [], [], 0
         self.ended, self.epochs, self.validated = 0, [], []
 
     def acestep_prepare_batch(self, step, batch):
@@ -46,6 +46,7 @@ class Noting:
         song = digest(batch["target_latents"])
         if not step.training:
             return
+        self.began.append(digest(torch.get_rng_state()))
         self.songs.append(song)
         if self.job.get("inject"):
             epoch = step.run.steps // (self.job["songs"] // step.run.ranks.world_size)

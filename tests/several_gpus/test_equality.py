@@ -98,6 +98,7 @@ def test_gradients_are_equal_after_every_backward_pass(two, alone, kind, require
 
 def test_random_numbers_differ_and_songs_are_divided(two):
     first, second, _ = two["plain"]
+    assert not set(first["began"]) & set(second["began"])
     assert not set(map(tuple, first["t"])) & set(map(tuple, second["t"]))
     assert first["dropped"] != second["dropped"] and sum(first["dropped"] + second["dropped"]) > 0
     for epoch in range(3):
