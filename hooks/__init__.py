@@ -14,6 +14,7 @@
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     previews             clips of some songs while it trains
+    several_gpus         one process for each GPU, each with its share of the songs
     resume_training      checkpoints from which a training really goes on
     training_report      loss by epoch and by timestep, in TensorBoard and at the end
 
@@ -35,6 +36,7 @@ from . import (
     nan_masking,
     previews,
     quantization,
+    several_gpus,
     song_cache,
     validation,
 )
@@ -49,6 +51,7 @@ from .nan_masking import check_song_values
 from .previews import acestep_between_epochs, plan_previews
 from .quantization import check_base_weights, plan_base_weights
 from .resume_training import acestep_resume, keep_resume_state
+from .several_gpus import acestep_plan_processes
 from .song_cache import acestep_song_cache, decide_cache
 from .timestep_sampling import acestep_sample_timesteps
 from .training_report import acestep_epoch_finished, acestep_run_ended, note_step
@@ -69,6 +72,7 @@ __all__ = [
     "acestep_model_chosen",
     "acestep_options",
     "acestep_plan_memory",
+    "acestep_plan_processes",
     "acestep_plan_validation",
     "acestep_prepare_batch",
     "acestep_resume",
@@ -107,4 +111,5 @@ def acestep_options() -> list[click.Option]:
         *song_cache.options(),
         *quantization.options(),
         *gradient_checkpointing.options(),
+        *several_gpus.options(),
     ]

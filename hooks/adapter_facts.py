@@ -67,6 +67,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         **({"crop_seconds": options["crop_seconds"]} if options.get("crop_seconds") is not None else {}),
         **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
         **run.state.get(QUANTIZED, {}),
+        **({"processes": run.ranks.world_size} if run.ranks.several else {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),

@@ -139,7 +139,7 @@ def plan_previews(run: Run) -> list[str] | None:
 @hookimpl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     plan: _Plan | None = run.state.get(_KEY)
-    if plan is None or plan.over:
+    if plan is None or plan.over or not run.ranks.first:  # of several processes, the first one makes the clips
         return None
     if epoch % plan.every and epoch != getattr(run.training_config, "max_epochs", None):
         return None

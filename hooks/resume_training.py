@@ -91,16 +91,26 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
         ]
     lines += resume_validation(run, checkpoint.folder, checkpoint.point.held_out)
     max_epochs = getattr(run.training_config, "max_epochs", None)
-    point = checkpoint.point
+    point, before = checkpoint.point, max(1, len(checkpoint.point.ranks))
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
             f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
             "Choose more --epochs."
         )
-    if _changed("batch_size", checkpoint, run):
-        # Another number of steps per epoch: a position within one means nothing any more.
+    divided = before > 1 or run.ranks.several
+    other_order = before != run.ranks.world_size or (divided and _changed("seed", checkpoint, run))
+    if before != run.ranks.world_size:
+        lines.append(
+            f"Note: changed since the checkpoint: processes (was {before}, now {run.ranks.world_size}), and with them "
+            "the songs for each optimizer step, the steps per epoch and the schedule of the learning rate. To keep the "
+            "songs for each optimizer step, change --gradient-accumulation accordingly."
+        )
+    point = _of_this_process(point, run)
+    if _changed("batch_size", checkpoint, run) or other_order:
+        # Another number of steps per epoch, or another order: a position within one means nothing any more.
         if point.steps:
-            lines.append(f"Note: the batch size changed, so epoch {point.epochs + 1} starts over.")
+            what = "order of the songs" if other_order else "batch size"
+            lines.append(f"Note: the {what} changed, so epoch {point.epochs + 1} starts over.")
         nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
         point = dataclasses.replace(point, steps=0, **nothing)
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
@@ -117,6 +127,15 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     if point.losses is None:
         lines.append("Note: the losses so far were not recorded, so the curves show zeros for them.")
     return dataclasses.replace(point, lines=tuple(lines))
+
+
+def _of_this_process(point: ResumePoint, run: Run) -> ResumePoint:
+    """The point with the random states of this process; one that is new has none there and keeps its own."""
+    if not point.ranks and not run.ranks.several:
+        return point
+    known = [*point.ranks] or [{"random": point.random, "epoch_random": point.epoch_random}]
+    own = known[run.ranks.rank] if run.ranks.rank < len(known) else {"random": None, "epoch_random": None}
+    return dataclasses.replace(point, random=own["random"], epoch_random=own["epoch_random"])
 
 
 def _changed(setting: str, checkpoint: Checkpoint, run: Run) -> bool:

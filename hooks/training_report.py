@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,7 +59,10 @@ class _Notes:
 def note_step(step: Step) -> None:
     if not step.training or step.loss is None:
         return
-    notes = step.run.state.setdefault(_KEY, _Notes())
+    if _KEY not in step.run.state:
+        notes = step.run.state[_KEY] = _Notes()
+        step.run.together.append(partial(_count, step.run, notes))
+    notes = step.run.state[_KEY]
     notes.ended = time.monotonic()
     if notes.count == 0:
         notes.began = notes.ended  # the setup does not count for the time per step
@@ -105,22 +109,36 @@ def _count(run: Run, notes: _Notes) -> torch.Tensor | None:
     """Add the steps since the last call to the bands | returns their timesteps on the CPU. Waits for the device."""
     import torch
 
-    if dropped := run.state.pop(DROPPED, None):
-        notes.dropped += int(torch.cat(dropped).sum())
+    if not notes.steps:
+        return None
+    dropped = run.state.pop(DROPPED, None)
     steps = [(t, loss) for t, loss in notes.steps if t is not None]
     notes.steps.clear()
-    if not steps:
+    own = (int(torch.cat(dropped).sum()) if dropped else 0, _rows(steps))
+    everybodys = run.gather(own)
+    notes.dropped += sum(count for count, _ in everybodys)
+    rows = [rows for _, rows in everybodys if rows is not None]
+    if not rows:
         return None
-    sizes = [t.numel() for t, _ in steps]
-    times = torch.cat([t.reshape(-1).float() for t, _ in steps]).cpu()
-    losses = torch.stack([loss.reshape(()).float() for _, loss in steps]).cpu()
-    of_rows = losses.repeat_interleave(torch.tensor(sizes))
+    times, of_rows = (torch.cat(parts) for parts in zip(*rows, strict=True))
     for t, loss in zip(times.tolist(), of_rows.tolist(), strict=True):
         if math.isfinite(loss) and math.isfinite(t):
             band = band_of(min(max(t, 0.0), 1.0), BANDS)
             notes.rows[band] += 1
             notes.losses[band] += loss
     return times
+
+
+def _rows(steps: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The timestep of each row and the loss of its step, two tensors [N] on the CPU; None without steps."""
+    import torch
+
+    if not steps:
+        return None
+    sizes = [t.numel() for t, _ in steps]
+    times = torch.cat([t.reshape(-1).float() for t, _ in steps]).cpu()
+    losses = torch.stack([loss.reshape(()).float() for _, loss in steps]).cpu()
+    return times, losses.repeat_interleave(torch.tensor(sizes))
 
 
 def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:

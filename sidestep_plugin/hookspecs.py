@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     import click
     import torch
 
+    from .ranks import Ranks
     from .run import (
         EpochNews,
         MemoryPlan,
         ModelFacts,
+        ProcessPlan,
         ResumePoint,
         Run,
         SavedAdapter,
@@ -46,7 +48,14 @@ SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
 """Hooks whose implementations return nothing: returning a value would be a misunderstanding."""
 
 EXCLUSIVE: Final = frozenset(
-    {"acestep_sample_timesteps", "acestep_resume", "acestep_hold_out", "acestep_plan_validation", "acestep_validated"}
+    {
+        "acestep_plan_processes",
+        "acestep_sample_timesteps",
+        "acestep_resume",
+        "acestep_hold_out",
+        "acestep_plan_validation",
+        "acestep_validated",
+    }
 )
 """Hooks that only one of the loaded plugins may implement, because two answers cannot both be used."""
 
@@ -199,6 +208,30 @@ def acestep_plan_memory(
 
     Raises:
         Refusal: to stop the run before its first step.
+    """
+
+
+@hookspec(firstresult=True)
+def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPlan | None:
+    """Return in how many processes to train, one for each GPU.
+
+    When: on the command line before anything is loaded, where the processes are started if there are to be several;
+    and at the start of a training in each process, which is refused if it is one of several and no plan says so.
+
+    With several processes, a step sees the songs of its own process. ``acestep_adapter_saved`` and
+    ``acestep_run_ended`` are called in the first process only, all other hooks in every process, and lines are shown
+    by the first one. Weights are equal everywhere. ``run.ranks`` tells the processes apart, and ``run.gather``
+    exchanges values between them.
+
+    Args:
+        options: the values of all plugin options.
+        ranks: the place of this process among those that were started; process 0 of 1 before that.
+
+    Returns:
+        A ProcessPlan, or None for a single process.
+
+    Raises:
+        Refusal: the options contradict each other, or what was started.
     """
 
 

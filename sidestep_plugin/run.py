@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .errors import Refusal
 from .files import not_a_file
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,9 @@ class Run:
         best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
         loaded_vae: call it for the VAE that the app has loaded, None on the command line. Never move that VAE.
         with_lightning: whether upstream trains with Lightning; without it, :func:`acestep_plan_memory` is never called.
+        ranks: the place of this process among those of the training; process 0 of 1 on a single GPU.
+        together: functions that are called in every process before :func:`acestep_run_ended` is called in the first
+            one, which is where a plugin exchanges what its processes have noted since the last epoch.
     """
 
     adapter_type: AdapterType
@@ -119,11 +123,22 @@ class Run:
     with_lightning: bool = True
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
     loaded_vae: Callable[[], Any] = _no_vae
+    ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
+    together: list[Callable[[], object]] = field(default_factory=list)
+    exchange: Callable[[Any], list[Any]] | None = None  # set by the host, for gather
 
     @property
     def first_step(self) -> bool:
         """Whether this run is still in its first step, in which reading values is worth waiting for the GPU."""
         return self.steps - self.resumed_at <= 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; ``[value]`` on a single GPU.
+
+        Every process has to call it equally often: in ``acestep_epoch_finished`` or from :attr:`together`. Values are
+        pickled, so tensors should be on the CPU.
+        """
+        return [value] if self.exchange is None else self.exchange(value)
 
     @property
     def loss_by_epoch(self) -> Mapping[int, float]:
@@ -196,6 +211,7 @@ class ResumePoint:
             lists and dictionaries; None without validation.
         save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
             not recorded.
+        ranks: of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one.
         lines: what the user should know before resuming from here.
     """
 
@@ -215,6 +231,7 @@ class ResumePoint:
     songs: str = ""
     held_out: Mapping[str, Any] | None = None
     save_number: int = 0
+    ranks: Sequence[Mapping[str, Any]] = ()
     lines: tuple[str, ...] = ()
 
     @property
@@ -337,6 +354,32 @@ class EpochNews:
 
     lines: tuple[str, ...] = ()
     logged: Mapping[str, float | Clip] = field(default_factory=dict)
+
+
+class ProcessPlan:
+    """In how many processes a training runs, one for each GPU.
+
+    Attributes:
+        devices: processes on this machine.
+        machines: number of machines.
+        machine: number of this machine, from 0.
+        rendezvous: ``host:port`` on the first machine, where the processes meet; "" on a single machine.
+        own: names of options that may differ between the machines.
+        outcome: called in the first process when the songs are divided, with the run, the number of songs and the
+            training steps that each process has per epoch; returns lines to announce.
+    """
+
+    devices: int = 1
+    machines: int = 1
+    machine: int = 0
+    rendezvous: str = ""
+    own: frozenset[str] = frozenset()
+    outcome: Callable[[Run, int, int], Sequence[str]] | None = None
+
+    @property
+    def processes(self) -> int:
+        """Number of processes on all machines."""
+        return self.devices * self.machines
 
 
 @dataclass(frozen=True)

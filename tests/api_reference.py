@@ -20,7 +20,21 @@ PAGE = ROOT / "docs" / "api.md"
 
 RECEIVED = {
     name: getattr(run, name)
-    for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint", "MemoryPlan", "EpochNews", "Clip")
+    for name in (
+        "Run",
+        "Step",
+        "SavedAdapter",
+        "ModelFacts",
+        "ResumePoint",
+        "MemoryPlan",
+        "ProcessPlan",
+        "Ranks",
+        "ValidationPlan",
+        "Validation",
+        "Verdict",
+        "EpochNews",
+        "Clip",
+    )
 }
 """What hooks receive or return."""
 
@@ -30,7 +44,7 @@ EXPORTED = {
 }
 """What ``sidestep_plugin`` exports; ``hookimpl`` is the mark of a hook and has no docstring of its own."""
 
-INTERNAL = {"model_ref", "module_ref", "epoch_losses", "sampler_called", "automatic", "registry"}
+INTERNAL = {"model_ref", "module_ref", "epoch_losses", "exchange", "sampler_called", "automatic", "registry"}
 """Attributes that are the host's own: not public, and not on the page."""
 
 HEAD = """# API

@@ -329,6 +329,34 @@ MUTATIONS = [
         "            return\n",
         "tests/resuming/test_lock.py",
     ),
+    Mutation(
+        "the same random numbers in every process",
+        "sidestep_plugin/trainer/devices.py",
+        "_BETWEEN_SEEDS = 1_000_003",
+        "_BETWEEN_SEEDS = 0",
+        "tests/several_gpus/test_equality.py::test_random_numbers_differ_and_songs_are_divided",
+    ),
+    Mutation(
+        "songs in the order of seed 0, whatever the run's seed",
+        "sidestep_plugin/trainer/devices.py",
+        '        shuffle=True,\n        seed=int(getattr(run.training_config, "seed", 0)),\n',
+        "        shuffle=True,\n",
+        "tests/several_gpus/test_equality.py",
+    ),
+    Mutation(
+        "a stop that all processes have to ask for",
+        "sidestep_plugin/trainer/processes.py",
+        "op=dist.ReduceOp.MAX",
+        "op=dist.ReduceOp.MIN",
+        "tests/several_gpus/test_equality.py::test_a_stop_in_one_process_ends_all_after_the_same_step",
+    ),
+    Mutation(
+        "resumed with the random numbers of the first process everywhere",
+        "hooks/resume_training.py",
+        "own = known[run.ranks.rank] if",
+        "own = known[0] if",
+        "tests/several_gpus/test_equality.py::test_resuming_with_as_many_processes_equals_going_through",
+    ),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal
+from sidestep_plugin.ranks import Ranks
 from sidestep_plugin.run import ModelFacts
 
 HOOKS = hook_reference.HOOKS
@@ -81,6 +82,13 @@ def test_acestep_song_cache(train, trainer, capsys, monkeypatch):
     read.clear()
     trained_with(train, "acestep_song_cache", capsys)
     assert 0 < len(read) < without
+
+
+def test_acestep_plan_processes(train, capsys):
+    plan = example("acestep_plan_processes").acestep_plan_processes(Ranks(3, 4, 1, 2))
+    assert plan.processes == 4 and plan.outcome(None, 8, 2) == ["8 songs in 4 processes: 2 steps an epoch"]
+    done, _ = trained_with(train, "acestep_plan_processes", capsys)
+    assert done.tensors
 
 
 def test_acestep_model_chosen():

@@ -45,6 +45,7 @@ ALLOWED = {
     ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
     ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
     ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/cli/workers.py", "sys.stdout"): "the output of our own program, which has several processes",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",
     ("sidestep_plugin/resuming/replay.py", "weight.grad"): "a gradient is put back when resuming",

@@ -40,6 +40,7 @@ FACTS: Final = {
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
     "base_weights": "int8 or fp8 if the base model was quantized for the training (--base-weights); else left out",
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
+    "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 def command_line(request: Request) -> str:
     """The command that does a training without a question, quoted for this system's shell."""
+    return quoted([program(), *words_of(request)])
+
+
+def words_of(request: Request) -> list[str]:
+    """The arguments of the command that does a training without a question."""
     from sidestep_plugin.registry import Registry
 
     words: list[str] = []
@@ -44,7 +49,7 @@ def command_line(request: Request) -> str:
             words += _option(option.opts[0], value)
     words += ["--overwrite"] if request.overwrite else []
     words += ["--allow-duplicates"] if request.allow_duplicates else []
-    return quoted([program(), *words])
+    return words
 
 
 def resuming_line(request: Request) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from sidestep_plugin.ranks import ranks
+
 from .commands import INTERRUPTED
 from .terminal import say
 
@@ -34,10 +36,13 @@ def terminated_like_ctrl_c() -> Iterator[None]:
 @contextmanager
 def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C and SIGTERM end the training after the running step; a second one ends it at once."""
-    stopped = False
+    stopped, several = False, ranks().several
 
     def stop(signum: int, _: Any) -> None:
         nonlocal stopped
+        if several:  # all of them stop after the same step; whoever started them ends them at once if asked to
+            stopped = launch.state["should_stop"] = launch.state["interrupted"] = True
+            return
         if stopped:
             for number in previous:
                 signal.signal(number, signal.SIG_DFL)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 _ROOM: Final = 2**20  # bytes
+_OF_A_MACHINE: Final = frozenset({"node_rank", "rendezvous"})
+"""Options of plugins with these names tell which machine this is."""
 
 
 class OptionsFile:
@@ -66,7 +68,7 @@ def options_of(request: Request, run: Run) -> str:
     ):
         values |= {name: _plain(getattr(config, field, None)) for name, field in fields.items()}
     values["allow_duplicates"] = request.allow_duplicates or None
-    values |= {name: _plain(value) for name, value in run.options.items()}
+    values |= {name: _plain(value) for name, value in run.options.items() if name not in _OF_A_MACHINE}
     return write(values, comments)
 
 

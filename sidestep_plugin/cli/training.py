@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sidestep_plugin.ranks import ranks
+
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible, terminated_like_ctrl_c
 from .terminal import say
+from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
     from sidestep_plugin.trainer.launch import Launch, Request
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 
 def run_training(request: Request) -> None:
     """Do one training with everything that the terminal sees of it. Raises Refusal; exits on failure."""
+    if not ranks().several:
+        start_workers(request)  # does not return if there are to be several
+        _train(request)
+        return
+    with one_voice():
+        _train(request)
+
+
+def _train(request: Request) -> None:
     if not click.get_current_context().meta["debug"]:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
@@ -56,9 +68,15 @@ def run_training(request: Request) -> None:
             raise refusal
         if refusal is not None:
             failure = str(refusal)
-        if failure is None and interrupted() and progress.step < launch.total_steps:
+        stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
+        if failure is None and stopped and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
+    if failure is not None and ranks().several:
+        tell_failure(failure, asked_to_end=interrupted())
+        sys.exit(FAILED)
+    if not ranks().first:  # the first process has saved the adapter, or says why not
+        return
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
         failure = "The loss is NaN or infinite, so the adapter is useless. Lower --learning-rate."

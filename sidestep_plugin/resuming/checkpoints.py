@@ -89,6 +89,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "songs": point.songs,
         **({} if point.held_out is None else {"held_out": point.held_out}),
         "save_number": point.save_number,
+        **({"ranks": list(point.ranks)} if point.ranks else {}),
         "optimizer": None if upstreams else point.optimizer,
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
@@ -163,6 +164,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             songs=state.get("songs", ""),
             held_out=state.get("held_out"),
             save_number=state.get("save_number", 0),
+            ranks=state.get("ranks", ()),
         )
         wrong = _wrong_in(point)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -185,6 +187,14 @@ def _wrong_in(point: ResumePoint) -> str:
     def states(value: Any) -> bool:
         return isinstance(value, dict) and are_random_states(value)
 
+    def of_ranks(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(
+            isinstance(entry, dict)
+            and states(entry.get("random"))
+            and (entry.get("epoch_random") is None or states(entry["epoch_random"]))
+            for entry in value
+        )
+
     def state_dict(value: Any) -> bool:
         return isinstance(value, dict) and isinstance(value.get("state"), dict) and "param_groups" in value
 
@@ -196,6 +206,7 @@ def _wrong_in(point: ResumePoint) -> str:
         "validation": point.validation is None or numbers(point.validation),
         "random": point.random is None or states(point.random),
         "epoch_random": point.epoch_random is None or states(point.epoch_random),
+        "ranks": of_ranks(point.ranks),
         "gradients": point.gradients is None or tensors(point.gradients),
         "parameters": point.parameters is None or tensors(point.parameters),
         "optimizer": point.optimizer is None or state_dict(point.optimizer),

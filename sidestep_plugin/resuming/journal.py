@@ -42,6 +42,8 @@ class Journal:
         begins: called with the run before the first training step of a run from the start.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
         say: takes each message for the user as soon as there is one.
+        mean: the mean of a tensor over the processes of the training; None for a single process.
+        gather: the values of all processes, by rank; None for a single process.
     """
 
     def __init__(
@@ -55,6 +57,10 @@ class Journal:
         self.begins: Callable[[Run], None] | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
+        self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.gather: Callable[[Any], list[Any]] | None = None
+        self._of_all = 0  # losses that are the mean over all processes; those after them are this process's own
+        self._validating = False
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()
@@ -121,6 +127,8 @@ class Journal:
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
+        began = None if between else self._epoch_random
+        self._share_losses()
         self._saves += 1
         trained = trained_tensors(self.scheduler)
         gradients = [None if weight.grad is None else weight.grad.detach() for weight in trained]
@@ -131,7 +139,8 @@ class Journal:
             losses=self._losses.all(),
             validation=self._validation.all(),
             random=now,
-            epoch_random=None if between else self._epoch_random,
+            epoch_random=began,
+            ranks=() if self.gather is None else self.gather({"random": now, "epoch_random": began}),
             gradients=None if self.failed or all(gradient is None for gradient in gradients) else gradients,
             optimizer=self.scheduler.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
@@ -169,6 +178,7 @@ class Journal:
             next(batches)  # the sampler has to go through its order
             yield _SKIPPED
         yield from batches
+        self._share_losses()
         if self.epoch_finished is not None and self._in_epoch:
             self.epoch_finished(run, self._epochs_begun, self._losses.mean_of_newest(self._in_epoch))
 
@@ -179,14 +189,25 @@ class Journal:
                 yield from repeat(_SKIPPED, length)
                 return
             self.catch_up(run)
-        yield from songs()
+        self._validating = True
+        try:
+            yield from songs()
+        finally:
+            self._validating = False
 
-    def record(self, loss: torch.Tensor, training: bool) -> None:
-        """Record the loss of a step."""
+    def record(self, loss: torch.Tensor, training: bool) -> torch.Tensor:
+        """Record the loss of a step | returns it.
+
+        Several processes each validate on all songs with noise of their own. The mean of their losses is recorded and
+        returned, so that upstream decides alike in all of them which adapter is the best.
+        """
         if training:
             self._look_at_accumulation()
+        elif self.mean is not None and self._validating:
+            loss = self.mean(loss)
         (self._losses if training else self._validation).append(loss.detach())
         self._in_epoch += training
+        return loss
 
     def recorded(self, run: Run, training: bool) -> torch.Tensor | None:
         """The loss of a step that an earlier run has done; None for one that has to be computed.
@@ -219,7 +240,13 @@ class Journal:
         for line in replay.restore(run, self.scheduler):
             self.say(line)
         self._optimizer_steps_before = int(self.scheduler.last_epoch)
-        run.steps = run.resumed_at = len(self._losses)
+        run.steps = run.resumed_at = self._of_all = len(self._losses)
+
+    def _share_losses(self) -> None:
+        """Replace this process's own losses by the mean over all processes. Waits for the GPU."""
+        if self.mean is not None and (new := len(self._losses) - self._of_all):
+            self._losses.replace_newest(self.mean(self._losses.all()[-new:]))
+            self._of_all += new
 
     def _look_at_accumulation(self) -> None:
         """Warn once when an optimizer step came at another place of the epoch than accumulation puts it.

@@ -27,6 +27,12 @@ class Losses:
         if len(self._newest) == _TOGETHER:
             self._join()
 
+    def replace_newest(self, losses: torch.Tensor) -> None:
+        """Put other losses, shape [N], in place of the newest N."""
+        import torch
+
+        self._parts = [torch.cat([self.all()[: -len(losses)], losses.cpu()])]
+
     def mean_of_newest(self, count: int) -> float:
         """Mean of the newest losses. Waits for the GPU."""
         import torch

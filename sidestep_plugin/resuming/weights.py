@@ -20,6 +20,8 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
         return dict(module.lycoris_net.state_dict())
     decoder = module.model.decoder
     decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
+    if run.ranks.several:
+        decoder = getattr(decoder, "module", decoder)  # torch's, around which Fabric puts its own
     if not hasattr(decoder, "peft_config"):
         raise Refusal(
             "This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Start again without "

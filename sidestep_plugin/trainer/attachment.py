@@ -30,7 +30,7 @@ from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter
 from .wrappers.engine import wrap_engine
 from .wrappers.gradient_check import wrap_gradient_check
 from .wrappers.held_out_songs import wrap_setup
-from .wrappers.loaders import wrap_loader
+from .wrappers.loaders import wrap_loader, wrap_training_loader
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 from .wrappers.sampler import wrap_sampler
@@ -43,6 +43,8 @@ from .wrappers.training import wrap_training
 
 _attached: list[Attachment] = []
 _lock: Final = threading.RLock()
+
+_NEED_THE_ENGINE: Final = ("acestep_plan_memory", "acestep_between_epochs", "acestep_plan_processes")
 
 _INHERITED: Final = object()
 """Means "not in this class's own namespace": undone by deleting, not by setting."""
@@ -348,12 +350,11 @@ class Attachment:
             for name in SAVE_FUNCTIONS[kind]:
                 if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
                     yield trainer, name, partial(wrap_save, host, kind=kind)
-        engine = validates or implements("acestep_plan_memory") or implements("acestep_between_epochs")
+        engine = validates or any(map(implements, _NEED_THE_ENGINE))
         if engine and isinstance(getattr(trainer, "Fabric", None), type):
             yield trainer, "Fabric", partial(wrap_engine, host)
-        if implements("acestep_plan_memory"):
-            if callable(getattr(trainer, "_count_nonfinite_grads", None)):
-                yield trainer, "_count_nonfinite_grads", wrap_gradient_check
+        if implements("acestep_plan_memory") and callable(getattr(trainer, "_count_nonfinite_grads", None)):
+            yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
             songs = getattr(trainer, "PreprocessedDataModule", None)
@@ -362,7 +363,7 @@ class Attachment:
             if implements("acestep_hold_out") and hasattr(songs, "setup"):
                 yield songs, "setup", partial(wrap_setup, host)
             if hasattr(songs, "train_dataloader"):
-                yield songs, "train_dataloader", partial(wrap_loader, Journal.epoch)
+                yield songs, "train_dataloader", partial(wrap_training_loader, host, Journal.epoch)
             if hasattr(songs, "val_dataloader"):
                 yield songs, "val_dataloader", partial(wrap_loader, Journal.validation)
         songs = _song_list(trainer)

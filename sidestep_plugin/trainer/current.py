@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..run import ProcessPlan
+
 if TYPE_CHECKING:
     from ..resuming.journal import Journal
     from ..resuming.lock import OutputLock
@@ -39,6 +41,7 @@ class Training:
         trainer: upstream's LoRATrainer or LoKRTrainer.
         journal: its progress; None if no plugin needs it.
         validation: what evaluates songs that are held out; None without validation.
+        plan: in how many processes it runs.
         at_end: called when the training is over, last one first, to undo what was done for it alone.
     """
 
@@ -46,6 +49,7 @@ class Training:
     trainer: Any
     journal: Journal | None
     validation: Validates | None = None
+    plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
     at_end: list[Callable[[], object]] = field(default_factory=list)
 
 

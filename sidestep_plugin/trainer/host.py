@@ -6,15 +6,26 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
+from ..ranks import ranks
 from ..run import AdapterType, Run
 from .answers import checked_lines
 
 if TYPE_CHECKING:
     from ..registry import Registry
     from ..resuming.journal import Journal
+
+
+_NEED_A_JOURNAL: Final = (
+    "acestep_resume",
+    "acestep_epoch_finished",
+    "acestep_between_epochs",
+    "acestep_plan_processes",
+    "acestep_plan_validation",
+    "acestep_run_ended",
+)
 
 
 class Host:
@@ -24,7 +35,6 @@ class Host:
         trainer: upstream's trainer module.
         registry: the loaded plugins.
         options: the plugins' options.
-        announce: called with each line that the plugins announce.
         listened_to: whether the announced lines reach the user; upstream's log may be hidden.
         attached: whether the wrappers are in place.
         refusal: the refusal that stopped the newest run, or None.
@@ -42,13 +52,18 @@ class Host:
         self.trainer = trainer
         self.registry = registry
         self.options = dict(options)
-        self.announce: Callable[[str], None] = announce or log_of(trainer).info
+        self._say = announce or log_of(trainer).info
         self.listened_to = announce is not None
         self.attached = False
         self.refusal: Refusal | None = None
         self.interrupted: Path | None = None
         self.journals: weakref.WeakKeyDictionary[Run, Journal] = weakref.WeakKeyDictionary()
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+
+    def announce(self, line: str) -> None:
+        """Tell the user a line. Of several processes, the first one speaks."""
+        if ranks().first:
+            self._say(line)
 
     @property
     def resumes(self) -> bool:
@@ -58,14 +73,7 @@ class Host:
     @property
     def keeps_journal(self) -> bool:
         """Whether any plugin needs a run's journal."""
-        needing = (
-            "acestep_resume",
-            "acestep_epoch_finished",
-            "acestep_between_epochs",
-            "acestep_plan_validation",
-            "acestep_run_ended",
-        )
-        return any(map(self.registry.implements, needing))
+        return any(map(self.registry.implements, _NEED_A_JOURNAL))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None
@@ -79,6 +87,7 @@ class Host:
             sampled_by=next((name for name, _ in self.registry.callers("acestep_sample_timesteps")), None),
             tensor_dir=tensor_dir,
             with_lightning=bool(getattr(self.trainer, "LIGHTNING_AVAILABLE", True)),
+            ranks=ranks(),
             model_ref=weakref.ref(model),
             module_ref=None if module is None else weakref.ref(module),
             loaded_vae=_vae_of(owner),

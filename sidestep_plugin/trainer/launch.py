@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.targets import check_targets
 from ..errors import Refusal
+from ..ranks import ranks
 from ..registry import Registry
 from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
@@ -45,9 +46,9 @@ from .models import (
     restrict_gpus,
 )
 from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
+from .processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
-from .wrappers.training import refuse_several_processes
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,7 @@ class Launch:
         if request.resume_from is not None:
             arguments["resume_from"] = str(request.resume_from)
         overwriting = None
-        if request.overwrite and request.resume_from is None:
+        if request.overwrite and request.resume_from is None and ranks().first:
             overwriting = Overwriting(request.output_dir.absolute())
             yield from _as_reports(overwriting.begin())
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
@@ -193,22 +194,25 @@ def prepare(
 def _prepared(
     request: Request, lock: OutputLock, say: Callable[[str], None], extra_plugins: Callable[[], Mapping[str, object]]
 ) -> Launch:
-    refuse_several_processes()
     _stay_offline()
     latest = request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
+    check_started(plan_of(registry, options))
+    _meet(request)
     root = find_root(request.acestep_root)
     model = _check_model(request, root, registry, options)
-    request = _check_output(request, lock, registry, say)
+    resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
+    request = dataclasses.replace(request, resume_from=resumed)
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = _check_songs(request, model)
     upstream = _check_upstream(request, root, registry, device, say)
     out = held_out(registry, dataset.files, options, upstream.training_config)
-    _check_values(dataset, upstream, options, say)
+    told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
-    handler = _load(model, device, dataset)
+    with one_first():
+        handler = _load(model, device, dataset)
     return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=len(out))
 
 
@@ -251,8 +255,8 @@ def _check_model(request: Request, root: Path, registry: Registry, options: Mapp
     return _Model(folder, facts)
 
 
-def _check_output(request: Request, lock: OutputLock, registry: Registry, say: Callable[[str], None]) -> Request:
-    """Lock the output folder and find the checkpoint to resume from | returns the request with it. Raises Refusal."""
+def _check_output(request: Request, lock: OutputLock, registry: Registry, say: Callable[[str], None]) -> Path | None:
+    """Lock the output folder | returns the checkpoint to resume from. Raises Refusal."""
     output = request.output_dir.absolute()
     check_writable(output)
     lock.acquire()
@@ -266,7 +270,21 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
     resumed = checkpoint_to_resume(request.resume_from, output, by_plugin=by_plugin, say=say)
     if not request.overwrite:
         check_unused(output, resumed)
-    return dataclasses.replace(request, resume_from=resumed)
+    return resumed
+
+
+def _meet(request: Request) -> None:
+    """Take this process's GPU and meet the other processes, if there are several. Raises Refusal."""
+    if not ranks().several:
+        return
+    if request.device.startswith("cuda:"):
+        raise Refusal(
+            f"--device {request.device} is one GPU, and each process needs its own. Use --device cuda; "
+            "CUDA_VISIBLE_DEVICES chooses among the GPUs."
+        )
+    device = pick_device(request.device)
+    use_own_gpu(device)
+    join(device.type)
 
 
 def _check_songs(request: Request, model: _Model) -> Dataset:
@@ -390,7 +408,7 @@ def _attach(
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil((songs - held_out) / config.batch_size),
+        steps_per_epoch=math.ceil(math.ceil((songs - held_out) / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
         latest=latest,

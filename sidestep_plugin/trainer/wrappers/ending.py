@@ -34,6 +34,8 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
         return []
     if failed and not journal.learned:  # the adapter is what it was at the start
         return []
+    if failed and run.ranks.several:  # what the other processes would have to add cannot be asked for any more
+        return []
     journal.failed = failed
     point = journal.here(run)
     folder = Path(run.training_config.output_dir) / INTERRUPTED
@@ -72,6 +74,7 @@ def finished_early(host: Host, training: Training) -> list[str]:
     steps = run.steps
     try:
         try:
+            run.gather(None)  # the first process has saved it by then
             point = read_checkpoint(folder / BEST).point
             put_weights(run, point)
             put_parameters(trained_tensors(journal.scheduler), point)
@@ -117,6 +120,13 @@ def summed_up(host: Host, training: Training, ending: str) -> list[str]:
     if journal is None or journal.summed_up or journal.computed == 0 or (ending != "finished" and journal.finished):
         return []
     journal.summed_up = True
+    if run.ranks.several:
+        if ending == "failed":  # the other processes are elsewhere
+            return []
+        for exchange in run.together:
+            exchange()
+        if not run.ranks.first:
+            return []
     folder = place_of(host.trainer, run.training_config.output_dir)
     told: list[str] = []
     try:

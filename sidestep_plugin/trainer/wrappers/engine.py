@@ -1,4 +1,4 @@
-"""The engine (Lightning Fabric): saves memory when it is made, before upstream casts the decoder and sets it up.
+"""The engine (Lightning Fabric): made for several GPUs if there are, and for less memory, before upstream sets it up.
 
 At that moment the adapter is injected and nothing has been cast. Plugins say what may stay as it is; what they say is
 applied to this one training and undone when it ends.
@@ -19,6 +19,7 @@ from ..answers import checked_lines, described
 from ..between_epochs import EPOCH_LOSS, epoch_logged
 from ..checkpointing import switch_checkpointing
 from ..current import Training, running_training
+from ..devices import on_all_devices, seed_apart
 from .replaced_modules import replace_modules
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ def wrap_engine(host: Host, original: Any) -> Any:
 
     class Engine(original):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._acestep_plans: list[_Cast] = []
+            call = signature.bind(self, *args, **kwargs)
             training = running_training.get()
+            if training is not None and training.run.ranks.several:
+                call.arguments.update(on_all_devices(original, call.arguments, training.run.ranks))
+            super().__init__(*call.args[1:], **call.kwargs)
+            self._acestep_plans: list[_Cast] = []
             if training is not None and training.validation is not None:
                 training.validation.behind_the_engine = True
             if training is not None:
-                precision = signature.bind(self, *args, **kwargs).arguments.get("precision")
+                precision = call.arguments.get("precision")
                 try:
                     self._acestep_plans = _apply_plans(host, training, str(precision))
                 except Refusal as refusal:  # upstream reports it as a failure
@@ -57,6 +61,13 @@ def wrap_engine(host: Host, original: Any) -> Any:
             if name == EPOCH_LOSS and training.validation is not None and step is not None:
                 training.validation.after_epoch(training.run, step)
             epoch_logged(host, training, name, value, step)
+
+        def launch(self, *args: Any, **kwargs: Any) -> Any:
+            launched = super().launch(*args, **kwargs)
+            training = running_training.get()
+            if training is not None and training.run.ranks.several:
+                seed_apart(training.run)
+            return launched
 
         def setup(self, *args: Any, **kwargs: Any) -> Any:
             for cast in self._acestep_plans:

@@ -11,6 +11,7 @@ from ...errors import PluginError
 from ..answers import described
 from ..between_epochs import between_epochs
 from ..current import running_training
+from ..devices import share_of_songs
 
 if TYPE_CHECKING:
     from ...run import Run
@@ -30,9 +31,35 @@ def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Cal
     return loader
 
 
+def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for the training loader, which also gets its share of the songs if there are several processes."""
+
+    @wraps(original)
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        made, training = original(*args, **kwargs), running_training.get()
+        if made is None or training is None or training.journal is None:
+            return made
+        through = partial(passes, training.journal, training.run)
+        if not training.run.ranks.several:
+            return _watched(made, through)
+        songs, journal = len(made.dataset), training.journal
+        made, set_epoch = share_of_songs(made, training.run)
+        if training.plan.outcome is not None:
+            for line in training.plan.outcome(training.run, songs, len(made)):
+                host.announce(line)
+
+        def in_order(batches: Callable[[], Iterator[Any]], length: int) -> Any:
+            set_epoch(journal.epochs_begun)  # some versions do not leave the loader to Fabric, which would do it
+            return through(batches, length)
+
+        return _watched(made, in_order)
+
+    return loader
+
+
 def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
     """Write what plugins return for an epoch to upstream's log. Raises Refusal."""
-    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
+    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ()) if run.ranks.first else ()
     for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
         if not isinstance(entries, Mapping):
             raise PluginError(

@@ -44,6 +44,10 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             if journal is not None:
                 check_finite(run)
             point = None if journal is None or final else journal.here(run)
+            if not run.ranks.first:  # of several processes one saves; the others only say where they are
+                if journal is not None:
+                    journal.finished = journal.finished or final
+                return said
             with staged(folder) as stage:
                 call.arguments["output_dir"] = str(stage)
                 token = saving.set(True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import is_companion
+from ...ranks import ranks
 
 
 def wrap_song_list(original: Callable[..., None]) -> Callable[..., None]:
@@ -19,6 +20,8 @@ def wrap_song_list(original: Callable[..., None]) -> Callable[..., None]:
         for name in ("sample_paths", "valid_paths"):
             paths = getattr(self, name, None)
             if isinstance(paths, list):
-                setattr(self, name, [path for path in paths if not is_companion(Path(path).name)])
+                paths = [path for path in paths if not is_companion(Path(path).name)]
+                # Machines may list a folder in different orders; several processes have to divide the same one.
+                setattr(self, name, sorted(paths) if ranks().several else paths)
 
     return __init__

@@ -59,7 +59,7 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 raise unused(module, f"ended without calling {SAMPLER}")
             check_decoder_input(step, batch, calls, samples=samples)
             if journal is not None:
-                journal.record(loss, training)
+                loss = journal.record(loss, training)
             if finishes:
                 # A copy: nothing that a plugin does to it reaches the training.
                 note(step, loss=loss.detach().clone())

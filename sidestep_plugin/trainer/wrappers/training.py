@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import partial, wraps
@@ -14,7 +14,7 @@ from ...errors import PluginError, Refusal
 from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
 from ...resuming.lock import OutputLock
-from ...run import AdapterType, ResumePoint, Run
+from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ...songs.lengths import longest
 from ..answers import described
@@ -23,6 +23,17 @@ from ..checkout import place_of
 from ..checkpointing import is_checkpointed
 from ..current import Training, command_line, running_training
 from ..failures import advice
+from ..processes import (
+    SharedState,
+    check_agreement,
+    check_engine,
+    check_started,
+    gather,
+    join,
+    mean,
+    plan_of,
+    wait_for_all,
+)
 from ..seams import FINAL
 from .ending import finished_early, saved_after, summed_up
 from .loaders import epoch_finished
@@ -57,15 +68,22 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             # upstream reports this itself: no model, or no such argument
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
-        run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
         with ExitStack() as ending:
             try:
-                refuse_several_processes()
+                run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
+                plan = plan_of(host.registry, host.options)
+                check_started(plan)
+                if run.ranks.several:
+                    check_engine(host.trainer)
+                    join(_device_of(trainer).type)
+                    run.exchange = gather
                 _lock_output(host, run, ending)
                 host.start(run)
                 point = _point(host, run, resume_from) if resume_from and host.resumes else None
                 journal = _journal(host, run, trainer, point)
                 validation = planned(host, run, journal)
+                if run.ranks.several:
+                    check_agreement(_same_everywhere(run, point, plan))
             except Refusal as refusal:
                 host.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
@@ -76,30 +94,39 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                     yield 0, 0.0, f"{done} To train on, ask for more --epochs."
                     return
                 call.arguments.pop("resume_from", None)
-            training = Training(run, trainer, journal, validation)
+            training = Training(run, trainer, journal, validation, plan)
             state = call.arguments.get("training_state")
+            stoppable = run.ranks.several or (validation is not None and validation.plan.patient)
+            if state is None and stoppable and "training_state" in signature.parameters:
+                state = call.arguments["training_state"] = {}
             if validation is not None:
-                if state is None and validation.plan.patient and "training_state" in signature.parameters:
-                    state = call.arguments["training_state"] = {}
                 validation.training, validation.state = training, state
+            if run.ranks.several and state is not None:
+                call.arguments["training_state"] = SharedState(state, host.announce)
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
 
 
-def refuse_several_processes() -> None:
-    """Raise Refusal under torchrun: upstream would train the same adapter in every process, all into one folder."""
-    size = os.environ.get("WORLD_SIZE", "1").strip()
-    if size.isdigit() and int(size) > 1:
-        raise Refusal(
-            f"WORLD_SIZE is {size}: ACE-Step's trainer uses one GPU, so every process would train the same adapter and "
-            "save it to the same folder. Start a single process, without torchrun, and choose the GPU with --device."
-        )
+def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
+    """What all processes of a training must have in common."""
+    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
+    settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
+    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
+    return {
+        "number of songs": len(songs),
+        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        "adapter type": run.adapter_type,
+        "adapter's settings": repr(run.adapter_config),
+        **{f"value of {name}": repr(value) for name, value in settings.items()},
+        **{f"--{name.replace('_', '-')}": repr(value) for name, value in run.options.items() if name not in plan.own},
+        "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
+    }
 
 
 def _lock_output(host: Host, run: Run, ending: ExitStack) -> None:
     """Lock the output folder until the training ends; the command line has done so already. Raises Refusal."""
-    if command_line.get() is not None or not host.registry.names:
+    if command_line.get() is not None or not host.registry.names or not run.ranks.first:
         return
     lock = ending.enter_context(OutputLock(_output_of(host, run)))
     lock.acquire()
@@ -127,6 +154,8 @@ def _journal(host: Host, run: Run, trainer: Any, point: ResumePoint | None) -> J
     journal.begins = partial(between_epochs, host, trainer, epoch=0, loss=None)
     if host.listened_to:  # at once: upstream's next report may come many steps later
         journal.say = host.announce
+    if run.ranks.several:
+        journal.mean, journal.gather = mean, gather
     run.epoch_losses = journal.loss_by_epoch
     host.journals[run] = journal
     return journal
@@ -176,8 +205,10 @@ def _followed(
         elif _stopped(state):
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 yield step, loss, line
+            if run.ranks.several:
+                wait_for_all()  # the first process saves, and must not be ended because another one has left
     except GeneratorExit:  # the caller stopped listening
-        if _stopped(state) and host.attached and journal is not None:
+        if _stopped(state) and host.attached and journal is not None and not run.ranks.several:
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
                 host.announce(line)
         raise

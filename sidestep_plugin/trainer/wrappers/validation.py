@@ -78,6 +78,7 @@ class Validator:
         try:
             with without_adapter(module) if epoch == 0 else nullcontext():
                 losses = evaluate(module, plan.songs, plan.timesteps, plan.conditions)
+            losses = run.gather(losses)[0]  # several processes judge the same numbers, also on GPUs of different kinds
             measured = Validation(epoch, losses, time.monotonic() - began)
             for plugin, verdict in host.registry.call("acestep_validated", run=run, validation=measured):
                 return self._heard(plugin, verdict, epoch)
