@@ -356,6 +356,7 @@ class EpochNews:
     logged: Mapping[str, float | Clip] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class ProcessPlan:
     """In how many processes a training runs, one for each GPU.
 
