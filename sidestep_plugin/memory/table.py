@@ -43,8 +43,10 @@ def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) ->
     rows.append(Row(f"--plugin sidestep {first}", (first,), needs(size, now)))
     flags: list[str] = []
     for saving, then in savings_for(now, options):
-        flags.append(saving.flag(then))
-        rows.append(Row(flags[-1], tuple(flags), needs(size, then)))
+        need = needs(size, then)
+        if need.total < rows[-1].needs.total:  # a LoKr may be the same for a lower rank
+            flags.append(saving.flag(then))
+            rows.append(Row(flags[-1], tuple(flags), need))
     return rows
 
 
