@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, Needs, Settings, needs, shown
-from sidestep_plugin.memory.savings import savings_for
+from sidestep_plugin.memory.savings import enough
 from sidestep_plugin.memory.sizes import DecoderSize
 from sidestep_plugin.run import ModelFacts, Run
 from sidestep_plugin.songs.dataset import songs_in
@@ -57,14 +57,12 @@ class Estimate:
 
     def _advice(self, checkpointing: bool) -> str:
         """The cheapest flags with which it would fit, all together."""
-        flags, now = [], self.settings.but(checkpointing=checkpointing)
-        assert self.free is not None
-        for saving, then in savings_for(now, self.options):
-            flags.append(saving.flag(then))
-            if needs(self.size, then).fits(self.free):
-                return f"It would fit with {' '.join(flags)}"
-        tried = f" even with {' '.join(flags)}" if flags else ""
-        return f"It would not fit{tried}. Use shorter songs, a smaller model or another device."
+        now, free = self.settings.but(checkpointing=checkpointing), self.free
+        assert free is not None
+        found = enough(now, self.options, lambda then: needs(self.size, then).fits(free))
+        if found is None:
+            return "None of the plugin's flags makes it fit. Use shorter songs, a smaller model or another device."
+        return f"It should fit with {' '.join(found[0])}"
 
 
 def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch.dtype | None) -> Estimate | None:

@@ -15,6 +15,7 @@ from .groups import DefaultGroup
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
     "check": "Check whether your ACE-Step fits, without training anything.",
+    "estimate": "Estimate the memory that a training needs, before it starts.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",

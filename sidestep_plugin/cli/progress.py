@@ -23,6 +23,7 @@ _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed cur
 _SECONDS_BETWEEN_LINES = 30.0
 _BAR, _NARROW_BAR = 16, 6  # characters
 _WIDE = 120  # columns of a terminal
+_TIMED_STEPS = 10  # after which the rest is estimated
 
 
 class Progress:
@@ -99,6 +100,17 @@ class Progress:
             self.loss = _SMOOTHING * self.newest + (1.0 - _SMOOTHING) * before
         with unread(sys.stdout):
             self._show()
+        if self.step - self._first_step == _TIMED_STEPS and self.step < self._total:
+            self._say_how_long()
+
+    def _say_how_long(self) -> None:
+        """Say once what an epoch takes, by the clock and without asking the device."""
+        a_step = 1.0 / self._rate()
+        epoch, rest = a_step * self._steps_per_epoch, a_step * (self._total - self.step)
+        self.say(
+            f"Time: about {_duration(epoch)} per epoch, {_duration(rest)} left ({_TIMED_STEPS} steps took "
+            f"{_duration(_TIMED_STEPS * a_step)})"
+        )
 
     def _show(self) -> None:
         if self._bar is not None:

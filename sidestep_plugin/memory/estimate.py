@@ -117,7 +117,9 @@ def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, 
 
 def shown(number: int) -> str:
     """Bytes as a person reads them: GiB with one decimal, MiB below one GiB."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+    if number >= 2**30:
+        return f"{number / 2**30:.1f} GiB"
+    return f"{number / 2**20:.{0 if number >= 10 * 2**20 else 1}f} MiB"
 
 
 def activations(size: DecoderSize, settings: Settings) -> int:

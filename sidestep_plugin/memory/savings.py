@@ -127,6 +127,41 @@ def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Savin
             now = then
 
 
+def enough(
+    now: Settings, options: Collection[str], fits: Callable[[Settings], bool]
+) -> tuple[list[str], Settings] | None:
+    """The cheapest flags with which a training fits, and its settings then; None if all of them are not enough.
+
+    Args:
+        now: the settings of the training.
+        options: names of the plugins' options that the training has.
+        fits: tells whether settings fit.
+    """
+    chosen: list[Saving] = []
+    for saving, then in savings_for(now, options):
+        chosen.append(saving)
+        if fits(then):
+            break
+    else:
+        return None
+    # What a later saving made unnecessary is left out, the costliest first.
+    for saving in reversed(chosen[:-1]):
+        fewer = [other for other in chosen if other is not saving]
+        if fits(_with(now, fewer)[1]):
+            chosen = fewer
+    return _with(now, chosen)
+
+
+def _with(now: Settings, savings: list[Saving]) -> tuple[list[str], Settings]:
+    flags = []
+    for saving in savings:
+        then = saving.apply(now)
+        if then is not None:
+            flags.append(saving.flag(then))
+            now = then
+    return flags, now
+
+
 def advice_for(now: Settings, options: Collection[str]) -> list[str]:
     """What to change, the cheapest first: each in words that begin with a small letter, and what it costs."""
     lines = []

@@ -60,3 +60,54 @@ def test_on_and_off_are_the_same_bit_for_bit(train, equal_bits, upstreams, kind)
     plain = train("turbo", kind, plugins=None)
     assert equal_bits(on, off) and equal_bits(plain, on)
     assert set(passes_on.counts) == {2} and set(passes_off.counts) == {1}
+
+
+@pytest.mark.parametrize(("free", "then"), [(2**30, 1), (2**10, 2), (None, 2)])
+def test_auto_turns_it_off_only_where_an_estimate_says_that_it_fits(train, equal_bits, monkeypatch, capsys, free, then):
+    """Upstream has it on. A gibibyte is plenty for this model, a kibibyte too little, and on a CPU nothing is known."""
+    monkeypatch.setattr("sidestep_plugin.hooks.memory_estimate.free_memory", lambda decoder: free)
+    kept, passes = how_often(train, "turbo", "lora", None, max_epochs=1)
+    said = capsys.readouterr().out
+    if not {"on", "off"} & set(said.split()) and set(passes.counts) == {1}:
+        pytest.skip("this version of ACE-Step leaves it off")
+    assert set(passes.counts) == {then}
+    assert said.count("Memory: about ") == 1
+    assert ("Gradient checkpointing: off, because about" in said) is (then == 1)
+    assert ("Warning: this may not fit." in said) is (free == 2**10)
+    assert equal_bits(kept, train("turbo", plugins=None, max_epochs=1))
+
+
+def test_auto_turns_it_on_where_an_estimate_says_that_nothing_else_fits(trainer, train, monkeypatch, capsys):
+    if hasattr(trainer, "_configure_training_memory_features"):
+        monkeypatch.setattr(trainer, "_configure_training_memory_features", lambda *_, **__: (False, False, False))
+    monkeypatch.setattr("sidestep_plugin.hooks.memory_estimate.free_memory", lambda decoder: 2**10)
+    _, passes = how_often(train, "turbo", "lora", None, max_epochs=1)
+    assert "Gradient checkpointing: on, because about" in capsys.readouterr().out
+    assert set(passes.counts) == {2}
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_a_choice_without_effect_is_refused(trainer, train, monkeypatch, choice):
+    monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
+    result = train("base", options={"gradient_checkpointing": choice})
+    assert f"--gradient-checkpointing {choice} needs ACE-Step's trainer with Lightning" in result.messages[-1]
+
+
+def test_afterwards_the_model_is_as_upstream_left_it(trainer, train, load):
+    def left(**ways):
+        handler = load("base")
+        train("base", handler=handler, max_epochs=1, **ways)
+        return [getattr(module, "gradient_checkpointing", None) for module in handler.model.decoder.modules()]
+
+    theirs = left(plugins=None)
+    assert True in theirs or False in theirs
+    for choice in ("on", "off"):
+        assert left(options={"gradient_checkpointing": choice}) == theirs
+
+
+def test_a_model_without_it_refuses_on():
+    from sidestep_plugin.trainer.checkpointing import switch_checkpointing
+
+    switch_checkpointing(torch.nn.Linear(1, 1), False)()
+    with pytest.raises(Refusal, match="have no gradient checkpointing. Leave --gradient-checkpointing on out"):
+        switch_checkpointing(torch.nn.Linear(1, 1), True)

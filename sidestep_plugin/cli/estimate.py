@@ -1,0 +1,244 @@
+"""``acestep-train estimate``: how much memory a training will need, and with which flags it would fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import FiniteFloat, WholeNumber
+
+from .commands import Command, Unusable, echo_json
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
+
+if TYPE_CHECKING:
+    from sidestep_plugin.memory.estimate import Settings
+    from sidestep_plugin.memory.sizes import DecoderSize
+    from sidestep_plugin.memory.table import Row
+
+
+class MemorySize(click.ParamType[int]):
+    """Memory such as 12GB, 11.5 GiB or 8000MB | converts to bytes; GB counts as GiB, as on the boxes of GPUs."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(G|M)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        size = int(float(found[1]) * 2 ** (30 if found[2].upper() == "G" else 20)) if found else 0
+        if not size:
+            self.fail(f"{value!r} is not a size of memory. Expected one such as 12GB.", param, ctx)
+        return size
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
+@click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Preprocessed songs; the longest one counts.")
+@click.option(
+    "--seconds", type=FiniteFloat(0.0, 86_400.0, min_open=True), metavar="S", help="Longest song, without a dataset."
+)
+@click.option("--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU, as in 12GB.  [default: what is free]")
+@click.option("--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Adapter.")
+@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help="Size of the adapter.  [default: LoRA 8, LoKr 64]")
+@click.option(
+    "--target-modules",
+    default="q_proj,k_proj,v_proj,o_proj",
+    show_default=True,
+    metavar="NAMES",
+    help="Layers to adapt.",
+)
+@click.option("--dropout", type=FiniteFloat(0.0, 1.0, max_open=True), metavar="X", default=0.1, show_default=True)
+@click.option("--batch-size", type=WholeNumber(1, 1024), metavar="N", default=1, show_default=True, help="Songs per batch.")
+@ACESTEP_ROOT
+@CHECKPOINT_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def estimate(
+    model: str,
+    dataset_dir: Path | None,
+    seconds: float | None,
+    memory: int | None,
+    adapter_type: str,
+    rank: int | None,
+    target_modules: str,
+    dropout: float,
+    batch_size: int,
+    acestep_root: Path | None,
+    checkpoint_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Estimate the memory that a training on a GPU needs, and say with which flags it would fit.
+
+    It is computed from the model's config.json and the length of the longest song. No GPU is needed. Official models
+    can be estimated before they are downloaded.
+
+    \b
+    Examples:
+        acestep-train estimate --model base --dataset-dir tensors/jazz
+        acestep-train estimate --model xl-base --seconds 180 --rank 64 --memory 12GB
+    """
+    from sidestep_plugin.memory.estimate import Settings
+    from sidestep_plugin.memory.table import rows_for
+    from sidestep_plugin.registry import Registry
+
+    try:
+        size, notes = _size(model, acestep_root, checkpoint_dir)
+        frames, tokens = _length(dataset_dir, seconds)
+        settings = Settings(
+            kind="lokr" if adapter_type == "lokr" else "lora",
+            rank=rank or (64 if adapter_type == "lokr" else 8),
+            targets=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
+            dropout=dropout > 0.0,
+            batch_size=batch_size,
+            frames=frames,
+            tokens=tokens,
+        )
+        if not size.targets(settings.targets):
+            known = ", ".join(sorted({name.partition(".")[2] for name in size.layer_linears}))
+            raise Refusal(f"--target-modules {target_modules} names no layer of the decoder. Choose from {known}.")
+    except Refusal as refusal:
+        raise Unusable(str(refusal)) from None
+    free = _free_memory() if memory is None else memory
+    options = frozenset(str(option.name) for option in Registry.load(("sidestep",)).declared_options())
+    rows = rows_for(size, settings, options)
+    answer = _Answer(model, size, settings, options, rows, free, memory is not None, notes)
+    if as_json:
+        echo_json(answer.as_json())
+        return
+    for line in answer.lines():
+        click.echo(line)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What is printed."""
+
+    model: str
+    size: DecoderSize
+    settings: Settings
+    options: frozenset[str]
+    rows: list[Row]
+    free: int | None
+    said: bool
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        from sidestep_plugin.memory.estimate import FRAMES_A_SECOND
+        from sidestep_plugin.memory.sizes import adapter_parameters
+        from sidestep_plugin.memory.table import as_text
+
+        settings = self.settings
+        trained = adapter_parameters(self.size, settings.kind, settings.rank, settings.targets)
+        kind = "LoRA" if settings.kind == "lora" else "LoKr"
+        songs = "song" if settings.batch_size == 1 else "songs"
+        return [
+            f"Model: {self.model}, {self.size.parameters:,} parameters in the decoder",
+            f"Adapter: {kind} of rank {settings.rank} on {', '.join(settings.targets)}, {trained:,} parameters",
+            f"Batch: {settings.batch_size} {songs} of {settings.frames / FRAMES_A_SECOND:.0f} s, conditions of "
+            f"{settings.tokens} tokens",
+            *(f"Note: {note}" for note in self.notes),
+            "",
+            "GiB at the peak of a training in bf16 on a GPU, computed and not measured; each line keeps the flags above:",
+            "",
+            *as_text(self.rows, self.free),
+            "",
+            self._verdict(),
+        ]
+
+    def _verdict(self) -> str:
+        from sidestep_plugin.memory.estimate import shown
+
+        if self.free is None:
+            return "Free memory: unknown, there is no CUDA device. Say how much there is: --memory 12GB"
+        memory = f"{shown(self.free)} {'' if self.said else 'are free'}".strip()
+        flags = self._flags()
+        if flags is None:
+            return f"{memory}: none of these fits with a margin. Use shorter songs, or a smaller model."
+        return f"{memory}: enough for --plugin sidestep {' '.join(flags)}"
+
+    def _flags(self) -> list[str] | None:
+        """The cheapest flags with which it fits; None if there are none."""
+        from sidestep_plugin.memory.estimate import needs
+        from sidestep_plugin.memory.savings import enough
+
+        if self.free is None:
+            return None
+        free, now = self.free, self.settings.but(checkpointing=False)
+        if needs(self.size, now).fits(free):
+            return ["--gradient-checkpointing off"]
+        found = enough(now, self.options, lambda then: needs(self.size, then).fits(free))
+        return None if found is None else found[0]
+
+    def as_json(self) -> dict[str, Any]:
+        import dataclasses
+
+        return {
+            "model": self.model,
+            "decoder_parameters": self.size.parameters,
+            "frames": self.settings.frames,
+            "tokens": self.settings.tokens,
+            "free_bytes": self.free,
+            "notes": self.notes,
+            "rows": [
+                {
+                    "name": row.name,
+                    "flags": list(row.flags),
+                    **dataclasses.asdict(row.needs),
+                    "total": row.needs.total,
+                    "fits": None if self.free is None else row.needs.fits(self.free),
+                }
+                for row in self.rows
+            ],
+            "flags": self._flags(),
+        }
+
+
+def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[DecoderSize, list[str]]:
+    """The decoder's size, and notes about where it comes from. Raises Refusal."""
+    from sidestep_plugin.memory.known import GUESSED, XL, known_size
+    from sidestep_plugin.memory.sizes import DecoderSize
+    from sidestep_plugin.run import ModelFacts
+    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.trainer.models import checkpoint_folder, find_model
+
+    try:
+        folder = find_model(model, checkpoint_folder(checkpoints, find_root(root)))
+    except Refusal:
+        size = known_size(model)
+        if size is None:
+            raise
+        guess = f"; guessed: {GUESSED}" if size == XL else ""
+        return size, [f"{model} is not on this machine, so the sizes of the official model are taken{guess}."]
+    size = DecoderSize.from_config(ModelFacts.from_folder(folder).config) or known_size(folder.name)
+    if size is None:
+        raise Refusal(f"config.json of {folder.name} does not say how large the model is. Copy the model folder again.")
+    return size, []
+
+
+def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int]:
+    """Frames and tokens of the longest song. Raises Refusal."""
+    from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
+    from sidestep_plugin.songs.dataset import songs_in
+
+    if (dataset_dir is None) is (seconds is None):
+        raise Refusal("How long are the songs? Give either --dataset-dir DIR or --seconds S.")
+    if seconds is not None:
+        return max(1, round(seconds * FRAMES_A_SECOND)), USUAL_TOKENS
+    from sidestep_plugin.songs.lengths import longest
+
+    assert dataset_dir is not None
+    frames, tokens = longest(songs_in(dataset_dir))
+    if not frames:
+        raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name their folder.")
+    return frames, tokens
+
+
+def _free_memory() -> int | None:
+    """Bytes that are free on the first CUDA device; None without one."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None

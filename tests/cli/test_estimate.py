@@ -1,0 +1,69 @@
+"""``acestep-train estimate``: what it prints, in words and as JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from sidestep_plugin.cli import cli
+
+
+@pytest.fixture
+def estimate(checkout):
+    def run(*words, fails=False):
+        line = ["estimate", "--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints)]
+        done = CliRunner().invoke(cli, [*line, *words], catch_exceptions=False)
+        assert (done.exit_code != 0) is fails, done.output
+        return done.stderr if fails else done.stdout
+
+    return run
+
+
+def test_a_model_that_is_there_is_read_and_the_longest_song_counts(estimate, checkout):
+    import torch
+
+    said = json.loads(estimate("--model", "base", "--dataset-dir", str(checkout.tensors), "--memory", "8GB", "--json"))
+    songs = [torch.load(file) for file in checkout.tensors.glob("*.pt")]
+    assert said["frames"] == max(len(song["target_latents"]) for song in songs)
+    assert said["tokens"] == max(len(song["encoder_hidden_states"]) for song in songs)
+    assert said["notes"] == [] and said["free_bytes"] == 8 * 2**30
+    assert said["flags"] == ["--gradient-checkpointing off"]
+    assert all(row["fits"] for row in said["rows"])
+
+
+def test_a_card_that_is_too_small_is_told_the_cheapest_flags(estimate):
+    said = estimate("--model", "xl-turbo", "--seconds", "180", "--rank", "64", "--batch-size", "2", "--memory", "12GB")
+    assert "Model: xl-turbo, 4,168,897,088 parameters" in said
+    assert "Note: xl-turbo is not on this machine" in said and "guessed" in said
+    *_, verdict = said.splitlines()
+    assert verdict.startswith("12.0 GiB: enough for --plugin sidestep --gradient-checkpointing on")
+    rows = [line for line in said.splitlines() if line.endswith((" yes", " no"))]
+    assert rows[0].startswith("ACE-Step alone") and rows[0].endswith(" no") and rows[-1].endswith(" yes")
+
+
+def test_without_a_gpu_it_asks_for_the_memory(estimate, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "Say how much there is: --memory 12GB" in estimate("--model", "base", "--seconds", "60")
+
+
+def test_free_memory_of_a_gpu_is_asked_for(estimate, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (5 * 2**30, 8 * 2**30))
+    assert "5.0 GiB are free: enough for --plugin sidestep" in estimate("--model", "base", "--seconds", "60")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--model", "base"), "Give either --dataset-dir DIR or --seconds S."),
+        (("--model", "base", "--seconds", "9", "--dataset-dir", "."), "Give either --dataset-dir DIR or --seconds S."),
+        (("--model", "jazz", "--seconds", "9"), "No model 'jazz'"),
+        (("--model", "base", "--dataset-dir", "nowhere"), "No songs in nowhere"),
+        (("--model", "base", "--seconds", "9", "--memory", "12 apples"), "Expected one such as 12GB."),
+        (("--model", "base", "--seconds", "9", "--target-modules", "x"), "Choose from down_proj, gate_proj, k_proj"),
+    ],
+)
+def test_what_cannot_be_estimated(estimate, words, says):
+    assert says in " ".join(estimate(*words, fails=True).split())
