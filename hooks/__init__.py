@@ -9,6 +9,7 @@
     song_cache           songs stay in RAM after they were read once
     memory               half the memory of the base model's weights, with the same bits
     quantization         the base model in one byte per weight, if asked for
+    compiling            the decoder's blocks compiled, if asked for
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     resume_training      checkpoints from which a training really goes on
@@ -23,9 +24,10 @@ import click
 
 from sidestep_plugin import hookimpl
 
-from . import adapter_metadata, crops, memory, model_treatment, nan_masking, quantization, song_cache
+from . import adapter_metadata, compiling, crops, memory, model_treatment, nan_masking, quantization, song_cache
 from .adapter_metadata import acestep_adapter_saved
 from .batch import acestep_prepare_batch
+from .compiling import check_compile, plan_compiling
 from .crops import say_crops
 from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
@@ -51,11 +53,13 @@ __all__ = [
     "acestep_song_cache",
     "acestep_step_finished",
     "check_base_weights",
+    "check_compile",
     "check_song_values",
     "decide_cache",
     "keep_resume_state",
     "note_step",
     "plan_base_weights",
+    "plan_compiling",
     "say_crops",
 ]
 
@@ -70,4 +74,5 @@ def acestep_options() -> list[click.Option]:
         *memory.options(),
         *song_cache.options(),
         *quantization.options(),
+        *compiling.options(),
     ]

@@ -228,6 +228,9 @@ class MemoryPlan:
         replaced: names of the decoder's modules that are replaced until the training ends, each with a function that
             is given the module and returns another one, which computes the same shapes and has nothing to train.
         after_replacing: called once they are replaced; returns lines to announce.
+        compiled: names of the decoder's modules that are compiled with ``torch.compile`` until the training ends.
+        not_compiled: called once with the reason where compiling fails, and the training goes on without; returns lines
+            to announce.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -237,6 +240,8 @@ class MemoryPlan:
     bypassed: frozenset[str] = frozenset()
     replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     after_replacing: Callable[[], Sequence[str]] | None = None
+    compiled: frozenset[str] = frozenset()
+    not_compiled: Callable[[str], Sequence[str]] = lambda reason: (f"Warning: torch.compile failed: {reason}",)
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

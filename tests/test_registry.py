@@ -117,6 +117,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "author",
         "base_weights",
         "cfg_ratio",
+        "compile",
         "export",
         "crop_seconds",
         "frozen_weights",

@@ -14,6 +14,7 @@ from ...errors import PluginError, Refusal
 from ...run import MemoryPlan
 from ..answers import checked_lines, described
 from ..current import Training, running_training
+from .compiled_modules import compile_modules
 from .replaced_modules import replace_modules
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
         if plan.after_replacing is not None:
             for line in checked_lines(plugin, "acestep_plan_memory", plan.after_replacing()):
                 host.announce(line)
+        compile_modules(host, plugin, training, asked["decoder"], plan)
         casts.append(_Cast(asked["decoder"], plan))
         training.at_end.append(casts[-1].end)
     return casts
