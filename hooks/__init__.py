@@ -11,6 +11,7 @@
     validation           the loss on songs that are held out: always the same songs, noise and timesteps
     quantization         the base model in one byte per weight, if asked for
     gradient_checkpointing   less memory for activations, at the price of time, with the same bits
+    compiling            the decoder's blocks compiled, if asked for
     adapter_metadata     what every saved adapter says about itself
     loss_watch           ending a training whose loss is not a number any more
     previews             clips of some songs while it trains
@@ -29,6 +30,7 @@ from sidestep_plugin import hookimpl
 
 from . import (
     adapter_metadata,
+    compiling,
     crops,
     gradient_checkpointing,
     memory,
@@ -42,6 +44,7 @@ from . import (
 )
 from .adapter_metadata import acestep_adapter_saved
 from .batch import acestep_prepare_batch
+from .compiling import check_compile, plan_compiling
 from .crops import say_crops
 from .gradient_checkpointing import check_gradient_checkpointing, plan_checkpointing
 from .loss_watch import acestep_step_finished
@@ -83,6 +86,7 @@ __all__ = [
     "acestep_step_finished",
     "acestep_validated",
     "check_base_weights",
+    "check_compile",
     "check_gradient_checkpointing",
     "check_song_values",
     "check_validation",
@@ -92,6 +96,7 @@ __all__ = [
     "note_step",
     "plan_base_weights",
     "plan_checkpointing",
+    "plan_compiling",
     "plan_previews",
     "say_crops",
     "sum_up_validation",
@@ -112,4 +117,5 @@ def acestep_options() -> list[click.Option]:
         *quantization.options(),
         *gradient_checkpointing.options(),
         *several_gpus.options(),
+        *compiling.options(),
     ]

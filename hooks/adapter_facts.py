@@ -18,6 +18,7 @@ from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
 from sidestep_plugin.variants import words_of
 
+from .compiling import FACTS as COMPILED
 from .memory import FACT as FROZEN
 from .quantization import FACTS as QUANTIZED
 from .validation import facts_of as validation_facts
@@ -68,6 +69,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         **({"frozen_weights": run.state[FROZEN]} if FROZEN in run.state else {}),
         **run.state.get(QUANTIZED, {}),
         **({"processes": run.ranks.world_size} if run.ranks.several else {}),
+        **run.state.get(COMPILED, {}),
         "adapter_type": run.adapter_type,
         "rank": _first(adapter, "r", "linear_dim"),
         "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),

@@ -149,4 +149,4 @@ def _evaluating(decoder: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            module.train(training)  # parents come first, so each module ends as it was

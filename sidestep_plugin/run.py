@@ -259,6 +259,9 @@ class MemoryPlan:
         after_replacing: called once they are replaced; returns lines to announce.
         checkpointing: whether the decoder's layers are computed again in the backward pass (gradient checkpointing);
             None leaves it to upstream.
+        compiled: names of the decoder's modules that are compiled with ``torch.compile`` until the training ends.
+        not_compiled: called once with the reason where compiling fails, and the training goes on without; returns lines
+            to announce.
         lines: lines to announce now.
         outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
             did not cast the decoder to fp32; returns lines to announce.
@@ -269,6 +272,8 @@ class MemoryPlan:
     replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     after_replacing: Callable[[], Sequence[str]] | None = None
     checkpointing: bool | None = None
+    compiled: frozenset[str] = frozenset()
+    not_compiled: Callable[[str], Sequence[str]] = lambda reason: (f"Warning: torch.compile failed: {reason}",)
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

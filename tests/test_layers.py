@@ -39,6 +39,8 @@ ALLOWED = {
     ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__name__"): "a class of ours",
     ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
     ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__module__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/compiled_modules.py", "module._compiled_call_impl"): "torch's own place for it, "
+    "until the training ends",
     ("sidestep_plugin/trainer/wrappers/engine.py", "decoder.to"): "one decoder, for one call, and taken back",
     ("sidestep_plugin/trainer/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",

@@ -120,6 +120,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "base_weights",
         "cfg_ratio",
         "devices",
+        "compile",
         "export",
         "crop_seconds",
         "frozen_weights",

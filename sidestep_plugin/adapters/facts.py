@@ -41,6 +41,7 @@ FACTS: Final = {
     "base_weights": "int8 or fp8 if the base model was quantized for the training (--base-weights); else left out",
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "processes": "number of GPUs, each with a process of its own; left out for a single one",
+    "compiled": "true if the decoder's blocks were compiled for the training (--compile); else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",
@@ -63,9 +64,12 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "base_weights"}
+    | {"timestep_law", "adapter_type", "frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
+
+SWITCHES: Final = frozenset({"mask_nan", "compiled"})
+"""Those of them that are true or left out."""
 
 # Upstream's settings that are strings and known not to be paths. Unknown strings are left out.
 TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_type", "scheduler", "scheduler_type"})

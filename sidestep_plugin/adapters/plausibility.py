@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..text import shown
-from .facts import FACTS, SCHEMA_VERSION, TEXT_FACTS
+from .facts import FACTS, SCHEMA_VERSION, SWITCHES, TEXT_FACTS
 from .layers import Adapter
 
 _HUGE: Final = 1e15
@@ -21,6 +21,7 @@ _RANGES: Final = {
     "rank": (1, _HUGE),
     "alpha": (1e-9, _HUGE),
     "dropout": (0.0, 1.0),
+    "crop_seconds": (1e-6, _HUGE),
     **dict.fromkeys(_COUNTS, (0, _HUGE)),
 }
 
@@ -55,7 +56,9 @@ def _can_be(key: str, value: Any) -> bool:
     if key == "target_modules":
         return False
     if isinstance(value, bool):
-        return key not in FACTS
+        return key not in FACTS or key in SWITCHES
+    if key in SWITCHES:
+        return False
     low, high = _RANGES.get(key, (-_HUGE, _HUGE))
     return _is_number(value) and low <= value <= high and (key not in _WHOLE or isinstance(value, int))
 

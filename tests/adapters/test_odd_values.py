@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from sidestep_plugin.adapters.facts import FACTS
+from sidestep_plugin.adapters.plausibility import usable
 from sidestep_plugin.cli import cli
 
 ODD = [
@@ -137,3 +138,12 @@ def test_the_good_values_beside_the_odd_ones_are_read(place, tmp_path):
     if "LoKr" not in place:
         assert said["facts"]["model_variant" if "diffusers" not in place else "rank"] in ("base", 4)
         assert said["strengths"] == {"2.0": 1}
+
+
+def test_facts_of_optional_features_are_possible_values():
+    facts = {"mask_nan": True, "crop_seconds": 30.0, "frozen_weights": "bf16", "base_weights": "int8"}
+    facts |= {"base_weights_loss_change": -0.001, "compiled": True}
+    notes = []
+    assert usable(facts, notes) == facts and not notes
+    wrong = {"mask_nan": 1, "crop_seconds": -1, "frozen_weights": True, "base_weights": 8, "compiled": "yes"}
+    assert usable(wrong, notes) == {} and len(notes) == len(wrong)

@@ -120,7 +120,9 @@ def test_a_training_with_quantized_weights(train, load, capsys, kind):
         name for name in looking.kinds if name.endswith("q_proj.base_layer")
     }
     # What was done is said by the adapter, and undone in the model.
-    facts = inspect_adapter(next(done.output.glob("final/**/*.safetensors"))).facts
+    report = inspect_adapter(next(done.output.glob("final/**/*.safetensors")))
+    facts = report.facts
+    assert not report.notes, "every fact is one that inspect knows"
     assert facts["base_weights"] == kind and abs(facts["base_weights_loss_change"]) < 0.05
     assert QuantizedLinear not in {type(module) for module in handler.model.modules()}
     # The names are those of PEFT and Fabric by now; the order is the model's own. Early versions cast it to bf16.

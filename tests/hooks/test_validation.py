@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin import Refusal
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.held_out import check_apart, choose, number_of
 from sidestep_plugin.timesteps.grid import validation_grid

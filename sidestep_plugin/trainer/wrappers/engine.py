@@ -20,6 +20,7 @@ from ..between_epochs import EPOCH_LOSS, epoch_logged
 from ..checkpointing import switch_checkpointing
 from ..current import Training, running_training
 from ..devices import on_all_devices, seed_apart
+from .compiled_modules import compile_modules
 from .replaced_modules import replace_modules
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _apply_plans(host: Host, training: Training, precision: str) -> list[_Cast]:
                 host.announce(line)
         if plan.checkpointing is not None:
             training.at_end.append(switch_checkpointing(asked["decoder"], plan.checkpointing))
+        compile_modules(host, plugin, training, asked["decoder"], plan)
         casts.append(_Cast(asked["decoder"], plan))
         training.at_end.append(casts[-1].end)
     return casts
