@@ -159,7 +159,10 @@ def test_acestep_between_epochs(train, trainer, capsys, monkeypatch):
     if getattr(trainer, "LIGHTNING_AVAILABLE", False):
         from lightning.fabric.loggers import TensorBoardLogger
 
-        monkeypatch.setattr(TensorBoardLogger, "log_metrics", lambda _, values, step: logged.append((values, step)))
+        def log_metrics(_, metrics, step=None):
+            logged.append((metrics, step))
+
+        monkeypatch.setattr(TensorBoardLogger, "log_metrics", log_metrics)
     done, said = trained_with(train, "acestep_between_epochs", capsys)
     norms = re.findall(r"After epoch (\d): norm of the adapter (\d+\.\d{4})", said)
     assert [epoch for epoch, _ in norms] == ["0", "1", "2"] and len({norm for _, norm in norms}) == 3

@@ -18,7 +18,20 @@ TREES = {
     for file in sorted((ROOT / folder).rglob("*.py"))
 }
 
-OURS = {"answers", "attached", "attachment", "host", "journal", "layer", "notes", "run", "self", "step", "training"}
+OURS = {
+    "answers",
+    "attached",
+    "attachment",
+    "host",
+    "journal",
+    "layer",
+    "notes",
+    "plan",
+    "run",
+    "self",
+    "step",
+    "training",
+}
 """Variables that always hold objects of this project's own classes."""
 
 THEIRS = {"dit_handler", "fabric", "model", "module", "trainer"}

@@ -59,7 +59,7 @@ CASES = {
         "acestep_between_epochs",
         ["epoch"],
         lambda epoch: EpochNews(logged={"a": "b"}) if epoch == 0 else None,
-        "returned 'a' as 'b'",
+        "returned 'a' as a str",
     ),
     "batch is a list": ("acestep_prepare_batch", ["batch"], lambda batch: [1], "returned a list"),
     "new key": ("acestep_prepare_batch", ["batch"], lambda batch: {"new": ONE(1)}, "returned an entry 'new'"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sidestep_plugin import hookimpl
 from sidestep_plugin.previews.table import Row, Table, read_table
+from sidestep_plugin.registry import Registry
 
 ON = {"preview_every": 1, "num_inference_steps": 3}
 UNEVEN = {"batch_size": 1, "gradient_accumulation_steps": 4}  # 6 songs: a rest is left at the end of an epoch
@@ -67,6 +68,30 @@ def test_the_adapter_is_the_same_bit_for_bit(train, trainer, equal_bits, model, 
     assert len({trained for _, _, trained, _ in looking.seen}) == 1 and looking.seen[0][2] > 0
     if getattr(trainer, "LIGHTNING_AVAILABLE", False):
         assert not any(waiting for *_, waiting in looking.seen), "called before the last optimizer step"
+
+
+def test_under_autocast_with_frozen_weights_in_bf16(train, trainer, load, equal_bits, capsys, monkeypatch):
+    """As on a GPU: weights of two types, and latents in fp32 between the steps."""
+    for name in ("_precision", "_select_fabric_precision"):
+        if hasattr(trainer, name):
+            monkeypatch.setattr(trainer, name, lambda *_: "bf16-mixed")
+
+    def run(**options):
+        handler = load("base")
+        handler.model.to(torch.bfloat16)
+        return train("base", handler=handler, options={"num_inference_steps": 3} | options, max_epochs=1)
+
+    without, heard = run(), run(preview_every=1)
+    assert "Warning: no preview" not in capsys.readouterr().out
+    assert equal_bits(without, heard)
+    assert all(clip.dtype == torch.float32 for clip in clips(heard.output, "epoch_1").values())
+
+
+def test_the_apps_settings_are_environment_variables():
+    registry = Registry.load(["sidestep"])
+    said, unknown = registry.options_in({"SIDESTEP_PREVIEW_EVERY": "5", "SIDESTEP_PREVIEW_SONGS": "a,b"})
+    options = registry.resolve_options(said)
+    assert (options["preview_every"], options["preview_songs"], unknown) == (5, "a,b", [])
 
 
 def test_drawing_in_a_preview_changes_nothing(train, equal_bits, monkeypatch):
