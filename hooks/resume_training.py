@@ -55,7 +55,9 @@ def keep_resume_state(run: Run, saved: SavedAdapter) -> list[str] | None:
     if point is None:
         return None
     try:
-        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), held_out=to_keep(run)))
+        write_resume_state(
+            saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), held_out=to_keep(run))
+        )
     except OSError as error:
         # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
         (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)

@@ -117,7 +117,7 @@ class History:
     # -- judging -----------------------------------------------------------------------------------------------------
 
     def judge(self, validation: Validation, steps: int) -> Verdict:
-        """Add a validation | returns what follows from it. Raises Refusal when the model without adapter has no loss."""
+        """Add a validation | returns what follows from it. Raises Refusal when the model itself has no loss."""
         epoch = validation.epoch
         self.losses[epoch], self.steps[epoch] = validation.losses, steps
         self.times.append((time.monotonic(), validation.seconds))
@@ -163,8 +163,8 @@ class History:
 
     def _warning(self, epoch: int) -> str:
         return (
-            f"Warning: the validation loss after epoch {epoch} is NaN or infinite, so this epoch cannot be the best. The "
-            "training goes on; if its loss is not finite either, lower --learning-rate."
+            f"Warning: the validation loss after epoch {epoch} is NaN or infinite, so this epoch cannot be the best. "
+            "The training goes on; if its loss is not finite either, lower --learning-rate."
         )
 
     def _parting(self, epoch: int) -> str | None:
@@ -178,8 +178,8 @@ class History:
         other = "low" if name == "high" else "high"
         meaning = ", which is often the first sign of overfitting" if name == "high" else ""
         return (
-            f"Note: the loss at {name} t is {percent(worse[1])} above its lowest (epoch {worse[0]}), while that at {other} "
-            f"t still falls{meaning}"
+            f"Note: the loss at {name} t is {percent(worse[1])} above its lowest (epoch {worse[0]}), while that at "
+            f"{other} t still falls{meaning}"
         )
 
     def _lowest(self, epoch: int, *, high: bool) -> tuple[int, float]:
@@ -196,7 +196,10 @@ class History:
 
     def _log(self, epoch: int) -> dict[str, float]:
         """Numbers for TensorBoard."""
-        logged = {"validation/loss": self.mean(epoch), "validation/change to the model without adapter": self.change(epoch)}
+        logged = {
+            "validation/loss": self.mean(epoch),
+            "validation/change to the model without adapter": self.change(epoch),
+        }
         logged["validation/share of t improved"] = self.improved(epoch) / len(self.timesteps)
         for place, condition in enumerate(self.conditions):
             for t, loss, before in zip(self.timesteps, self.by_t(epoch, place), self.by_t(0, place), strict=True):
@@ -253,7 +256,9 @@ class History:
         best = self.best
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
-        told = f"Validation: best epoch {best}, loss {self.mean(best):.4f} ({percent(self.change(best))} vs. no adapter)"
+        told = (
+            f"Validation: best epoch {best}, loss {self.mean(best):.4f} ({percent(self.change(best))} vs. no adapter)"
+        )
         worse = "; none was better than the model without adapter" if self.change(best) >= 0.0 else ""
         return f"{told}, in checkpoints/best{worse}. It took {sum(took for _, took in self.times):.3g} s in all"
 
@@ -263,9 +268,7 @@ class History:
 
     def comparable(self, other: History) -> bool:
         """Whether another history has measured the same."""
-        mine, theirs = (
-            (h.songs, h.contents, [round(t, 9) for t in h.timesteps], h.conditions) for h in (self, other)
-        )
+        mine, theirs = ((h.songs, h.contents, [round(t, 9) for t in h.timesteps], h.conditions) for h in (self, other))
         return mine == theirs
 
     def take_over(self, before: History) -> None:

@@ -37,7 +37,9 @@ def _by_epoch(axes: Axes, history: History) -> None:
         values = [100.0 * change[place] for change in changes]
         label = f"t {t:.2f}" if place in (0, last) else None
         axes.plot(epochs, values, color=color, lw=1.0, alpha=0.9, label=label)
-    axes.plot(epochs, [100.0 * history.change(epoch) for epoch in epochs], "o-", color="black", lw=2.0, ms=3, label="mean")
+    axes.plot(
+        epochs, [100.0 * history.change(epoch) for epoch in epochs], "o-", color="black", lw=2.0, ms=3, label="mean"
+    )
     if (best := history.best) is not None:
         axes.axvline(best, color="0.6", lw=1.0, ls="--", label=f"best: epoch {best}")
     axes.axhline(0.0, color="0.8", lw=1.0, zorder=0)

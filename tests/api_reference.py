@@ -19,7 +19,18 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
 
 RECEIVED = {
-    name: getattr(run, name) for name in ("Run", "Step", "SavedAdapter", "ModelFacts", "ResumePoint", "MemoryPlan")
+    name: getattr(run, name)
+    for name in (
+        "Run",
+        "Step",
+        "SavedAdapter",
+        "ModelFacts",
+        "ResumePoint",
+        "MemoryPlan",
+        "ValidationPlan",
+        "Validation",
+        "Verdict",
+    )
 }
 """What hooks receive or return."""
 

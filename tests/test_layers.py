@@ -18,7 +18,20 @@ TREES = {
     for file in sorted((ROOT / folder).rglob("*.py"))
 }
 
-OURS = {"answers", "attached", "attachment", "host", "journal", "layer", "notes", "run", "self", "step", "training"}
+OURS = {
+    "answers",
+    "attached",
+    "attachment",
+    "host",
+    "journal",
+    "layer",
+    "notes",
+    "run",
+    "self",
+    "step",
+    "training",
+    "validation",
+}
 """Variables that always hold objects of this project's own classes."""
 
 THEIRS = {"dit_handler", "fabric", "model", "module", "trainer"}
@@ -43,6 +56,12 @@ ALLOWED = {
     ("sidestep_plugin/trainer/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/trainer/evaluation.py", "part.training"): "each module's mode, put back after an evaluation",
+    (
+        "sidestep_plugin/trainer/evaluation.py",
+        "decoder._forward_module",
+    ): "Lightning's wrapper of one decoder, taken back",
+    ("sidestep_plugin/trainer/comparing.py", "weight.data"): "a model that we load ourselves",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",
     ("sidestep_plugin/resuming/replay.py", "weight.grad"): "a gradient is put back when resuming",

@@ -102,15 +102,18 @@ def test_the_plugin_sidestep_is_installed_and_loads():
     assert loaded.hooks_of("sidestep") == [
         "acestep_adapter_saved",
         "acestep_epoch_finished",
+        "acestep_hold_out",
         "acestep_model_chosen",
         "acestep_options",
         "acestep_plan_memory",
+        "acestep_plan_validation",
         "acestep_prepare_batch",
         "acestep_resume",
         "acestep_run_ended",
         "acestep_run_started",
         "acestep_sample_timesteps",
         "acestep_step_finished",
+        "acestep_validated",
     ]
     assert set(loaded.resolve_options({})) == {
         "author",
@@ -120,10 +123,14 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "license",
         "mask_nan",
         "num_inference_steps",
+        "patience",
         "shift",
         "timestep_mode",
         "title",
         "trigger",
+        "validate",
+        "validate_every",
+        "validation_dir",
         "variant",
     }
 

@@ -40,7 +40,9 @@ _LONGEST = 40  # characters of an adapter's name in the table
 )
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
-@click.option("--variant", type=click.Choice(["auto", *VARIANTS]), default="auto", metavar="KIND", help="turbo, base or sft.")
+@click.option(
+    "--variant", type=click.Choice(["auto", *VARIANTS]), default="auto", metavar="KIND", help="turbo, base or sft."
+)
 @click.option(
     "--device", callback=check_device, default="auto", show_default=True, metavar="NAME", help="Where to compute."
 )
@@ -158,7 +160,9 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     if change < 0.0:
         lines.append(f"Lowest loss: {best}, {100 * change:+.2f} %{weights}.")
     else:
-        lines.append(f"None is better than the model without adapter; {best} is nearest, {100 * change:+.2f} %{weights}.")
+        lines.append(
+            f"None is better than the model without adapter; {best} is nearest, {100 * change:+.2f} %{weights}."
+        )
     return lines
 
 

@@ -19,5 +19,3 @@ def check_plot(plot: Path) -> None:
         raise Refusal(f"No folder {plot.absolute().parent} for the picture. Make it, or choose another --plot.")
     if importlib.util.find_spec("matplotlib") is None:
         raise Refusal("--plot needs matplotlib, which is not installed: pip install 'sidestep-plugin[plot]'")
-
-

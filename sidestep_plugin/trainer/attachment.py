@@ -29,6 +29,7 @@ from .host import Host, log_of
 from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types, require
 from .wrappers.engine import wrap_engine
 from .wrappers.gradient_check import wrap_gradient_check
+from .wrappers.held_out_songs import wrap_setup
 from .wrappers.loaders import wrap_loader
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
@@ -36,7 +37,6 @@ from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
 from .wrappers.song_list import wrap_song_list
-from .wrappers.held_out_songs import wrap_setup
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training
 
@@ -349,9 +349,8 @@ class Attachment:
                     yield trainer, name, partial(wrap_save, host, kind=kind)
         if (implements("acestep_plan_memory") or validates) and isinstance(getattr(trainer, "Fabric", None), type):
             yield trainer, "Fabric", partial(wrap_engine, host)
-        if implements("acestep_plan_memory"):
-            if callable(getattr(trainer, "_count_nonfinite_grads", None)):
-                yield trainer, "_count_nonfinite_grads", wrap_gradient_check
+        if implements("acestep_plan_memory") and callable(getattr(trainer, "_count_nonfinite_grads", None)):
+            yield trainer, "_count_nonfinite_grads", wrap_gradient_check
         # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
             songs = getattr(trainer, "PreprocessedDataModule", None)

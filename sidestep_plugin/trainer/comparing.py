@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,19 +140,18 @@ def compare(
         module = _module(trainer, handler)
         after: list[tuple[Report, torch.Tensor]] = []
         with without_adapter(module):
-            for place, report in enumerate((None, *reports), start=-1):
-                name = "the model without adapter" if place < 0 else str(adapters[place])
 
-                def done(number: int, name: str = name) -> None:
+            def measure(name: str) -> torch.Tensor:
+                def done(number: int) -> None:
                     progress(name, number, len(songs))
 
-                progress(name, 0, len(songs))
-                with nullcontext() if report is None else applied(report.adapter, layers):
-                    losses = evaluate(module, songs, grid, conditions, done=done)
-                if report is None:
-                    before = losses
-                else:
-                    after.append((report, losses))
+                done(0)
+                return evaluate(module, songs, grid, conditions, done=done)
+
+            before = measure("the model without adapter")
+            for path, report in zip(adapters, reports, strict=True):
+                with applied(report.adapter, layers):
+                    after.append((report, measure(str(path))))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
     return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))

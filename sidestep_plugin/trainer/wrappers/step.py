@@ -13,8 +13,8 @@ from ...errors import PluginError, Refusal
 from ...run import AdapterType, Run, Step, note
 from ..answers import check_replaced, described, writes
 from ..current import running_step
-from ..evaluation import evaluating, without_condition
 from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
+from ..evaluation import evaluating, without_condition
 from ..seams import SAMPLER
 
 if TYPE_CHECKING:
