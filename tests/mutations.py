@@ -31,6 +31,48 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "validation that draws from the training's random numbers",
+        "sidestep_plugin/trainer/evaluation.py",
+        "        set_random_states(states, device)",
+        "        pass",
+        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "a decoder left in eval mode by validation",
+        "sidestep_plugin/trainer/evaluation.py",
+        "            part.training = mode",
+        "            pass",
+        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "new noise in every validation",
+        "sidestep_plugin/trainer/wrappers/step.py",
+        "    point.seed_noise(step.device)\n",
+        "",
+        "tests/hooks/test_validation.py::test_a_learning_rate_of_zero_gives_the_same_number_in_every_epoch",
+    ),
+    Mutation(
+        "validated before the epoch's last optimizer step",
+        "sidestep_plugin/trainer/wrappers/engine.py",
+        "                training.validation.behind_the_engine = True",
+        "                pass",
+        "tests/hooks/test_validation.py::test_best_has_the_weights_that_were_measured",
+    ),
+    Mutation(
+        "songs that are held out trained on all the same",
+        "sidestep_plugin/trainer/wrappers/held_out_songs.py",
+        "        if out:\n",
+        "        if False:\n",
+        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "the newest adapter as final where the best was promised",
+        "sidestep_plugin/trainer/wrappers/ending.py",
+        "            put_weights(run, point)\n",
+        "",
+        "tests/hooks/test_validation.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
+    ),
+    Mutation(
         "a single draw instead of the maximum of two",
         "hooks/timestep_sampling.py",
         "return torch.maximum(first, second)",

@@ -60,7 +60,7 @@ ALLOWED = {
     (
         "sidestep_plugin/trainer/evaluation.py",
         "decoder._forward_module",
-    ): "Lightning's wrapper of one decoder, taken back",
+    ): "Lightning's wrapper, taken back",
     ("sidestep_plugin/trainer/comparing.py", "weight.data"): "a model that we load ourselves",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",

@@ -5,6 +5,7 @@ The model is loaded once, and upstream's own training step computes every loss.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
 
     if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
         handler.model.to(torch.bfloat16)  # these versions compute in bf16 on every device
-        handler.dtype = torch.bfloat16
+        handler = dataclasses.replace(handler, dtype=torch.bfloat16)
     elif handler.dtype is torch.bfloat16:
         # As in a training: what autocast does not cast is computed in fp32.
         for layer in handler.model.decoder.modules():

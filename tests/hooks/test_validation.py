@@ -53,9 +53,9 @@ def measured(monkeypatch):
 
 
 SETTINGS = [
-    ("lora", {}),
+    pytest.param("lora", {}, marks=pytest.mark.slow),
     ("lora", {"batch_size": 1, "gradient_accumulation_steps": 3}),
-    ("lokr", {}),
+    pytest.param("lokr", {}, marks=pytest.mark.slow),
     ("lokr", {"batch_size": 1, "gradient_accumulation_steps": 3}),
 ]
 
@@ -76,7 +76,7 @@ def test_the_training_is_the_same_bit_for_bit(train, checkout, folder_of, equal_
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_learning_rate_of_zero_gives_the_same_number_in_every_epoch(train, measured, kind):
     """Epoch 0 is the model without adapter: a fresh adapter changes nothing."""
     train("base", kind, options=TWO, learning_rate=0.0)
@@ -188,7 +188,7 @@ def test_without_lightning_it_is_the_same_bit_for_bit(
     assert equal_bits(plain, validated)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "lokr"])
 def test_a_resumed_training_measures_what_it_would_have(train, measured, kind, capsys):
     settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 4}
     options = {"validate": 2, "validate_every": 1}
@@ -225,7 +225,7 @@ def overfitting(checkout, folder_of):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_planted_overfit_turns_the_curve_and_patience_stops_it(train, measured, overfitting, capsys, kind, load):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
     rate = {"lora": 3e-3, "lokr": 3e-3}[kind]
