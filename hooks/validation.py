@@ -44,10 +44,8 @@ def options() -> list[click.Option]:
         click.Option(
             ["--validate"],
             type=SongsOrShare(),
-            default="0",
-            show_default=True,
             metavar="N",
-            help="Songs to hold out and validate on, or a share such as 0.1.",
+            help="Songs to hold out and validate on, or a share: 0.1.  [default: 0]",
         ),
         click.Option(
             ["--validation-dir"],
