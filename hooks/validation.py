@@ -1,8 +1,8 @@
-"""Validates on songs that are held out: always the same songs, noise and timesteps, so that two numbers can be compared.
+"""Validates on songs that are held out: always the same songs, noise and timesteps, so that numbers can be compared.
 
-A training loss is drawn anew in every step and says little about songs that are not trained on. Here each held-out song
-is evaluated at the same timesteps with the same noise: before the first step, without the adapter, and after the epochs.
-What differs between two validations is the adapter alone. Nothing of it reaches the training, bit for bit.
+A training loss is drawn anew in every step and says little about songs that are not trained on. Here each song that is
+held out is evaluated at the same timesteps with the same noise: before the first step, without the adapter, and after
+the epochs. What differs between two validations is the adapter alone. Nothing of it reaches the training, bit for bit.
 
 The mean is the loss that the training minimizes, on songs that it has not seen: over timesteps that stand for equal
 shares of the training's own, with and without the condition in the proportion of condition dropout. It is read relative
@@ -44,10 +44,8 @@ def options() -> list[click.Option]:
         click.Option(
             ["--validate"],
             type=SongsOrShare(),
-            default="0",
-            show_default=True,
             metavar="N",
-            help="Songs to hold out and validate on, or a share such as 0.1.",
+            help="Songs to hold out and validate on, or a share: 0.1.  [default: 0]",
         ),
         click.Option(
             ["--validation-dir"],
@@ -109,8 +107,8 @@ def _check_settings(options: Mapping[str, Any], training_config: Any) -> None:
     for name in ("validate_every", "patience"):
         if options[name] is not None and not wanted:
             raise Refusal(
-                f"--{name.replace('_', '-')} says how to validate, and nothing is validated. Hold songs out with "
-                "--validate N, or name a folder of songs with --validation-dir DIR."
+                f"--{name.replace('_', '-')} says how to validate, and nothing is validated. Leave it out, or "
+                "name what to validate on: --validate N or --validation-dir DIR."
             )
     if options["validate"] and options["validation_dir"] is not None:
         raise Refusal(
@@ -121,7 +119,7 @@ def _check_settings(options: Mapping[str, Any], training_config: Any) -> None:
         raise Refusal(
             "--val-split is ACE-Step's own validation: with new noise and new timesteps each time, for LoRA only, and "
             "it changes the training. --validate and --validation-dir use the same songs, noise and timesteps every "
-            "time and change nothing. Both save checkpoints/best: leave one of them out."
+            "time and change nothing. Both save checkpoints/best. Leave one of them out."
         )
 
 

@@ -117,7 +117,7 @@ class History:
     # -- judging -----------------------------------------------------------------------------------------------------
 
     def judge(self, validation: Validation, steps: int) -> Verdict:
-        """Add a validation | returns what follows from it. Raises Refusal when the model without adapter has no loss."""
+        """Add a validation | returns what follows from it. Raises Refusal when the model itself has no loss."""
         epoch = validation.epoch
         self.losses[epoch], self.steps[epoch] = validation.losses, steps
         self.times.append((time.monotonic(), validation.seconds))
@@ -163,8 +163,8 @@ class History:
 
     def _warning(self, epoch: int) -> str:
         return (
-            f"Warning: the validation loss after epoch {epoch} is NaN or infinite, so this epoch cannot be the best. The "
-            "training goes on; if its loss is not finite either, lower --learning-rate."
+            f"Warning: the validation loss after epoch {epoch} is NaN or infinite, so this epoch cannot be the best. "
+            "The training goes on; if its loss is not finite either, lower --learning-rate."
         )
 
     def _parting(self, epoch: int) -> str | None:
@@ -178,8 +178,8 @@ class History:
         other = "low" if name == "high" else "high"
         meaning = ", which is often the first sign of overfitting" if name == "high" else ""
         return (
-            f"Note: the loss at {name} t is {percent(worse[1])} above its lowest (epoch {worse[0]}), while that at {other} "
-            f"t still falls{meaning}"
+            f"Note: the loss at {name} t is {percent(worse[1])} above its lowest (epoch {worse[0]}), while that at "
+            f"{other} t still falls{meaning}"
         )
 
     def _lowest(self, epoch: int, *, high: bool) -> tuple[int, float]:

@@ -51,7 +51,11 @@ class SongsOrShare(click.ParamType[float]):
             number = -1.0
         whole = number < 10**9 and number.is_integer() and not text.endswith("%")
         if isinstance(value, bool) or not (0.0 <= number < 1.0 or (whole and number > 0.0)):
-            self.fail(f"{value!r} is neither a number of songs, such as 2, nor a share, such as 0.1.", param, ctx)
+            self.fail(
+                f"{value!r} is not a number of songs. Expected a whole number such as 2, or a share such as 0.1.",
+                param,
+                ctx,
+            )
         return number
 
 

@@ -207,8 +207,8 @@ class ResumePoint:
         parameters: the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its
             scalar into them); None if they are the same.
         songs: fingerprint of the songs, "" if unknown.
-        held_out: what a plugin keeps of the songs that are validated on and of their losses, as numbers, texts, tensors,
-            lists and dictionaries; None without validation.
+        held_out: what a plugin keeps of the songs that are validated on and of their losses, as numbers, texts,
+            tensors, lists and dictionaries; None without validation.
         save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
             not recorded.
         ranks: of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one.
@@ -309,7 +309,8 @@ class Validation:
 
     Attributes:
         epoch: epochs done; 0 for the model without adapter.
-        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the CPU.
+        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the
+            CPU.
         seconds: how long it took.
     """
 

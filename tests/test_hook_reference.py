@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import hook_reference
 import pytest
 import torch
 
-from sidestep_plugin import Refusal
+from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.ranks import Ranks
 from sidestep_plugin.run import ModelFacts
 
@@ -89,6 +91,45 @@ def test_acestep_plan_processes(train, capsys):
     assert plan.processes == 4 and plan.outcome(None, 8, 2) == ["8 songs in 4 processes: 2 steps an epoch"]
     done, _ = trained_with(train, "acestep_plan_processes", capsys)
     assert done.tensors
+
+
+def test_acestep_hold_out(train, checkout, capsys):
+    hold_out = example("acestep_hold_out").acestep_hold_out
+    assert hold_out([Path("a.pt"), Path("test_b.pt")]) == [Path("test_b.pt")]
+    done, _ = trained_with(train, "acestep_hold_out", capsys, max_epochs=1)
+    assert done.tensors, "no song has such a name, so all are trained on"
+
+
+def with_a_folder_for_validation(checkout, tmp_path):
+    """Copies of the songs, one of them in a folder of its own."""
+    songs = tmp_path / "songs"
+    shutil.copytree(checkout.tensors, songs, ignore=shutil.ignore_patterns("manifest.json"))
+    (tmp_path / "validation").mkdir()
+    shutil.move(songs / "song_01.pt", tmp_path / "validation")
+    return songs
+
+
+def test_acestep_plan_validation(train, checkout, capsys, tmp_path):
+    songs = with_a_folder_for_validation(checkout, tmp_path)
+    measured = []
+
+    class Watching:
+        @hookimpl
+        def acestep_validated(self, validation):
+            measured.append((validation.epoch, tuple(validation.losses.shape)))
+
+    plugins = {"example": example("acestep_plan_validation"), "watching": Watching()}
+    train("base", plugins=(), extra_plugins=plugins, tensors=songs, max_epochs=3)
+    assert measured == [(0, (1, 3, 1)), (2, (1, 3, 1)), (3, (1, 3, 1))]
+
+
+def test_acestep_validated(train, checkout, capsys, tmp_path):
+    plugins = {hook: example(hook) for hook in ("acestep_plan_validation", "acestep_validated")}
+    songs = with_a_folder_for_validation(checkout, tmp_path)
+    done = train("base", plugins=(), extra_plugins=plugins, tensors=songs)
+    said = capsys.readouterr().out
+    assert "Epoch 0: " in said and "Epoch 2: " in said
+    assert [*(done.output / "checkpoints" / "best").rglob("*.safetensors")]
 
 
 def test_acestep_model_chosen():

@@ -31,6 +31,7 @@ OURS = {
     "self",
     "step",
     "training",
+    "validation",
 }
 """Variables that always hold objects of this project's own classes."""
 
@@ -61,6 +62,12 @@ ALLOWED = {
     ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
     ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
     ("sidestep_plugin/cli/workers.py", "sys.stdout"): "the output of our own program, which has several processes",
+    ("sidestep_plugin/trainer/evaluation.py", "part.training"): "each module's mode, put back after an evaluation",
+    (
+        "sidestep_plugin/trainer/evaluation.py",
+        "decoder._forward_module",
+    ): "Lightning's wrapper, taken back",
+    ("sidestep_plugin/trainer/comparing.py", "weight.data"): "a model that we load ourselves",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",
     ("sidestep_plugin/resuming/replay.py", "weight.grad"): "a gradient is put back when resuming",

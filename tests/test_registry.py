@@ -103,10 +103,12 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_adapter_saved",
         "acestep_between_epochs",
         "acestep_epoch_finished",
+        "acestep_hold_out",
         "acestep_model_chosen",
         "acestep_options",
         "acestep_plan_memory",
         "acestep_plan_processes",
+        "acestep_plan_validation",
         "acestep_prepare_batch",
         "acestep_resume",
         "acestep_run_ended",
@@ -114,6 +116,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_sample_timesteps",
         "acestep_song_cache",
         "acestep_step_finished",
+        "acestep_validated",
     ]
     assert set(loaded.resolve_options({})) == {
         "author",
@@ -135,11 +138,15 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "preview_seed",
         "preview_songs",
         "rendezvous",
+        "patience",
         "shift",
         "song_cache",
         "timestep_mode",
         "title",
         "trigger",
+        "validate",
+        "validate_every",
+        "validation_dir",
         "variant",
     }
 

@@ -1,4 +1,4 @@
-"""Applies a saved adapter to a loaded decoder while it is evaluated: LoRA and LoKr of any trainer, without PEFT or LyCORIS.
+"""Applies a saved adapter to a loaded decoder while it is evaluated, without PEFT or LyCORIS.
 
 Each adapted layer gets a forward hook that adds what the adapter adds. The base weights are not touched, so nothing is
 rounded and several adapters can be applied to one model in turn. The operations and their order are those of PEFT's
@@ -36,7 +36,7 @@ def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
     path = adapter.file.path
     if adapter.kind not in ("lora", "lokr") or adapter.is_dora:
         kind = "DoRA" if adapter.is_dora else adapter.kind
-        raise Refusal(f"{path} is a {kind}. Only LoRA and LoKr without weight decomposition can be compared.")
+        raise Refusal(f"{path} is a {kind}. Expected a LoRA or LoKr without weight decomposition. Leave it out.")
     for name, layer in adapter.layers.items():
         if name in adapter.idle:
             continue
@@ -49,15 +49,15 @@ def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
         wanted, found = shapes.get(name), _shape(adapter, layer)
         if shapes and wanted is None:
             raise Refusal(
-                f"{path} adapts {shown(name, 80)}, a layer that {model} does not have: it is for another model. Leave it "
-                "out, or name its model with --model."
+                f"{path} adapts {shown(name, 80)}, a layer that {model} does not have: it is for another model. Leave "
+                "it out, or name its model with --model."
             )
         if found is None or (wanted is not None and found != (wanted[0], wanted[1])):
             there = "tensors that do not fit together" if found is None else f"a weight of {found[0]} x {found[1]}"
             has = "" if wanted is None else f", {model} has {wanted[0]} x {wanted[1]}"
             raise Refusal(
-                f"{path} has {there} for {shown(name, 80)}{has}: it is damaged, or for a model of another width. Leave it "
-                "out, or name its model with --model."
+                f"{path} has {there} for {shown(name, 80)}{has}: it is damaged, or for a model of another width. "
+                "Leave it out, or name its model with --model."
             )
 
 

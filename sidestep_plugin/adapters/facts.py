@@ -51,7 +51,7 @@ FACTS: Final = {
     "songs": "number of preprocessed songs in the dataset folder",
     "held_out_songs": "number of those that were not trained on (--validate); left out without",
     "validation_songs": "number of songs that were validated on; left out without validation, as are the next four",
-    "validation_epoch": "epoch of the validation that has measured these weights; left out if none has, as are the next",
+    "validation_epoch": "epoch of the validation that has measured these weights; else left out, as are the next",
     "validation_loss": "mean loss on the held-out songs, at fixed timesteps with fixed noise",
     "validation_change": "that loss relative to the model without adapter: -0.02 is 2 % lower",
     "validation_improved": "share of those timesteps, from 0 to 1, at which it is lower than without adapter",

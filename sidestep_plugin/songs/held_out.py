@@ -38,18 +38,18 @@ def number_of(said: float, songs: int) -> int:
         asked = f"--validate {said:g}"
         raise Refusal(
             f"{asked} would hold out {count} of {songs} {'song' if songs == 1 else 'songs'}, and none would be left to "
-            "train on. Hold out fewer, or validate on songs of another folder: --validation-dir DIR."
+            "train on. Choose fewer, or validate on songs of another folder: --validation-dir DIR."
         )
     return count
 
 
 def check_apart(trained: Sequence[Path], held_out: Sequence[Path]) -> None:
-    """Refuse songs that would be trained on and validated on, also under two names: by their latents. Raises Refusal."""
+    """Refuse a song that would be trained on and validated on, also under two names (same latents). Raises Refusal."""
     known = {latents_of(song): song for song in trained}
     for song in held_out:
         if (twin := known.get(latents_of(song))) is not None:
             raise Refusal(
-                f"{song} is held out for validation, and {twin} that is trained on is the same song (the same latents). "
+                f"{song} is held out for validation, and {twin} that is trained on is the same song (same latents). "
                 "Its loss would fall in any case and say nothing. Take one of them out of its folder."
             )
 

@@ -355,13 +355,13 @@ class Attachment:
             yield trainer, "Fabric", partial(wrap_engine, host)
         if implements("acestep_plan_memory") and callable(getattr(trainer, "_count_nonfinite_grads", None)):
             yield trainer, "_count_nonfinite_grads", wrap_gradient_check
+        songs = getattr(trainer, "PreprocessedDataModule", None)
+        if implements("acestep_hold_out") and hasattr(songs, "setup"):
+            yield songs, "setup", partial(wrap_setup, host)
         # A version without these names can still train, but cannot resume.
         if host.keeps_journal:
-            songs = getattr(trainer, "PreprocessedDataModule", None)
             if callable(getattr(trainer, "SequentialLR", None)):
                 yield trainer, "SequentialLR", wrap_scheduler
-            if implements("acestep_hold_out") and hasattr(songs, "setup"):
-                yield songs, "setup", partial(wrap_setup, host)
             if hasattr(songs, "train_dataloader"):
                 yield songs, "train_dataloader", partial(wrap_training_loader, host, Journal.epoch)
             if hasattr(songs, "val_dataloader"):

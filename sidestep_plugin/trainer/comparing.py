@@ -5,9 +5,9 @@ The model is loaded once, and upstream's own training step computes every loss.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,19 +141,18 @@ def compare(
         module = _module(trainer, handler)
         after: list[tuple[Report, torch.Tensor]] = []
         with without_adapter(module):
-            for place, report in enumerate((None, *reports), start=-1):
-                name = "the model without adapter" if place < 0 else str(adapters[place])
 
-                def done(number: int, name: str = name) -> None:
+            def measure(name: str) -> torch.Tensor:
+                def done(number: int) -> None:
                     progress(name, number, len(songs))
 
-                progress(name, 0, len(songs))
-                with nullcontext() if report is None else applied(report.adapter, layers):
-                    losses = evaluate(module, songs, grid, conditions, done=done)
-                if report is None:
-                    before = losses
-                else:
-                    after.append((report, losses))
+                done(0)
+                return evaluate(module, songs, grid, conditions, done=done)
+
+            before = measure("the model without adapter")
+            for path, report in zip(adapters, reports, strict=True):
+                with applied(report.adapter, layers):
+                    after.append((report, measure(str(path))))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
     return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
@@ -181,7 +180,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
 
     if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
         handler.model.to(torch.bfloat16)  # these versions compute in bf16 on every device
-        handler.dtype = torch.bfloat16
+        handler = dataclasses.replace(handler, dtype=torch.bfloat16)
     elif handler.dtype is torch.bfloat16:
         # As in a training: what autocast does not cast is computed in fp32.
         for layer in handler.model.decoder.modules():

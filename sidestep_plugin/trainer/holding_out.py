@@ -23,13 +23,18 @@ def held_out(
     """
     asked = {"songs": tuple(songs), "options": options, "training_config": training_config}
     for plugin, answer in registry.call("acestep_hold_out", **asked):
-        told = f"Plugin {plugin!r} returned"
-        wanted = "from acestep_hold_out, expected some of the songs' files."
         if not isinstance(answer, Sequence) or not all(isinstance(song, Path) for song in answer):
-            raise PluginError(f"{told} {described(answer)} {wanted}")
+            raise PluginError(
+                f"Plugin {plugin!r} returned {described(answer)} from acestep_hold_out, expected some of the songs."
+            )
         if strange := [song for song in answer if song not in songs]:
-            raise PluginError(f"{told} {strange[0]}, which is not one of the songs, {wanted}")
+            raise PluginError(
+                f"Plugin {plugin!r} returned {strange[0]} from acestep_hold_out, expected some of the songs."
+            )
         if answer and set(answer) >= set(songs):
-            raise PluginError(f"{told} all {len(songs)} songs {wanted} At least one has to be trained on.")
+            raise PluginError(
+                f"Plugin {plugin!r} returned all {len(songs)} songs from acestep_hold_out, expected to leave at least "
+                "one to train on."
+            )
         return tuple(answer)
     return ()

