@@ -337,7 +337,8 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed:
     with Lightning behind its last optimizer step and before upstream's validation and checkpoint, so the weights are
     those that a checkpoint saves. Without Lightning it is called right after :func:`acestep_epoch_finished`, before
-    the optimizer step for the rest of an epoch that gradient accumulation does not divide.
+    the optimizer step for the rest of an epoch that gradient accumulation does not divide. The first versions of
+    upstream carry such a rest over to the next epoch, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.
