@@ -73,9 +73,7 @@ def acestep_plan_memory(
     return MemoryPlan(kept=frozenset(kept), bypassed=frozenset(idle), lines=tuple(lines), outcome=outcome)
 
 
-def kept_weights(
-    run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
-) -> dict[str, int]:
+def kept_weights(run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None) -> dict[str, int]:
     """Names and sizes of the decoder's parameters that stay in bf16 in this training."""
     import torch
 

@@ -117,6 +117,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "cfg_ratio",
         "export",
         "frozen_weights",
+        "gradient_checkpointing",
         "license",
         "mask_nan",
         "num_inference_steps",
