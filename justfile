@@ -45,6 +45,7 @@ ci:
 docs:
     {{python}} tests/hook_reference.py
     {{python}} tests/api_reference.py
+    {{python}} tests/memory_table.py
 
 # Break the code on purpose; every mistake must be caught by a test
 mutations:

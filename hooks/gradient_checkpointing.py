@@ -58,9 +58,8 @@ def plan_checkpointing(
         on, why = said == "on", "as you said"
     lines = [] if needed is None else needed.lines(checkpointing=on)
     if on is not was_on:
-        lines.append(
-            f"Gradient checkpointing: {_word(on)}, {why} (ACE-Step: {_word(was_on)}; same result, bit for bit)"
-        )
+        theirs = f"ACE-Step: {_word(was_on)}; same result, bit for bit"
+        lines.append(f"Gradient checkpointing: {_word(on)}, {why} ({theirs})")
     return MemoryPlan(checkpointing=None if on is was_on else on, lines=tuple(lines))
 
 

@@ -344,6 +344,27 @@ MUTATIONS = [
         "tests/hooks/test_memory.py::test_a_lora_is_the_same_bit_for_bit",
     ),
     Mutation(
+        "checkpointing that loses the gradients",
+        "sidestep_plugin/trainer/checkpointing.py",
+        "use_reentrant=False",
+        "use_reentrant=True",
+        "tests/hooks/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "checkpointing whose second pass draws other numbers",
+        "sidestep_plugin/trainer/checkpointing.py",
+        "use_reentrant=False",
+        "use_reentrant=False, preserve_rng_state=False",
+        "tests/hooks/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
+    ),
+    Mutation(
+        "checkpointing off without a margin of memory",
+        "sidestep_plugin/memory/estimate.py",
+        "self.total * MARGIN <= free",
+        "self.total <= free",
+        "tests/memory/test_estimate.py::test_a_margin_is_left_free",
+    ),
+    Mutation(
         "a fork that drops conditions by itself goes unnoticed",
         "sidestep_plugin/trainer/seams.py",
         "if _DROPOUT.fullmatch(name):",

@@ -127,6 +127,7 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "export",
         "crop_seconds",
         "frozen_weights",
+        "gradient_checkpointing",
         "license",
         "mask_nan",
         "node_rank",

@@ -42,13 +42,9 @@ class MemorySize(click.ParamType[int]):
 @click.option(
     "--seconds", type=FiniteFloat(0.0, 86_400.0, min_open=True), metavar="S", help="Longest song, without a dataset."
 )
-@click.option(
-    "--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU, as in 12GB.  [default: what is free]"
-)
+@click.option("--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU: 12GB.  [default: what is free]")
 @click.option("--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Adapter.")
-@click.option(
-    "--rank", type=WholeNumber(1, 65_536), metavar="N", help="Size of the adapter.  [default: LoRA 8, LoKr 64]"
-)
+@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help="Its size.  [default: LoRA 8, LoKr 64]")
 @click.option(
     "--target-modules",
     default="q_proj,k_proj,v_proj,o_proj",
@@ -56,7 +52,14 @@ class MemorySize(click.ParamType[int]):
     metavar="NAMES",
     help="Layers to adapt.",
 )
-@click.option("--dropout", type=FiniteFloat(0.0, 1.0, max_open=True), metavar="X", default=0.1, show_default=True)
+@click.option(
+    "--dropout",
+    type=FiniteFloat(0.0, 1.0, max_open=True),
+    metavar="X",
+    default=0.1,
+    show_default=True,
+    help="LoRA dropout.",
+)
 @click.option(
     "--batch-size", type=WholeNumber(1, 1024), metavar="N", default=1, show_default=True, help="Songs per batch."
 )
@@ -148,7 +151,7 @@ class _Answer:
             f"{settings.tokens} tokens",
             *(f"Note: {note}" for note in self.notes),
             "",
-            "GiB at the peak of a training in bf16 on a GPU, computed and not measured; each line keeps the flags above:",
+            "GiB at the peak of a training in bf16 on a GPU, computed, not measured; each line keeps the flags above:",
             "",
             *as_text(self.rows, self.free),
             "",
@@ -239,9 +242,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int]:
     assert dataset_dir is not None
     frames, tokens = longest(songs_in(dataset_dir))
     if not frames:
-        raise Refusal(
-            f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name their folder."
-        )
+        raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     return frames, tokens
 
 

@@ -152,10 +152,8 @@ def adapter_parameters(size: DecoderSize, kind: AdapterType, rank: int, targets:
 def _lokr(outputs: int, inputs: int, rank: int) -> int:
     """Parameters of a LoKr of one linear layer as LyCORIS makes it with factor -1: a Kronecker product of two."""
     (out_small, out_large), (in_small, in_large) = _factors(outputs), _factors(inputs)
-    if 2 * rank >= max(out_large, in_large):
-        second = out_large * in_large
-    else:
-        second = rank * (out_large + in_large)
+    whole = 2 * rank >= max(out_large, in_large)
+    second = out_large * in_large if whole else rank * (out_large + in_large)
     return out_small * in_small + second
 
 

@@ -239,3 +239,34 @@ def test_gradient_checkpointing_changes_no_bit(train, real_model, equal_bits, ki
         return train(family, kind, handler=handler, options={"gradient_checkpointing": choice})
 
     assert equal_bits(trained("on"), trained("off"))
+
+
+@pytest.mark.parametrize("family", list(FILES))
+def test_parameters_are_counted_as_in_the_real_decoder(trainer, family):
+    """At full size on torch's meta device, where weights take no memory. XL's sizes are partly guessed."""
+    from sidestep_plugin.memory.known import known_size
+    from sidestep_plugin.memory.sizes import DecoderSize
+
+    pytest.importorskip("vector_quantize_pytorch", reason="upstream's models need vector-quantize-pytorch and einops")
+    try:
+        modeling = importlib.import_module(FILES[family])
+    except ModuleNotFoundError as error:
+        pytest.skip(f"this checkout has no {FILES[family]} ({error.name})")
+    size = known_size(family)
+    config = modeling.AceStepConfig(
+        hidden_size=size.width,
+        intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        head_dim=size.head_dim,
+        layer_types=["full_attention"] * size.layers,
+        **({"encoder_hidden_size": size.condition_width} if family.startswith("xl") else {}),
+    )
+    with torch.device("meta"):
+        decoder = modeling.AceStepDiTModel(config)
+    assert DecoderSize.from_config(config.to_dict()) == size
+    assert sum(weight.numel() for weight in decoder.parameters()) == size.parameters
+    linear = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
+    cast = [weight for module in decoder.modules() if isinstance(module, linear) for weight in module.parameters()]
+    assert sum(weight.numel() for weight in cast) == size.cast_parameters
