@@ -59,6 +59,27 @@ MUTATIONS = [
         "tests/hooks/test_song_cache.py::test_a_song_that_somebody_wrote_to_is_read_again",
     ),
     Mutation(
+        "the measuring of quantized weights draws from the run's random numbers",
+        "hooks/quantization.py",
+        "torch.randn(data.shape, generator=torch.Generator().manual_seed(0))",
+        "torch.randn(data.shape)",
+        "tests/hooks/test_quantization.py::test_measuring_draws_no_random_number",
+    ),
+    Mutation(
+        "quantized layers that stay in the model",
+        "sidestep_plugin/trainer/wrappers/replaced_modules.py",
+        "        if command_line.get() is None:",
+        "        if False:",
+        "tests/hooks/test_quantization.py::test_a_training_with_quantized_weights",
+    ),
+    Mutation(
+        "compiled blocks that stay compiled",
+        "sidestep_plugin/trainer/wrappers/compiled_modules.py",
+        "    training.at_end.append(partial(_undo, modules))\n",
+        "",
+        "tests/hooks/test_compiling.py::test_a_training_with_compiled_blocks",
+    ),
+    Mutation(
         "windows in validation",
         "hooks/crops.py",
         "window is None or not step.training or",
