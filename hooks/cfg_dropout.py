@@ -39,9 +39,37 @@ def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> Mapping[str, 
         )
     dropped = torch.rand((conditions.shape[0],), device=step.device, dtype=step.dtype) < cfg_ratio
     step.run.state.setdefault(DROPPED, []).append(dropped)
-    if step.device.type == "cpu" and not dropped.any():
-        return None  # nothing to copy; on a GPU, asking would wait for it
+    if step.device.type == "cpu":  # on a GPU, asking which rows would wait for it
+        return _replaced(step, conditions, null, dropped.tolist())
     return {"encoder_hidden_states": torch.where(dropped.view(-1, 1, 1), null, conditions)}
+
+
+def _replaced(
+    step: Step, conditions: torch.Tensor, null: torch.Tensor, dropped: list[bool]
+) -> dict[str, torch.Tensor] | None:
+    """The same as ``torch.where``, with as little copied as can be.
+
+    Where rows are kept beside dropped ones, the kept rows have to be copied: the batch belongs to its caller.
+    """
+    if not any(dropped):
+        return None
+    if len(dropped) == 1:
+        return {"encoder_hidden_states": _repeated(step, null, conditions.shape[1])}
+    replaced = conditions.clone()
+    for row, without in enumerate(dropped):
+        if without:
+            replaced[row] = null[0]
+    return {"encoder_hidden_states": replaced}
+
+
+def _repeated(step: Step, null: torch.Tensor, length: int) -> torch.Tensor:
+    """The null condition [1,L,D] for a batch of one row; one copy is kept, for the longest so far."""
+    key = "sidestep.repeated_null_condition"
+    kept: torch.Tensor | None = step.run.state.get(key)
+    # Made anew if somebody wrote to what was handed out.
+    if kept is None or kept.shape[1] < length or kept.dtype != null.dtype or kept._version:
+        kept = step.run.state[key] = null.repeat(1, length, 1)
+    return kept.narrow(1, 0, length)
 
 
 def _null_condition(step: Step) -> torch.Tensor:

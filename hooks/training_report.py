@@ -68,7 +68,8 @@ def note_step(step: Step) -> None:
         notes.began = notes.ended  # the setup does not count for the time per step
     notes.paused = step.run.state.get(PAUSED, 0.0)
     notes.count += 1
-    notes.steps.append((None if step.t is None else step.t.detach(), step.loss.detach()))
+    t, loss = step.t, step.loss
+    notes.steps.append((t.detach() if t is not None and t.requires_grad else t, loss))
 
 
 @hookimpl

@@ -160,9 +160,9 @@ class Registry:
             ]
             if hook in hookspecs.EXCLUSIVE and len(implementing) > 1:
                 implementing = [(name, plugin) for name, plugin in implementing if name == self.wins]
+            others = {name: [other for _, other in plugins if other is not plugin] for name, plugin in implementing}
             self._callers[hook] = tuple(
-                (name, self._manager.subset_hook_caller(hook, [other for _, other in plugins if other is not plugin]))
-                for name, plugin in implementing
+                (name, _directly(self._manager.subset_hook_caller(hook, others[name]))) for name, _ in implementing
             )
         return self._callers[hook]
 
@@ -250,6 +250,30 @@ class Registry:
     def _hook(self, hook: str) -> pluggy.HookCaller:
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller
+
+
+def _directly(caller: pluggy.HookCaller) -> Callable[..., Any]:
+    """What a hook caller does, with the same answers in the same order, for a quarter of the time: a step calls three.
+
+    Implementations that wrap others are left to pluggy.
+    """
+    implementations = [impl for impl in reversed(caller.get_hookimpls())]
+    if caller.spec is None or any(impl.hookwrapper or impl.wrapper for impl in implementations):
+        return caller
+    calls = [(impl.function, impl.argnames) for impl in implementations]
+    first = bool(caller.spec.opts.get("firstresult"))
+
+    def call(**arguments: Any) -> Any:
+        answers = []
+        for function, names in calls:
+            answer = function(*[arguments[name] for name in names])
+            if answer is not None:
+                if first:
+                    return answer
+                answers.append(answer)
+        return None if first else answers
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -468,3 +468,53 @@ def test_the_list_holds_sidestep_as_it_is_installed():
     assert sidestep.distribution == "sidestep-plugin"
     assert "acestep_sample_timesteps" in sidestep.hooks
     assert "--cfg-ratio" in sidestep.options
+
+
+# -- calling implementations without pluggy --------------------------------------------------------------------------
+
+
+class Several:
+    """Several implementations of one hook in one plugin, whose answers show the order of the calls."""
+
+    def __init__(self, **answers):
+        for name, (answer, more) in answers.items():
+            setattr(self, name, hookimpl(specname="acestep_song_cache", **more)(self._answering(answer)))
+
+    @staticmethod
+    def _answering(answer):
+        def implementation(run):
+            return answer
+
+        return implementation
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"a": (1, {}), "b": (2, {}), "c": (3, {})},
+        {"a": (1, {"tryfirst": True}), "b": (2, {}), "c": (3, {"trylast": True})},
+        {"a": (None, {}), "b": (2, {"trylast": True}), "c": (0, {})},
+    ],
+)
+def test_answers_and_their_order_are_pluggys(answers):
+    registry = Registry()
+    plugin = Several(**answers)
+    registry.register(plugin, "several")
+    expected = registry._manager.subset_hook_caller("acestep_song_cache", [])(run=None)
+    assert [answer for _, answer in registry.call("acestep_song_cache", run=None)] == expected
+
+
+def test_an_implementation_that_wraps_others_is_left_to_pluggy():
+    class Wrapping:
+        @hookimpl
+        def acestep_song_cache(self):
+            return 1
+
+        @hookimpl(specname="acestep_song_cache", wrapper=True)
+        def more(self):
+            answers = yield
+            return [answer + 1 for answer in answers]
+
+    registry = Registry()
+    registry.register(Wrapping(), "wrapping")
+    assert registry.call("acestep_song_cache", run=None) == [("wrapping", 2)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ..errors import Refusal
@@ -66,7 +67,7 @@ class Treatment:
     def variant(self) -> Variant:
         return self.decision.variant
 
-    @property
+    @cached_property  # asked in every step
     def is_upstreams_own(self) -> bool:
         """Whether upstream's own sampler draws exactly this schedule, so that it can be left to do so."""
         return self.timestep_mode == "discrete" and self.schedule == inference_timesteps(TURBO_SHIFT, TURBO_STEPS)

@@ -18,9 +18,14 @@ def checked_lines(plugin: str, hook: str, lines: Any) -> Sequence[str]:
     return lines
 
 
-def writes(batch: Mapping[str, Any]) -> list[int]:
-    """How often each tensor of a batch was written to. torch counts this, so no values are read."""
-    return [value._version for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
+def counted(batch: Mapping[str, Any]) -> list[Any]:
+    """The tensors of a batch of which torch counts how often they were written to."""
+    return [value for value in batch.values() if hasattr(value, "_version") and not value.is_inference()]
+
+
+def writes(tensors: list[Any]) -> list[int]:
+    """How often each tensor was written to. No values are read."""
+    return [tensor._version for tensor in tensors]
 
 
 def check_replaced(plugin: str, batch: Mapping[str, Any], replaced: Mapping[str, Any], device: torch.device) -> None:

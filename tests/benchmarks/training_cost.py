@@ -26,6 +26,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "upstream alone": None,
     "--frozen-weights fp32": {"frozen_weights": "fp32"},
     "--frozen-weights auto": {"frozen_weights": "auto"},
+    "--base-weights int8": {"base_weights": "int8"},
+    "--compile": {"compile": True},
 }
 
 
@@ -68,7 +70,10 @@ def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: i
         def note(decoder: Any, _: Any) -> None:
             starts.append(time.perf_counter())
             sizes_seen.append(
-                sum(weight.numel() * weight.element_size() for weight in handler.model.decoder.parameters())
+                sum(
+                    tensor.numel() * tensor.element_size()
+                    for tensor in (*handler.model.decoder.parameters(), *handler.model.decoder.buffers())
+                )
             )
 
         handler.model.decoder.register_forward_pre_hook(note)
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=20, help="length of a song [20]")
     parser.add_argument("--steps", type=int, default=6, help="steps of a training [6]")
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind [3]")
+    parser.add_argument("--only", choices=WAYS, action="append", help="measure this way, beside upstream alone")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "WAY"), help=argparse.SUPPRESS)
     said = parser.parse_args()
     sizes = (said.width, said.layers, said.seconds, said.steps)
@@ -108,9 +114,12 @@ def main() -> None:
     print(f"{'':<32}{'time a step':>14}{'parameters':>14}{'peak memory':>14}   (ratios to upstream alone)")
     words = [f"--{name}={value}" for name, value in zip(("width", "layers", "seconds", "steps"), sizes, strict=True)]
     for kind in ("lora", "lokr"):
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        ways = [way for way in WAYS if not said.only or way in ("upstream alone", *said.only)]
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        if kind == "lokr":
+            found.pop("--base-weights int8", None)  # for a LoRA only
         for _ in range(said.rounds):
-            for way in WAYS:
+            for way in found:
                 line = [sys.executable, "-W", "ignore", __file__, *words, "--one", kind, way]
                 done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8")
                 if done.returncode:

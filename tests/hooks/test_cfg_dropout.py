@@ -215,3 +215,21 @@ def test_a_model_without_a_null_condition_is_refused_before_the_first_step(missi
         start()
     start(cfg_ratio=0.0)
     start(variant="turbo")
+
+
+def test_a_single_dropped_row_is_not_copied_and_stays_the_null_condition():
+    """Of one kept copy, for the longest so far; made anew when somebody wrote to it."""
+    step = a_step(cfg_ratio=1.0)
+    null = step.run.model.null_condition_emb.detach()
+
+    def dropped(length):
+        batch = {name: value[:1] for name, value in a_batch(rows=1).items() if hasattr(value, "shape")}
+        batch["encoder_hidden_states"] = torch.randn(1, length, null.shape[-1])
+        return acestep_prepare_batch(step=step, batch=batch)["encoder_hidden_states"]
+
+    for length in (5, 3, 9, 9):
+        answer = dropped(length)
+        assert answer.shape[1] == length and answer.is_contiguous() and (answer == null).all()
+    assert dropped(9).data_ptr() == answer.data_ptr() == dropped(4).data_ptr()
+    answer.zero_()
+    assert (dropped(9) == null).all()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ...errors import PluginError, Refusal
-from ..answers import described, writes
+from ..answers import counted, described, writes
 from ..current import running_training
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SongCache:
             return read()
         kept = self._kept.get(file)
         # A tensor that somebody wrote to is not what is in the file any more.
-        if kept is not None and (kept.state, kept.written) == (state, writes(kept.song)):
+        if kept is not None and (kept.state, kept.written) == (state, writes(counted(kept.song))):
             return _handed_out(kept.song)
         if kept is not None:
             self.room += _size(kept.song)
@@ -113,7 +113,7 @@ class SongCache:
         if size > self.room:
             return song
         self.room -= size
-        self._kept[file] = _Kept(song, state, writes(song))
+        self._kept[file] = _Kept(song, state, writes(counted(song)))
         return _handed_out(song)
 
     def clear(self) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError, Refusal
 from ...run import AdapterType, Run, Step, note
-from ..answers import check_replaced, described, writes
+from ..answers import check_replaced, counted, described, writes
 from ..current import running_step
 from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
 from ..evaluation import evaluating, without_condition
@@ -43,21 +42,25 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             journal = host.journals.get(run)
             if journal is not None and (loss := journal.recorded(run, training)) is not None:
                 return loss
-            step = Step(run, module, training, torch.device(module.device), module.dtype)
+            device = module.device if isinstance(module.device, torch.device) else torch.device(module.device)
+            step = Step(run, module, training, device, module.dtype)
             if prepares:
                 batch = _prepared(host, step, batch)
             run.steps += training
+            calls: list[Given] = []
             token = running_step.set(step)
             try:
-                look = run.first_step and (samples or prepares)
-                watch: AbstractContextManager[list[Given]] = watched_decoder(module) if look else nullcontext([])
-                with watch as calls:
+                if (samples or prepares) and run.first_step:
+                    with watched_decoder(module) as calls:
+                        loss = original(module, batch, *args, **kwargs)
+                else:
                     loss = original(module, batch, *args, **kwargs)
             finally:
                 running_step.reset(token)
             if samples and not step.sampler_called:
                 raise unused(module, f"ended without calling {SAMPLER}")
-            check_decoder_input(step, batch, calls, samples=samples)
+            if calls:
+                check_decoder_input(step, batch, calls, samples=samples)
             if journal is not None:
                 loss = journal.record(loss, training)
             if finishes:
@@ -100,11 +103,12 @@ def _evaluated(
 
 def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any]:
     prepared = dict(batch)
-    written = writes(batch)
+    tensors = counted(batch)
+    written = writes(tensors)
     for name, caller in host.registry.callers("acestep_prepare_batch"):
         asked = {"step": step, "batch": MappingProxyType(prepared)}
         answers = host.registry.ask(name, caller, "acestep_prepare_batch", asked)
-        if written != writes(batch):
+        if written != writes(tensors):
             raise PluginError(
                 f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch. They belong to "
                 "upstream: return new tensors."
