@@ -164,7 +164,7 @@ def train(trainer, job, folder):
                 seen["messages"].append(text)
                 if text.startswith("❌"):
                     print(text, file=sys.stderr, flush=True)
-                    if ranks().several:
+                    if noting.steps:  # the other process waits for this one's gradients
                         os._exit(1)
         weights = {
             name: weight.detach().clone()
@@ -178,7 +178,7 @@ def train(trainer, job, folder):
     del seen["optimizer"]
     return seen | vars(noting) | {
         "weights": sorted((digest(weight), tuple(weight.shape)) for weight in weights.values()),
-        "losses": list(made.module.training_losses),
+        "losses": [] if made.module is None else list(made.module.training_losses),
         "random": torch.get_rng_state(),
     }  # fmt: skip
 
