@@ -165,7 +165,7 @@ def _followed(
     host: Host, training: Training, running: Generator[Any, Any, None], state: Mapping[str, Any] | None
 ) -> Generator[Any, Any, None]:
     """Yield what upstream reports. A run that is stopped or fails is saved."""
-    journal = training.journal
+    run, journal = training.run, training.journal
     step, loss = 0, 0.0
     try:
         # The generator may outlive the block of attach(); from then on it would be upstream's own training.
