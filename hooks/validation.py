@@ -214,7 +214,7 @@ def acestep_validated(run: Run, validation: Validation) -> Verdict | None:
 
 def to_keep(run: Run) -> dict[str, Any] | None:
     """What a checkpoint keeps of the validations; None without any."""
-    history: History | None = run.state.get(_KEY)
+    history: History | None = None if run.tensor_dir is None else run.state.get(_KEY)
     return None if history is None else history.as_state()
 
 
