@@ -91,8 +91,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             training = Training(run, trainer, _journal(host, run, trainer, point), plan)
             state = call.arguments.get("training_state")
             if run.ranks.several:
-                state = {} if state is None else state
-                call.arguments["training_state"] = SharedState(state, host.announce)
+                state = SharedState({} if state is None else state, host.announce)
+                call.arguments["training_state"] = state
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
@@ -229,7 +229,9 @@ def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
 
 
 def _stopped(state: Mapping[str, Any] | None) -> bool:
-    """Whether upstream's stop button was pressed."""
+    """Whether upstream's stop button was pressed; in several processes, whether all of them stopped for it."""
+    if isinstance(state, SharedState):
+        return state.agreed
     return bool(state and state.get("should_stop"))
 
 
