@@ -221,15 +221,20 @@ class SharedState(MutableMapping[str, Any]):
     Args:
         own: the state of this process, which is told, too.
         announce: takes a line when the training stops.
+
+    Attributes:
+        agreed: whether all processes stop. A signal may come after they last agreed: that is the state's own entry.
     """
 
     def __init__(self, own: MutableMapping[str, Any], announce: Callable[[str], None]) -> None:
         self._own, self._announce = own, announce
         own.setdefault(STOP, False)
+        self.agreed = False
 
     def __getitem__(self, key: str) -> Any:
         if key == STOP:
             self._agree()
+            return self.agreed
         return self._own[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -252,7 +257,7 @@ class SharedState(MutableMapping[str, Any]):
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=_groups["cpu"])
         stop, interrupted = map(bool, wishes.tolist())
         if stop:
-            self._own[STOP] = True
+            self.agreed = self._own[STOP] = True
             self._own[INTERRUPTED] = interrupted
             if interrupted:
                 self._announce("Stopping after this step, and saving.")

@@ -9,6 +9,7 @@ import pytest
 from sidestep_plugin import PluginError, Refusal, hookimpl
 from sidestep_plugin.ranks import Ranks, ranks
 from sidestep_plugin.registry import Registry
+from sidestep_plugin.trainer import processes
 from sidestep_plugin.trainer.processes import lost_connection, plan_of
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -139,3 +140,17 @@ def test_songs_that_cannot_be_divided_are_announced(planned):
 )
 def test_a_lost_connection_is_told_from_a_failure(text, lost):
     assert lost_connection(text) == lost
+
+
+def test_a_signal_that_comes_while_they_agree_waits_for_the_next_step(monkeypatch):
+    """Else this process would stop alone, and the others would wait for it."""
+    import torch.distributed
+
+    own, said = {}, []
+    monkeypatch.setitem(processes._groups, "cpu", None)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda *_, **__: own.update(should_stop=True, interrupted=True)
+    )
+    shared = processes.SharedState(own, said.append)
+    assert not shared.get("should_stop", False) and not shared.agreed and not said
+    assert shared.get("should_stop", False) and shared.agreed and len(said) == 1

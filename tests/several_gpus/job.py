@@ -175,7 +175,7 @@ def train(trainer, job, folder):
         trainer.Fabric = own_engine
         if own_loader is not None:
             trainer.PreprocessedDataModule.train_dataloader = own_loader
-    del seen["optimizer"]
+    seen.pop("optimizer", None)
     return seen | vars(noting) | {
         "weights": sorted((digest(weight), tuple(weight.shape)) for weight in weights.values()),
         "losses": [] if made.module is None else list(made.module.training_losses),

@@ -96,13 +96,12 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 call.arguments.pop("resume_from", None)
             training = Training(run, trainer, journal, validation, plan)
             state = call.arguments.get("training_state")
-            stoppable = run.ranks.several or (validation is not None and validation.plan.patient)
-            if state is None and stoppable and "training_state" in signature.parameters:
+            if run.ranks.several:
+                state = call.arguments["training_state"] = SharedState({} if state is None else state, host.announce)
+            elif state is None and validation is not None and validation.plan.patient:
                 state = call.arguments["training_state"] = {}
             if validation is not None:
                 validation.training, validation.state = training, state
-            if run.ranks.several and state is not None:
-                call.arguments["training_state"] = SharedState(state, host.announce)
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
 
     return train_from_preprocessed
@@ -245,7 +244,9 @@ def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
 
 
 def _stopped(state: Mapping[str, Any] | None) -> bool:
-    """Whether upstream's stop button was pressed."""
+    """Whether upstream's stop button was pressed; in several processes, whether all of them stopped for it."""
+    if isinstance(state, SharedState):
+        return state.agreed
     return bool(state and state.get("should_stop"))
 
 
