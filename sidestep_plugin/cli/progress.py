@@ -24,6 +24,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 _BAR, _NARROW_BAR = 16, 6  # characters
 _WIDE = 120  # columns of a terminal
 _TIMED_STEPS = 10  # after which the rest is estimated
+_WORTH_SAYING = 60.0  # seconds that are left
 
 
 class Progress:
@@ -107,6 +108,8 @@ class Progress:
         """Say once what an epoch takes, by the clock and without asking the device."""
         a_step = 1.0 / self._rate()
         epoch, rest = a_step * self._steps_per_epoch, a_step * (self._total - self.step)
+        if rest < _WORTH_SAYING:
+            return
         self.say(
             f"Time: about {_duration(epoch)} per epoch, {_duration(rest)} left ({_TIMED_STEPS} steps took "
             f"{_duration(_TIMED_STEPS * a_step)})"

@@ -96,3 +96,13 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(tmp_path):
         assert process.wait(timeout=120) == 0, errors
     assert re.search("Error|Exception|No space", errors) is None
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(6.0, 1), (1.0, 0)])
+def test_what_an_epoch_takes_is_said_once_after_ten_steps(stepping, capsys, seconds, said):
+    """If a minute or more is left: 39 steps here."""
+    for number in range(51, 81):
+        stepping(number, seconds)
+    out = capsys.readouterr().out
+    assert out.count("Time: about") == said
+    assert ("Time: about 0:01:00 per epoch, 0:03:54 left (10 steps took 0:01:00)" in out) is bool(said)

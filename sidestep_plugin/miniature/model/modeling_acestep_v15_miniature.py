@@ -118,6 +118,7 @@ class AceStepDiTModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The decoder: noisy latents, context and condition in, velocity out."""
 
     config_class = AceStepConfig
+    main_input_name = "hidden_states"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
