@@ -241,7 +241,7 @@ class MemoryPlan:
     replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     after_replacing: Callable[[], Sequence[str]] | None = None
     compiled: frozenset[str] = frozenset()
-    not_compiled: Callable[[str], Sequence[str]] = lambda reason: (f"Warning: torch.compile failed: {reason}",)
+    not_compiled: Callable[[str], Sequence[str]] | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 
