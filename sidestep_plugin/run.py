@@ -273,7 +273,7 @@ class MemoryPlan:
     after_replacing: Callable[[], Sequence[str]] | None = None
     checkpointing: bool | None = None
     compiled: frozenset[str] = frozenset()
-    not_compiled: Callable[[str], Sequence[str]] = lambda reason: (f"Warning: torch.compile failed: {reason}",)
+    not_compiled: Callable[[str], Sequence[str]] | None = None
     lines: tuple[str, ...] = ()
     outcome: Callable[[int | None], Sequence[str]] | None = None
 

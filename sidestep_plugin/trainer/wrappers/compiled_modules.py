@@ -44,7 +44,8 @@ def compile_modules(host: Host, plugin: str, training: Training, decoder: torch.
         _undo(modules)
         if not failed:
             failed.append(_reason(error))
-            for line in checked_lines(plugin, "acestep_plan_memory", plan.not_compiled(failed[0])):
+            lines = [] if plan.not_compiled is None else plan.not_compiled(failed[0])
+            for line in checked_lines(plugin, "acestep_plan_memory", lines):
                 host.announce(line)
 
     training.at_end.append(partial(_undo, modules))
