@@ -45,6 +45,11 @@ def two(base, kinds, tmp_path_factory):
     jobs["plain"] = PLAIN
     jobs["stopped"] = PLAIN | {"stop": [1, 5]}
     jobs["resumed"] = PLAIN | {"resume_from": str(folder / str(len(jobs) - 1) / "output" / "interrupted")}
+    looked_at = {"validate": 2, "validate_every": 1, "preview_every": 1, "preview_seconds": 0.2}
+    jobs["looked at"] = PLAIN | {"options": PLAIN["options"] | looked_at}
+    jobs["not looked at"] = PLAIN | {"options": PLAIN["options"] | {"validate": 2, "validate_every": 100}}
+    patient = {"validate": 2, "validate_every": 1, "patience": 1}
+    jobs["patient"] = {"options": patient, "settings": {"learning_rate": 0.0, "max_epochs": 6}}
     jobs["other seed"] = PLAIN | {"settings": {"seed": 20, "max_epochs": 1}}
     seen = done(folder, [base | one for one in jobs.values()], 2)
     return {
@@ -150,3 +155,29 @@ def test_resuming_with_as_many_processes_equals_going_through(two):
         json.loads((place[2] / "training_report.json").read_text(encoding="utf-8")) for place in (whole, resumed)
     ]
     assert reports[0]["loss_by_epoch"] == reports[1]["loss_by_epoch"]
+
+
+def test_validation_and_previews_change_nothing(two):
+    """All processes validate and judge the numbers of the first one, which makes the clips."""
+    (first, second, output), (one, other, place) = two["looked at"], two["not looked at"]
+    assert first["weights"] == second["weights"] == one["weights"] == other["weights"]
+    assert torch.equal(first["random"], one["random"]) and torch.equal(second["random"], other["random"])
+    ours, its = adapter(output), adapter(place)
+    assert ours.keys() == its.keys() and all(torch.equal(ours[name], its[name]) for name in ours)
+    report = json.loads((output / "training_report.json").read_text(encoding="utf-8"))["validation"]
+    assert [entry["epoch"] for entry in report["epochs"]] == [0, 1, 2, 3]
+    assert (output / "checkpoints" / "best" / "resume_state.pt").is_file()
+    assert sorted(folder.name for folder in (output / "previews").iterdir() if folder.is_dir()) == [
+        "base_model",
+        "epoch_1",
+        "epoch_2",
+        "epoch_3",
+    ]
+    assert sum("Previews: " in line and "clips in" in line for line in first["said"]) == 1
+
+
+def test_patience_ends_all_processes_after_the_same_step(two):
+    first, second, output = two["patient"]
+    assert first["steps"] == second["steps"] == 4, "two epochs of two steps: the second one was not better"
+    assert adapter(output)
+    assert sum("final is the best adapter, of epoch 1" in text for text in first["messages"]) == 1

@@ -98,8 +98,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             state = call.arguments.get("training_state")
             if run.ranks.several:
                 state = call.arguments["training_state"] = SharedState({} if state is None else state, host.announce)
-            elif state is None and validation is not None and validation.plan.patient:
-                state = call.arguments["training_state"] = {}
+            elif state is None and validation is not None and "training_state" in signature.parameters:
+                state = call.arguments["training_state"] = {}  # with which patience stops it
             if validation is not None:
                 validation.training, validation.state = training, state
             yield from _followed(host, training, original(*call.args, **call.kwargs), state)
