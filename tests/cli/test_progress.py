@@ -95,3 +95,11 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(tmp_path):
         assert process.wait(timeout=120) == 0, errors
     assert re.search("Error|Exception|No space", errors) is None
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
+
+
+def test_the_best_epoch_is_in_the_bar():
+    progress = Progress()
+    progress.begin(10, 10)
+    assert "best epoch" not in progress._status()
+    progress.best_epoch = 3
+    assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=50)
