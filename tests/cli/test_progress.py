@@ -102,4 +102,4 @@ def test_the_best_epoch_is_in_the_bar():
     progress.begin(10, 10)
     assert "best epoch" not in progress._status()
     progress.best_epoch = 3
-    assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=50)
+    assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=40)
