@@ -94,7 +94,7 @@ class Progress:
         if not self.began:
             self.began, self._first_step = True, step.run.steps
             self._first = self._shown = time.monotonic()  # the setup does not count for the rate
-        self.best_epoch = step.run.best_epoch
+        self.best_epoch = getattr(step.run, "best_epoch", None)
         self.step = step.run.steps  # of a resumed training with those before it
         if math.isfinite(self.newest):  # upstream skips single steps that are not finite
             before = self.newest if self.loss is None else self.loss

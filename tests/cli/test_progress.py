@@ -106,3 +106,11 @@ def test_what_an_epoch_takes_is_said_once_after_ten_steps(stepping, capsys, seco
     out = capsys.readouterr().out
     assert out.count("Time: about") == said
     assert ("Time: about 0:01:00 per epoch, 0:03:54 left (10 steps took 0:01:00)" in out) is bool(said)
+
+
+def test_the_best_epoch_is_in_the_bar():
+    progress = Progress()
+    progress.begin(10, 10)
+    assert "best epoch" not in progress._status()
+    progress.best_epoch = 3
+    assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=40)
