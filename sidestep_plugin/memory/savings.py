@@ -11,8 +11,6 @@ from .estimate import FRAMES_A_SECOND, Settings
 _CROPS: Final = (120, 60, 30)
 """Seconds that are suggested for the windows of songs: the longest of them that halves the song."""
 
-_SMALL_RANK: Final = 8
-
 
 @dataclass(frozen=True)
 class Saving:
@@ -54,7 +52,7 @@ def _batch(now: Settings) -> Settings | None:
 
 
 def _rank(now: Settings) -> Settings | None:
-    return now.but(rank=now.rank // 2) if now.rank > _SMALL_RANK else None
+    return now.but(rank=now.rank // 2) if now.rank > 1 else None
 
 
 def _base(now: Settings) -> Settings | None:
@@ -77,13 +75,6 @@ SAVINGS: Final = (
         cost="same adapter, bit for bit; steps take longer",
     ),
     Saving(
-        option="crop_seconds",
-        apply=_crop,
-        flag=lambda then: f"--crop-seconds {then.crop_seconds:g}",
-        advice=lambda now, then: f"use --crop-seconds {then.crop_seconds:g}",
-        cost="trains on parts of the songs",
-    ),
-    Saving(
         option="",
         apply=_batch,
         flag=lambda then: f"--batch-size 1 --gradient-accumulation {then.accumulation}",
@@ -92,6 +83,13 @@ SAVINGS: Final = (
             f"{now.accumulation}) to {then.accumulation}"
         ),
         cost="as many songs for each optimizer step",
+    ),
+    Saving(
+        option="crop_seconds",
+        apply=_crop,
+        flag=lambda then: f"--crop-seconds {then.crop_seconds:g}",
+        advice=lambda now, then: f"use --crop-seconds {then.crop_seconds:g}",
+        cost="trains on parts of the songs",
     ),
     Saving(
         option="",

@@ -30,7 +30,7 @@ def stepping(clock):
 
     def step(number, seconds=2.0):
         clock[0] += seconds
-        run = SimpleNamespace(steps=number, resumed_at=50)
+        run = SimpleNamespace(steps=number, resumed_at=50, best_epoch=None)
         module = SimpleNamespace(training_losses=[1.0])
         progress.acestep_step_finished(SimpleNamespace(training=True, loss=1.0, module=module, run=run))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -46,14 +48,23 @@ def close(one, other):
     assert one.losses == pytest.approx(other.losses, rel=1e-3)
 
 
+def skip_if_dropout_differs(checkpointing):
+    """Since version 5, transformers checkpoints inside of what is compiled, and dropout draws other numbers there."""
+    version = importlib.metadata.version("transformers")
+    if checkpointing == "on" and int(version.partition(".")[0]) >= 5:
+        pytest.skip(f"transformers {version}; ACE-Step asks for a version before 4.58")
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind):
-    handler, compiler = load("base"), Counting()
+def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind, checkpointing):
+    skip_if_dropout_differs(checkpointing)
+    handler, compiler, chosen = load("base"), Counting(), {"gradient_checkpointing": checkpointing}
     backend(compiler)
-    plain = train("base", kind)
+    plain = train("base", kind, options=chosen)
     assert not compiler.graphs
     capsys.readouterr()
-    done = train("base", kind, handler=handler, options={"compile": True})
+    done = train("base", kind, handler=handler, options=chosen | {"compile": True})
     assert compiler.graphs, done.messages
     close(plain, done)
     assert capsys.readouterr().out.count("Compile: 2 blocks in the first steps") == 1
@@ -66,8 +77,9 @@ def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind):
 def test_with_quantized_weights(train, backend):
     compiler = Counting()
     backend(compiler)
-    plain = train("base", options={"base_weights": "int8"}, max_epochs=1)
-    close(plain, train("base", options={"base_weights": "int8", "compile": True}, max_epochs=1))
+    chosen = {"base_weights": "int8", "gradient_checkpointing": "off"}
+    plain = train("base", options=chosen, max_epochs=1)
+    close(plain, train("base", options=chosen | {"compile": True}, max_epochs=1))
     assert compiler.graphs
 
 
@@ -108,8 +120,9 @@ def test_a_plan_names_modules_that_are_there(train):
 
 @pytest.mark.slow
 def test_with_torchs_own_compiler(train, capsys):
-    plain = train("base")
-    done = train("base", options={"compile": True})
+    chosen = {"gradient_checkpointing": "off"}
+    plain = train("base", options=chosen)
+    done = train("base", options=chosen | {"compile": True})
     if "has no effect" in capsys.readouterr().out:
         pytest.skip("no compiler here")
     close(plain, done)

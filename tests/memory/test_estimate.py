@@ -73,7 +73,7 @@ def test_what_changes_no_bit_comes_first():
 
 
 def test_only_options_that_are_there_are_advised():
-    assert advice_for(Settings(batch_size=1, rank=8), {"gradient_checkpointing"}) == [
+    assert advice_for(Settings(batch_size=1, rank=1), {"gradient_checkpointing"}) == [
         "use --gradient-checkpointing on (same adapter, bit for bit; steps take longer)"
     ]
 

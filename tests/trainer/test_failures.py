@@ -37,8 +37,8 @@ ALL = {"frozen_weights": "fp32", "gradient_checkpointing": "auto", "crop_seconds
 FLAGS = [
     "--frozen-weights bf16",
     "--gradient-checkpointing on",
-    "--crop-seconds 120",
     "--batch-size (now 4) to 1",
+    "--crop-seconds 120",
     "--rank (now 64) to 32",
     "--base-weights int8",
     "close other programs",
@@ -63,13 +63,13 @@ def test_without_memory_the_flags_are_named_in_the_order_of_what_they_cost(tmp_p
         ([0], {"options": ALL | {"frozen_weights": "auto"}}),
         ([0, 5], {"on_gpu": False}),
         ([1], {"checkpointed": True}),
-        ([2], {"frames": 59 * 25}),
-        ([2], {"options": ALL | {"crop_seconds": 30.0}}),
-        ([3], {"training": SimpleNamespace(batch_size=1, gradient_accumulation_steps=8)}),
-        ([4], {"adapter": SimpleNamespace(r=8)}),
+        ([3], {"frames": 59 * 25}),
+        ([3], {"options": ALL | {"crop_seconds": 30.0}}),
+        ([2], {"training": SimpleNamespace(batch_size=1, gradient_accumulation_steps=8)}),
+        ([4], {"adapter": SimpleNamespace(r=1)}),
         ([5], {"adapter": SimpleNamespace(linear_dim=64)}),
         ([0, 5], {"options": ALL | {"base_weights": "int8"}}),
-        ([0, 1, 2, 5], {"options": {}}),
+        ([0, 1, 3, 5], {"options": {}}),
     ],
 )
 def test_a_flag_that_would_change_nothing_is_not_named(tmp_path, left_out, known):
