@@ -1,0 +1,44 @@
+"""Is the base model a base for conclusions? Its own samples must come near the noise floor between two real sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import data
+from .measures import Scale, energy_distance
+from .presets import Preset
+from .sampling import generate
+
+NEAR = 2.0
+"""How many times the noise floor the samples' distance may be."""
+
+
+def judge(preset: Preset, model: Any, scale: Scale, domain: data.Domain) -> dict[str, Any]:
+    """Energy distance (biased, so that the floor is not 0) of samples at guidance 1 to real songs with other captions.
+
+    The floor is the mean distance between real sets of the same size; "noise" and "far" show what is far away.
+    """
+    number, frames = preset.judged, preset.frames
+    real = [data.draw(domain, number, frames, 500 + i) for i in range(6)]
+    features = [scale.features(songs.latents) for songs in real]
+    pairs = [energy_distance(features[i], features[j], biased=True) for i in range(6) for j in range(i)]
+    floor = sum(pairs) / len(pairs)
+    given = data.draw(domain, number, frames, 600).to(preset.device)
+    noise = torch.randn(given.latents.shape, generator=torch.Generator().manual_seed(7))
+    made = generate(
+        model, given.conditions, noise.to(preset.device), guidance=1.0, steps=preset.generation_steps
+    )
+    ours = scale.features(made)
+    distance = sum(energy_distance(ours, other, biased=True) for other in features) / 6
+    far = data.draw(data.target_domain("far", domain, 99), number, frames, 700)
+    return {
+        "samples": distance,
+        "floor": floor,
+        "floor_highest": max(pairs),
+        "noise": energy_distance(scale.features(noise), features[0], biased=True),
+        "far": energy_distance(scale.features(far.latents), features[0], biased=True),
+        "ratio": distance / floor,
+        "can_generate": distance <= NEAR * floor,
+    }
