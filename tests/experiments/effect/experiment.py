@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -133,10 +134,11 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _import_trainer(root: Path | None, out: Path) -> Any:
-    from loguru import logger
-
     from sidestep_plugin import miniature
     from sidestep_plugin.trainer.checkout import import_trainer
 
-    logger.remove()
+    with contextlib.suppress(ImportError):  # upstream's own log, which the miniature does without
+        from loguru import logger
+
+        logger.remove()
     return import_trainer(root or miniature.write_checkout(out / "checkout"))

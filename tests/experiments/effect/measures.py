@@ -7,6 +7,7 @@ spectrum over time in `BANDS` bands. They are scaled by the base domain's own sp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def band_centres(bands: int) -> list[float]:
 def law_weights(bands: int) -> list[float]:
     """The share of the model's own law in each band of t."""
     edges = [max_of_two_logit_normal_cdf(edge / bands, MU, SIGMA) for edge in range(bands + 1)]
-    return [high - low for low, high in zip(edges, edges[1:], strict=False)]
+    return [high - low for low, high in pairwise(edges)]
 
 
 @torch.no_grad()

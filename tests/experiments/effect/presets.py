@@ -56,7 +56,7 @@ class Preset:
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    channels: int = 16
+    channels: int = 12
     frames: int = 24
     base_steps: int = 6000
     base_batch: int = 64

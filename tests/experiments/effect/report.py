@@ -79,7 +79,9 @@ def values_of(rows: Iterable[Mapping[str, Any]], measure: str, **where: Any) -> 
 
 
 def means(rows: Iterable[Mapping[str, Any]], measure: str, arm: str, **where: Any) -> float | None:
-    found = [value for (_, name), values in values_of(rows, measure, **where).items() if name == arm for value in values]
+    found = [
+        value for (_, name), values in values_of(rows, measure, **where).items() if name == arm for value in values
+    ]
     return fmean(found) if found else None
 
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,22 @@ class SameNoise:
         self._step += 1
 
 
-def train(preset: Preset, trainer: Any, model: Any, cell: Cell, songs: data.Songs, work: Path) -> Iterator[
-    tuple[int, dict[str, Tensor]]
-]:
+def train(
+    preset: Preset,
+    trainer: Any,
+    model: Any,
+    cell: Cell,
+    songs: data.Songs,
+    work: Path,
+    watchers: Mapping[str, object] | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Train one adapter | yields (steps, its weights) at each of the preset's lengths, shortest first.
 
     Args:
         trainer: the module ``acestep.training.trainer``.
         model: the base model; it is not changed.
         work: a folder for songs and what upstream writes; it is removed.
+        watchers: more plugins, by name, which must only look.
 
     Raises:
         RuntimeError: the training ended before the last length; the message holds upstream's own.
@@ -119,7 +126,7 @@ def train(preset: Preset, trainer: Any, model: Any, cell: Cell, songs: data.Song
     with attach(
         trainer,
         options=options,
-        extra_plugins={"same-noise": SameNoise(seed)},
+        extra_plugins={"same-noise": SameNoise(seed), **(watchers or {})},
         allowed_folders=(work,),
         announce=said.append,
     ):
