@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 import math
 import random
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from experiments.effect import base_model, data, experiment, figure, intervals, judge, measures, report, runs, sampling
+from experiments.effect import (
+    base_model,
+    data,
+    experiment,
+    figure,
+    intervals,
+    judge,
+    measures,
+    recipe,
+    report,
+    runs,
+    sampling,
+)
 from experiments.effect.presets import LAW_DROP, TINY, UPSTREAM, Arm
+from safetensors.torch import save_file
 
-from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin import Refusal, hookimpl, miniature
+
+TINY_REAL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "text_hidden_dim": 32,
+    "num_lyric_encoder_hidden_layers": 1,
+    "num_timbre_encoder_hidden_layers": 1,
+    "num_attention_pooler_hidden_layers": 1,
+    "num_audio_decoder_hidden_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 32,
+    "timbre_hidden_dim": 64,
+    "fsq_dim": 64,
+}
 
 
 def planted(effect, seed, seeds=5, cells=4):
@@ -285,3 +321,83 @@ def test_the_whole_pipeline_finds_a_planted_effect_and_not_one_that_is_not_there
     assert "CANNOT generate" in text and "| loss, with condition |" in text
     figure.draw(tmp_path, tmp_path / "effect.png")
     assert (tmp_path / "effect.png").stat().st_size > 10_000
+
+
+def test_the_recipe_trains_every_arm_of_every_seed_once_and_compares_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    commands = []
+
+    def acestep_train(arguments, *, capture=False):
+        words = [str(argument) for argument in arguments]
+        commands.append(words)
+        said = "train compare preview"
+        if words[0] == "train":
+            (Path(words[words.index("--output-dir") + 1]) / "final").mkdir(parents=True)
+        elif words[0] == "compare":
+            folders = words[1 : words.index("--model")]
+            losses = [1.0 - 0.1 * ("law" in Path(folder).name) for folder in folders]
+            found = [{"adapter": folder, "loss": loss} for folder, loss in zip(folders, losses, strict=True)]
+            said = json.dumps({"adapters": found})
+        return subprocess.CompletedProcess(words, 0, said, "")
+
+    monkeypatch.setattr(recipe, "run", acestep_train)
+    folders = ["--acestep-root", "checkout", "--dataset-dir", "songs", "--held-out-dir", "others"]
+    line = [*folders, "--out", str(tmp_path), "--seeds", "3", "--", "--epochs", "7"]
+    assert recipe.main(line) == 0
+    trainings = [words for words in commands if words[0] == "train"]
+    assert len(trainings) == 12 and all(words[-2:] == ["--epochs", "7"] for words in trainings)
+    assert {words[words.index("--timestep-mode") + 1] for words in trainings} == {"discrete", "continuous"}
+    assert "loss, law − eight steps: -0.1, 95 % -0.1 to -0.1\n" in capsys.readouterr().out
+    commands.clear()
+    assert recipe.main(line) == 0
+    assert not [words for words in commands if words[0] in ("train", "compare")]
+
+
+def test_the_recipe_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(recipe, "run", lambda arguments, **_: subprocess.CompletedProcess([], 0, "train", ""))
+    folders = ["--acestep-root", "checkout", "--dataset-dir", "songs", "--held-out-dir", "others"]
+    assert recipe.main([*folders, "--out", str(tmp_path), "--seeds", "1"]) == 2
+    assert "has no 'acestep-train compare'" in capsys.readouterr().err
+
+
+def real_checkpoint(folder):
+    """A tiny model of the checkout's own files, saved as an official one is."""
+    modeling = importlib.import_module("acestep.models.base.modeling_acestep_v15_base")
+    config = modeling.AceStepConfig(**TINY_REAL)
+    torch.manual_seed(0)
+    weights = modeling.AceStepConditionGenerationModel(config).state_dict()
+    folder.mkdir(parents=True)
+    for file in Path(modeling.__file__).parent.glob("[!_]*.py"):
+        shutil.copy(file, folder)
+    names = {
+        "AutoConfig": "configuration_acestep_v15.AceStepConfig",
+        "AutoModel": "modeling_acestep_v15_base.AceStepConditionGenerationModel",
+    }
+    written = config.to_dict() | {"auto_map": names, "is_turbo": False, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(written, default=str), encoding="utf-8")
+    save_file({name: value.clone() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.upstream
+def test_the_recipe_runs_on_a_tiny_real_model(checkout, trainer, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("vector_quantize_pytorch", reason="upstream's models need vector-quantize-pytorch and einops")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    real_checkpoint(tmp_path / "checkpoints" / "acestep-v15-base")
+    held_out = miniature.write_tensors(tmp_path / "held", condition_width=64, songs=2, seed=2)
+    folders = {
+        "--acestep-root": checkout.root,
+        "--checkpoint-dir": tmp_path / "checkpoints",
+        "--dataset-dir": checkout.tensors,
+        "--held-out-dir": held_out,
+        "--out": tmp_path / "out",
+    }
+    line = [str(word) for pair in folders.items() for word in pair]
+    code = recipe.main([*line, "--seeds", "1", "--", "--epochs", "1", "--rank", "4", "--alpha", "8", "--yes"])
+    finished = {folder.parent.name for folder in (tmp_path / "out").glob("*/final")}
+    assert finished == {"eight-seed0", "eight-drop-seed0", "law-seed0", "law-drop-seed0"}, capfd.readouterr().err
+    if code == 2:
+        assert "has no 'acestep-train compare'" in capfd.readouterr().err
+    else:
+        assert code == 0 and (tmp_path / "out" / "recipe.json").exists()

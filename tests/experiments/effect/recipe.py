@@ -11,8 +11,8 @@ it was: what is finished is not done again. Nothing is sent anywhere.
 Songs: 12 to 20 of one artist or style for SONGS, 8 others of the same for HELD_OUT, 1 to 3 minutes each, preprocessed
 with ACE-Step. Repeat it with a style near to what the model plays anyway and one far from it. Public-domain and CC0
 recordings (Musopen, the Open Goldberg Variations, CC0 works on the Free Music Archive) may be published with the
-result. Time: 4 trainings a seed. An extra that this file leaves to you: KAD or FAD of the clips with two public encoders (CLAP
-and MERT, say), because one encoder's taste is not evidence.
+result. Time: 4 trainings a seed. An extra that this file leaves to you: KAD or FAD of the clips with two public
+encoders (CLAP and MERT, say), because one encoder's taste is not evidence.
 
 The seeds pair the initial adapter. Unlike in the toy, order and noise are not the same in all arms, because
 ``acestep-train`` draws them as ACE-Step does; expect wider intervals and use more seeds.
