@@ -171,15 +171,20 @@ class Gaussian:
         return (noise - song,)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_generation_follows_the_velocity_to_the_data(guidance):
+def test_a_generation_follows_the_velocity_to_the_data():
     model, conditions = Gaussian(), torch.full((64, 2, 3), 0.25)
     noise = torch.randn(64, 24, 12, generator=torch.Generator().manual_seed(1))
-    made = sampling.generate(model, conditions, noise, guidance=guidance, steps=200)
-    off = sampling.generate(model, conditions, noise, guidance=guidance, steps=200, null_decoder=model.decoder)
-    assert torch.allclose(made, off, atol=1e-5)
-    assert float(made.mean()) == pytest.approx(2.0 + 0.25 * guidance, abs=0.02)
-    assert float(made.std()) == pytest.approx(0.5, abs=0.02)
+    off = Gaussian(mean=1.0).decoder
+    guidances = (3.0, 1.0, 2.0)
+    several = sampling.generate(model, conditions, noise, guidances=guidances, steps=200)
+    for guidance, made in zip(guidances, several, strict=True):
+        assert float(made.mean()) == pytest.approx(2.0 + 0.25 * guidance, abs=0.02)
+        assert float(made.std()) == pytest.approx(0.5, abs=0.02)
+        (alone,) = sampling.generate(model, conditions, noise, guidances=[guidance], steps=200)
+        assert torch.allclose(made, alone, atol=1e-5)
+    plain, other = sampling.generate(model, conditions, noise, guidances=[1.0, 3.0], steps=200, null_decoder=off)
+    assert torch.allclose(plain, several[1], atol=1e-5)
+    assert float(other.mean()) == pytest.approx(1.0 + 1.25 * 3.0, abs=0.02)
 
 
 def test_the_held_out_loss_is_that_of_the_velocity():

@@ -101,20 +101,20 @@ def train(
         parameter.requires_grad_(True)
     average = [parameter.detach().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(trained, lr=preset.base_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done = 0
+    done, steps = 0, preset.base_steps + preset.base_refined
     if file.exists():
         state = torch.load(file, map_location=preset.device, weights_only=True)
         done, average = state["step"], state["average"]
-        if done < preset.base_steps:
+        if done < steps:
             with torch.no_grad():
                 for parameter, value in zip(trained, state["trained"], strict=True):
                     parameter.copy_(value)
             optimizer.load_state_dict(state["optimizer"])
     model.decoder.train()
     began, recent = time.monotonic(), []
-    for step in range(done, preset.base_steps):
+    for step in range(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = preset.base_rate * _rate(step, preset.base_steps)
+            group["lr"] = preset.base_rate * _rate(step, preset)
         loss = _loss(preset, model, domain, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -124,13 +124,13 @@ def train(
         for value, parameter in zip(average, trained, strict=True):
             value.lerp_(parameter.detach(), 1.0 - kept)
         recent.append(float(loss.detach()))
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == preset.base_steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {"step": step + 1, "trained": trained, "average": average, "optimizer": optimizer.state_dict()}
             with replacing(file) as stream:
                 torch.save(state, stream)
-            left = (time.monotonic() - began) / (step + 1 - done) * (preset.base_steps - step - 1)
+            left = (time.monotonic() - began) / (step + 1 - done) * (steps - step - 1)
             mean = sum(recent[-SAVE_EVERY:]) / len(recent[-SAVE_EVERY:])
-            say(f"base model: step {step + 1} of {preset.base_steps}, loss {mean:.4f}, {left / 60:.0f} min left")
+            say(f"base model: step {step + 1} of {steps}, loss {mean:.4f}, {left / 60:.0f} min left")
     with torch.no_grad():
         for parameter, value in zip(trained, average, strict=True):
             parameter.copy_(value)
@@ -138,8 +138,15 @@ def train(
     model.eval()
 
 
-def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def _rate(step: int, preset: Preset) -> float:
+    """A cosine to almost zero, and a second, lower one to refine; a short warm-up before the first."""
+    if step < preset.base_steps:
+        return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * _cosine(step / preset.base_steps))
+    return 0.02 + 0.28 * _cosine((step - preset.base_steps) / preset.base_refined)
+
+
+def _cosine(part: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * part))
 
 
 def _loss(preset: Preset, model: Any, domain: data.Domain, step: int) -> Tensor:

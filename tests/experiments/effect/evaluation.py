@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         last: whether the training ended here: all guidances then, one of them also with the adapter off on the null
-            pass, and songs of the old domain. Otherwise the preset's `early` guidances and the losses.
+            pass, and the old domain. Otherwise the preset's `early` guidances and the held-out losses.
     """
     preset, model = bench.preset, bench.model
     decoder = model.decoder if weights is None else with_adapter(model, weights, SCALE)
@@ -50,25 +50,30 @@ def evaluate(
     found: dict[str, Any] = {
         "loss": held_out_losses(model, new, bands=preset.bands, seed=5000 + cell.seed, decoder=decoder)
     }
-    for guidance in preset.guidances if last else preset.early:
-        for null in ("own", "off") if last and weights is not None and guidance == preset.adapter_off else ("own",):
-            made = generate(
-                model,
-                new.conditions,
-                noise_like(new, 6000 + cell.seed),
-                guidance=guidance,
-                steps=preset.generation_steps,
-                decoder=decoder,
-                null_decoder=model.decoder if null == "off" else None,
-            )
-            name = f"guidance {guidance:g}" + (", adapter off on null" if null == "off" else "")
-            found[name] = compare(bench.scale, made, reference.latents, training.latents)
+    guidances = preset.guidances if last else preset.early
+    jobs = [("", guidances, None)]
+    if last and weights is not None:
+        jobs.append((", adapter off on null", (preset.adapter_off,), model.decoder))
+    for how, wanted, null_decoder in jobs:
+        noise = noise_like(new, 6000 + cell.seed)
+        many = generate(
+            model,
+            new.conditions,
+            noise,
+            guidances=wanted,
+            steps=preset.generation_steps,
+            decoder=decoder,
+            null_decoder=null_decoder,
+        )
+        for guidance, made in zip(wanted, many, strict=True):
+            found[f"guidance {guidance:g}{how}"] = compare(bench.scale, made, reference.latents, training.latents)
+    if not last:
+        return found
     old = bench.held_out(bench.domain, 7000)
     reference = data.draw(bench.domain, preset.held_out, preset.frames, 7001)
     found["old loss"] = held_out_losses(model, old, bands=preset.bands, seed=7002, decoder=decoder)
-    if last:
-        made = generate(
-            model, old.conditions, noise_like(old, 7003), guidance=1.0, steps=preset.generation_steps, decoder=decoder
-        )
-        found["old domain"] = compare(bench.scale, made, reference.latents)
+    (made,) = generate(
+        model, old.conditions, noise_like(old, 7003), guidances=[1.0], steps=preset.generation_steps, decoder=decoder
+    )
+    found["old domain"] = compare(bench.scale, made, reference.latents)
     return found

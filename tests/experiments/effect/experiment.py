@@ -109,9 +109,18 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file that is whole or not there."""
+    """Write a JSON file that is whole or not there; a long one without indentation."""
     with replacing(file) as stream:
-        stream.write((json.dumps(content, indent=1) + "\n").encode())
+        stream.write((json.dumps(content, indent=None if len(str(content)) > 10_000 else 1) + "\n").encode())
+
+
+def rounded(content: Any) -> Any:
+    """The same with six significant digits, which is more than the numbers are worth."""
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    return [rounded(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def _version(name: str) -> str:

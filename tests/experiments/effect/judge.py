@@ -27,7 +27,7 @@ def judge(preset: Preset, model: Any, scale: Scale, domain: data.Domain) -> dict
     floor = sum(pairs) / len(pairs)
     given = data.draw(domain, number, frames, 600).to(preset.device)
     noise = torch.randn(given.latents.shape, generator=torch.Generator().manual_seed(7))
-    made = generate(model, given.conditions, noise.to(preset.device), guidance=1.0, steps=preset.generation_steps)
+    (made,) = generate(model, given.conditions, noise.to(preset.device), guidances=[1.0], steps=preset.generation_steps)
     ours = scale.features(made)
     distance = sum(energy_distance(ours, other, biased=True) for other in features) / 6
     far = data.draw(data.target_domain("far", domain, 99), number, frames, 700)

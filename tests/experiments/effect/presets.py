@@ -38,7 +38,8 @@ class Preset:
     Attributes:
         hidden, layers, heads: of the decoder; `kv_heads` key-value heads, feed-forward twice as wide as `hidden`.
         channels, frames: of a song's latents.
-        base_steps, base_batch, base_rate: how the base model is trained.
+        base_steps, base_refined, base_batch, base_rate: how the base model is trained (`base_refined` more steps at a
+            third of the rate).
         judged: songs in each set when the base model is judged.
         domains, songs: kinds of target domain, and numbers of training songs ("few", "many").
         seeds: each draws a target domain, its songs, the initial adapter, the order and the noise.
@@ -58,20 +59,21 @@ class Preset:
     kv_heads: int = 2
     channels: int = 12
     frames: int = 24
-    base_steps: int = 6000
+    base_steps: int = 5000
+    base_refined: int = 2500
     base_batch: int = 64
-    base_rate: float = 2e-3
+    base_rate: float = 3e-3
     judged: int = 256
     domains: tuple[str, ...] = ("near", "far")
     songs: tuple[int, ...] = (8, 48)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    lengths: tuple[int, ...] = (100, 300)
+    lengths: tuple[int, ...] = (40, 120)
     batch: int = 4
-    rate: float = 2e-3
+    rate: float = 1e-2
     rank: int = 8
-    held_out: int = 48
+    held_out: int = 32
     guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
-    early: tuple[float, ...] = (1.0, 3.0)
+    early: tuple[float, ...] = (1.0,)
     adapter_off: float = 3.0
     generation_steps: int = 50
     bands: int = 16
@@ -93,6 +95,7 @@ GPU = Preset(
     channels=64,
     frames=256,
     base_steps=40000,
+    base_refined=10000,
     base_rate=3e-4,
     judged=512,
     seeds=tuple(range(8)),
@@ -106,6 +109,7 @@ TINY = replace(
     name="tiny",
     layers=2,
     base_steps=20,
+    base_refined=0,
     base_batch=8,
     judged=16,
     domains=("far",),

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .experiment import read_json, verdict
+from .experiment import read_json, rounded, verdict
 from .intervals import CONTRASTS, Contrast, Difference, contrast
 
 PRIMARY = {
@@ -40,14 +40,36 @@ Group = tuple[str, Mapping[str, Any]]
 
 
 def load(out: Path) -> list[dict[str, Any]]:
-    """The finished cells, one row for each length: domain, songs, seed, arm, length, values."""
+    """The finished cells, one row for each length: domain, songs, seed, arm, length, values.
+
+    A number of songs of which some cells are missing is left out, unless none is whole: means over different cells
+    cannot be compared.
+    """
     rows = []
     for file in sorted((out / "cells").glob("*.json")):
         cell = read_json(file)
         for length, measured in cell["lengths"].items():
             where = {key: cell[key] for key in ("domain", "songs", "seed", "arm")}
             rows.append(where | {"length": int(length), "values": flat(measured)})
-    return rows
+    whole = finished(out)
+    return [row for row in rows if row["songs"] in whole] if whole else rows
+
+
+def finished(out: Path) -> list[int]:
+    """The numbers of songs of which every cell is finished."""
+    preset = read_json(out / "settings.json")["preset"]
+    arms = ["untrained", *(arm["name"] for arm in preset["arms"])]
+    names = {file.stem for file in (out / "cells").glob("*.json")}
+    return [
+        songs
+        for songs in preset["songs"]
+        if names.issuperset(
+            f"{domain}-{songs}-seed{seed}-{arm}"
+            for domain in preset["domains"]
+            for seed in preset["seeds"]
+            for arm in arms
+        )
+    ]
 
 
 def flat(measured: Mapping[str, Any]) -> dict[str, float]:
@@ -100,7 +122,7 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> list[Group]:
     return found
 
 
-def result(out: Path) -> dict[str, Any]:
+def result(out: Path) -> Any:
     """Everything: settings, how the base model was judged, every cell's numbers, every comparison."""
     rows = load(out)
     comparisons = [
@@ -123,13 +145,14 @@ def result(out: Path) -> dict[str, Any]:
     cells = [read_json(file) for file in sorted((out / "cells").glob("*.json"))]
     judged = read_json(out / "judged.json")
     settings = read_json(out / "settings.json")
-    return {"settings": settings, "judged": judged, "comparisons": comparisons, "cells": cells}
+    return rounded({"settings": settings, "judged": judged, "comparisons": comparisons, "cells": cells})
 
 
 def tables(out: Path) -> str:
     """The tables as Markdown."""
     rows, judged = load(out), read_json(out / "judged.json")
-    lines = [verdict(judged), ""]
+    preset = read_json(out / "settings.json")["preset"]
+    lines = [verdict(judged), f"finished: {finished(out)} of {preset['songs']} songs", ""]
     for group, where in groups(rows):
         lines += [f"### {group[0].upper()}{group[1:]}", "", *_table(rows, where), ""]
     return "\n".join(lines)

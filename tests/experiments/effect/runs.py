@@ -43,12 +43,12 @@ class Cell:
 
 
 def cells(preset: Preset) -> list[Cell]:
-    """All cells, seed by seed, so that an unfinished experiment has whole pairs."""
+    """All cells: first all of the fewest songs, seed by seed, so that an unfinished experiment has whole pairs."""
     return [
         Cell(domain, songs, seed, arm)
+        for songs in preset.songs
         for seed in preset.seeds
         for domain in preset.domains
-        for songs in preset.songs
         for arm in (None, *preset.arms)
     ]
 
