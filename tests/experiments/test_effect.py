@@ -265,7 +265,7 @@ def test_an_untrained_model_cannot_generate(small):
     domain = data.base_domain(TINY.channels, TINY.hidden)
     scale = measures.Scale.of(songs(64, 1).latents)
     judged = judge.judge(TINY, small.model, scale, domain)
-    assert not judged["can_generate"] and judged["ratio"] > judge.NEAR
+    assert not judged["can_generate"] and judged["beyond"] > judge.NEAR
     assert "CANNOT generate" in experiment.verdict(judged)
 
 
