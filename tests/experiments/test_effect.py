@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -296,6 +297,46 @@ def test_other_settings_are_not_mixed_in(tmp_path):
     experiment._same_settings(tmp_path / "settings.json", {"preset": {"rank": 1}})
     with pytest.raises(Refusal, match=r"other settings \(preset\).*choose another folder with --out"):
         experiment._same_settings(tmp_path / "settings.json", {"preset": {"rank": 2}})
+
+
+def planted_cells(folder, preset, missing=()):
+    """Cells as the experiment writes them: the law's loss is lower by 0.2, its distance is not different."""
+    judged = {
+        "samples": 0.2,
+        "floor": 0.1,
+        "floor_highest": 0.1,
+        "far": 3.0,
+        "noise": 9.0,
+        "ratio": 2.0,
+        "beyond": 0.03,
+    }
+    experiment.write_json(folder / "settings.json", {"preset": preset.described()})
+    experiment.write_json(folder / "judged.json", judged | {"can_generate": True})
+    (folder / "cells").mkdir()
+    for cell in runs.cells(preset):
+        generator = random.Random(cell.name)
+        law = cell.arm is not None and cell.arm.timestep_mode == "continuous"
+        loss = {"conditioned, law": 1.0 - 0.2 * law + generator.gauss(0.0, 0.02), "curves": {}}
+        measured = {"loss": loss, "guidance 1": {"energy": 2.0 + generator.gauss(0.0, 0.02)}}
+        lengths = {str(length): measured for length in (preset.lengths if cell.arm else (0,))}
+        arm = cell.arm.name if cell.arm else "untrained"
+        found = {"domain": cell.domain, "songs": cell.songs, "seed": cell.seed, "arm": arm, "lengths": lengths}
+        if cell.name not in missing:
+            experiment.write_json(folder / "cells" / f"{cell.name}.json", found)
+
+
+def test_the_tables_tell_a_planted_effect_from_none(tmp_path):
+    preset = replace(TINY, domains=("near", "far"), songs=(4, 8), lengths=(4,))
+    planted_cells(tmp_path, preset, missing=["far-8-seed3-law"])
+    text = report.tables(tmp_path)
+    assert "finished: [4] of [4, 8] songs" in text and "8 songs, 4 steps" not in text
+    (loss,) = re.findall(r"\| loss, with condition \|.*", text.partition("### Near")[0])
+    (distance,) = re.findall(r"\| distance, guidance 1 \|.*", text.partition("### Near")[0])
+    assert loss.count("**-0.") == 2 and "**" not in distance  # the plugin and the law; not dropout
+    shown = {
+        (entry["measure"], entry["comparison"]) for entry in report.result(tmp_path)["comparisons"] if entry["shown"]
+    }
+    assert ("loss, with condition", "law − eight steps") in shown
 
 
 NOT = Arm("eight", "discrete", 0.0, lr_factor=0.0)

@@ -98,8 +98,8 @@ def verdict(judged: dict[str, Any]) -> str:
     """How the base model was judged, in a line."""
     line = (
         f"base model: samples are {judged['samples']:.3f} from real songs, {judged['ratio']:.2f} times the noise floor "
-        f"{judged['floor']:.3f} (highest {judged['floor_highest']:.3f}); beyond the floor {100 * judged['beyond']:.1f} % "
-        f"of the way to a far domain ({judged['far']:.2f}; noise {judged['noise']:.1f}): "
+        f"{judged['floor']:.3f} (highest {judged['floor_highest']:.3f}); beyond it {100 * judged['beyond']:.1f} % of "
+        f"the way to a far domain ({judged['far']:.2f}; noise {judged['noise']:.1f}): "
     )
     return line + ("it can generate" if judged["can_generate"] else "it CANNOT generate: no base for conclusions")
 
