@@ -382,8 +382,8 @@ def test_the_recipe_trains_every_arm_of_every_seed_once_and_compares_them(tmp_pa
         elif words[0] == "compare":
             folders = words[1 : words.index("--model")]
             losses = [1.0 - 0.1 * ("law" in Path(folder).name) for folder in folders]
-            found = [{"adapter": folder, "loss": loss} for folder, loss in zip(folders, losses, strict=True)]
-            said = json.dumps({"adapters": found})
+            found = [{"loss": loss, "loss_by_t": [loss, 2 * loss]} for loss in losses]
+            said = json.dumps({"timesteps": [0.5, 0.9], "adapters": found})
         return subprocess.CompletedProcess(words, 0, said, "")
 
     monkeypatch.setattr(recipe, "run", acestep_train)
@@ -393,7 +393,9 @@ def test_the_recipe_trains_every_arm_of_every_seed_once_and_compares_them(tmp_pa
     trainings = [words for words in commands if words[0] == "train"]
     assert len(trainings) == 12 and all(words[-2:] == ["--epochs", "7"] for words in trainings)
     assert {words[words.index("--timestep-mode") + 1] for words in trainings} == {"discrete", "continuous"}
-    assert "loss, law − eight steps: -0.1, 95 % -0.1 to -0.1\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "loss, as trained, law − eight steps: -0.1, 95 % -0.1 to -0.1\n" in printed
+    assert "loss with condition at t 0.90, law − eight steps: -0.2, 95 % -0.2 to -0.2\n" in printed
     commands.clear()
     assert recipe.main(line) == 0
     assert not [words for words in commands if words[0] in ("train", "compare")]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,13 +109,12 @@ def compare(given: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, fl
 
 
 def numbers(compared: Mapping[str, Any], folders: Mapping[str, Path]) -> Iterator[tuple[str, str, float]]:
-    """The numbers of each adapter in what ``acestep-train compare --json`` prints."""
-    by_folder = {Path(entry["adapter"]).resolve(): entry for entry in compared["adapters"]}
-    for arm, folder in folders.items():
-        entry = by_folder[folder.resolve()]
-        for name, value in entry.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                yield arm, name, float(value)
+    """The losses of each adapter in what ``acestep-train compare --json`` prints, which is in the order asked for."""
+    for arm, entry in zip(folders, compared["adapters"], strict=True):
+        yield arm, "loss, as trained", float(entry["loss"])
+        for key, name in (("loss_by_t", "with"), ("loss_by_t_without_condition", "without")):
+            for t, loss in zip(compared["timesteps"], entry.get(key, ()), strict=False):
+                yield arm, f"loss {name} condition at t {t:.2f}", float(loss)
 
 
 def show(given: argparse.Namespace, values: Mapping[str, Mapping[tuple[int, str], Sequence[float]]]) -> int:
@@ -125,9 +125,14 @@ def show(given: argparse.Namespace, values: Mapping[str, Mapping[tuple[int, str]
     for measure, by_arm in values.items():
         for name, weights in CONTRASTS.items():
             one = contrast(by_arm, weights)
-            shown = "" if one.shown else " (may be chance)"
-            print(f"{measure}, {name}: {one.mean:+.4g}, 95 % {one.low:+.4g} to {one.high:+.4g}{shown}")
-            found.append({"measure": measure, "comparison": name, "mean": one.mean, "by_seed": list(one.seeds)})
+            interval = None if math.isnan(one.low) else [one.low, one.high]
+            said = (
+                "no interval with fewer than 3 seeds" if interval is None else f"95 % {one.low:+.4g} to {one.high:+.4g}"
+            )
+            if name != "interaction":
+                print(f"{measure}, {name}: {one.mean:+.4g}, {said}{'' if one.shown else ' (may be chance)'}")
+            entry = {"measure": measure, "comparison": name, "mean": one.mean, "interval": interval}
+            found.append(entry | {"shown": one.shown, "by_seed": list(one.seeds)})
     (given.out / "recipe.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
