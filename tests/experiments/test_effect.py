@@ -114,10 +114,10 @@ def songs(number, seed, kind=None):
 
 def test_distances_between_sets_of_one_domain_are_zero_on_average():
     scale = measures.Scale.of(songs(256, 1).latents)
-    pairs = [[scale.features(songs(24, 10 * i + j).latents) for j in range(2)] for i in range(20)]
+    pairs = [[scale.features(songs(64, 10 * i + j).latents) for j in range(2)] for i in range(20)]
     energies = [measures.energy_distance(*pair) for pair in pairs]
     kernels = [measures.kernel_distance(*pair, scale.bandwidth) for pair in pairs]
-    far = scale.features(songs(24, 3, "far").latents)
+    far = scale.features(songs(64, 3, "far").latents)
     for values, other in (
         (energies, measures.energy_distance(pairs[0][0], far)),
         (kernels, measures.kernel_distance(pairs[0][0], far, scale.bandwidth)),

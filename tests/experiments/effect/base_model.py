@@ -74,7 +74,7 @@ def _build_miniature(preset: Preset, out: Path) -> Any:
 def velocity(model: Any, x: Tensor, t: Tensor, conditions: Tensor, decoder: Any = None) -> Tensor:
     """What the decoder predicts, noise minus data: x [B,T,C], t [B], conditions [B,L,D] -> [B,T,C]."""
     rows, frames, channels = x.shape
-    return (decoder or model.decoder)(
+    predicted: Tensor = (decoder or model.decoder)(
         hidden_states=x,
         timestep=t,
         timestep_r=t,
@@ -84,6 +84,7 @@ def velocity(model: Any, x: Tensor, t: Tensor, conditions: Tensor, decoder: Any 
         context_latents=data.context(rows, frames, channels, str(x.device)),
         use_cache=False,
     )[0]
+    return predicted
 
 
 def train(
@@ -117,7 +118,7 @@ def train(
             group["lr"] = preset.base_rate * _rate(step, preset)
         loss = _loss(preset, model, domain, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         kept = min(AVERAGE, (1 + step) / (10 + step))

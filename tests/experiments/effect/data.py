@@ -153,9 +153,11 @@ def _bases(number: int, channels: int, generator: torch.Generator) -> Tensor:
 def _orthonormal(rows: Tensor) -> Tensor:
     """The nearest orthonormal rows: between two timbres, that is the one halfway."""
     left, _, right = torch.linalg.svd(rows, full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _unit(chords: Tensor) -> Tensor:
-    """Chords of length 2, the root of PARTIALS: partials of size about 1."""
-    return PARTIALS**0.5 * chords / chords.norm(dim=-1, keepdim=True)
+    """Chords whose length is the root of PARTIALS: partials of size about 1."""
+    unit: Tensor = PARTIALS**0.5 * chords / chords.norm(dim=-1, keepdim=True)
+    return unit

@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from .experiment import read_json, rounded, verdict
-from .intervals import CONTRASTS, Contrast, Difference, contrast
+from .intervals import CONTRASTS, Contrast, Difference, contrast, difference
+from .measures import band_centres
 
 PRIMARY = {
     "loss, with condition": "loss/conditioned, law",
@@ -73,13 +74,15 @@ def finished(out: Path) -> list[int]:
 
 
 def flat(measured: Mapping[str, Any]) -> dict[str, float]:
-    """``{"guidance 1": {"energy": 1.0}}`` -> ``{"guidance 1/energy": 1.0}``, and the best guidance's distance."""
+    """``{"guidance 1": {"energy": 1.0}}`` -> ``{"guidance 1/energy": 1.0}``, the losses by t, the best guidance."""
     values = {
         f"{group}/{name}": value
         for group, found in measured.items()
         for name, value in found.items()
         if isinstance(value, float)
     }
+    for kind, curve in measured["loss"]["curves"].items():
+        values |= {f"loss/{kind} at {t:g}": loss for t, loss in zip(band_centres(len(curve)), curve, strict=True)}
     own = [value for name, value in values.items() if name.startswith("guidance") and name.endswith("/energy")]
     if own:
         values["best guidance/energy"] = min(own)
@@ -155,7 +158,46 @@ def tables(out: Path) -> str:
     lines = [verdict(judged), f"finished: {finished(out)} of {preset['songs']} songs", ""]
     for group, where in groups(rows):
         lines += [f"### {group[0].upper()}{group[1:]}", "", *_table(rows, where), ""]
+    length = max(row["length"] for row in rows)
+    lines += ["### Other questions of the predictions", "", *_others(rows, {"length": length}), ""]
     return "\n".join(lines)
+
+
+def _others(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> list[str]:
+    """The difference by t, between few and many songs, and what the adapter does on the null pass."""
+    plugin, centres = CONTRASTS["plugin − ACE-Step"], sorted(_curves(rows))
+    lines = ["| plugin − ACE-Step, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
+    for centre, (conditioned, free) in ((centre, _curves(rows)[centre]) for centre in centres):
+        found = [compared(rows, measure, plugin, **where) for measure in (conditioned, free)]
+        lines.append(f"| {centre:.2f} | {' | '.join(map(_shown, found))} |")
+    lines += ["", "| question | difference |", "| --- | ---: |"]
+    many = sorted({row["songs"] for row in rows})
+    if len(many) > 1:
+        few = _by_seed(rows, PRIMARY["loss, with condition"], plugin, where | {"songs": many[0]})
+        more = _by_seed(rows, PRIMARY["loss, with condition"], plugin, where | {"songs": many[-1]})
+        question = f"plugin − ACE-Step, loss with condition: {many[0]} songs − {many[-1]} songs"
+        lines.append(f"| {question} | {_shown(_paired(few, more))} |")
+    off, own = "guidance 3, adapter off on null/energy", "guidance 3/energy"
+    for arm in sorted({row["arm"] for row in rows} - {"untrained"}):
+        both = [_by_seed(rows, measure, {arm: 1.0}, where) for measure in (off, own)]
+        lines.append(f"| {arm}, distance, guidance 3: adapter off − on for the null pass | {_shown(_paired(*both))} |")
+    return lines
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[float, tuple[str, str]]:
+    """The names of the losses at each t, with and without the condition."""
+    names = {name for row in rows for name in row["values"] if name.startswith("loss/conditioned at ")}
+    return {float(name.rpartition(" ")[2]): (name, name.replace("conditioned", "free")) for name in names}
+
+
+def _by_seed(
+    rows: Sequence[Mapping[str, Any]], measure: str, weights: Contrast, where: Mapping[str, Any]
+) -> tuple[float, ...]:
+    return compared(rows, measure, weights, **where).seeds
+
+
+def _paired(one: Sequence[float], other: Sequence[float]) -> Difference:
+    return difference([a - b for a, b in zip(one, other, strict=True)])
 
 
 def _table(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> list[str]:
