@@ -1,0 +1,125 @@
+"""Sizes of the experiment: what is trained, how long, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training an adapter.
+
+    Attributes:
+        name: how tables and files call it.
+        timestep_mode, cfg_ratio: the plugin's options of these names.
+        lr_factor: multiplies the learning rate; 0 learns nothing (for tests of the experiment itself).
+        stream: another number gives other noise and another order of the songs (for tests, too).
+    """
+
+    name: str
+    timestep_mode: str
+    cfg_ratio: float
+    lr_factor: float = 1.0
+    stream: int = 0
+
+
+UPSTREAM = Arm("eight", "discrete", 0.0)
+EIGHT_DROP = Arm("eight+drop", "discrete", 0.15)
+LAW = Arm("law", "continuous", 0.0)
+LAW_DROP = Arm("law+drop", "continuous", 0.15)
+ARMS = (UPSTREAM, EIGHT_DROP, LAW, LAW_DROP)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All settings that the numbers depend on.
+
+    Attributes:
+        hidden, layers, heads: of the decoder; `kv_heads` key-value heads, feed-forward twice as wide as `hidden`.
+        channels, frames: of a song's latents.
+        base_steps, base_refined, base_batch, base_rate: how the base model is trained (`base_refined` more steps at a
+            third of the rate).
+        judged: songs in each set when the base model is judged.
+        domains, songs: kinds of target domain, and numbers of training songs ("few", "many").
+        seeds: each draws a target domain, its songs, the initial adapter, the order and the noise.
+        lengths: optimizer steps after which an adapter is measured, in one training.
+        batch, rate, rank: of the adapter's training.
+        held_out: held-out songs, and generated songs, of each measurement.
+        guidances: of the generations at the last length; `early`: at the others. At the guidance `adapter_off` songs
+            are also generated with the adapter off on the null pass.
+        generation_steps, bands: steps of a generation; bands of t of the held-out loss.
+    """
+
+    name: str
+    device: str = "cpu"
+    hidden: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    channels: int = 12
+    frames: int = 24
+    base_steps: int = 5000
+    base_refined: int = 2500
+    base_batch: int = 64
+    base_rate: float = 3e-3
+    judged: int = 256
+    domains: tuple[str, ...] = ("near", "far")
+    songs: tuple[int, ...] = (8, 48)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    lengths: tuple[int, ...] = (40, 120)
+    batch: int = 4
+    rate: float = 1e-2
+    rank: int = 8
+    held_out: int = 32
+    guidances: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    early: tuple[float, ...] = (1.0,)
+    adapter_off: float = 3.0
+    generation_steps: int = 50
+    bands: int = 16
+    arms: tuple[Arm, ...] = ARMS
+
+    def described(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+
+CPU = Preset("cpu")
+GPU = Preset(
+    "gpu",
+    device="cuda",
+    hidden=1024,
+    layers=12,
+    heads=16,
+    kv_heads=8,
+    channels=64,
+    frames=256,
+    base_steps=40000,
+    base_refined=10000,
+    base_rate=3e-4,
+    judged=512,
+    seeds=tuple(range(8)),
+    lengths=(250, 1000, 4000),
+    rate=3e-4,
+    rank=32,
+    held_out=256,
+)
+TINY = replace(
+    CPU,
+    name="tiny",
+    layers=2,
+    base_steps=20,
+    base_refined=0,
+    base_batch=8,
+    judged=16,
+    domains=("far",),
+    songs=(4,),
+    lengths=(4, 8),
+    held_out=8,
+    guidances=(1.0, 3.0),
+    generation_steps=4,
+    bands=4,
+    rank=2,
+)
+"""For the test of the pipeline: its numbers mean nothing."""
+PRESETS = {preset.name: preset for preset in (CPU, GPU, TINY)}

@@ -1,0 +1,158 @@
+"""One cell of the design: an adapter trained by upstream's own trainer with the plugin attached.
+
+What is compared is paired: cells with one seed start from the same adapter, see the same songs in the same order and
+the same noise, and drop the conditions of the same rows if they drop any. Only what the arm changes differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidestep_plugin import attach, hookimpl
+from sidestep_plugin.trainer.models import Handler
+
+from . import data
+from .presets import Arm, Preset
+
+SCALE = 2.0
+"""alpha / rank: ACE-Step's own default, 128 / 64."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one training is: a domain, a number of songs, a seed, an arm. arm None: the base model without adapter."""
+
+    domain: str
+    songs: int
+    seed: int
+    arm: Arm | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}-{self.songs}-seed{self.seed}-{self.arm.name if self.arm else 'untrained'}"
+
+
+def cells(preset: Preset) -> list[Cell]:
+    """All cells: first all of the fewest songs, seed by seed, so that an unfinished experiment has whole pairs."""
+    return [
+        Cell(domain, songs, seed, arm)
+        for songs in preset.songs
+        for seed in preset.seeds
+        for domain in preset.domains
+        for arm in (None, *preset.arms)
+    ]
+
+
+def training_songs(preset: Preset, domain: data.Domain, cell: Cell) -> data.Songs:
+    """The few songs are the first of the many."""
+    all_songs = data.draw(domain, max(preset.songs), preset.frames, 2000 + cell.seed)
+    return data.Songs(all_songs.latents[: cell.songs], all_songs.conditions[: cell.songs])
+
+
+class SameNoise:
+    """A plugin that gives every arm the same dropped rows, order and noise, from the number of the step.
+
+    Without it, one arm's extra random draws would shift everything that comes after them. It is called after the
+    plugin `sidestep`, so when it prepares the batch, the rows have been dropped and the noise has not been drawn.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._step = seed, 0
+
+    @hookimpl
+    def acestep_prepare_batch(self) -> None:
+        torch.manual_seed(1_000_000 * self._seed + 2 * self._step)
+
+    @hookimpl
+    def acestep_step_finished(self) -> None:
+        torch.manual_seed(1_000_000 * self._seed + 2 * self._step + 1)
+        self._step += 1
+
+
+def train(
+    preset: Preset,
+    trainer: Any,
+    model: Any,
+    cell: Cell,
+    songs: data.Songs,
+    work: Path,
+    watchers: Mapping[str, object] | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Train one adapter | yields (steps, its weights) at each of the preset's lengths, shortest first.
+
+    Args:
+        trainer: the module ``acestep.training.trainer``.
+        model: the base model; it is not changed.
+        work: a folder for songs and what upstream writes; it is removed.
+        watchers: more plugins, by name, which must only look.
+
+    Raises:
+        RuntimeError: the training ended before the last length; the message holds upstream's own.
+    """
+    assert cell.arm is not None
+    shutil.rmtree(work, ignore_errors=True)
+    data.write_songs(work / "songs", songs)
+    seed = 100 * cell.seed + cell.arm.stream
+    per_epoch = math.ceil(len(songs) / preset.batch)
+    settings = {
+        "batch_size": preset.batch,
+        "gradient_accumulation_steps": 1,
+        "max_epochs": math.ceil(max(preset.lengths) / per_epoch),
+        "save_every_n_epochs": 10**6,
+        "learning_rate": preset.rate * cell.arm.lr_factor,
+        "warmup_steps": max(preset.lengths) // 20,
+        "num_workers": 0,
+        "pin_memory": False,
+        "persistent_workers": False,
+        "seed": 100 * cell.seed,
+        "log_every_n_steps": math.gcd(*preset.lengths),
+        "output_dir": str(work / "output"),
+    }
+    adapter = trainer.LoRAConfig(r=preset.rank, alpha=int(SCALE * preset.rank), dropout=0.0)
+    handler = Handler(copy.deepcopy(model), preset.device, torch.float32)
+    options = {"timestep_mode": cell.arm.timestep_mode, "cfg_ratio": cell.arm.cfg_ratio}
+    said: list[str] = []
+    reached: set[int] = set()
+    with attach(
+        trainer,
+        options=options,
+        extra_plugins={"same-noise": SameNoise(seed), **(watchers or {})},
+        allowed_folders=(work,),
+        announce=said.append,
+    ):
+        made = trainer.LoRATrainer(handler, adapter, _known(trainer.TrainingConfig, settings))
+        for step, _, message in made.train_from_preprocessed(str(work / "songs"), {"should_stop": False}):
+            said.append(message)
+            if step in preset.lengths and step not in reached:
+                reached.add(step)
+                yield step, adapter_weights(handler.model.decoder)
+    shutil.rmtree(work, ignore_errors=True)
+    if reached != set(preset.lengths):
+        raise RuntimeError(f"{cell.name} reached only {sorted(reached)} steps: {said[-3:]}")
+
+
+def adapter_weights(decoder: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of a LoRA's matrices, as ``layers.0.self_attn.q_proj.lora_A``."""
+    found = {}
+    for name, value in decoder.named_parameters():
+        if ".lora_" in name:
+            layer, _, matrix = name.partition(".lora_")
+            start = layer.index("layers.")
+            found[f"{layer[start:]}.lora_{matrix[0]}"] = value.detach().clone()
+    return found
+
+
+def _known(config_class: Any, values: dict[str, Any]) -> Any:
+    """Versions of upstream have different settings: those that this one knows."""
+    known = inspect.signature(config_class).parameters
+    return config_class(**{name: value for name, value in values.items() if name in known})
