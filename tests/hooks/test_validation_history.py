@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from sidestep_plugin.hooks.validation_history import History
+
 from sidestep_plugin.run import Validation
 
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
@@ -33,8 +33,8 @@ def test_low_and_high_t_part_ways(history):
     assert not notes(judged(history, 1, (0.9, 0.9, 0.8, 0.8)))
     (note,) = notes(judged(history, 2, (0.8, 0.8, 0.9, 0.9)))
     assert note == (
-        "Note: the loss at high t is +12.50 % above its lowest (epoch 1), while that at low t still falls, which is often "
-        "the first sign of overfitting"
+        "Note: the loss at high t is +12.50 % above its lowest (epoch 1), while that at low t still falls, which is "
+        "often the first sign of overfitting"
     )
     assert not notes(judged(history, 3, (0.7, 0.7, 0.95, 0.95)))
     assert not notes(judged(history, 4, (0.6, 0.6, 0.7, 0.7)))
