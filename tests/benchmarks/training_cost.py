@@ -31,8 +31,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "--base-weights int8": {"base_weights": "int8"},
     "--compile": {"compile": True},
 }
-"""The ways and their options. The stand-in turns checkpointing on, as the newest versions of ACE-Step do; the LoKr layers
-that are not trained are bypassed with the plugin in every way."""
+"""The ways and their options. The stand-in turns checkpointing on, as the newest versions of ACE-Step do. Every way
+with the plugin bypasses the LoKr layers that are not trained."""
 
 
 def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: int) -> dict[str, float]:
