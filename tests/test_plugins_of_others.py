@@ -78,6 +78,7 @@ def test_the_tutorials_trace(acestep_train):
     assert "sample_timesteps" not in acestep_train("acestep-train demo --epochs 1", ACESTEP_TRACE_HOOKS="0").stderr
 
 
+@pytest.mark.slow
 def test_the_tutorials_test_passes(installed):
     path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH")]))
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_loss_bands.py"]

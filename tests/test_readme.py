@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import without_training_packages
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,11 +63,11 @@ def test_every_command_in_the_text_has_a_test():
     }
 
 
-def cli(*arguments, cwd):
+def cli(*arguments, cwd, trains=True):
     line = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(
-        line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"}
-    )
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    environment = environment if trains else without_training_packages(environment)
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment)
 
 
 def test_training_from_the_checkouts_folder(checkout, tmp_path):
@@ -103,7 +104,7 @@ def test_pages_that_a_reader_needs_are_linked(page):
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 
-    done = cli("check", cwd=miniature.build(tmp_path, songs=0).root)
+    done = cli("check", cwd=miniature.build(tmp_path, songs=0).root, trains=False)
     assert done.returncode == 0, done.stderr
     assert "acestep-v15-base: base" in done.stdout and "Verdict: Compatible: LoRA" in done.stdout
 
@@ -127,6 +128,7 @@ def test_it_begins_with_one_sentence_and_the_two_commands():
     ]
 
 
+@pytest.mark.slow
 def test_the_tests_take_a_checkout(tmp_path):
     """As docs/how-it-is-tested.md and CONTRIBUTING.md say."""
     from sidestep_plugin import miniature

@@ -36,6 +36,7 @@ def side_steps_copy_of(adapter, target):
     (target / "sidestep_training_config.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_adapters_of_four_trainers(train, compare, kinds, tmp_path):
     """Ours and upstream's, LoRA and LoKr, and Side-Step's. A training's own validation gives the same number."""
     pytest.importorskip("matplotlib")

@@ -76,6 +76,7 @@ def demo(tmp_path, **streams):
     return subprocess.Popen([*COMMAND, "demo", "--dir", str(tmp_path / "demo")], text=True, encoding="utf-8", **streams)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_that_somebody_looked_at_for_a_line_has_done_its_job(tmp_path):
     """``acestep-train ... | head -1``"""

@@ -732,6 +732,7 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     assert re.search(r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed", seen.text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a launcher script of POSIX")
 def test_the_demos_last_line_works_as_it_stands_there(tmp_path):
     """Without an activated environment, so the shell does not find acestep-train by its name."""

@@ -74,6 +74,7 @@ def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind, che
     assert not [name for name, _ in handler.model.named_parameters() if "_orig_mod" in name]
 
 
+@pytest.mark.slow
 def test_with_quantized_weights(train, backend):
     compiler = Counting()
     backend(compiler)
