@@ -14,13 +14,21 @@ from .intervals import CONTRASTS, Difference
 from .measures import band_centres
 from .report import PRIMARY, compared, groups, load, means
 
-COLOURS = {"untrained": "#999999", "eight": "#d55e00", "eight+drop": "#e6a532", "law": "#56a0d3", "law+drop": "#0050a0"}
+COLOURS = {
+    "untrained": "#999999",
+    "eight": "#d55e00",
+    "eight+drop": "#e6a532",
+    "law": "#56a0d3",
+    "law+drop": "#0050a0",
+    "law+drop+high": "#009e73",
+}
 LABELS = {
     "untrained": "base model, no adapter",
     "eight": "8 steps (ACE-Step)",
     "eight+drop": "8 steps, 15 % dropout",
     "law": "the model's law",
     "law+drop": "the model's law, 15 % dropout (plugin)",
+    "law+drop+high": "the same, 30 % of t from 0.9 to 1",
 }
 ARMS = tuple(LABELS)
 
@@ -69,6 +77,8 @@ def _distances(axis: Any, rows: Sequence[Mapping[str, Any]], guidances: Sequence
     for arm in ARMS:
         where = {"length": 0 if arm == "untrained" else length}
         values = [means(rows, f"guidance {guidance:g}/energy", arm, **where) for guidance in guidances]
+        if None in values:
+            continue
         axis.plot(range(len(values)), values, color=COLOURS[arm], label=LABELS[arm], marker="o", lw=1.5)
     axis.set_xticks(range(len(guidances)), [f"{guidance:g}" for guidance in guidances])
     axis.set(title="Distance of generated songs to held-out ones", xlabel="guidance", ylabel="energy distance")

@@ -28,6 +28,7 @@ SECONDARY = {
     "distance, best guidance": "best guidance/energy",
     "distance, guidance 2": "guidance 2/energy",
     "distance, guidance 5": "guidance 5/energy",
+    "distance, guidance 7": "guidance 7/energy",
     "distance, guidance 3, adapter off on null": "guidance 3, adapter off on null/energy",
     "MMD, guidance 1": "guidance 1/mmd",
     "MMD, guidance 3": "guidance 3/mmd",
@@ -163,7 +164,7 @@ def tables(out: Path) -> str:
     return "\n".join(lines)
 
 
-def _others(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> list[str]:
+def _others(rows: Sequence[Mapping[str, Any]], where: dict[str, Any]) -> list[str]:
     """The difference by t, between few and many songs, and what the adapter does on the null pass."""
     plugin, centres = CONTRASTS["plugin − ACE-Step"], sorted(_curves(rows))
     lines = ["| plugin − ACE-Step, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
