@@ -41,7 +41,8 @@ def draw(out: Path, file: Path) -> None:
     length = max(row["length"] for row in rows)
     figure = Figure(figsize=(11.0, 7.4), layout="constrained")
     axes = figure.subplots(2, 2)
-    cells = [read_json(file) for file in sorted((out / "cells").glob("*.json"))]
+    shown = {row["songs"] for row in rows}
+    cells = [cell for file in sorted((out / "cells").glob("*.json")) if (cell := read_json(file))["songs"] in shown]
     _losses(axes[0][0], cells, length, "conditioned", "Held-out loss with the condition")
     _losses(axes[0][1], cells, length, "free", "Held-out loss without the condition")
     _distances(axes[1][0], rows, preset["guidances"], length)

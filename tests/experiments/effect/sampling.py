@@ -70,7 +70,7 @@ def generate(
     told = conditions.repeat(len(ordered), 1, 1)
     null = model.null_condition_emb.to(conditions).expand_as(told[alone * rows :])
     for step in range(steps):
-        v = _velocities(model, x, 1.0 - step / steps, told, null, decoder, null_decoder).split(rows)
+        v = _velocities(model, x, 1.0 - step / steps, told, null, decoder, null_decoder).split(rows)  # type: ignore[no-untyped-call]
         conditioned, free = v[alone : len(ordered)], v[len(ordered) :]
         guided = [one(*pair) for one, *pair in zip(guides, conditioned, free, strict=True)]
         x = x - torch.cat([*v[:alone], *guided]) / steps
