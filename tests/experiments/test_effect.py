@@ -29,7 +29,7 @@ from experiments.effect import (
     runs,
     sampling,
 )
-from experiments.effect.presets import LAW_DROP, TINY, UPSTREAM, Arm
+from experiments.effect.presets import HIGH, LAW_DROP, TINY, UPSTREAM, Arm
 from safetensors.torch import save_file
 
 from sidestep_plugin import Refusal, hookimpl, miniature
@@ -240,6 +240,13 @@ def test_arms_of_one_seed_differ_only_in_what_is_compared(small):
     assert not torch.equal(one.songs[0], one.songs[2])  # shuffled in each epoch, in the same way
     steps = {round(float(t), 4) for t in torch.cat(one.times)}
     assert steps <= {1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3}
+
+
+def test_a_share_of_high_timesteps_is_drawn_instead_of_the_law(small):
+    high, _ = trained(small, replace(HIGH, high_share=1.0))
+    assert all(0.9 <= float(t) <= 1.0 for t in torch.cat(high.times))
+    some, _ = trained(small, HIGH)
+    assert {bool(t > 0.9) for t in torch.cat(some.times)} == {True, False}
 
 
 def test_arms_of_one_seed_start_from_the_same_adapter(small):

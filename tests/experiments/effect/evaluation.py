@@ -62,6 +62,7 @@ def evaluate(
             noise,
             guidances=wanted,
             steps=preset.generation_steps,
+            guide=preset.guide,
             decoder=decoder,
             null_decoder=null_decoder,
         )

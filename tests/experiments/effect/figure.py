@@ -14,13 +14,21 @@ from .intervals import CONTRASTS, Difference
 from .measures import band_centres
 from .report import PRIMARY, compared, groups, load, means
 
-COLOURS = {"untrained": "#999999", "eight": "#d55e00", "eight+drop": "#e6a532", "law": "#56a0d3", "law+drop": "#0050a0"}
+COLOURS = {
+    "untrained": "#999999",
+    "eight": "#d55e00",
+    "eight+drop": "#e6a532",
+    "law": "#56a0d3",
+    "law+drop": "#0050a0",
+    "law+drop+high": "#009e73",
+}
 LABELS = {
     "untrained": "base model, no adapter",
     "eight": "8 steps (ACE-Step)",
     "eight+drop": "8 steps, 15 % dropout",
     "law": "the model's law",
     "law+drop": "the model's law, 15 % dropout (plugin)",
+    "law+drop+high": "the same, 30 % of t from 0.9 to 1",
 }
 ARMS = tuple(LABELS)
 
@@ -33,7 +41,8 @@ def draw(out: Path, file: Path) -> None:
     length = max(row["length"] for row in rows)
     figure = Figure(figsize=(11.0, 7.4), layout="constrained")
     axes = figure.subplots(2, 2)
-    cells = [read_json(file) for file in sorted((out / "cells").glob("*.json"))]
+    shown = {row["songs"] for row in rows}
+    cells = [cell for file in sorted((out / "cells").glob("*.json")) if (cell := read_json(file))["songs"] in shown]
     _losses(axes[0][0], cells, length, "conditioned", "Held-out loss with the condition")
     _losses(axes[0][1], cells, length, "free", "Held-out loss without the condition")
     _distances(axes[1][0], rows, preset["guidances"], length)
@@ -69,6 +78,8 @@ def _distances(axis: Any, rows: Sequence[Mapping[str, Any]], guidances: Sequence
     for arm in ARMS:
         where = {"length": 0 if arm == "untrained" else length}
         values = [means(rows, f"guidance {guidance:g}/energy", arm, **where) for guidance in guidances]
+        if None in values:
+            continue
         axis.plot(range(len(values)), values, color=COLOURS[arm], label=LABELS[arm], marker="o", lw=1.5)
     axis.set_xticks(range(len(guidances)), [f"{guidance:g}" for guidance in guidances])
     axis.set(title="Distance of generated songs to held-out ones", xlabel="guidance", ylabel="energy distance")

@@ -15,6 +15,7 @@ class Arm:
         timestep_mode, cfg_ratio: the plugin's options of these names.
         lr_factor: multiplies the learning rate; 0 learns nothing (for tests of the experiment itself).
         stream: another number gives other noise and another order of the songs (for tests, too).
+        high_share: share of the timesteps that are drawn uniformly from 0.9 to 1 instead; needs "continuous".
     """
 
     name: str
@@ -22,6 +23,7 @@ class Arm:
     cfg_ratio: float
     lr_factor: float = 1.0
     stream: int = 0
+    high_share: float = 0.0
 
 
 UPSTREAM = Arm("eight", "discrete", 0.0)
@@ -29,6 +31,7 @@ EIGHT_DROP = Arm("eight+drop", "discrete", 0.15)
 LAW = Arm("law", "continuous", 0.0)
 LAW_DROP = Arm("law+drop", "continuous", 0.15)
 ARMS = (UPSTREAM, EIGHT_DROP, LAW, LAW_DROP)
+HIGH = Arm("law+drop+high", "continuous", 0.15, high_share=0.3)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Preset:
         guidances: of the generations at the last length; `early`: at the others. At the guidance `adapter_off` songs
             are also generated with the adapter off on the null pass.
         generation_steps, bands: steps of a generation; bands of t of the held-out loss.
+        guide: "plain" guidance, or "apg": the checkout's own, as ACE-Step generates with.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Preset:
     generation_steps: int = 50
     bands: int = 16
     arms: tuple[Arm, ...] = ARMS
+    guide: str = "plain"
 
     def described(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -85,6 +90,8 @@ class Preset:
 
 
 CPU = Preset("cpu")
+APG = replace(CPU, name="cpu-apg", guide="apg", arms=(*ARMS, HIGH), lengths=(120,), guidances=(1.0, 3.0, 5.0, 7.0))
+"""A second look after the first run: ACE-Step's own guidance, and a share of draws at high t."""
 GPU = Preset(
     "gpu",
     device="cuda",
@@ -122,4 +129,4 @@ TINY = replace(
     rank=2,
 )
 """For the test of the pipeline: its numbers mean nothing."""
-PRESETS = {preset.name: preset for preset in (CPU, GPU, TINY)}
+PRESETS = {preset.name: preset for preset in (CPU, APG, GPU, TINY)}

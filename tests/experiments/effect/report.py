@@ -28,6 +28,7 @@ SECONDARY = {
     "distance, best guidance": "best guidance/energy",
     "distance, guidance 2": "guidance 2/energy",
     "distance, guidance 5": "guidance 5/energy",
+    "distance, guidance 7": "guidance 7/energy",
     "distance, guidance 3, adapter off on null": "guidance 3, adapter off on null/energy",
     "MMD, guidance 1": "guidance 1/mmd",
     "MMD, guidance 3": "guidance 3/mmd",
@@ -163,14 +164,17 @@ def tables(out: Path) -> str:
     return "\n".join(lines)
 
 
-def _others(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> list[str]:
+def _others(rows: Sequence[Mapping[str, Any]], where: dict[str, Any]) -> list[str]:
     """The difference by t, between few and many songs, and what the adapter does on the null pass."""
-    plugin, centres = CONTRASTS["plugin − ACE-Step"], sorted(_curves(rows))
-    lines = ["| plugin − ACE-Step, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
-    for centre, (conditioned, free) in ((centre, _curves(rows)[centre]) for centre in centres):
-        found = [compared(rows, measure, plugin, **where) for measure in (conditioned, free)]
-        lines.append(f"| {centre:.2f} | {' | '.join(map(_shown, found))} |")
-    lines += ["", "| question | difference |", "| --- | ---: |"]
+    plugin, arms = CONTRASTS["plugin − ACE-Step"], {row["arm"] for row in rows}
+    lines = []
+    for name in [name for name in ("plugin − ACE-Step", "30 % high t − plugin") if set(CONTRASTS[name]) <= arms]:
+        lines += [f"| {name}, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
+        for centre, measures in sorted(_curves(rows).items()):
+            found = [compared(rows, measure, CONTRASTS[name], **where) for measure in measures]
+            lines.append(f"| {centre:.2f} | {' | '.join(map(_shown, found))} |")
+        lines.append("")
+    lines += ["| question | difference |", "| --- | ---: |"]
     many = sorted({row["songs"] for row in rows})
     if len(many) > 1:
         few = _by_seed(rows, PRIMARY["loss, with condition"], plugin, where | {"songs": many[0]})

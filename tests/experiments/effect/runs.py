@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from sidestep_plugin import attach, hookimpl
+from sidestep_plugin.timesteps.schedule import logit_normal
 from sidestep_plugin.trainer.models import Handler
 
 from . import data
+from .base_model import MU, SIGMA
 from .presets import Arm, Preset
 
 SCALE = 2.0
@@ -79,6 +81,19 @@ class SameNoise:
         self._step += 1
 
 
+class HighT:
+    """A plugin that draws a share of the timesteps uniformly from 0.9 to 1, and the rest from the model's law."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    @hookimpl
+    def acestep_sample_timesteps(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        draws = [logit_normal(torch.randn(batch_size, device=device, dtype=dtype), MU, SIGMA) for _ in range(2)]
+        high = 0.9 + 0.1 * torch.rand(batch_size, device=device, dtype=dtype)
+        return torch.where(torch.rand(batch_size, device=device) < self._share, high, torch.maximum(*draws))
+
+
 def train(
     preset: Preset,
     trainer: Any,
@@ -121,12 +136,16 @@ def train(
     adapter = trainer.LoRAConfig(r=preset.rank, alpha=int(SCALE * preset.rank), dropout=0.0)
     handler = Handler(copy.deepcopy(model), preset.device, torch.float32)
     options = {"timestep_mode": cell.arm.timestep_mode, "cfg_ratio": cell.arm.cfg_ratio}
+    plugins: dict[str, object] = {"same-noise": SameNoise(seed), **(watchers or {})}
+    if cell.arm.high_share:
+        plugins["high-t"] = HighT(cell.arm.high_share)
     said: list[str] = []
     reached: set[int] = set()
     with attach(
         trainer,
         options=options,
-        extra_plugins={"same-noise": SameNoise(seed), **(watchers or {})},
+        extra_plugins=plugins,
+        wins="high-t" if cell.arm.high_share else None,
         allowed_folders=(work,),
         announce=said.append,
     ):
