@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -414,6 +415,44 @@ def test_the_recipe_says_what_is_missing(tmp_path, monkeypatch, capsys):
     folders = ["--acestep-root", "checkout", "--dataset-dir", "songs", "--held-out-dir", "others"]
     assert recipe.main([*folders, "--out", str(tmp_path), "--seeds", "1"]) == 2
     assert "has no 'acestep-train compare'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for kadtk")
+def test_the_recipe_has_clips_compared_with_two_encoders(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+    def acestep_train(arguments, *, capture=False):
+        words = [str(argument) for argument in arguments]
+        if words[0] == "preview":
+            for row in ("base_model", "final"):
+                (Path(words[1]) / "previews" / row).mkdir(parents=True)
+                (Path(words[1]) / "previews" / row / "song.wav").touch()
+        found = {"timesteps": [], "adapters": [{"loss": 1.0}] * 4}
+        return subprocess.CompletedProcess(
+            words, 0, "train compare preview" if words[0] != "compare" else json.dumps(found), ""
+        )
+
+    monkeypatch.setattr(recipe, "run", acestep_train)
+    (kadtk := tmp_path / "kadtk").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/called"\n', encoding="utf-8")
+    (reference := tmp_path / "held out").mkdir()
+    folders = ["--acestep-root", "checkout", "--dataset-dir", "songs", "--held-out-dir", "others"]
+    line = [*folders, "--out", str(tmp_path / "out"), "--seeds", "1", "--kad-reference", str(reference)]
+
+    def refused(*more):
+        assert recipe.main([*line, *more]) == 2 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "Add --preview-songs 8" in refused()
+    assert "No WAV files in" in refused("--preview-songs", "2")
+    (reference / "a.wav").touch()
+    assert "pip install kadtk" in refused("--preview-songs", "2", "--kadtk", str(tmp_path / "nothing"))
+    kadtk.chmod(0o755)
+    assert recipe.main([*line, "--preview-songs", "2", "--kadtk", str(kadtk)]) == 0
+    called = (tmp_path / "called").read_text("utf-8").splitlines()
+    assert len(called) == 8 and not [words for words in called if "base_model" in words]
+    for encoder in recipe.ENCODERS:
+        assert sum(words.startswith(f"{encoder} {reference} ") for words in called) == 4
+        assert sum(words.endswith(f"--csv {tmp_path}/out/kad-{encoder}.csv") for words in called) == 4
 
 
 def real_checkpoint(folder):

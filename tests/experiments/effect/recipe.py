@@ -11,8 +11,12 @@ it was: what is finished is not done again. Nothing is sent anywhere.
 Songs: 12 to 20 of one artist or style for SONGS, 8 others of the same for HELD_OUT, 1 to 3 minutes each, preprocessed
 with ACE-Step. Repeat it with a style near to what the model plays anyway and one far from it. Public-domain and CC0
 recordings (Musopen, the Open Goldberg Variations, CC0 works on the Free Music Archive) may be published with the
-result. Time: 4 trainings a seed. An extra that this file leaves to you: KAD or FAD of the clips with two public
-encoders (CLAP and MERT, say), because one encoder's taste is not evidence.
+result. Time: 4 trainings a seed.
+
+With ``--kad-reference DIR``, a folder with WAV files of the held-out songs, the clips are compared with them by KAD
+(Kernel Audio Distance) with two public encoders, because one encoder's taste is not evidence. It needs kadtk
+(pip install kadtk, in an environment of its own, because it asks for an older torch) and its encoders, which kadtk
+downloads by itself. Lower is nearer; with few clips it says little.
 
 The seeds pair the initial adapter. Unlike in the toy, order and noise are not the same in all arms, because
 ``acestep-train`` draws them as ACE-Step does; expect wider intervals and use more seeds.
@@ -23,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +37,16 @@ from typing import Any
 COMMAND = [sys.executable, "-c", "from sidestep_plugin.cli import main; main()"]
 """``acestep-train``, also where it is not on the PATH."""
 
+ENCODERS = ("clap-laion-music", "MERT-v1-95M-7")
+"""Names that kadtk has for a public encoder of music and text, and for one of music alone."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe | returns the exit code: 0, that of a training that failed, or 2 where `compare` is missing."""
     given = _parsed(sys.argv[1:] if arguments is None else arguments)
+    if given.kad_reference is not None and (wrong := cannot_compute_kad(given)):
+        print(f"Error: {wrong}", file=sys.stderr)
+        return 2
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         for seed in range(given.seeds):
@@ -53,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in range(given.seeds):
             for arm, name, value in compare(given, seed):
                 values.setdefault(name, {})[seed, arm] = [value]
+        if given.kad_reference is not None:
+            compute_kad(given)
         return show(given, values)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
@@ -106,6 +119,38 @@ def compare(given: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, fl
             if not (folder / "previews").exists():
                 songs = ["--dataset-dir", given.held_out_dir, "--songs", given.preview_songs]
                 run(["preview", folder, *where(given), *songs])
+
+
+def cannot_compute_kad(given: argparse.Namespace) -> str:
+    """Why KAD cannot be computed, and what to do; "" if it can."""
+    if not given.preview_songs:
+        return "--kad-reference compares clips, and none are made. Add --preview-songs 8."
+    if not any(given.kad_reference.glob("*.wav")):
+        return f"No WAV files in {given.kad_reference}. Put those of the held-out songs there."
+    if shutil.which(given.kadtk) is None:
+        return f"No program {given.kadtk}. Install it (pip install kadtk), or say where it is: --kadtk PATH."
+    return ""
+
+
+def compute_kad(given: argparse.Namespace) -> None:
+    """Let kadtk write a table for each encoder: a line for each folder of clips."""
+    made = (
+        row
+        for seed in range(given.seeds)
+        for arm in arms()
+        for row in sorted((adapter(given.out, arm, seed) / "previews").glob("*/"))
+    )
+    rows = [row for row in made if row.name != "base_model" and any(row.glob("*.wav"))]
+    if not rows:
+        print("KAD: no clips were decoded, because the models' folder has no VAE.", file=sys.stderr)
+    for encoder in ENCODERS:
+        table = given.out / f"kad-{encoder}.csv"
+        for row in rows:
+            done = subprocess.run([given.kadtk, encoder, str(given.kad_reference), str(row), "--csv", str(table)])
+            if done.returncode:
+                print(f"KAD: {given.kadtk} failed for {row} with {encoder} (see above).", file=sys.stderr)
+        if rows:
+            print(f"KAD with {encoder}: {table}")
 
 
 def numbers(compared: Mapping[str, Any], folders: Mapping[str, Path]) -> Iterator[tuple[str, str, float]]:
@@ -164,6 +209,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="at least 3 for intervals")
     parser.add_argument("--preview-songs", type=int, default=0, metavar="K", help="clips of each adapter")
+    parser.add_argument("--kad-reference", type=Path, metavar="DIR", help="WAV files of the held-out songs, for KAD")
+    parser.add_argument("--kadtk", default="kadtk", metavar="PATH", help="the program that computes KAD [kadtk]")
     parser.add_argument("training", nargs="*", help="after --: more options of acestep-train")
     return parser.parse_args(list(arguments))
 
