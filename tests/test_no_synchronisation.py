@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sidestep_plugin.hooks import acestep_prepare_batch, acestep_step_finished, note_step
-from sidestep_plugin.hooks.model_treatment import acestep_run_started
-from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
+from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
+from sidestep_plugin.hooks.treatment import acestep_run_started
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidestep_plugin.resuming.journal import Journal
+from sidestep_plugin.engine.journal import Journal
 from sidestep_plugin.run import Run, Step, note
 
 CUDA = torch.device("cuda", 0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.adapter_metadata import acestep_adapter_saved
+from sidestep_plugin.hooks.metadata import acestep_adapter_saved
 
 from sidestep_plugin.adapters.facts import FILE_NAME, SCHEMA_VERSION, read_training_config, write_training_config
 from sidestep_plugin.options import resolve_options

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest, chisquare
 from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.cfg_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks.condition_dropout import acestep_prepare_batch
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.options import resolve_options

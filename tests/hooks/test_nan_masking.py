@@ -12,9 +12,9 @@ import torch
 from sidestep_plugin.hooks import acestep_options, acestep_prepare_batch, acestep_run_started
 
 from sidestep_plugin import attach
+from sidestep_plugin.engine import seams
 from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, Step
-from sidestep_plugin.trainer import seams
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.model_treatment import NAME, treatment_of
-from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
+from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
 
 from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, Step
 from sidestep_plugin.timesteps.schedule import max_of_two_logit_normal_cdf
+from sidestep_plugin.timesteps.treatment import PLUGIN, treatment_of
 
 CPU = torch.device("cpu")
 SETTINGS = [(-0.4, 1.0), (0.5, 0.6)]
@@ -117,7 +117,7 @@ def test_extreme_parameters_stay_between_data_and_noise(dtype):
 
     def extreme(mu):
         step = a_step()
-        step.run.state[NAME] = dataclasses.replace(treatment_of(step.run), mu=mu, sigma=3.0)
+        step.run.state[PLUGIN] = dataclasses.replace(treatment_of(step.run), mu=mu, sigma=3.0)
         return sample(step, 1000, dtype)
 
     t = torch.cat([extreme(mu) for mu in (-20.0, 20.0)])
