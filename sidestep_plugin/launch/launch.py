@@ -48,7 +48,8 @@ from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
-from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
+from ..engine.writable import check_writable
+from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
 
 if TYPE_CHECKING:
     import torch
