@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import Refusal
 from ..text import shown
-from .seams import FINAL
+from .shapes import FINAL
 from .wrappers.ending import INTERRUPTED
 
 
