@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .journal import Journal
 
 
-_NEED_A_JOURNAL: Final = (
+NEED_A_JOURNAL: Final = (
     "engine_resume",
     "acestep_epoch_finished",
     "acestep_between_epochs",
@@ -27,6 +27,7 @@ _NEED_A_JOURNAL: Final = (
     "engine_planned",
     "acestep_run_ended",
 )
+"""Hooks that need a record of the training."""
 
 
 class Host:
@@ -74,7 +75,7 @@ class Host:
     @property
     def keeps_journal(self) -> bool:
         """Whether any plugin needs a run's journal."""
-        return any(map(self.registry.implements, _NEED_A_JOURNAL))
+        return any(map(self.registry.implements, NEED_A_JOURNAL))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None

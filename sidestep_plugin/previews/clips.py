@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.inspection import Report, inspect_adapter
 from ..engine.checkout import find_root, import_trainer
 from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
-from ..engine.output_folder import check_writable
+from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset

@@ -10,7 +10,7 @@ from ...errors import Refusal
 from ...files import room
 from ..answers import checked_lines
 from ..checkout import place_of
-from ..seams import SAVE_FUNCTIONS
+from ..shapes import SAVE_FUNCTIONS
 
 if TYPE_CHECKING:
     from ...run import ResumePoint
