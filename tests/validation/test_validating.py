@@ -176,14 +176,14 @@ def test_resuming_from_best_equals_an_unbroken_training(
     if not lightning:
         monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     options = {"validate": 4, "validate_every": 1}
-    settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 24, "learning_rate": 1e-2}
+    settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 8, "learning_rate": 1e-2}
     whole = train("base", kind, tensors=overfitting, options=options, save_every_n_epochs=100, **settings)
     if not whole.tensors and not lightning:
         pytest.skip("this version of ACE-Step cannot train without Lightning here")
     means = {epoch: float((0.85 * loss[..., 0] + 0.15 * loss[..., 1]).mean()) for epoch, loss in measured.items()}
     expected = dict(measured)
     best = min((epoch for epoch in means if epoch), key=lambda epoch: means[epoch])
-    assert best < 24, "something is left to train"
+    assert best < 8, "something is left to train"
     folder = whole.output / "checkpoints" / "best"
     facts = json.loads(next(folder.rglob("training_config.json")).read_text(encoding="utf-8"))
     assert facts["validation_epoch"] == best and facts["validation_loss"] == round(means[best], 6)
@@ -191,7 +191,7 @@ def test_resuming_from_best_equals_an_unbroken_training(
     assert (point.epochs, point.steps) == (best, 0)
     measured.clear()
     rest = train("base", kind, tensors=overfitting, options=options, resume_from=str(folder), **settings)
-    assert sorted(measured) == list(range(best + 1, 25))
+    assert sorted(measured) == list(range(best + 1, 9))
     assert all(torch.equal(measured[epoch], expected[epoch]) for epoch in measured)
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
     assert torch.equal(whole.rng_state, rest.rng_state)
@@ -232,7 +232,7 @@ def test_what_fails_between_two_epochs_without_lightning_is_reported(train, trai
     done = train("base", options=TWO)
     if not done.losses:
         pytest.skip("this version of ACE-Step cannot train without Lightning here")
-    assert "Training failed: RuntimeError: out of memory" in done.messages[-1] and done.messages[-1].startswith("❌")
+    assert done.messages[-1].startswith("❌") and "RuntimeError: out of memory" in done.messages[-1]
     assert (done.output / "interrupted").is_dir() and not done.tensors
 
 
