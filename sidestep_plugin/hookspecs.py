@@ -148,8 +148,8 @@ def acestep_step_finished(step: Step) -> None:
 def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, float | torch.Tensor] | None:
     """Return numbers and histograms of an epoch for upstream's log, which TensorBoard shows.
 
-    When: after the last training step of an epoch, before its validation and its checkpoint. Reading values from a GPU
-    is fine here, once per epoch. Not called for epochs that a resumed run skips.
+    When: behind the last optimizer step of an epoch, before its validation and its checkpoint. Reading values from a
+    GPU is fine here, once per epoch. Not called for epochs that a resumed run skips.
 
     Args:
         run: the run.
@@ -166,11 +166,10 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     """Look at the adapter as an epoch left it, and tell what was found.
 
-    When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed:
-    with Lightning behind its last optimizer step and before upstream's validation and checkpoint, so the weights are
-    those that a checkpoint saves. Without Lightning it is called right after :func:`acestep_epoch_finished`, before
-    the optimizer step for the rest of an epoch that gradient accumulation does not divide. The first versions of
-    upstream carry such a rest over to the next epoch, so its gradients are still waiting.
+    When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed,
+    right after :func:`acestep_epoch_finished`: behind its last optimizer step and before upstream's validation and
+    checkpoint, so the weights are those that a checkpoint saves. The first versions of upstream carry the rest of an
+    epoch that gradient accumulation does not divide over to the next epoch, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.

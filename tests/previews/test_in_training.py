@@ -263,3 +263,15 @@ def test_a_vae_of_another_width_is_refused(train, tmp_path, monkeypatch):
     done = train("base", options=ON)
     assert "AutoencoderOobleck with 32 channels, expected ACE-Step's AutoencoderOobleck with 64" in done.messages[-1]
     assert not done.losses
+
+
+def test_the_last_epoch_of_a_training_that_patience_ends_is_heard(train, monkeypatch):
+    """Nothing gets better after the first epoch, so the second one is the last."""
+    from sidestep_plugin.engine import services
+
+    evaluate, calls = services.evaluate, iter(range(1, 100))
+    monkeypatch.setattr(services, "evaluate", lambda *given: evaluate(*given) * next(calls))
+    options = ON | {"preview_every": 50, "validate": 2, "validate_every": 1, "patience": 1}
+    done = train("base", options=options, max_epochs=9)
+    assert any("final is the best adapter, of epoch 1" in text for text in done.messages), done.messages
+    assert [row["epoch"] for row in rows(done.output)] == [0, 2]
