@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/wrappers/ending.py",
+        "sidestep_plugin/engine/ending.py",
         "            put_weights(run, point)\n",
         "",
         "tests/hooks/test_validation.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..ranks import ranks
-from ..run import AdapterType, Run
+from ..run import AdapterType, ModelFacts, Run
 from .answers import checked_lines
+from .current import command_line
 
 if TYPE_CHECKING:
     from ..registry import Registry
@@ -98,6 +99,8 @@ class Host:
     def start(self, run: Run) -> None:
         """Let the plugins decide about a run, and keep it if they accept. Raises Refusal."""
         self._runs.pop(run.model, None)
+        if command_line.get() is None:  # which has asked before it loaded the model
+            self.registry.call("acestep_model_chosen", facts=ModelFacts.from_model(run.model), options=self.options)
         self.ask_and_announce("acestep_run_started", run=run)
         self._runs[run.model] = run
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from .checkout import place_of
+from .ending import save_checkpoint, save_weights
 from .evaluation import evaluate, without_adapter
 from .replay import put_parameters, trained_tensors
 from .weights import put_weights
-from .wrappers.ending import save_checkpoint, save_weights
 
 if TYPE_CHECKING:
     import torch

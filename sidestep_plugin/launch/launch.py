@@ -23,6 +23,7 @@ from ..engine.attachment import Attachment, attach
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
+from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
 from ..engine.models import (
     Handler,
@@ -36,7 +37,6 @@ from ..engine.models import (
 )
 from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
 from ..engine.seams import FINAL, WEIGHT_FILES
-from ..engine.wrappers.ending import INTERRUPTED
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks

@@ -14,6 +14,7 @@ from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ..answers import described
 from ..current import Training, command_line, running_training
+from ..ending import saved_after, summed_up
 from ..epochs import began, ended
 from ..journal import Journal
 from ..processes import (
@@ -28,7 +29,6 @@ from ..processes import (
     wait_for_all,
 )
 from ..services import Services
-from .ending import saved_after, summed_up
 
 if TYPE_CHECKING:
     import torch
