@@ -129,6 +129,7 @@ def find_texts(
     trigger: Trigger | None = None,
     as_typed: bool = False,
     known: Mapping[Path, Mapping[str, Any]] | None = None,
+    texts: Path | None = None,
 ) -> Texts:
     """Find what belongs to each song, in every form.
 
@@ -141,6 +142,7 @@ def find_texts(
         as_typed: leave values as they are typed.
         known: metadata of finished songs (the "metadata" of a ``.pt`` file), where songs are such files. Files may be
             named after the song or after the audio that its metadata names.
+        texts: another folder in which files that belong to finished songs lie, such as that of the audio.
 
     Returns:
         What was found, with the songs in their order.
@@ -150,7 +152,7 @@ def find_texts(
     """
     files = list(dict.fromkeys(songs))
     known = known or {}
-    look = _Look(folder, files, known)
+    look = _Look(folder, files, known, texts)
     named = look.named(dataset) if dataset is not None else None
     general = trigger or look.trigger([named, *look.datasets])
     told: dict[Path, SongText] = {}
@@ -218,8 +220,11 @@ def _said_by_itself(metadata: Mapping[str, Any], name: str) -> Found:
 class _Look:
     """One look at a folder: each file is read once."""
 
-    def __init__(self, folder: Path, songs: Sequence[Path], known: Mapping[Path, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, songs: Sequence[Path], known: Mapping[Path, Mapping[str, Any]], texts: Path | None
+    ) -> None:
         self.folder = folder
+        self.texts = texts
         self.songs = songs
         self.unreadable: list[str] = []
         self._audio = {song: _audio_of(known.get(song, {})) for song in songs}
@@ -242,6 +247,8 @@ class _Look:
         self._notes: list[str] = []
         above = {parent for song in songs for parent in song.parents if parent == folder or folder in parent.parents}
         self._folders = [folder, *sorted(above - {folder})]
+        if texts is not None and texts not in self._folders:
+            self._folders[:0] = [texts]
         self.tables: list[Table] = []
         self.datasets: list[Table] = []
         self._rows: dict[int, dict[Path, list[Found]]] = {}
@@ -264,13 +271,25 @@ class _Look:
 
     def _beside(self, song: Path, ending: str) -> Path | None:
         """The file named after a song with an ending; one of exactly its name before one with other capitals."""
-        for stem in self._names[song]:
-            alike = self._files(song.parent).get(_folded(stem + ending), [])
+        for place, stem in self._places_of(song):
+            alike = self._files(place).get(_folded(stem + ending), [])
             exact = [file for file in alike if _same(file.name) == _same(stem + ending)]
             if found := exact or (alike if len(alike) == 1 else []):
                 self._used.add(found[0])
                 return found[0]
         return None
+
+    def _places_of(self, song: Path) -> Iterator[tuple[Path, str]]:
+        """Where a song's files may lie, and after what they may be named."""
+        yield from ((song.parent, stem) for stem in self._names[song])
+        if self.texts is None:
+            return
+        for path in map(PurePosixPath, self._audio[song]):  # the path of the audio, from the outermost folder inwards
+            for first in range(1 if path.anchor else 0, len(path.parts) - 1):
+                place = self.texts.joinpath(*path.parts[first:-1])
+                if not any(part in ("..", ":") for part in path.parts[first:-1]) and place.is_dir():
+                    yield place, path.stem
+        yield from ((self.texts, stem) for stem in self._names[song])
 
     def _read_tables(self, place: Path) -> None:
         stems = {_folded(stem) for song in self.songs if song.parent == place for stem in self._names[song]}
@@ -320,7 +339,10 @@ class _Look:
     def _match(self, table: Table, place: Path) -> None:
         """Give each row to the song that it names: by path, else by a name that only one song has."""
         below = [file for file in self.songs if place in file.parents] or list(self.songs)
-        by_path = {_folded(path): file for file in below for path in self._paths_of(file, place)}
+        by_path: dict[str, set[Path]] = {}
+        for file in below:
+            for path in self._paths_of(file, place):
+                by_path.setdefault(_folded(path), set()).add(file)
         by_name: dict[str, set[Path]] = {}
         for file in below:
             for name in (file.name, *self._names[file], *(PurePosixPath(path).name for path in self._audio[file])):
@@ -360,7 +382,7 @@ class _Look:
             if song.is_relative_to(start):
                 yield song.relative_to(start).as_posix()
         yield song.absolute().as_posix()
-        yield from (path for path in self._audio[song] if "/" in path)
+        yield from (end for path in self._audio[song] if "/" in path for end in _tails(path))
 
     def _from(self, table: Table, song: Path) -> list[Found]:
         found = self._rows[id(table)].get(song, [])
