@@ -352,9 +352,8 @@ class _Look:
         unclear: list[str] = []
         order: list[Path | None] = []
         for names, found in table.rows:
-            song: Path | None = next(
-                (by_path[path] for name in names for path in _tails(name) if path in by_path), None
-            )
+            exact = (by_path[path] for name in names for path in _tails(name) if path in by_path)
+            song: Path | None = next((next(iter(one)) for one in exact if len(one) == 1), None)
             if song is None:
                 bases = [_folded(PurePosixPath(_forward(name)).name) for name in names]
                 matches: set[Path] = next((by_name[base] for base in bases if base in by_name), set())
