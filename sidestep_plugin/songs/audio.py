@@ -275,13 +275,13 @@ def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]
     """The first reader that can read a file. Raises Refusal with what each of them said."""
     try:
         if problem := not_a_file(file):
-            raise Refusal(f"{file} {problem}.")
+            raise Refusal(f"{file} {problem}, expected an audio file.")
         with file.open("rb") as raw:
             head = raw.read(64)
     except OSError as error:
         raise Refusal(f"{file} cannot be read ({error.strerror}).") from None
     if no_audio := _no_audio(head):
-        raise Refusal(f"{file} {no_audio}")
+        raise Refusal(f"{file} {no_audio[0]}, expected audio. {no_audio[1]}")
     readers: list[tuple[str, Callable[[Path], Any]]] = [
         ("soundfile", _by_soundfile),
         ("torchaudio", _by_torchaudio),
@@ -442,18 +442,18 @@ def _resampled(samples: torch.Tensor, rate: int, file: Path) -> tuple[torch.Tens
     return torch.from_numpy(resampled).float(), "scipy, because torchaudio is not there"
 
 
-def _no_audio(head: bytes) -> str:
-    """What a file is that has an audio's name and something else in it, by its first bytes; "" for anything else."""
+def _no_audio(head: bytes) -> tuple[str, str] | None:
+    """What a file is that has an audio's name and holds something else, by its first bytes, and what to do about it."""
     start = head.lstrip().lower()
     if not head:
-        return "is empty. Copy it again, or take it out of the folder."
+        return "is empty", "Copy it again, or take it out of the folder."
     if is_lfs_pointer(head):
-        return "is a pointer of Git LFS and not the file itself. Fetch it: git lfs pull."
+        return "is a pointer of Git LFS and not the file itself", "Fetch it: git lfs pull."
     if start.startswith((b"<!doctype", b"<html")):
-        return "is a web page and not audio. Download it again."
+        return "is a web page", "Download it again."
     if head.startswith(b"PK\x03\x04"):
-        return "is a ZIP archive and not audio. Unpack it."
-    return ""
+        return "is a ZIP archive", "Unpack it."
+    return None
 
 
 def is_lfs_pointer(head: bytes) -> bool:

@@ -162,7 +162,9 @@ def find_texts(
             candidates.append(_said_by_itself(metadata, file.name))
         told[file] = _together(file, candidates, trigger=trigger, general=general, as_typed=as_typed)
     if look.unreadable:
-        raise Refusal(f"Texts of songs cannot be read in {folder}: {' '.join(dict.fromkeys(look.unreadable))}")
+        raise Refusal(
+            f"Texts that cannot be read in {folder}, expected UTF-8: {' '.join(dict.fromkeys(look.unreadable))}"
+        )
     return Texts(told, tuple(look.notes(dataset)))
 
 
@@ -327,7 +329,7 @@ class _Look:
         try:
             table = sidecars.dataset_json(file, sidecars.read_json(file)[0])
         except Unreadable as problem:
-            raise Refusal(f"The dataset JSON {file} cannot be used: {problem}") from None
+            raise Refusal(f"{file} was named as the dataset, expected a JSON file: {problem}") from None
         if table is None:
             raise Refusal(
                 f'{file} is no dataset JSON: expected "samples", a list of songs with audio_path or filename, as '

@@ -143,7 +143,8 @@ _CODES: Final = {
 }
 _MODES: Final = {"": "major", "maj": "major", "major": "major", "dur": "major", "M": "major"}
 _MODES_MINOR: Final = {"m": "minor", "min": "minor", "minor": "minor", "moll": "minor"}
-_KEY: Final = re.compile(r"([A-Ga-g])\s*(#|b|♯|♭|sharp|flat)?[\s\-_:.]*([A-Za-z]*)\.?")
+_KEY: Final = re.compile(r"([A-Ha-h])\s*(#|b|♯|♭|sharp|flat|is|es|s)?[\s\-_:.]*([A-Za-z]*)\.?")
+_SIGNS: Final = {"sharp": "#", "is": "#", "flat": "b", "es": "b", "s": "b"}
 _CAMELOT_MINOR: Final = ("Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#", "Db")
 _CAMELOT_MAJOR: Final = ("B", "F#", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E")
 
@@ -177,9 +178,10 @@ def bpm(typed: object) -> Word:
 
 
 def keyscale(typed: object) -> Word:
-    """Key: "Am", "A min", "a-moll" become "A minor"; "F# Major" and "F#" "F# major"; the DJ's "8A" "A minor".
+    """Key: "Am", "A min", "a-Moll" become "A minor"; "F# Major" and "F#" "F# major"; the DJ's "8A" "A minor".
 
-    A small letter without a mode is not known: in some languages it means minor.
+    A small letter without a mode is not known: in some languages it means minor. German "H" is "B"; a German "B-Dur" is
+    not known, because people mean either note by it.
     """
     text = _text(typed)
     if not text:
@@ -192,8 +194,12 @@ def keyscale(typed: object) -> Word:
     if found is None or (found[1].islower() and not found[3]):
         return Word(text, known=False)
     note, accidental, mode = found[1].upper(), found[2] or "", found[3]
-    accidental = {"sharp": "#", "flat": "b"}.get(accidental, accidental)
+    accidental = _SIGNS.get(accidental, accidental)
     named = _MODES.get(mode) or _MODES_MINOR.get(mode) or (_MODES | _MODES_MINOR).get(mode.lower())
+    if note == "H":
+        note, named = "B", None if accidental else named
+    elif note == "B" and not accidental and mode.lower() in ("dur", "moll"):
+        named = None
     return Word(text, known=False) if named is None else Word(f"{note}{accidental} {named}")
 
 
