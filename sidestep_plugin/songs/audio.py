@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file
-from ..text import shown
+from ..text import counted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -147,12 +147,12 @@ def audio_files(folder: Path) -> AudioFiles:
     if closed:
         notes.append(f"Folders that could not be listed: {_some(sorted(closed))}")
     if not audio:
-        instead = (
-            f" It has {songs} .pt files: songs that are prepared already. acestep-train songs shows them."
-            if songs
-            else ""
-        )
-        instead = instead or "".join(f" {note}." for note in notes)
+        instead = "".join(f" {note}." for note in notes)
+        if songs:
+            prepared = counted(songs, "song")
+            instead = (
+                f" It has {prepared} that {'is' if songs == 1 else 'are'} prepared (.pt): use acestep-train songs."
+            )
         raise Refusal(f"No audio in {folder}: expected {', '.join(sorted(ending[1:] for ending in AUDIO))}.{instead}")
     return AudioFiles(tuple(sorted(audio, key=lambda file: file.relative_to(folder).as_posix())), tuple(notes))
 
@@ -202,7 +202,7 @@ def look_at(file: Path) -> AudioFacts:
         problems.append("silent: no sample is louder than -60 dB")
     if clipped > _CLIPPED:
         problems.append(f"clipped: {100 * clipped:.1f} % of the samples stand at full scale")
-    elif peak > 1.0:
+    if peak > 1.0:
         notes.append(f"samples up to {peak:.2f} stay as they are, beyond full scale")
     if stream.channels == 1:
         notes.append("mono: the channel is doubled")
@@ -299,7 +299,7 @@ def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]
         except Exception as error:  # each reader has its own types for a file that it cannot read
             reason = _reason(error).replace(str(file), file.name)
             said.append(f"{name} cannot read it ({shown(reason, 120)})")
-    raise Refusal(f"{file} cannot be read as audio: {'; '.join(said)}. {_advice(said)}")
+    raise Refusal(f"{file} cannot be read, expected audio: {'; '.join(said)}. {_advice(said)}")
 
 
 def _advice(said: list[str]) -> str:

@@ -266,6 +266,8 @@ class _Look:
                 for file in sorted(place.iterdir()):
                     if not file.name.startswith(".") and not is_companion(file.name):
                         listing.setdefault(_folded(file.name), []).append(file)
+            except FileNotFoundError:
+                pass
             except OSError as error:
                 self.unreadable.append(f"{place} cannot be listed ({error.strerror}).")
             self._listing[place] = listing
