@@ -1,7 +1,7 @@
 """How a song's tensors were made: as it says itself, else as its tensors show. No model is needed.
 
 A song that ``acestep-train prepare`` made says it under ``metadata["prepared"]``, in plain types. Of these keys are
-read here: ``form`` ("generated" or "upstream"), ``model`` (name of the model's folder) and ``encoder`` (hash of what
+read here: ``form`` ("generated" or "upstream"), ``model`` (name of the model's folder) and ``encoders`` (hash of what
 made the conditions). Other songs are told by what upstream's preprocessing does (measured, all versions until
 2026-05-01): prompt and lyrics padded to 256 and 512 rows, which makes 769 with the row for the reference audio; and in
 the tab's mode "LoKr" the song's own latents as what the decoder is given.
@@ -44,7 +44,7 @@ class Making:
             audio": the song's own latents are in the decoder's input; "unknown": none of these can be shown.
         recorded: whether the song says so itself.
         model: folder name of the model whose encoder made the conditions, "" where the song does not say.
-        encoder: what tells that encoder from another of the same name, "" where the song does not say.
+        encoders: what tells that encoder from another of the same name, "" where the song does not say.
         rows: rows of the conditions.
         hidden: rows of the conditions that their mask hides.
     """
@@ -52,7 +52,7 @@ class Making:
     form: Form
     recorded: bool = False
     model: str = ""
-    encoder: str = ""
+    encoders: str = ""
     rows: int = 0
     hidden: int = 0
 
@@ -65,15 +65,15 @@ def making_of(song: Mapping[str, Any]) -> Making:
     metadata = metadata if isinstance(metadata, Mapping) else {}
     record = metadata.get("prepared")
     said = record if isinstance(record, Mapping) else {}
-    model, encoder = (str(said.get(key) or "") for key in ("model", "encoder"))
+    model, encoders = (str(said.get(key) or "") for key in ("model", "encoders"))
     form: Form
     if holds_itself(song) or (not said and str(metadata.get("preprocess_mode") or "").lower() == "lokr"):
         form = "own audio"
     elif said.get("form") in ("generated", "upstream"):
-        return Making(said["form"], True, model, encoder, rows, hidden)
+        return Making(said["form"], True, model, encoders, rows, hidden)
     else:
         form = "upstream" if rows == PADDED_ROWS else "unknown"
-    return Making(form, False, model, encoder, rows, hidden)
+    return Making(form, False, model, encoders, rows, hidden)
 
 
 def holds_itself(song: Mapping[str, Any]) -> bool:
@@ -117,7 +117,7 @@ def check_making(folder: Path, files: Sequence[Path], makings: Sequence[Making],
     models: dict[tuple[str, str], list[Path]] = {}
     for file, making in made.items():
         if making.recorded and making.model:
-            models.setdefault((making.model, making.encoder), []).append(file)
+            models.setdefault((making.model, making.encoders), []).append(file)
     if len(models) > 1:
         told = ", ".join(f"{name} ({_these(songs, 3)})" for (name, _), songs in models.items())
         if len({name for name, _ in models}) == 1:

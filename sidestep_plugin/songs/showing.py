@@ -175,8 +175,13 @@ def _wrong(file: Path, metadata: Mapping[str, Any], making: Making, text: SongTe
         yield "has no caption"
     elif _words(caption) == _words(stem):
         yield "has no caption of its own, but the file's name"
-    if making.form == "upstream" and len(text.lyrics) > _LETTERS * _LYRICS_ROWS:
+    if making.form == "upstream" and not making.recorded and len(text.lyrics) > _LETTERS * _LYRICS_ROWS:
         yield f"lyrics of {len(text.lyrics)} letters: their end is cut off, after 512 tokens"
+    record = metadata.get("prepared")
+    for key, name, kept in (("caption_cut", "caption", 256), ("lyrics_cut", "lyrics", 2048)):
+        if isinstance(record, Mapping) and isinstance(lost := record.get(key), int) and lost > 0:
+            kept = 512 if making.form == "upstream" and key == "lyrics_cut" else kept
+            yield f"{counted(lost, 'token')} of the {name} cut off, after {kept}"
     itself = f" ({file.name} itself)"
     if making.form != "generated":
         for change in text.changes:

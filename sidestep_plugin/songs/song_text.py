@@ -51,6 +51,8 @@ POSITIONS: Final[Mapping[str, Position]] = {"prepend": "before", "append": "afte
 DEFAULT: Final = "default"
 """The source of a value that no file gave."""
 
+_ITSELF: Final = " itself"
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -154,7 +156,7 @@ def find_texts(
     known = known or {}
     look = _Look(folder, files, known, texts)
     named = look.named(dataset) if dataset is not None else None
-    general = trigger or look.trigger([named, *look.datasets])
+    general = look.trigger([named, *look.datasets])
     told: dict[Path, SongText] = {}
     for file in files:
         candidates = look.of(file, named)
@@ -179,7 +181,7 @@ def text_of_song(
         trigger: a trigger word; without it the song's own.
         as_typed: leave values as they are.
     """
-    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=trigger, general=trigger, as_typed=as_typed)
+    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=trigger, general=None, as_typed=as_typed)
 
 
 def trigger_of(folder: Path) -> Trigger | None:
@@ -192,7 +194,7 @@ def trigger_of(folder: Path) -> Trigger | None:
         about = value.get("metadata") if name == "manifest.json" and isinstance(value, dict) else value
         word, position, _ = sidecars.tags(about)
         if word:
-            return Trigger(word, POSITIONS.get(position, "before"), name)
+            return Trigger(word, _position(position, "before"), name)
     return None
 
 
@@ -212,8 +214,8 @@ def _said_by_itself(metadata: Mapping[str, Any], name: str) -> Found:
     values, problems = sidecars.fields_of(metadata, name)
     prepared = metadata.get("prepared")
     if isinstance(prepared, Mapping) and prepared.get("trigger"):
-        values["trigger"] = str(prepared["trigger"])
-    return Found(f"{name} itself", values, tuple(problems))
+        values |= {"trigger": str(prepared["trigger"]), "position": str(prepared.get("trigger_position") or "")}
+    return Found(f"{name}{_ITSELF}", values, tuple(problems))
 
 
 # -- which files belong to which song ---------------------------------------------------------------------------------
@@ -420,7 +422,7 @@ class _Look:
         """The trigger word for all songs that a dataset JSON or a folder of finished songs names."""
         for table in filter(None, tables):
             if table.trigger:
-                return Trigger(table.trigger, POSITIONS.get(table.position, "before"), table.file.name)
+                return Trigger(table.trigger, _position(table.position, "before"), table.file.name)
         return trigger_of(self.folder)
 
     def notes(self, dataset: Path | None) -> Iterable[str]:
@@ -542,7 +544,13 @@ def _together(
                         f"{song.stem}.json, such as {{\"language\": \"en\"}}")  # fmt: skip
     caption, genre = str(value("caption")).strip(), str(value("genre")).strip()
     use: Literal["caption", "genre"] = "genre" if value("use") == "genre" and genre else "caption"
-    tag = trigger or _own_trigger(candidates, general) or general
+    before = _own_trigger(candidates, general) or general
+    tag = trigger or before
+    if trigger and before and sources.get("caption", "").endswith(_ITSELF):
+        bare = _without(caption, before.word)
+        if bare != caption and trigger.word != before.word:
+            changes.append(f'the trigger word "{shown(before.word, 60)}" is taken out of the caption')
+            caption = bare
     if use == "genre":
         caption, sources["caption"] = genre, sources["genre"]
     elif not caption and not (tag and tag.position == "instead"):
@@ -571,12 +579,22 @@ _KNOWN: Final = {
 }
 
 
+def _without(caption: str, word: str) -> str:
+    """A caption without a trigger word that upstream put in front or behind."""
+    return "" if caption == word else caption.removeprefix(f"{word}, ").removesuffix(f", {word}")
+
+
 def _own_trigger(candidates: Sequence[Found], general: Trigger | None) -> Trigger | None:
     for one in candidates:
         if word := str(one.values.get("trigger", "")).strip():
             fallback = general.position if general is not None else "before"
-            return Trigger(word, POSITIONS.get(str(one.values.get("position")), fallback), one.source)
+            return Trigger(word, _position(one.values.get("position"), fallback), one.source)
     return None
+
+
+def _position(said: object, otherwise: Position) -> Position:
+    """A position in upstream's word or in ours."""
+    return next((ours for theirs, ours in POSITIONS.items() if said in (theirs, ours)), otherwise)
 
 
 def _lyrics(

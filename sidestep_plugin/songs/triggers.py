@@ -29,7 +29,7 @@ def trigger_of_songs(folder: Path, files: Sequence[Path]) -> Trigger | None:
         of_record = isinstance(record, Mapping) and record.get("trigger")
         word = of_record or metadata.get("custom_tag")
         if isinstance(word, str) and word.strip():
-            position = str(record.get("position") or "") if isinstance(record, Mapping) else ""
+            position = str(record.get("trigger_position") or "") if isinstance(record, Mapping) else ""
             said[word.strip(), position] += 1
     if not said:
         return trigger_of(folder)

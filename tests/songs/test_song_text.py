@@ -538,6 +538,22 @@ def test_the_tag_that_upstream_put_into_a_finished_songs_caption_is_not_doubled(
     assert told.prompt == "trg, pop" and told.trigger == "trg"
 
 
+def test_another_trigger_word_takes_the_place_of_the_one_that_upstream_put_into_the_caption(tmp_path):
+    put(tmp_path, {"manifest.json": {"metadata": {"custom_tag": "trg", "tag_position": "prepend"}, "samples": []}})
+    file = tmp_path / "1f.pt"
+    told = find_texts(tmp_path, [file], known={file: METADATA}, trigger=Trigger("new", "after")).songs[file]
+    assert told.prompt == "pop, new" and 'the trigger word "trg" is taken out of the caption' in told.changes
+    put(tmp_path, {"1f.caption.txt": "trg, typed"})
+    told = find_texts(tmp_path, [file], known={file: METADATA}, trigger=Trigger("new", "after")).songs[file]
+    assert told.prompt == "trg, typed, new"  # what somebody typed stays
+
+
+def test_the_place_of_a_trigger_word_is_kept_in_a_prepared_song():
+    record = {"trigger": "trg", "trigger_position": "after"}
+    told = text_of_song({"caption": "pop", "custom_tag": "trg", "prepared": record}, "a.pt")
+    assert (told.trigger, told.position, told.prompt) == ("trg", "after", "pop, trg")
+
+
 def test_files_beside_finished_songs_are_named_after_them_or_after_their_audio(tmp_path):
     put(tmp_path, {"1f.json": {"language": "en"}, "song.caption.txt": "new", "meta.csv": "File,BPM\nsong.wav,99\n"})
     file = tmp_path / "1f.pt"
@@ -564,7 +580,11 @@ def test_one_file_is_not_given_to_two_finished_songs_whose_audio_has_one_name(tm
 
 def test_the_trigger_word_of_finished_songs(tmp_path):
     for name, caption in (("a.pt", "trg, pop"), ("b.pt", "rock, trg"), ("c.pt", "jazz")):
-        save(tmp_path, name, a_song(metadata={"caption": caption, "prepared": {"trigger": "trg", "position": "after"}}))
+        save(
+            tmp_path,
+            name,
+            a_song(metadata={"caption": caption, "prepared": {"trigger": "trg", "trigger_position": "after"}}),
+        )
     files = [tmp_path / name for name in ("a.pt", "b.pt", "c.pt")]
     assert trigger_of_songs(tmp_path, files) == Trigger("trg", "after", "the songs")
     assert not_held("trg", files) == '1 caption without the trigger word "trg": c.pt'
