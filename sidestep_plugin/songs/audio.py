@@ -249,7 +249,7 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
     except Exception as error:  # each reader has its own types for a damaged file
         raise Refusal(_damaged(file, error)) from None
     if not frames:
-        raise Refusal(f"{file} holds no sound. Export it again, or take it out of the folder.")
+        raise Refusal(f"{file} holds no sound. Save it again, or take it out of the folder.")
     samples, how = torch.cat(blocks, dim=1), reader
     if stream.rate != RATE:
         samples, by = _resampled(samples, stream.rate, file)
@@ -261,7 +261,7 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
 
 
 def _damaged(file: Path, error: Exception) -> str:
-    return f"{file} is damaged ({shown(_reason(error), 120)}). Export it again, or take it out of the folder."
+    return f"{file} is damaged ({shown(_reason(error), 120)}). Save it again, or take it out of the folder."
 
 
 # -- readers ----------------------------------------------------------------------------------------------------------

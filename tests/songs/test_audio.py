@@ -296,7 +296,7 @@ def test_a_torchaudio_without_its_torchcodec_is_named(tmp_path, packages, monkey
 
 def test_a_file_that_ends_in_the_middle_is_damaged(tmp_path, packages):
     (tmp_path / "cut.wav").write_bytes(b"x" * 64)
-    assert "is damaged (unexpected end of file). Export it again" in look_at(tmp_path / "cut.wav").unusable
+    assert "is damaged (unexpected end of file). Save it again" in look_at(tmp_path / "cut.wav").unusable
     with pytest.raises(Refusal, match="is damaged"):
         read_audio(tmp_path / "cut.wav")
 
