@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
     "check": "Check whether your ACE-Step fits, without training anything.",
     "estimate": "Estimate the memory that a training needs, before it starts.",
+    "songs": "Show what is in a folder of songs, and what looks wrong.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",
