@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HANDLER: Final = "acestep.handler"
 _CONSTANTS: Final = "acestep.constants"
-_TILES: Final = "acestep.training.dataset_builder_modules.preprocess_vae"
+_PREPROCESSING: Final = "acestep.training.dataset_builder_modules"
 
 TEXT_ENCODER: Final = "Qwen3-Embedding-0.6B"
 """Folder of ACE-Step's text encoder, beside the folders of the models."""
@@ -96,12 +96,14 @@ class Encoded:
     """What the decoder receives for a song.
 
     Attributes:
-        encoder_hidden_states: the conditions, shape [L,D], on the CPU in the model's dtype. No row is padding.
+        encoder_hidden_states: the conditions, shape [L,D], on the CPU in the model's dtype.
+        encoder_attention_mask: shape [L], in the same dtype: ones; upstream's preprocessing has zeros for its padding.
         context_latents: silence and a mask of ones side by side, shape [T,128].
         told: the texts that were encoded.
     """
 
     encoder_hidden_states: torch.Tensor
+    encoder_attention_mask: torch.Tensor
     context_latents: torch.Tensor
     told: Told
 
@@ -209,7 +211,70 @@ def encode(handler: Any, words: Words, frames: int) -> Encoded:
         raise _changed(
             "_prepare_batch", ValueError(f"{context.shape[1]} frames of silence where {frames} were asked for")
         )
-    return Encoded(states[0].cpu().clone(), context[0, :frames].cpu().clone(), told)
+    states = states[0].cpu().clone()
+    return Encoded(states, torch.ones(len(states), dtype=states.dtype), context[0, :frames].cpu().clone(), told)
+
+
+def encode_as_upstream(handler: Any, words: Words, frames: int) -> Encoded:
+    """What upstream's own preprocessing saves for these words in its "lora" mode, by its own functions.
+
+    The lyrics have no header and are cut at 512 tokens, everything is padded to 256 + 512 tokens, and the reference
+    audio is one frame of zeros.
+
+    Args:
+        handler: with model, tokenizer, text encoder and silence.
+        frames: length of the song in frames of latents.
+
+    Raises:
+        UpstreamMismatch: this version of ACE-Step has no such functions.
+    """
+    import torch
+
+    device, dtype = torch.device(handler.device), handler.dtype
+    try:
+        with not_automatic():
+            names = ("models", "preprocess_text", "preprocess_lyrics", "preprocess_encoder", "preprocess_context")
+            models, text, lyrics, encoder, context = (
+                importlib.import_module(f"{_PREPROCESSING}.{name}") for name in names
+            )
+        sample = models.AudioSample(
+            caption=words.caption,
+            lyrics=words.lyrics,
+            language=words.language,
+            bpm=words.bpm,
+            keyscale=words.keyscale,
+            timesignature=words.timesignature,
+            duration=int(words.seconds),
+            labeled=True,
+        )
+        prompt = text.build_text_prompt(sample, "prepend", False)
+        sung = words.lyrics or "[Instrumental]"
+        parts = (handler.text_encoder, handler.text_tokenizer)
+        text_states, text_mask = text.encode_text(*parts, prompt, device, dtype)
+        with_language = "vocal_language" in inspect.signature(lyrics.encode_lyrics).parameters
+        said = (sung, words.language) if with_language else (sung,)
+        lyric_states, lyric_mask = lyrics.encode_lyrics(*parts, *said, device, dtype)
+        states, mask = encoder.run_encoder(
+            handler.model,
+            text_hidden_states=text_states,
+            text_attention_mask=text_mask,
+            lyric_hidden_states=lyric_states,
+            lyric_attention_mask=lyric_mask,
+            device=device,
+            dtype=dtype,
+        )
+        latents = context.build_context_latents(handler.silence_latent, frames, device, dtype)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UpstreamMismatch(
+            f"The preprocessing of this ACE-Step has other functions ({type(error).__name__}: {error}), so "
+            "--conditions upstream cannot be made. Use ACE-Step's main repository, or its own LoRA tab."
+        ) from error
+
+    def count(text: str) -> int:
+        return len(handler.text_tokenizer(text).input_ids)
+
+    told = Told(prompt, sung, count(prompt), count(sung))
+    return Encoded(states[0].cpu().clone(), mask[0].cpu().clone(), latents[0].cpu().clone(), told)
 
 
 def read_words(handler: Any, words: Words) -> Told:
@@ -288,7 +353,7 @@ def _encoder_of_audio() -> Any:
     """Upstream's function (vae, audio, dtype): with windows, in older versions in one piece."""
     try:
         with not_automatic():
-            module = importlib.import_module(_TILES)
+            module = importlib.import_module(f"{_PREPROCESSING}.preprocess_vae")
     except ImportError:
         return _in_one_piece
     for name in ("tiled_vae_encode", "vae_encode"):

@@ -7,6 +7,8 @@ Tiny real models, a tiny real Qwen3 text encoder and tokenizer, a tiny real VAE;
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from upstream.real_parts import FRAME, SONGS, handed_to_the_decoder, tiny_vae, write_model, write_text_encoder
@@ -89,3 +91,102 @@ def test_conditions_are_those_that_generate_music_hands_to_the_decoder(handler, 
     assert len(ours.encoder_hidden_states) == told.prompt_tokens + told.lyric_tokens + 1
     if song is SONGS["german"]:
         assert told.lyric_tokens > 512, "the case is to be longer than what upstream's preprocessing keeps"
+
+
+def test_there_is_no_padding_and_no_random_number(handler):
+    made = handler("base")
+    state = torch.get_rng_state()
+    ours = encode(made, words_of(SONGS["short"]), 175)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bool((ours.encoder_attention_mask == 1).all())
+    again = encode(made, words_of(SONGS["short"]), 175)
+    assert torch.equal(ours.encoder_hidden_states, again.encoder_hidden_states)
+
+
+@pytest.mark.parametrize("change", ["lyrics", "language", "bpm", "seconds", "caption"])
+def test_the_comparison_can_fail(handler, change):
+    made, song = handler("base"), SONGS["short"]
+    states, _ = handed_to_the_decoder(made, song)
+    other = {"lyrics": "[Verse]", "language": "de", "bpm": 119, "seconds": 9.0, "caption": "x"}[change]
+    ours = encode(made, words_of(song | {change: other}), frames_of(song))
+    assert ours.encoder_hidden_states.shape != states[0].shape or not torch.equal(ours.encoder_hidden_states, states[0])
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0, 5.1, 40.0])
+def test_songs_shorter_than_128_frames_and_longer_than_the_silence(handler, seconds):
+    """The app generates at least 128 frames; silence that is too short is repeated where a version can."""
+    song = SONGS["instrumental"] | {"seconds": seconds}
+    made = handler("base", silence=900)
+    states, context = handed_to_the_decoder(made, song)
+    frames = max(1, int(seconds * 25))
+    ours = encode(made, words_of(song), frames)
+    assert torch.equal(ours.encoder_hidden_states, states[0])
+    assert torch.equal(ours.context_latents, context[0, :frames])
+
+
+# -- as upstream's own preprocessing ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def upstreams_own(checkout, tmp_path):
+    """Preprocess one song by upstream's own DatasetBuilder | returns what it saved and the file with the audio."""
+    soundfile = pytest.importorskip("soundfile")
+    builder = importlib.import_module("acestep.training.dataset_builder")
+    try:
+        sample_class = importlib.import_module("acestep.training.dataset_builder_modules.models").AudioSample
+    except ModuleNotFoundError:
+        pytest.skip("this version's preprocessing is one function")
+
+    def preprocess(handler, song, seed=None, **mode):
+        generator = torch.Generator().manual_seed(4)
+        wave = 0.1 * torch.randn(round(song["seconds"] * 48000), 2, generator=generator)
+        file = tmp_path / "song.wav"
+        soundfile.write(str(file), wave.numpy(), 48000, subtype="FLOAT")
+        made = builder.DatasetBuilder()
+        said = {name: song[name] for name in ("caption", "lyrics", "language", "bpm", "keyscale", "timesignature")}
+        sample = sample_class(
+            audio_path=str(file), filename=file.name, duration=int(song["seconds"]), labeled=True, **said
+        )
+        made.samples = [sample]
+        if seed is not None:
+            torch.manual_seed(seed)
+        paths, status = made.preprocess_to_tensors(handler, str(tmp_path / "out"), **mode)
+        assert len(paths) == 1, status
+        return torch.load(paths[0], weights_only=True), wave.T.contiguous()
+
+    return preprocess
+
+
+@pytest.mark.parametrize("song", SONGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["base", "turbo", "xl-base"])
+def test_upstreams_conditions_are_its_own(handler, upstreams_own, family, dtype, song):
+    song = SONGS[song]
+    made = handler(family, DTYPES[dtype])
+    theirs, _ = upstreams_own(made, song)
+    ours = song_encoding.encode_as_upstream(made, words_of(song), len(theirs["target_latents"]))
+    for name in ("encoder_hidden_states", "encoder_attention_mask", "context_latents"):
+        assert torch.equal(getattr(ours, name), theirs[name]), name
+        assert getattr(ours, name).dtype == theirs[name].dtype
+    assert len(ours.encoder_hidden_states) == 256 + 512 + 1
+
+
+@pytest.mark.parametrize("seconds", [0.04, 1.0, 14.9, 24.0, 33.021, 47.3])
+def test_latents_are_those_of_upstreams_own_encoding(handler, upstreams_own, vae, seconds):
+    made, song = handler("base"), SONGS["short"] | {"seconds": seconds}
+    theirs, wave = upstreams_own(made, song, seed=77)
+    state = torch.get_rng_state()
+    ours = song_encoding.encode_audio(vae, wave, torch.float32, 77)
+    assert torch.equal(torch.get_rng_state(), state), "the random state is as before"
+    assert torch.equal(ours, theirs["target_latents"])
+    assert not torch.equal(ours, song_encoding.encode_audio(vae, wave, torch.float32, 78))
+    samples = wave.shape[1]
+    assert len(ours) in (samples // FRAME, samples // FRAME - 1)
+
+
+def test_a_frame_is_lost_where_the_file_ends_just_behind_a_seam(vae):
+    """Windows overlap by 2 s and begin every 11 s; the rest behind a seam is rounded, not cut."""
+    pytest.importorskip("acestep.training.dataset_builder_modules.preprocess_vae")
+    whole = song_encoding.encode_audio(vae, torch.randn(2, 33 * 48000 + 960), torch.float32, 1)
+    short = song_encoding.encode_audio(vae, torch.randn(2, 33 * 48000 + 961), torch.float32, 1)
+    assert (len(whole), len(short)) == (825, 824)
