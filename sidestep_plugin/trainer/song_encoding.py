@@ -186,6 +186,7 @@ def encode(handler: Any, words: Words, frames: int) -> Encoded:
 
     Raises:
         UpstreamMismatch: this version of ACE-Step works in another way.
+        Refusal: this version cannot generate a song of this length.
     """
     import torch
 
@@ -208,8 +209,9 @@ def encode(handler: Any, words: Words, frames: int) -> Encoded:
     if len(states) != 1 or not bool(mask.all()):
         raise _changed("preprocess_batch", ValueError("a single song has rows that are padding"))
     if context.shape[1] < frames:
-        raise _changed(
-            "_prepare_batch", ValueError(f"{context.shape[1]} frames of silence where {frames} were asked for")
+        raise Refusal(
+            f"This ACE-Step generates at most {context.shape[1]} frames, and the song has {frames}. Shorten the song, or "
+            "use a newer version of ACE-Step."
         )
     states = states[0].cpu().clone()
     return Encoded(states, torch.ones(len(states), dtype=states.dtype), context[0, :frames].cpu().clone(), told)

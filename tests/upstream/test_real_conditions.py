@@ -13,6 +13,7 @@ import pytest
 import torch
 from upstream.real_parts import FRAME, SONGS, handed_to_the_decoder, tiny_vae, write_model, write_text_encoder
 
+from sidestep_plugin.errors import Refusal
 from sidestep_plugin.trainer import song_encoding
 from sidestep_plugin.trainer.song_encoding import Words, encode, import_handler, make_handler
 
@@ -112,11 +113,22 @@ def test_the_comparison_can_fail(handler, change):
     assert ours.encoder_hidden_states.shape != states[0].shape or not torch.equal(ours.encoder_hidden_states, states[0])
 
 
-@pytest.mark.parametrize("seconds", [0.1, 2.0, 5.1, 40.0])
-def test_songs_shorter_than_128_frames_and_longer_than_the_silence(handler, seconds):
-    """The app generates at least 128 frames; silence that is too short is repeated where a version can."""
+def test_a_song_longer_than_the_silence(handler, handler_class):
+    """Newer versions repeat the silence, older ones generate a shorter song."""
+    song, made = SONGS["instrumental"] | {"seconds": 40.0}, handler("base", silence=900)
+    _, context = handed_to_the_decoder(made, song)
+    if not hasattr(handler_class, "_get_silence_latent_slice"):
+        assert context.shape[1] == 900
+        with pytest.raises(Refusal, match="at most 900 frames"):
+            encode(made, words_of(song), 1000)
+        return
+    assert torch.equal(encode(made, words_of(song), 1000).context_latents, context[0])
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0, 5.1])
+def test_songs_shorter_than_the_128_frames_of_a_generation(handler, seconds):
     song = SONGS["instrumental"] | {"seconds": seconds}
-    made = handler("base", silence=900)
+    made = handler("base")
     states, context = handed_to_the_decoder(made, song)
     frames = max(1, int(seconds * 25))
     ours = encode(made, words_of(song), frames)
