@@ -210,8 +210,8 @@ def encode(handler: Any, words: Words, frames: int) -> Encoded:
         raise _changed("preprocess_batch", ValueError("a single song has rows that are padding"))
     if context.shape[1] < frames:
         raise Refusal(
-            f"This ACE-Step generates at most {context.shape[1]} frames, and the song has {frames}. Shorten the song, or "
-            "use a newer version of ACE-Step."
+            f"This ACE-Step generates at most {context.shape[1]} frames, and the song has {frames}. Shorten the song, "
+            "or use a newer version of ACE-Step."
         )
     states = states[0].cpu().clone()
     return Encoded(states, torch.ones(len(states), dtype=states.dtype), context[0, :frames].cpu().clone(), told)
@@ -347,7 +347,7 @@ def encode_audio(vae: Any, audio: torch.Tensor, dtype: torch.dtype, seed: int) -
     encoder = _encoder_of_audio()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
-        latents = encoder(vae, audio.unsqueeze(0).to(device, vae.dtype), dtype)
+        latents: torch.Tensor = encoder(vae, audio.unsqueeze(0).to(device, vae.dtype), dtype)
     return latents.squeeze(0).cpu().clone()
 
 

@@ -66,7 +66,10 @@ def write_text_encoder(folder, width=32):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=288, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=288,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([GERMAN, "# Languages\n\n# Lyric\n# Instruction\n# Caption\n# Metas\n"], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
