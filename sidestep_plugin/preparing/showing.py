@@ -1,4 +1,4 @@
-"""What ``--dry-run`` shows of each song: the texts that the model will be told, their tokens, and where they are from."""
+"""What ``--dry-run`` shows of each song: the texts that the model will be told, their tokens, and their sources."""
 
 from __future__ import annotations
 
