@@ -93,7 +93,7 @@ def _write_vae(folder: Path) -> None:
 
 
 def _write_text_encoder(folder: Path, width: int) -> None:
-    """A Qwen3 model of two layers, and a tokenizer with one token for a byte, which ends a text as the original does."""
+    """A Qwen3 model of two layers, and a tokenizer of bytes that ends a text as the original does."""
     import torch
     from safetensors.torch import save_file
 
@@ -152,7 +152,7 @@ def _write_text_encoder(folder: Path, width: int) -> None:
 
 
 def _byte_signs() -> list[str]:
-    """The signs that byte-level tokenizers write for the 256 bytes: printable ones themselves, the others from 256 on."""
+    """The signs that byte-level tokenizers write for the 256 bytes: themselves if printable, else one from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return [*map(chr, plain), *(chr(256 + place) for place in range(len(others)))]

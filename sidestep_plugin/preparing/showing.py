@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..songs.dataset import FRAMES_A_SECOND
+from ..songs.song_text import DEFAULT
 from ..text import counted, shown
 from ..trainer.song_encoding import (
     LYRIC_TOKENS,
@@ -65,10 +66,11 @@ def _about(song: Song, told: Told | None) -> Iterator[str]:
     yield from _quoted(told.lyrics)
     by_source: dict[str, list[str]] = {}
     for field, source in song.text.sources.items():
-        by_source.setdefault(source, []).append(field)
+        if source != DEFAULT or field not in ("trigger", "genre", "instrumental"):
+            by_source.setdefault(source, []).append(field)
     yield "  from: " + "; ".join(f"{shown(source)}: {', '.join(fields)}" for source, fields in by_source.items())
     for note in song.notes:
-        yield f"  changed: {shown(note, 1000)}"
+        yield f"  note: {shown(note, 1000)}"
     for problem in song.problems:
         yield f"  problem: {shown(problem, 1000)}"
 

@@ -41,7 +41,7 @@ def why_not(folder: Path | None) -> str:
 
 
 def check_vae(folder: Path) -> bool:
-    """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does, by its config alone.
+    """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does.
 
     Raises:
         Refusal: ACE-Step's latents do not fit it.
