@@ -197,14 +197,15 @@ def encode(handler: Any, words: Words, frames: int) -> Encoded:
             _, _, source, _, text, text_mask, lyrics, lyric_mask, _, reference, order, chunk, *_ = prepared
         except (TypeError, ValueError) as error:
             raise _changed("preprocess_batch", error) from error
-        states, mask = handler.model.encoder(
-            text_hidden_states=text,
-            text_attention_mask=text_mask,
-            lyric_hidden_states=lyrics,
-            lyric_attention_mask=lyric_mask,
-            refer_audio_acoustic_hidden_states_packed=reference,
-            refer_audio_order_mask=order,
-        )
+        with handler._load_model_context("model"):  # the app may have put the model aside
+            states, mask = handler.model.encoder(
+                text_hidden_states=text,
+                text_attention_mask=text_mask,
+                lyric_hidden_states=lyrics,
+                lyric_attention_mask=lyric_mask,
+                refer_audio_acoustic_hidden_states_packed=reference,
+                refer_audio_order_mask=order,
+            )
         context = torch.cat([source, chunk.to(source.dtype)], dim=-1)
     if len(states) != 1 or not bool(mask.all()):
         raise _changed("preprocess_batch", ValueError("a single song has rows that are padding"))

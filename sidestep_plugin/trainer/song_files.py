@@ -204,9 +204,15 @@ def bytes_of(song: Mapping[str, Any]) -> bytes:
     """A song as the bytes of a ``.pt`` file; the same for the same content."""
     import torch
 
+    # A pickle also tells which of its texts are one object. Read from JSON, that depends on the content alone.
+    plain = {name: value if isinstance(value, torch.Tensor) else _plain(value) for name, value in song.items()}
     buffer = io.BytesIO()
-    torch.save(dict(song), buffer)
+    torch.save(plain, buffer)
     return buffer.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def write_song(file: Path, song: Mapping[str, Any]) -> None:
