@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def builder(music, monkeypatch, trainer):
 def preprocessed(builder, handler, folder, **mode):
     torch.manual_seed(5)
     paths, message = builder().preprocess_to_tensors(handler, str(folder), **mode)
-    return {path.rpartition("/")[2]: open(path, "rb").read() for path in paths}, message
+    return {path.rpartition("/")[2]: Path(path).read_bytes() for path in paths}, message
 
 
 def test_without_the_variable_upstreams_files_are_its_own_byte_for_byte(

@@ -138,13 +138,16 @@ def test_another_model_makes_new_conditions_and_keeps_the_latents(prepare, music
 def test_low_memory_writes_the_same_bytes_and_loads_one_after_the_other(prepare, music, tmp_path, monkeypatch):
     one = prepare(music, tmp_path / "a")
     loaded = []
-    for name in LOADERS:
 
-        def load(*args, name=name, original=getattr(job, name)):
+    def noted(name, original):
+        def load(*args):
             loaded.append(name)
             return original(*args)
 
-        monkeypatch.setattr(job, name, load)
+        return load
+
+    for name in LOADERS:
+        monkeypatch.setattr(job, name, noted(name, getattr(job, name)))
     encode = job.encode_audio
     monkeypatch.setattr(job, "encode_audio", lambda *args: (loaded.append("sound"), encode(*args))[1])
     two = prepare(music, tmp_path / "b", low_memory=True)

@@ -1,7 +1,7 @@
 """The app's own preprocessing: if asked for, its songs get the conditions that the app generates with.
 
-Upstream's ``DatasetBuilder.preprocess_to_tensors`` does its whole job first. Then each song that it has written gets new
-conditions from its own metadata, by the handler that the app has loaded, and is written again as a whole. Without
+Upstream's ``DatasetBuilder.preprocess_to_tensors`` does its whole job first. Then each song that it has written gets
+new conditions from its own metadata, by the handler that the app has loaded, and is written again as a whole. Without
 ``SIDESTEP_CONDITIONS=generated`` upstream's files stay as they are, byte for byte, and a line in the log names the
 variable. What upstream hides is told: songs that failed, and a list of songs that is empty now.
 """
