@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import __version__
 from ..errors import Refusal, UpstreamMismatch
 from ..previews.conditions import read_silence
 from ..previews.decoding import load_vae
@@ -42,12 +41,10 @@ from ..trainer.song_files import (
     Encoders,
     Machine,
     Sound,
-    dtype_name,
     hash_of_weights,
     manifest_of,
     record_of,
     song_of,
-    version_of_upstream,
     words_of,
     write_json,
     write_song,
@@ -166,14 +163,7 @@ class _Work:
         latents, sound = self._latents(song)
         words = words_of(song.text, len(latents))
         encoded = self._encode(words, len(latents))
-        machine = Machine(
-            self.device.type,
-            dtype_name(self.dtype),
-            self.attention,
-            _torch_version(),
-            version_of_upstream(self.places.root),
-            __version__,
-        )
+        machine = Machine.of(self.device.type, self.dtype, self.attention, self.places.root)
         record = record_of(self.request.conditions, self.encoders, encoded, words, song.text, latents, machine, sound)
         write_song(song.file, song_of(latents, encoded, song.text, self._origin(song), record))
         self._aside(song).unlink(missing_ok=True)
@@ -361,9 +351,3 @@ def _finish(request: PrepareRequest, places: Places, planned: Plan, failed: dict
 def _clock(seconds: float) -> str:
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def _torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import io
 import json
-import re
 import struct
 import tomllib
 from collections.abc import Mapping
@@ -117,9 +117,21 @@ class Machine:
     device: str
     dtype: str
     attention: str
-    torch: str
+    torch_version: str
     upstream: str
     plugin: str
+
+    @classmethod
+    def of(cls, device: str, dtype: torch.dtype, attention: str, root: Path | None = None) -> Machine:
+        """With the versions of torch, of this project, and of upstream where its checkout is known."""
+        import torch
+
+        try:
+            plugin = importlib.metadata.version("sidestep-plugin")
+        except importlib.metadata.PackageNotFoundError:
+            plugin = ""
+        name = str(dtype).removeprefix("torch.")
+        return cls(device, name, attention, str(torch.__version__), version_of_upstream(root), plugin)
 
 
 def record_of(
@@ -322,8 +334,3 @@ def version_of_upstream(root: Path | None) -> str:
         return str(content["project"]["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "bfloat16"."""
-    return re.sub(r"^torch\.", "", str(dtype))

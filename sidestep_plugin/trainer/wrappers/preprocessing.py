@@ -22,7 +22,7 @@ from ...songs.song_text import text_of_song
 from ...text import counted
 from ..host import log_of
 from ..song_encoding import TEXT_ENCODER, encode
-from ..song_files import GENERATED, Encoders, Machine, dtype_name, record_of, song_of, words_of, write_song
+from ..song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
 
 CONDITIONS: Final = "SIDESTEP_CONDITIONS"
 """Environment variable: ``generated`` for conditions as generated; anything else leaves upstream's."""
@@ -102,8 +102,6 @@ def _renew(handler: Any, paths: Sequence[str], log: Any) -> list[str]:
 def _renew_one(handler: Any, file: Path) -> None:
     import torch
 
-    from ... import __version__
-
     old = load_song(file)
     metadata = old.get("metadata") or {}
     latents = old["target_latents"][: frames_in(file)].clone()
@@ -112,14 +110,8 @@ def _renew_one(handler: Any, file: Path) -> None:
     encoded = encode(handler, words, len(latents))
     if not bool(encoded.encoder_hidden_states.isfinite().all()):
         raise Refusal("its conditions hold NaN or infinity")
-    machine = Machine(
-        torch.device(str(handler.device)).type,
-        dtype_name(handler.dtype),
-        str(getattr(getattr(handler.model, "config", None), "_attn_implementation", "") or ""),
-        str(torch.__version__),
-        "",
-        __version__,
-    )
+    attention = getattr(getattr(handler.model, "config", None), "_attn_implementation", None)
+    machine = Machine.of(torch.device(str(handler.device)).type, handler.dtype, str(attention or ""))
     record = record_of(GENERATED, _encoders_of(handler), encoded, words, text, latents, machine, {})
     song = song_of(latents, encoded, text, "", record)
     song["metadata"] = {**metadata, "preprocess_mode": "lora", "prepared": record}
