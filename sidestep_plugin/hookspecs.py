@@ -168,8 +168,8 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
     When: with `epoch` 0 before the first training step of a run from the start, and right after
     :func:`acestep_epoch_finished` of every epoch that is computed, so the weights are those that a checkpoint saves.
-    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the next
-    one, so its gradients are still waiting.
+    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the
+    next one, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.

@@ -14,6 +14,7 @@ from .groups import DefaultGroup
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
+    "prepare": "Prepare songs to train on, from audio and texts.",
     "check": "Check whether your ACE-Step fits, without training anything.",
     "estimate": "Estimate the memory that a training needs, before it starts.",
     "songs": "Show what is in a folder of songs, and what looks wrong.",
