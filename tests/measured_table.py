@@ -26,7 +26,8 @@ def section(one: Measured) -> str:
         "",
         f"{one.card.memory / 2**30:.0f} GiB, driver {versions.get('driver') or 'not known'}, torch "
         f"{versions['torch']}, sidestep-plugin {versions['sidestep-plugin']} "
-        f"({versions.get('commit') or 'no commit'}), ACE-Step {versions.get('acestep_commit') or 'of an unknown commit'}; {one.day}.",
+        f"({versions.get('commit') or 'no commit'}), ACE-Step "
+        f"{versions.get('acestep_commit') or 'of an unknown commit'}; {one.day}.",
         "",
         "| model, songs | adapter | way | s per step | allocated | reserved | estimate |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -80,7 +80,9 @@ def main(
         _one(job)
         return
     if device == "cpu" and set(sizes) != {"tiny"}:
-        raise click.UsageError("--device cpu is a dry run, for --size tiny alone: it says nothing about a GPU.")
+        raise click.UsageError(
+            "--device cpu is a dry run, which says nothing about a GPU. Use it with --size tiny alone."
+        )
     try:
         root = _root(acestep_root, sizes)
         before = _there(out)
@@ -157,8 +159,8 @@ class Report:
             return
         differs = [name for name in _SAME if self.content["versions"].get(name) != versions.get(name)]
         if there["name"] != card["name"] or differs:
-            what = there["name"] if there["name"] != card["name"] else f"with another {differs[0]}"
-            raise Refusal(f"{self._out} was measured on {what}. Choose another --out, or delete it.")
+            how = f"on {there['name']}" if there["name"] != card["name"] else f"with another {differs[0]}"
+            raise Refusal(f"{self._out} was measured {how}. Choose another --out, or delete it.")
 
 
 def _measure_all(listed: Sequence[Job], report: Report, budget: float) -> None:

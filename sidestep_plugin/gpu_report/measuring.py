@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import attach, hookimpl
+from .. import attach
 from ..errors import Refusal
 from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, FrozenType, Settings, needs
 from ..memory.sizes import DecoderSize
-from ..run import EpochNews, ModelFacts
+from ..run import ModelFacts
 from ..trainer import seams
 from ..trainer.checkout import import_trainer
 from ..trainer.checkpointing import is_checkpointed
@@ -46,7 +46,9 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     if job.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("torch sees no CUDA GPU here. A dry run on the CPU: --size tiny --device cpu")
+        raise Refusal(
+            "torch sees no CUDA GPU here. Use a machine with one, or try it on the CPU: --size tiny --device cpu"
+        )
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="gpu-report-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()
@@ -142,32 +144,6 @@ class _Watch:
         self.checkpointed = is_checkpointed(self.decoder)
 
 
-class _Clock:
-    """Notes what clips take: of its two plugins one is called first between two epochs, and one last."""
-
-    def __init__(self, device: str) -> None:
-        self.wait = _waiting(device)
-        self.clips: list[float] = []
-        self.began = 0.0
-        clock = self
-
-        class First:
-            @hookimpl(tryfirst=True)
-            def acestep_between_epochs(self) -> EpochNews | None:
-                clock.wait()
-                clock.began = time.perf_counter()
-                return None
-
-        class Last:
-            @hookimpl(trylast=True)
-            def acestep_between_epochs(self) -> EpochNews | None:
-                clock.wait()
-                clock.clips.append(time.perf_counter() - clock.began)
-                return None
-
-        self.plugins: dict[str, object] = {"gpu-report-first": First(), "gpu-report-last": Last()}
-
-
 def _waiting(device: str) -> Callable[[], None]:
     import torch
 
@@ -184,7 +160,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
             "validation": {"validate": _HELD_OUT, "validate_every": 1},
             "previews": {"preview_every": 1},
         }[job.kind]
-    watch, clock = _Watch(handler.model.decoder, job.device), _Clock(job.device)
+    watch = _Watch(handler.model.decoder, job.device)
     adapter = _adapter_config(trainer, job)
     config = _known(
         trainer.TrainingConfig,
@@ -197,12 +173,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         seed=1,
     )
     lines: list[str] = []
-    extra = clock.plugins if job.kind == "previews" else None
-    attached = (
-        nullcontext()
-        if options is None
-        else attach(trainer, options=options, extra_plugins=extra, announce=lines.append)
-    )
+    attached = nullcontext() if options is None else attach(trainer, options=options, announce=lines.append)
     if job.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -220,14 +191,14 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
     if job.kind == "validation":
         return _of_a_validation(watch, found, job)
     if job.kind == "previews":
-        return _of_clips(clock, found, job)
+        return _of_clips(watch, found, job)
     return found
 
 
 def _adapter_config(trainer: Any, job: Job) -> Any:
     made = getattr(trainer, seams.CONFIG_CLASS[job.adapter], None)
     if made is None:
-        raise Refusal(f"This version of ACE-Step trains no {job.adapter}.")
+        raise Refusal(f"This version of ACE-Step trains no {job.adapter}. Use a newer one.")
     names = ("r", "alpha") if job.adapter == "lora" else ("linear_dim", "linear_alpha")
     return _known(made, **dict(zip(names, (job.rank, 2 * job.rank), strict=True)))
 
@@ -284,40 +255,48 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
     return needs(size, settings, weights=watch.frozen, trained=watch.trained).total
 
 
-def _of_a_validation(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The last one comes after the last step: one forward pass for each song, timestep and condition."""
+def _after_the_last_step(watch: _Watch, found: dict[str, Any]) -> tuple[int, float]:
+    """The forward passes after the last step and what they took: the last validation, or the last clips, all warm.
+
+    Raises:
+        Refusal: there were none.
+    """
     passes = [begins for begins in watch.looks if begins > watch.starts[-1]]
     if len(passes) < 2:
-        raise Refusal("Nothing was validated: " + " / ".join(found["said"][-2:]))
-    seconds = (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
+        raise Refusal("Nothing was computed after the last step: " + " / ".join(found["said"][-2:]))
+    return len(passes), (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
+
+
+def _of_a_validation(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
+    """One forward pass for each song, timestep and condition."""
+    losses, seconds = _after_the_last_step(watch, found)
     return _other(
         job,
         found,
         seconds=seconds,
         songs=_HELD_OUT,
-        losses=len(passes),
+        losses=losses,
         seconds_per_step=found["seconds_per_step"],
         in_steps=seconds / found["seconds_per_step"],
     )
 
 
-def _of_clips(clock: _Clock, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The last preview has no clips of the base model any more, and everything is warm."""
-    told = next((line for line in found["said"] if line.startswith("Previews: every")), "")
-    if len(clock.clips) < 2 or not told or any("no preview" in line for line in found["said"]):
-        raise Refusal("No clips were made: " + " / ".join(found["said"][-2:]))
+def _of_clips(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Clips of the adapter alone: those of the base model were made before."""
     from ..previews.settings import SECONDS, SONGS
 
+    passes, seconds = _after_the_last_step(watch, found)
     clips = int(SONGS)
     return _other(
         job,
         found,
         clips=clips,
         clip_seconds=min(SECONDS, job.song_seconds),
-        seconds=clock.clips[-1],
-        clips_per_minute=60 * clips / clock.clips[-1],
+        forward_passes=passes,
+        seconds=seconds,
+        clips_per_minute=60 * clips / seconds,
         decoded=False,
-        settings=told,
+        settings=next((line for line in found["said"] if line.startswith("Previews: ")), ""),
     )
 
 

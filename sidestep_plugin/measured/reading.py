@@ -140,7 +140,7 @@ def read(file: Path) -> Measured:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise Refusal(
             f"{file} is not as python -m sidestep_plugin.gpu_report writes it ({type(error).__name__}: {error}). "
-            "Measure again."
+            f"Take it out of {file.parent}, or measure again."
         ) from None
 
 
