@@ -58,8 +58,41 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
     device = torch.device(job.device)
     if not job.root:
         return load_model(write_model(folder, name, seed=1), device)
-    model_class, config_class = _classes(trainer, job)
-    size = size_of(job)
+    place = folder / name
+    place.mkdir(parents=True)
+    facts = {"is_turbo": False, "model_type": "acestep", "timestep_mu": -0.4, "timestep_sigma": 1.0}
+    (place / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    torch.save(0.1 * torch.randn(1, 64, 750), place / "silence_latent.pt")
+    model_class, config = model_code(trainer, job, place)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:  # billions of random numbers take minutes on a CPU
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.eval().to("cpu", dtype)
+    model.decoder.to(device)  # training calls nothing else
+    return Handler(model, job.device, dtype)
+
+
+def model_code(trainer: Any, job: Job, place: Path) -> tuple[Any, Any]:
+    """The class of a job's model, and the config to make one with; its name is that of `place`.
+
+    Raises:
+        Refusal: the checkout has no code for this model.
+    """
+    family, package = _FAMILY[job.size], trainer.__name__.partition(".")[0]
+    files = sorted((Path(job.root) / package / "models" / family).glob("modeling*.py"))
+    if not files:
+        raise Refusal(
+            f"{job.root} has no model code in {package}/models/{family}. Use ACE-Step's main version, or another "
+            "--size."
+        )
+    code = importlib.import_module(f"{package}.models.{family}.{files[0].stem}")
+    model_class, size = code.AceStepConditionGenerationModel, size_of(job)
     sizes: dict[str, Any] = {
         "hidden_size": size.width,
         "intermediate_size": size.feed_forward,
@@ -80,40 +113,10 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
             "encoder_num_attention_heads": two_b.heads,
             "encoder_num_key_value_heads": two_b.key_value_heads,
         }
-    place = folder / name
-    place.mkdir(parents=True)
-    facts = {"is_turbo": False, "model_type": "acestep", "timestep_mu": -0.4, "timestep_sigma": 1.0}
-    (place / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-    torch.save(0.1 * torch.randn(1, 64, 750), place / "silence_latent.pt")
-    config = config_class(
+    config_class = model_class.config_class or code.AceStepConfig
+    return model_class, config_class(
         **sizes, is_turbo=False, model_version="base", name_or_path=str(place), attn_implementation="sdpa"
     )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:  # billions of random numbers take minutes on a CPU
-            model = model_class(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.eval().to("cpu", dtype)
-    model.decoder.to(device)  # training calls nothing else
-    return Handler(model, job.device, dtype)
-
-
-def _classes(trainer: Any, job: Job) -> tuple[Any, Any]:
-    """The classes of the model and of its config. Raises Refusal."""
-    family, package = _FAMILY[job.size], trainer.__name__.partition(".")[0]
-    files = sorted((Path(job.root) / package / "models" / family).glob("modeling*.py"))
-    if not files:
-        raise Refusal(
-            f"{job.root} has no model code in {package}/models/{family}. Use ACE-Step's main version, or another "
-            "--size."
-        )
-    code = importlib.import_module(f"{package}.models.{family}.{files[0].stem}")
-    model_class = code.AceStepConditionGenerationModel
-    return model_class, model_class.config_class or code.AceStepConfig
 
 
 def write_songs(folder: Path, job: Job, width: int) -> Path:

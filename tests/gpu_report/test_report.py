@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 from measured_table import tables
 
+from sidestep_plugin import Refusal
 from sidestep_plugin.gpu_report import __main__ as report
 from sidestep_plugin.gpu_report.jobs import SIZES, WAYS, Job, jobs
-from sidestep_plugin.gpu_report.models import size_of
+from sidestep_plugin.gpu_report.models import model_code, size_of
 from sidestep_plugin.measured.reading import ALONE, PLUGIN, read
 from sidestep_plugin.memory.known import TWO_B, XL
+from sidestep_plugin.memory.sizes import DecoderSize
 from sidestep_plugin.registry import Registry
 
 SETTINGS = {"rank": 64, "songs": 8, "device": "cuda"}
@@ -180,6 +183,26 @@ def test_numbers_of_another_card_or_version_are_not_mixed(rooted, other, says):
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(run, words, says):
     done, _ = run(*words)
     assert done.exit_code == 2 and says in " ".join(done.output.split()) and not run.measured
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("size", list(SIZES))
+def test_models_of_a_real_checkout_are_as_large_as_said(checkout, trainer, size, tmp_path):
+    """At full size on torch's meta device, where weights take no memory."""
+    import torch
+
+    job = Job("training", size, PLUGIN, "lora", 60.0, **SETTINGS, root=str(checkout.root))
+    try:
+        model_class, config = model_code(trainer, job, tmp_path)
+    except Refusal as refusal:
+        pytest.skip(str(refusal))
+    code = importlib.import_module(model_class.__module__)
+    with torch.device("meta"):
+        decoder = code.AceStepDiTModel(config)
+    assert DecoderSize.from_config(config.to_dict()) == SIZES[size]
+    assert sum(weight.numel() for weight in decoder.parameters()) == SIZES[size].parameters
+    assert config._attn_implementation == "sdpa" and config.name_or_path == str(tmp_path)
+    assert not config.is_turbo
 
 
 # -- really ------------------------------------------------------------------------------------------------------------
