@@ -46,6 +46,11 @@ docs:
     {{python}} tests/hook_reference.py
     {{python}} tests/api_reference.py
     {{python}} tests/memory_table.py
+    {{python}} tests/measured_table.py
+
+# What only a GPU shows
+gpu *MORE:
+    {{python}} -m pytest -m gpu tests/gpu {{MORE}}
 
 # Break the code on purpose; every mistake must be caught by a test
 mutations:
