@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...adapters.foreign import check_holds_tensors, drop_foreign_adapters
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
 from ...resuming.checkpoints import write_finished
@@ -55,8 +56,11 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                     result = original(*call.args, **call.kwargs)
                 finally:
                     saving.reset(token)
+                check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
+                    for other in drop_foreign_adapters(weights.parent):
+                        host.announce(f"The adapter {other!r} was loaded during this training. It is not in {folder}.")
                     saved = SavedAdapter(
                         weights=weights,
                         destination=folder / weights.relative_to(stage),

@@ -10,6 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ...adapters.foreign import check_no_foreign_adapters
 from ...errors import PluginError, Refusal
 from ...resuming.checkpoints import finished_epochs, newest_save_number
 from ...resuming.journal import Journal
@@ -71,6 +72,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
         with ExitStack() as ending:
             try:
                 run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
+                if host.registry.names:
+                    check_no_foreign_adapters(model, kind, run.adapter_config)
                 plan = plan_of(host.registry, host.options)
                 check_started(plan)
                 if run.ranks.several:
