@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def options() -> list[click.Option]:
+@hookimpl
+def acestep_options() -> list[click.Option]:
     return [
         click.Option(
             ["--crop-seconds"],
@@ -33,8 +34,8 @@ def options() -> list[click.Option]:
     ]
 
 
-@hookimpl(specname="acestep_run_started", trylast=True)
-def say_crops(run: Run) -> list[str]:
+@hookimpl
+def acestep_run_started(run: Run) -> list[str]:
     """Say what is cut, and whether anything is."""
     window = window_of(run)
     if window is None:
@@ -44,6 +45,7 @@ def say_crops(run: Run) -> list[str]:
     if lengths and max(lengths) <= window:
         longest = max(lengths) / FRAMES_A_SECOND
         return [f"Note: --crop-seconds {seconds:g} changes nothing, the longest song has {longest:.1f} s."]
+    run.facts.append(lambda: {"crop_seconds": seconds})
     longer = sum(length > window for length in lengths)
     how_many = f" ({longer} of {len(lengths)} songs are longer)" if lengths else ""
     return [
@@ -58,8 +60,9 @@ def window_of(run: Run) -> int | None:
     return None if seconds is None else max(1, round(seconds * FRAMES_A_SECOND))
 
 
-def cropped(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Latents, mask and context of a training step, cut to a window; empty when there is nothing to cut.
+@hookimpl
+def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Latents, mask and context of a training step, cut to a window; None when there is nothing to cut.
 
     Each row has its own window, within the frames that its mask shows; a row with fewer frames keeps its beginning,
     which is all of it. Nothing here waits for a GPU: the lengths stay where the step computes.
@@ -69,7 +72,7 @@ def cropped(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
     window = window_of(step.run)
     if window is None or not step.training or batch["attention_mask"].shape[1] <= window:
-        return {}
+        return None
     import torch
 
     there = {name: batch[name].to(step.device, non_blocking=True) for name in FRAMES}

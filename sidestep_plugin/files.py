@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -146,3 +147,13 @@ def not_a_file(path: Path) -> str:
     if kind is not None:
         return f"is a {'folder' if kind == 'directory' else kind}, not a file"
     return f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"
+
+
+def room(folder: Path) -> str:
+    """How much free space the disk of a folder has, as a sentence."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return f"The free space on the disk of {folder} is not known."
+    return f"The disk of {folder} has {free / 2**20:,.0f} MB free."

@@ -19,6 +19,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def sentence(text: object) -> str:
+    """A text of somebody else's as a sentence: with one full stop, or its own mark, at its end."""
+    told = " ".join(str(text).split()).rstrip(". ")
+    return told if told.endswith(("!", "?")) else f"{told}."
+
+
 def shown(value: object, longest: int = 200) -> str:
     """A text, safe to print: control characters as escapes, and not longer than a few lines."""
     text = str(value)

@@ -43,8 +43,8 @@ class Faults:
         import torch
 
         from sidestep_plugin import miniature
-        from sidestep_plugin.trainer.checkout import import_trainer
-        from sidestep_plugin.trainer.models import find_model, load_model
+        from sidestep_plugin.engine.checkout import import_trainer
+        from sidestep_plugin.engine.models import find_model, load_model
 
         self.work, self.draw = work, random.Random(seed)
         self.built = miniature.build(work / "miniature", models=["acestep-v15-base"], songs=5)

@@ -66,11 +66,11 @@ def test_acestep_plan_memory(train, trainer, load, capsys, monkeypatch):
             monkeypatch.setattr(trainer, name, lambda *_: "bf16-mixed")
     handler = load("base")
     handler.model.to(torch.bfloat16)
-    done, said = trained_with(train, "acestep_plan_memory", capsys, handler=handler)
+    done, said = trained_with(train, "engine_plan_memory", capsys, handler=handler)
     casts = hasattr(trainer, "_precision") or hasattr(trainer, "_ensure_trainable_params_fp32")
     assert done.tensors and ("Feed-forward weights in bf16" in said) == casts
     monkeypatch.undo()
-    _, said = trained_with(train, "acestep_plan_memory", capsys)
+    _, said = trained_with(train, "engine_plan_memory", capsys)
     assert "Feed-forward" not in said
 
 
@@ -82,21 +82,21 @@ def test_acestep_song_cache(train, trainer, capsys, monkeypatch):
     train("base", plugins=())
     without = len(read)
     read.clear()
-    trained_with(train, "acestep_song_cache", capsys)
+    trained_with(train, "engine_song_cache", capsys)
     assert 0 < len(read) < without
 
 
 def test_acestep_plan_processes(train, capsys):
-    plan = example("acestep_plan_processes").acestep_plan_processes(Ranks(3, 4, 1, 2))
+    plan = example("engine_plan_processes").engine_plan_processes(Ranks(3, 4, 1, 2))
     assert plan.processes == 4 and plan.outcome(None, 8, 2) == ["8 songs in 4 processes: 2 steps an epoch"]
-    done, _ = trained_with(train, "acestep_plan_processes", capsys)
+    done, _ = trained_with(train, "engine_plan_processes", capsys)
     assert done.tensors
 
 
 def test_acestep_hold_out(train, checkout, capsys):
-    hold_out = example("acestep_hold_out").acestep_hold_out
+    hold_out = example("engine_hold_out").engine_hold_out
     assert hold_out([Path("a.pt"), Path("test_b.pt")]) == [Path("test_b.pt")]
-    done, _ = trained_with(train, "acestep_hold_out", capsys, max_epochs=1)
+    done, _ = trained_with(train, "engine_hold_out", capsys, max_epochs=1)
     assert done.tensors, "no song has such a name, so all are trained on"
 
 
@@ -115,16 +115,16 @@ def test_acestep_plan_validation(train, checkout, capsys, tmp_path):
 
     class Watching:
         @hookimpl
-        def acestep_validated(self, validation):
+        def engine_validated(self, validation):
             measured.append((validation.epoch, tuple(validation.losses.shape)))
 
-    plugins = {"example": example("acestep_plan_validation"), "watching": Watching()}
+    plugins = {"example": example("engine_plan_validation"), "watching": Watching()}
     train("base", plugins=(), extra_plugins=plugins, tensors=songs, max_epochs=3)
     assert measured == [(0, (1, 3, 1)), (2, (1, 3, 1)), (3, (1, 3, 1))]
 
 
 def test_acestep_validated(train, checkout, capsys, tmp_path):
-    plugins = {hook: example(hook) for hook in ("acestep_plan_validation", "acestep_validated")}
+    plugins = {hook: example(hook) for hook in ("engine_plan_validation", "engine_validated")}
     songs = with_a_folder_for_validation(checkout, tmp_path)
     done = train("base", plugins=(), extra_plugins=plugins, tensors=songs)
     said = capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_acestep_resume(train, trainer, load, kind, tmp_path):
         "base",
         kind,
         plugins=(),
-        extra_plugins={"example": example("acestep_resume")},
+        extra_plugins={"example": example("engine_resume")},
         resume_from=str(checkpoint),
         learning_rate=1e-30,  # changes nothing, so that what it began with can be seen
     )

@@ -87,8 +87,8 @@ def test_training_from_the_checkouts_folder(checkout, tmp_path):
 
 def test_the_warning_without_a_plugin(tmp_path):
     from sidestep_plugin import miniature
+    from sidestep_plugin.launch.launch import upstreams_timesteps
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.launch import upstreams_timesteps
 
     built = miniature.build(tmp_path, models=["acestep-v15-base", "acestep-v15-turbo"], songs=0)
     shown = next(block.strip() for kind, block in BLOCKS if block.startswith("Warning: "))

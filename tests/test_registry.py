@@ -103,20 +103,20 @@ def test_the_plugin_sidestep_is_installed_and_loads():
         "acestep_adapter_saved",
         "acestep_between_epochs",
         "acestep_epoch_finished",
-        "acestep_hold_out",
+        "engine_hold_out",
         "acestep_model_chosen",
         "acestep_options",
-        "acestep_plan_memory",
-        "acestep_plan_processes",
-        "acestep_plan_validation",
+        "engine_plan_memory",
+        "engine_plan_processes",
+        "engine_plan_validation",
         "acestep_prepare_batch",
-        "acestep_resume",
+        "engine_resume",
         "acestep_run_ended",
         "acestep_run_started",
         "acestep_sample_timesteps",
-        "acestep_song_cache",
+        "engine_song_cache",
         "acestep_step_finished",
-        "acestep_validated",
+        "engine_validated",
     ]
     assert set(loaded.resolve_options({})) == {
         "author",
@@ -478,7 +478,7 @@ class Several:
 
     def __init__(self, **answers):
         for name, (answer, more) in answers.items():
-            setattr(self, name, hookimpl(specname="acestep_song_cache", **more)(self._answering(answer)))
+            setattr(self, name, hookimpl(specname="engine_song_cache", **more)(self._answering(answer)))
 
     @staticmethod
     def _answering(answer):
@@ -500,21 +500,21 @@ def test_answers_and_their_order_are_pluggys(answers):
     registry = Registry()
     plugin = Several(**answers)
     registry.register(plugin, "several")
-    expected = registry._manager.subset_hook_caller("acestep_song_cache", [])(run=None)
-    assert [answer for _, answer in registry.call("acestep_song_cache", run=None)] == expected
+    expected = registry._manager.subset_hook_caller("engine_song_cache", [])(run=None)
+    assert [answer for _, answer in registry.call("engine_song_cache", run=None)] == expected
 
 
 def test_an_implementation_that_wraps_others_is_left_to_pluggy():
     class Wrapping:
         @hookimpl
-        def acestep_song_cache(self):
+        def engine_song_cache(self):
             return 1
 
-        @hookimpl(specname="acestep_song_cache", wrapper=True)
+        @hookimpl(specname="engine_song_cache", wrapper=True)
         def more(self):
             answers = yield
             return [answer + 1 for answer in answers]
 
     registry = Registry()
     registry.register(Wrapping(), "wrapping")
-    assert registry.call("acestep_song_cache", run=None) == [("wrapping", 2)]
+    assert registry.call("engine_song_cache", run=None) == [("wrapping", 2)]

@@ -39,10 +39,10 @@ def check(
     import dataclasses
     import logging
 
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.compatibility import examine_checkout
-    from sidestep_plugin.trainer.models import checkpoint_folder
-    from sidestep_plugin.trainer.seams import MODULE_CLASS
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.compatibility import examine_checkout
+    from sidestep_plugin.engine.models import checkpoint_folder
+    from sidestep_plugin.engine.seams import MODULE_CLASS
 
     from . import quiet
 

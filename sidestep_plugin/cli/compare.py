@@ -22,7 +22,7 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sidestep_plugin.trainer.comparing import Comparison
+    from sidestep_plugin.validation.comparing import Comparison
 
 _LONGEST = 40  # characters of an adapter's name in the table
 
@@ -79,7 +79,7 @@ def compare(
     if not click.get_current_context().meta["debug"]:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
-    from sidestep_plugin.trainer.comparing import compare as measure
+    from sidestep_plugin.validation.comparing import compare as measure
 
     done = measure(
         adapters,

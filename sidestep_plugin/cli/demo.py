@@ -61,8 +61,8 @@ def demo(
     say_that_torch_is_imported()
     import torch
 
+    from sidestep_plugin.launch.launch import Request, check_writable
     from sidestep_plugin.miniature import build
-    from sidestep_plugin.trainer.launch import Request, check_writable
 
     from .command_line import quoted
     from .terminal import program, say

@@ -208,11 +208,11 @@ class _Answer:
 
 def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[DecoderSize, list[str]]:
     """The decoder's size, and notes about where it comes from. Raises Refusal."""
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.models import checkpoint_folder, find_model
     from sidestep_plugin.memory.known import GUESSED, XL, known_size
     from sidestep_plugin.memory.sizes import DecoderSize
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.models import checkpoint_folder, find_model
 
     try:
         folder = find_model(model, checkpoint_folder(checkpoints, find_root(root)))

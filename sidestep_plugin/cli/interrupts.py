@@ -14,7 +14,7 @@ from .commands import INTERRUPTED
 from .terminal import say
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Launch
+    from sidestep_plugin.launch.launch import Launch
 
     from .progress import Progress
 

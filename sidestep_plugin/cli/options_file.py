@@ -11,8 +11,8 @@ from sidestep_plugin.hookspecs import hookimpl
 from .settings_file import FILE_NAME, write
 
 if TYPE_CHECKING:
+    from sidestep_plugin.launch.launch import Request
     from sidestep_plugin.run import Run, SavedAdapter
-    from sidestep_plugin.trainer.launch import Request
 
 
 _ROOM: Final = 2**20  # bytes
@@ -48,7 +48,7 @@ class OptionsFile:
 
 def options_of(request: Request, run: Run) -> str:
     """The options of a running training as TOML."""
-    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
 
     comments = [
         "The options of this training. To repeat it:",

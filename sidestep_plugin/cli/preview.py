@@ -53,7 +53,7 @@ def preview(path: Path, **asked: Any) -> None:
     Example:
         acestep-train preview adapters/jazz/checkpoints/epoch_20_loss_0.7312 --dataset-dir songs
     """
-    from sidestep_plugin.trainer.clips import ClipRequest, decode_saved, make_clips
+    from sidestep_plugin.previews.clips import ClipRequest, decode_saved, make_clips
 
     quiet_third_parties()
     quiet_upstream()

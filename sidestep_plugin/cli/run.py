@@ -44,9 +44,9 @@ def run(
     Example, in the checkout's folder:
         acestep-train run --plugin sidestep -- acestep --port 7860
     """
-    from sidestep_plugin.trainer.autoload import Wanted, attach_on_import, carry_over
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.programs import find_command
+    from sidestep_plugin.engine.autoload import Wanted, attach_on_import, carry_over
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.programs import find_command
 
     root: Path | None = None
     try:

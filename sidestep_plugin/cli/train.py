@@ -73,7 +73,7 @@ def train(
 
     Every adapter has a training_options.toml beside it. --config reads such a file, to repeat a training.
     """
-    from sidestep_plugin.trainer.launch import Request
+    from sidestep_plugin.launch.launch import Request
 
     from .training import run_training
 

@@ -11,15 +11,15 @@ import click
 
 from sidestep_plugin.ranks import ranks
 
+from ..several_gpus.workers import one_voice, start_workers, tell_failure
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible, terminated_like_ctrl_c
 from .terminal import say
-from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Launch, Request
+    from sidestep_plugin.launch.launch import Launch, Request
 
     from .progress import Progress
 
@@ -39,7 +39,7 @@ def _train(request: Request) -> None:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
     say_that_torch_is_imported()
-    from sidestep_plugin.trainer.launch import prepare
+    from sidestep_plugin.launch.launch import prepare
 
     from .options_file import OptionsFile
     from .progress import Progress

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..resuming.random_states import random_states, set_random_states
+from ..engine.random_states import random_states, set_random_states
 
 if TYPE_CHECKING:
     import torch

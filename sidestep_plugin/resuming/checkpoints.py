@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.facts import read_training_config
 from ..adapters.weights_file import read_weights_file
+from ..engine.random_states import are_random_states
 from ..errors import Refusal
 from ..files import not_a_file, read_json_object, replacing
 from ..run import ResumePoint
-from .random_states import are_random_states
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,15 @@ BEGAN: Final = ".training_began"
 
 FINISHED: Final = ".training_finished"
 """File that says after how many epochs the training in a folder was finished, and what its newest save was then."""
+
+_OWN: Final = frozenset(
+    {
+        "schema_version", "saved_at", "epochs", "steps", "steps_per_epoch", "losses", "validation", "random",
+        "epoch_random", "gradients", "optimizer_class", "parameters", "songs", "save_number", "ranks", "optimizer",
+        "scheduler", "files",
+    }
+)  # fmt: skip
+"""Names in the file; every other one is what a part of the plugin keeps."""
 
 _UNREADABLE: Final = 2**63
 _BUFFER: Final = 2**20
@@ -62,7 +71,7 @@ class Checkpoint:
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
-    """Write what resuming needs beside an adapter that was just saved | returns the file.
+    """Write what resuming needs beside an adapter that was just saved. Returns the file.
 
     The states of optimizer and scheduler are included only if upstream has not written them itself.
 
@@ -87,7 +96,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
         "songs": point.songs,
-        **({} if point.held_out is None else {"held_out": point.held_out}),
+        **point.kept,
         "save_number": point.save_number,
         **({"ranks": list(point.ranks)} if point.ranks else {}),
         "optimizer": None if upstreams else point.optimizer,
@@ -162,7 +171,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             weights=tensors,
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
-            held_out=state.get("held_out"),
+            kept={name: value for name, value in state.items() if name not in _OWN},
             save_number=state.get("save_number", 0),
             ranks=state.get("ranks", ()),
         )
@@ -212,7 +221,7 @@ def _wrong_in(point: ResumePoint) -> str:
         "optimizer": point.optimizer is None or state_dict(point.optimizer),
         "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
         "songs": isinstance(point.songs, str),
-        "held_out": point.held_out is None or isinstance(point.held_out, dict),
+        **{name: value is None or isinstance(value, dict) for name, value in point.kept.items()},
         "save_number": isinstance(point.save_number, int) and 0 <= point.save_number < _UNREADABLE,
     }
     wrong = ", ".join(name for name, right in checks.items() if not right)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sidestep_plugin.cli import cli
-from sidestep_plugin.trainer.launch import Launch
+from sidestep_plugin.launch.launch import Launch
 
 KINDS = ["lora", "lokr"]
 NAMES = {"lora": "adapter_model.safetensors", "lokr": "lokr_weights.safetensors"}

@@ -40,9 +40,9 @@ def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: i
     import torch
 
     from sidestep_plugin import attach, miniature
-    from sidestep_plugin.trainer import seams
-    from sidestep_plugin.trainer.checkout import import_trainer
-    from sidestep_plugin.trainer.models import load_model
+    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine.checkout import import_trainer
+    from sidestep_plugin.engine.models import load_model
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:

@@ -615,7 +615,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
     run, trainer, require_kind, monkeypatch, tmp_path, kind
 ):
     require_kind(kind)
-    attaching = sys.modules["sidestep_plugin.trainer.wrappers.saving"]
+    attaching = sys.modules["sidestep_plugin.engine.wrappers.saving"]
     real, saves = attaching.published, []
 
     def full(stage, folder):
@@ -636,7 +636,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
 
 
 def test_a_disk_that_is_full_for_the_finished_adapter_is_a_failure(run, monkeypatch, tmp_path):
-    attaching = sys.modules["sidestep_plugin.trainer.wrappers.saving"]
+    attaching = sys.modules["sidestep_plugin.engine.wrappers.saving"]
     real = attaching.published
 
     def full(stage, folder):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import SETTINGS, known_fields
 from safetensors.torch import load_file
-from sidestep_plugin.hooks.resume_training import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl
+from sidestep_plugin.engine import seams
 from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
 from sidestep_plugin.resuming.overwriting import Overwriting
+from sidestep_plugin.resuming.plugin import keep_resume_state
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.fingerprint import fingerprint
-from sidestep_plugin.trainer import seams
 
 KINDS = ("lora", "lokr")
 

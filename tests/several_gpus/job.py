@@ -125,9 +125,9 @@ def train(trainer, job, folder):
     from conftest import known_fields
 
     from sidestep_plugin import attach
+    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine.models import find_model, load_model
     from sidestep_plugin.ranks import ranks
-    from sidestep_plugin.trainer import seams
-    from sidestep_plugin.trainer.models import find_model, load_model
 
     kind = job.get("kind", "lora")
     handler = load_model(find_model(job["model"], Path(job["checkpoints"])), torch.device("cpu"))
@@ -186,7 +186,7 @@ def train(trainer, job, folder):
 def main(folder):
     import torch
 
-    from sidestep_plugin.trainer.checkout import import_trainer
+    from sidestep_plugin.engine.checkout import import_trainer
 
     torch.set_num_threads(1)
     jobs = json.loads((folder / "job.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from .answers import Answers
 
 def check_said(answers: Answers) -> None:
     """Check what the command line says before anything is asked."""
-    from sidestep_plugin.trainer.launch import check_unused
+    from sidestep_plugin.launch.launch import check_unused
 
     request = answers.request
     if "model" not in answers.asked:
@@ -30,7 +30,7 @@ def check_said(answers: Answers) -> None:
 
 def root(answers: Answers, text: str) -> list[str]:
     """The folder of a checkout."""
-    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.engine.checkout import find_root
 
     answers.set(acestep_root=find_root(_place(text)))
     return []
@@ -38,7 +38,7 @@ def root(answers: Answers, text: str) -> list[str]:
 
 def lacks_root(answers: Answers) -> bool:
     """Whether no checkout can be found without asking."""
-    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.engine.checkout import find_root
 
     try:
         find_root(answers.request.acestep_root)
@@ -49,23 +49,23 @@ def lacks_root(answers: Answers) -> bool:
 
 def checkpoints(answers: Answers) -> Path:
     """The folder of models."""
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.models import checkpoint_folder
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.models import checkpoint_folder
 
     return checkpoint_folder(answers.request.checkpoint_dir, find_root(answers.request.acestep_root))
 
 
 def model_folder(answers: Answers) -> Path:
     """The folder of the model that was chosen."""
-    from sidestep_plugin.trainer.models import find_model
+    from sidestep_plugin.engine.models import find_model
 
     return find_model(answers.request.model, checkpoints(answers))
 
 
 def model(answers: Answers, text: str) -> list[str]:
     """A number of the list, a name, or a path."""
+    from sidestep_plugin.engine.models import check_weights, find_model
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.models import check_weights, find_model
 
     if text.isascii() and text.isdecimal() and text not in answers.models:
         if not 1 <= int(text) <= len(answers.models):
@@ -120,7 +120,7 @@ def songs(answers: Answers, text: str) -> list[str]:
 
 def output(answers: Answers, text: str) -> list[str]:
     """A folder to save into; resume or overwrite for one that is in use."""
-    from sidestep_plugin.trainer.launch import check_unused, check_writable
+    from sidestep_plugin.launch.launch import check_unused, check_writable
 
     if text in ("resume", "overwrite") and answers.used is not None:
         answers.set(output_dir=answers.used)
@@ -149,9 +149,9 @@ def output(answers: Answers, text: str) -> list[str]:
 
 def resume(answers: Answers) -> list[str]:
     """Take a checkpoint, the newest if none was named, and the settings that it was made with."""
+    from sidestep_plugin.engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.launch.launch import LATEST
     from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
-    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
-    from sidestep_plugin.trainer.launch import LATEST
 
     said, notes = answers.request.resume_from, list[str]()
     if said is None or said == LATEST:

@@ -12,8 +12,8 @@ from .answers import Answers, Question
 
 
 def _list_models(answers: Answers) -> list[str]:
-    from sidestep_plugin.trainer.compatibility import examine_model
-    from sidestep_plugin.trainer.models import models_in
+    from sidestep_plugin.engine.compatibility import examine_model
+    from sidestep_plugin.engine.models import models_in
 
     folder = checks.checkpoints(answers)
     answers.models = models_in(folder)

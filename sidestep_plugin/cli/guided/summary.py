@@ -22,8 +22,8 @@ def summary(answers: Answers) -> list[str]:
 
 def _decided(answers: Answers) -> list[str]:
     """What the plugins say they will do."""
+    from sidestep_plugin.engine.rehearsal import rehearse
     from sidestep_plugin.registry import Registry
-    from sidestep_plugin.trainer.rehearsal import rehearse
 
     request = answers.request
     if not request.plugins:

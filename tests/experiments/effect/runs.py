@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sidestep_plugin import attach, hookimpl
+from sidestep_plugin.engine.models import Handler
 from sidestep_plugin.timesteps.schedule import logit_normal
-from sidestep_plugin.trainer.models import Handler
 
 from . import data
 from .base_model import MU, SIGMA

@@ -4,5 +4,5 @@ from sidestep_plugin import hookimpl
 
 
 @hookimpl
-def acestep_hold_out(songs):
+def engine_hold_out(songs):
     return [song for song in songs if song.name.startswith("test")] or None

@@ -5,7 +5,7 @@ from sidestep_plugin.run import MemoryPlan
 
 
 @hookimpl
-def acestep_plan_memory(decoder, autocast):
+def engine_plan_memory(decoder, autocast):
     if autocast is None:  # the weights would meet activations in fp32
         return None
     names = [name for name, weight in decoder.named_parameters() if ".mlp." in name and not weight.requires_grad]

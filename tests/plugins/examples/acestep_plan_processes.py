@@ -5,7 +5,7 @@ from sidestep_plugin.run import ProcessPlan
 
 
 @hookimpl
-def acestep_plan_processes(ranks):
+def engine_plan_processes(ranks):
     def outcome(run, songs, steps):
         return [f"{songs} songs in {ranks.world_size} processes: {steps} steps an epoch"]
 

@@ -5,6 +5,6 @@ from sidestep_plugin.run import ValidationPlan
 
 
 @hookimpl
-def acestep_plan_validation(run):
+def engine_plan_validation(run):
     songs = sorted(run.tensor_dir.with_name("validation").glob("*.pt"))
     return ValidationPlan(tuple(songs), timesteps=(0.25, 0.5, 0.75), every=2) if songs else None

@@ -6,6 +6,6 @@ from sidestep_plugin.run import ResumePoint
 
 
 @hookimpl
-def acestep_resume(run, folder):
+def engine_resume(run, folder):
     point = read_checkpoint(folder).point
     return ResumePoint(epochs=0, steps=0, weights=point.weights, parameters=point.parameters)

@@ -4,5 +4,5 @@ from sidestep_plugin import hookimpl
 
 
 @hookimpl
-def acestep_song_cache():
+def engine_song_cache():
     return 100_000_000

@@ -5,7 +5,7 @@ from sidestep_plugin.run import Verdict
 
 
 @hookimpl
-def acestep_validated(run, validation):
+def engine_validated(run, validation):
     mean = float(validation.losses.mean())
     best = validation.epoch > 0 and mean < run.state.get("lowest", float("inf"))
     if best:

@@ -1,0 +1,68 @@
+"""What is running now: the step, the training, a save. Context variables keep threads apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..run import ProcessPlan
+
+if TYPE_CHECKING:
+    from ..run import Run, Step
+    from .journal import Journal
+
+
+@dataclass(eq=False)
+class Training:
+    """One call of upstream's ``train_from_preprocessed``.
+
+    Attributes:
+        run: what plugins see of it.
+        trainer: upstream's LoRATrainer or LoKRTrainer.
+        journal: its progress; None if no plugin needs it.
+        state: upstream's control of it, with which it is stopped; None where upstream has none.
+        plan: in how many processes it runs.
+        from_command_line: whether the program ends with it.
+        at_end: called when the training is over, last one first, to undo what was done for it alone.
+        ending: saves the finished adapter of a training that a plugin has ended; None otherwise.
+    """
+
+    run: Run
+    trainer: Any
+    journal: Journal | None = None
+    state: MutableMapping[str, Any] | None = None
+    plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
+    from_command_line: bool = False
+    at_end: list[Callable[[], object]] = field(default_factory=list)
+    ending: Callable[[], Sequence[str]] | None = None
+
+    @property
+    def loggers(self) -> Sequence[Any]:
+        """The loggers of upstream's engine: TensorBoard's, or none."""
+        found: Sequence[Any] = getattr(getattr(self.trainer, "fabric", None), "loggers", ())
+        return found if self.run.ranks.first else ()
+
+    def finish(self, ending: Callable[[], Sequence[str]]) -> None:
+        """Stop upstream's loop after this step; the training counts as finished."""
+        if self.state is not None:
+            self.ending = ending
+            self.state["should_stop"] = True
+
+
+@dataclass(frozen=True, eq=False)
+class CommandLine:
+    """What the command line did before it called upstream's trainer: it holds the lock of the output folder.
+
+    Attributes:
+        latest: whether the checkpoint to resume from is the newest one, chosen for the user.
+    """
+
+    latest: bool
+
+
+running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)
+running_training: ContextVar[Training | None] = ContextVar("acestep_running_training", default=None)
+command_line: ContextVar[CommandLine | None] = ContextVar("acestep_command_line", default=None)
+saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)
