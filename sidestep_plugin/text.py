@@ -19,6 +19,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def sentence(text: str) -> str:
+    """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
+    line = " ".join(text.split())
+    return line if line.endswith(("!", "?")) else line.rstrip(".:;, ") + "."
+
+
 def shown(value: object, longest: int = 200) -> str:
     """A text, safe to print: control characters as escapes, and not longer than a few lines."""
     text = str(value)

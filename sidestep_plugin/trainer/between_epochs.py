@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import PluginError, Refusal
 from ..run import Clip, EpochNews
 from .answers import checked_lines, described
 from .checkout import place_of
+from .loggers import log_entries
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -23,19 +23,13 @@ EPOCH_LOSS: Final = "train/epoch_loss"
 def between_epochs(host: Host, trainer: Any, run: Run, epoch: int, loss: float | None) -> None:
     """Ask the plugins, announce their lines and log their numbers and clips. Raises Refusal."""
     folder = place_of(host.trainer, str(run.training_config.output_dir))
-    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ())
     asked = {"run": run, "epoch": epoch, "loss": loss, "folder": folder}
     try:
         for plugin, news in host.registry.call("acestep_between_epochs", **asked):
             _check(plugin, news)
             for line in checked_lines(plugin, "acestep_between_epochs", news.lines):
                 host.announce(line)
-            for logger, (name, value) in product(loggers, news.logged.items()):
-                if not isinstance(value, Clip):
-                    logger.log_metrics({name: value}, epoch)
-                elif hasattr(logger.experiment, "add_audio"):  # TensorBoard plays one channel
-                    sound = value.samples.mean(dim=0, keepdim=True)
-                    logger.experiment.add_audio(name, sound, epoch, sample_rate=value.rate)
+            log_entries(host, trainer, news.logged, epoch)
     except Refusal as refusal:  # upstream reports it as a failure
         host.refusal = refusal
         raise

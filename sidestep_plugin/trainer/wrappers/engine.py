@@ -20,6 +20,7 @@ from ..between_epochs import EPOCH_LOSS, epoch_logged
 from ..checkpointing import switch_checkpointing
 from ..current import Training, running_training
 from ..devices import on_all_devices, seed_apart
+from ..loggers import tolerate_failures
 from .compiled_modules import compile_modules
 from .replaced_modules import replace_modules
 
@@ -43,6 +44,7 @@ def wrap_engine(host: Host, original: Any) -> Any:
             if training is not None and training.run.ranks.several:
                 call.arguments.update(on_all_devices(original, call.arguments, training.run.ranks))
             super().__init__(*call.args[1:], **call.kwargs)
+            tolerate_failures(host, self)
             self._acestep_plans: list[_Cast] = []
             if training is not None and training.validation is not None:
                 training.validation.behind_the_engine = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError
@@ -12,6 +11,7 @@ from ..answers import described
 from ..between_epochs import between_epochs
 from ..current import running_training
 from ..devices import share_of_songs
+from ..loggers import log_entries
 
 if TYPE_CHECKING:
     from ...run import Run
@@ -59,7 +59,6 @@ def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Calla
 
 def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) -> None:
     """Write what plugins return for an epoch to upstream's log. Raises Refusal."""
-    loggers = getattr(getattr(trainer, "fabric", None), "loggers", ()) if run.ranks.first else ()
     for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
         if not isinstance(entries, Mapping):
             raise PluginError(
@@ -72,11 +71,8 @@ def epoch_finished(host: Host, trainer: Any, run: Run, epoch: int, loss: float) 
                     f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
                     "finite values, by name."
                 )
-        for logger, (name, value) in product(loggers, entries.items()):
-            if isinstance(value, int | float):
-                logger.log_metrics({name: value}, epoch)
-            elif hasattr(logger.experiment, "add_histogram"):
-                logger.experiment.add_histogram(name, value, epoch)
+        if run.ranks.first:
+            log_entries(host, trainer, entries, epoch)
     if getattr(trainer, "fabric", None) is None:  # without Lightning nothing is logged behind the last optimizer step
         between_epochs(host, trainer, run, epoch, loss)
 

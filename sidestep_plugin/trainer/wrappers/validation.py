@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError, Refusal
 from ...run import Run, Validation, ValidationPlan, Verdict
 from ..answers import checked_lines, described
 from ..evaluation import evaluate, without_adapter
+from ..loggers import log_entries
 from .ending import save_best
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ class Validator:
             )
         for line in checked_lines(plugin, "acestep_validated", verdict.lines):
             self._host.announce(line)
-        loggers = getattr(getattr(self._of_training.trainer, "fabric", None), "loggers", ())
         if not isinstance(verdict.log, Mapping) or not all(
             isinstance(name, str) and isinstance(value, int | float) for name, value in verdict.log.items()
         ):
@@ -113,8 +112,7 @@ class Validator:
                 f"Plugin {plugin!r} returned a Verdict whose log is {described(verdict.log)} from acestep_validated, "
                 "expected numbers by name."
             )
-        for logger, (name, value) in product(loggers, verdict.log.items()):
-            logger.log_metrics({name: value}, epoch)
+        log_entries(self._host, self._of_training.trainer, verdict.log, epoch)
         return verdict
 
     @property
