@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.options import SongsOrShare, WholeNumber
+from sidestep_plugin.options import Place, SongsOrShare, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run, Validation, ValidationPlan, Verdict
 from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 from sidestep_plugin.songs.fit import check_songs
@@ -49,7 +49,7 @@ def options() -> list[click.Option]:
         ),
         click.Option(
             ["--validation-dir"],
-            type=click.Path(path_type=Path),
+            type=Place(path_type=Path),
             metavar="DIR",
             help="Validate on the preprocessed songs of this folder instead.",
         ),

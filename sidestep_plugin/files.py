@@ -10,12 +10,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+
+from .errors import Refusal
 
 MAX_JSON: Final = 2**20
 """Size limit in bytes for a JSON file beside an adapter. Trainers write a few kilobytes there."""
@@ -123,6 +126,21 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, expected an object")
     return value
+
+
+def at_home(name: str) -> str:
+    """A path with ``~`` and ``~user`` at its beginning replaced by the home folder.
+
+    Raises:
+        Refusal: there is no such user, or no home folder.
+    """
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError:
+        user = re.split(r"[\\/]", name)[0]
+        raise Refusal(f"There is no home folder for {user}. Write the whole path.") from None
 
 
 def is_companion(name: str) -> bool:

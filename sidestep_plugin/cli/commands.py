@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import Place
 
 FAILED = 1
 UNUSABLE = 2
@@ -21,15 +22,6 @@ class Unusable(click.ClickException):
     """Wrong usage or unusable input: one message on standard error, exit code 2."""
 
     exit_code = UNUSABLE
-
-
-class Place(click.Path):
-    """The name of a file or folder. An empty one (a shell variable that was not set) would mean the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "":
-            self.fail("The file's or folder's name is empty.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class Command(click.Command):

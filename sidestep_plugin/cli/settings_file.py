@@ -43,9 +43,9 @@ class SettingsFile:
         """Read a file. Raises Refusal when it is not there or is not TOML."""
         import tomllib
 
-        from sidestep_plugin.files import not_a_file
+        from sidestep_plugin.files import at_home, not_a_file
 
-        file = Path(name)
+        file = Path(at_home(name))
         if file.exists() and (problem := not_a_file(file)):
             raise Refusal(f"Cannot read {file}: it {problem}. Expected a settings file.")
         try:
