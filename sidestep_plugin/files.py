@@ -140,7 +140,7 @@ def at_home(name: str) -> str:
         return str(Path(name).expanduser())
     except RuntimeError:
         user = re.split(r"[\\/]", name)[0]
-        raise Refusal(f"There is no home folder for {user}. Write the whole path.") from None
+        raise Refusal(f"There is no home folder for {user}. Type the whole path.") from None
 
 
 def is_companion(name: str) -> bool:
@@ -149,6 +149,32 @@ def is_companion(name: str) -> bool:
     macOS writes them beside files on disks that cannot hold its attributes; they hold nothing else.
     """
     return name.startswith("._")
+
+
+_STAND_INS: Final = (
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer, which only names the file: git lfs pull gets it",
+    ),
+    (b"<!doctype html", "is a web page: download the file itself, not the page that shows it"),
+    (b"<html", "is a web page: download the file itself, not the page that shows it"),
+)
+
+
+def stand_in(file: Path) -> str:
+    """What a file holds in place of the one that belongs there, and how to get that; "" if neither is known.
+
+    Call it for a regular file that could not be read: its beginning is enough.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError:
+        return ""
+    if not start:
+        return "is empty, as an interrupted download leaves it"
+    start = start.lstrip().lower()
+    return next((what for sign, what in _STAND_INS if start.startswith(sign)), "")
 
 
 def not_a_file(path: Path) -> str:

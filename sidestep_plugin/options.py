@@ -14,6 +14,7 @@ from .errors import Refusal
 from .files import at_home
 from .text import is_control
 
+
 class Place(click.Path):
     """The name of a file or folder, with ``~`` for the home folder, which no shell replaces in ``--dir=~/x``.
 

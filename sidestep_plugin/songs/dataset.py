@@ -12,6 +12,7 @@ from typing import Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file, read_json_object
+from ..text import counted
 from .one_song import read_song
 from .values import hash_of
 
@@ -123,12 +124,21 @@ def _instead_of_songs(folder: Path, missing: list[str]) -> str:
         return f"; manifest.json names {len(missing)} that are not there"
     audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
     if not audio:
-        return ""
+        return _in_subfolders(folder)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(audio.items()))
     return (
         f", found audio ({kinds}). Preprocess it first: in ACE-Step's LoRA training tab, scan the folder under Dataset "
         "Builder, press Preprocess, and train on the folder of .pt files that this writes"
     )
+
+
+def _in_subfolders(folder: Path) -> str:
+    """The end of a sentence about a folder whose songs lie one level below it; "" if none do."""
+    below = {place: len(list(place.glob("*.pt"))) for place in sorted(folder.iterdir()) if place.is_dir()}
+    found = [f"{place.name} ({counted(number, 'file')})" for place, number in below.items() if number]
+    if not found:
+        return ""
+    return f", found some only in subfolders: {', '.join(found[:5])}. Name one of these, or put the songs together"
 
 
 def _duplicates(files: list[Path]) -> list[str]:

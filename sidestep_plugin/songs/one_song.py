@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..files import not_a_file
+from ..files import not_a_file, stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +63,26 @@ def read_song(file: Path) -> tuple[dict[str, Any], str]:
     try:
         song = load_song(file)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        return {}, f"cannot be read: {type(error).__name__}"
+        return {}, f"cannot be read: {_unreadable(file, error)}"
     if not isinstance(song, dict):
         return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
     problem = _wrong_tensor(song) or _wrong_together(song)
     return ({}, problem) if problem else (song, "")
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    """Why a file cannot be read, in words that say what it is if that is known."""
+    import pickle
+
+    if what := stand_in(file):
+        return f"it {what}"
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip format, and the older one
+        return "it is not a file of tensors as torch.save writes them"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds Python objects beside tensors, which could run code; expected only tensors"
+    return type(error).__name__
 
 
 def _wrong_tensor(song: dict[str, Any]) -> str:

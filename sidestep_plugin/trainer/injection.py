@@ -39,7 +39,7 @@ def injection_problem(kind: AdapterType) -> str:
 def _inject_lora(layer: object) -> None:
     from peft import LoraConfig, get_peft_model
 
-    get_peft_model(layer, LoraConfig(r=1, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    get_peft_model(layer, LoraConfig(r=1, target_modules=["q_proj"]))
 
 
 def _inject_lokr(layer: object) -> None:

@@ -307,7 +307,7 @@ def _check_upstream(
     module = import_trainer(root)
     seams.require(module, kind, registry.implements)
     if problem := injection_problem(kind):
-        raise Refusal(f"No {seams.SHOWN[kind]} can be put into a model here: {problem}")
+        raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
@@ -450,7 +450,7 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
 
 
 def _other_code_page(folder: Path) -> str | None:
-    """The system's code page, in which upstream reads manifest.json, if it makes other names of those that are there."""
+    """The system's code page, in which upstream reads manifest.json, if it makes other names of those in it."""
     page = locale.getpreferredencoding(False)  # in Python's UTF-8 mode: utf-8
     try:
         raw = (folder / "manifest.json").read_bytes()
@@ -462,8 +462,8 @@ def _other_code_page(folder: Path) -> str | None:
 def _misread(folder: Path, page: str, what: str) -> Refusal:
     return Refusal(
         f"{folder / 'manifest.json'} has letters beyond ASCII. ACE-Step reads it in this system's code page ({page}) "
-        f"instead of UTF-8, and so {what}. Set the environment variable PYTHONUTF8=1 and start again, or delete the "
-        "file: then every .pt file of the folder is used."
+        f"instead of UTF-8, and so {what}. Start again with the environment variable PYTHONUTF8=1, or delete the file: "
+        "then every .pt file of the folder is used."
     )
 
 

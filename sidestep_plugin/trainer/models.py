@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..files import at_home, is_companion, not_a_file
+from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
 from ..text import sentence
 from ..variants import MODEL_ALIASES
@@ -41,7 +41,7 @@ def checkpoint_folder(said: Path | None, root: Path) -> Path:
     try:
         return Path(at_home(from_environment)) if from_environment else root / "checkpoints"
     except Refusal as refusal:
-        raise Refusal(f"$ACESTEP_CHECKPOINTS_DIR is {from_environment}. {refusal}") from None
+        raise Refusal(f"Correct $ACESTEP_CHECKPOINTS_DIR, which is {from_environment}: {refusal}") from None
 
 
 def models_in(checkpoints: Path) -> list[str]:
@@ -109,6 +109,8 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
                     if key.startswith("decoder.") and dtype not in _WEIGHT_DTYPES:
                         raise Refusal(f"{file.name} of {folder.name} is quantized ({key} is {dtype}). {_UNQUANTIZED}")
         except (SafetensorError, OSError) as error:
+            if what := stand_in(file):
+                raise Refusal(f"{file} {what}. Complete the model's folder, or download it again.") from None
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 

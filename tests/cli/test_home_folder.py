@@ -84,7 +84,7 @@ def test_a_user_who_is_not_there(home, checkout, monkeypatch):
     assert done.exit_code == 2 and "~nobody-at-all" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.setenv("ACESTEP_CHECKPOINTS_DIR", "~nobody-at-all/x")
     done = CliRunner().invoke(cli, ["timesteps", "--model", "base", f"--acestep-root={checkout.root}"])
-    assert done.exit_code == 2 and "$ACESTEP_CHECKPOINTS_DIR is ~nobody-at-all/x" in done.stderr
+    assert done.exit_code == 2 and "$ACESTEP_CHECKPOINTS_DIR, which is ~nobody-at-all/x" in done.stderr
 
 
 def test_an_option_from_python_and_from_the_environment(home):

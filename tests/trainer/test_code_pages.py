@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -63,7 +64,7 @@ def code_page(trainer, monkeypatch):
 
     def set_to(page):
         def in_the_code_page(file, mode="r", **more):
-            return open(file, mode, **({"encoding": page} | more if "b" not in mode else more))
+            return Path(file).open(mode, **({"encoding": page} | more if "b" not in mode else more))
 
         data_module = sys.modules[trainer.PreprocessedDataModule.__module__]
         monkeypatch.setattr(data_module, "open", in_the_code_page, raising=False)

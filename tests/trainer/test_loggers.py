@@ -44,9 +44,7 @@ def test_a_full_disk_ends_the_log_and_not_the_training(train, equal_bits, full_d
     full_disk()
     trained = train("base", kind, options={"validate": 1, "validate_every": 1}, **SETTINGS)
     (line,) = told_of_the_log(capsys.readouterr().out)
-    assert line == (
-        "Warning: the TensorBoard log ends here: No space left on device. The training goes on without it."
-    )
+    assert line == ("Warning: the TensorBoard log ends here: No space left on device. The training goes on without it.")
     assert trained.tensors and "complete" in trained.messages[-1], trained.messages
     assert equal_bits(undisturbed, train("base", kind, **SETTINGS))
 
