@@ -64,6 +64,7 @@ ALLOWED = {
     ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
     ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/cli/quiet.py", "threading.excepthook"): "what our own program prints of its threads",
     (
         "sidestep_plugin/cli/workers.py",
         "sys.stdout",

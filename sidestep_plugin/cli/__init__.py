@@ -11,6 +11,7 @@ import click
 from sidestep_plugin import __version__
 
 from .groups import DefaultGroup
+from .surroundings import settle
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
@@ -42,7 +43,8 @@ COMMANDS: Final = {
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="acestep-train")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train ACE-Step 1.5 adapters with ACE-Step's own trainer, each model the way it was trained.
 
     \b
@@ -59,6 +61,7 @@ def cli() -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 
 _PLAIN = {

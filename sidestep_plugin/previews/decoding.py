@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..files import read_json_object
+from ..files import at_home, read_json_object
 from .conditions import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ OVERLAP: Final = 64
 def find_vae(checkpoints: Path | None) -> Path | None:
     """The VAE's folder below a folder of models, else below ``$ACESTEP_CHECKPOINTS_DIR``; None if there is none."""
     said = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
-    places = [place / FOLDER for place in (checkpoints, Path(said).expanduser() if said else None) if place is not None]
+    places = [place / FOLDER for place in (checkpoints, Path(at_home(said)) if said else None) if place is not None]
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
