@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, Line
+from sidestep_plugin.options import FiniteFloat, Line, Place
 
-from .commands import INTERRUPTED, Command, Place, Unusable
+from .commands import INTERRUPTED, Command, Unusable
 from .interrupts import terminated_like_ctrl_c
 from .quiet import quiet_third_parties, quiet_upstream
 from .terminal import say

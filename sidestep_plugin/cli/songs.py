@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import Place
 from sidestep_plugin.text import counted, shown
 
-from .commands import Command, Place, Unusable, echo_json
+from .commands import Command, Unusable, echo_json
 
 if TYPE_CHECKING:
     from sidestep_plugin.songs.showing import ShownFolder, ShownSong

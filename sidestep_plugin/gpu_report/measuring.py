@@ -17,10 +17,10 @@ from .. import attach
 from ..engine import seams
 from ..engine.checkout import import_trainer
 from ..errors import Refusal
+from ..memory.checkpointing import is_checkpointed
 from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, FrozenType, Settings, needs
 from ..memory.sizes import DecoderSize
 from ..run import ModelFacts
-from ..trainer.checkpointing import is_checkpointed
 from .jobs import WAYS, Job
 from .models import random_model, write_songs
 
