@@ -1,4 +1,4 @@
-"""Writes docs/measured.md's tables from ``sidestep_plugin/measured/cards``: ``python tests/tools/measured_table.py``."""
+"""Writes the tables of docs/measured.md: ``python tests/tools/measured_table.py``."""
 
 from __future__ import annotations
 
