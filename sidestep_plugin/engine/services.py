@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from .checkout import place_of
-from .ending import save_checkpoint, save_weights
+from .ending import in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate, without_adapter
 from .loggers import log_entries
-from .replay import put_parameters, trained_tensors
-from .weights import put_weights
+from .replay import trained_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +43,28 @@ class Services:
 
     def at_end(self, undo: Callable[[], object]) -> None:
         """Call this when the training is over, however it ends; the last one first."""
-        self._training.at_end.append(undo)
+        self._training.at_end.callback(undo)
 
     @property
     def ends_the_program(self) -> bool:
         """Whether the program ends with this training, as on the command line."""
         return self._training.from_command_line
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The folder of the checkpoint that the training was resumed from; None for one from the start."""
+        return self._training.resumed_from
+
+    @property
+    def epochs_done(self) -> int | None:
+        """After how many epochs the adapter is what it is now; None within an epoch."""
+        journal = self._training.journal
+        return None if journal is None else journal.epochs_done
+
+    def ends_after(self, epoch: int) -> bool:
+        """Whether no epoch follows this one: it is the last one, or a plugin has ended the training."""
+        last = epoch == getattr(self._training.run.training_config, "max_epochs", None)
+        return last or self._training.ending is not None
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -87,23 +102,30 @@ class Services:
         """Write numbers to upstream's log, which TensorBoard shows."""
         log_entries(self._host, self._training, values, epoch)
 
-    def save_checkpoint(self, name: str) -> bool:
-        """Save the training as it is in a folder of the output folder, with upstream's own function.
+    def save_checkpoint(self, name: str, kept: ResumePoint | None = None) -> bool:
+        """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.
+
+        Args:
+            kept: an earlier place of the training, from :meth:`unsaved`; None for the training as it is.
 
         Returns:
-            Whether it was saved: a full disk is announced, and the training goes on.
+            Whether it was saved: a full disk is announced, and the training goes on. True in the other processes.
 
         Raises:
             Refusal: the adapter must not be saved.
         """
-        return save_checkpoint(self._host, self._training, name)
+        return save_checkpoint(self._host, self._training, name, kept)
+
+    def unsaved(self) -> ResumePoint | None:
+        """A copy in RAM of the checkpoint that could not be saved just now, to save it later; None without one."""
+        return in_ram(self._training)
 
     def save_weights(self, name: str) -> None:
         """Save the adapter alone in a folder of the output folder, as a finished one."""
         save_weights(self._host, self._training, name)
 
-    def read(self, name: str) -> ResumePoint:
-        """Read a checkpoint in a folder of the output folder. Raises Refusal."""
+    def read(self, name: str | Path) -> ResumePoint:
+        """Read a checkpoint in a folder of the output folder, or in any other one. Raises Refusal."""
         for _, point in self._host.registry.call("engine_read_checkpoint", folder=self.folder / name):
             found: ResumePoint = point
             return found
@@ -111,13 +133,13 @@ class Services:
 
     def put(self, point: ResumePoint) -> None:
         """Put the weights of a checkpoint into the adapter. Raises Refusal where they do not fit."""
-        put_weights(self._training.run, point)
-        put_parameters(self.trained, point)
+        put(self._training, point)
 
-    def finish(self, ending: Callable[[], Sequence[str]]) -> None:
+    def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.
 
         Args:
             ending: called when upstream's loop has ended, to save the finished adapter; returns lines for the user.
+            limits: which options end it, and up to which value: while they are no higher, nothing is left to train.
         """
-        self._training.finish(ending)
+        self._training.finish(ending, limits)

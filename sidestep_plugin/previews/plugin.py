@@ -141,7 +141,7 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     plan: _Plan | None = run.state.get(_KEY)
     if plan is None or plan.over or not run.ranks.first:  # of several processes, the first one makes the clips
         return None
-    if epoch % plan.every and epoch != getattr(run.training_config, "max_epochs", None):
+    if epoch % plan.every and not run.engine.ends_after(epoch):
         return None
     from .generation import computed_in
     from .undisturbed import freed, plain_decoder, undisturbed
