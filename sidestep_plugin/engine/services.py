@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
+from ..songs.dataset import songs_in
 from .checkout import place_of
-from .evaluation import evaluate, without_adapter
+from .decoders import plain_decoder, undisturbed, without_adapter
+from .evaluation import evaluate
+from .holding_out import held_out
 from .replay import put_parameters, trained_tensors
 from .weights import put_weights
 from .wrappers.ending import save_checkpoint, save_weights
@@ -57,6 +60,41 @@ class Services:
         journal = self._training.journal
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
 
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
+        journal = self._training.journal
+        return 0 if journal is None else max(0, journal.epochs_begun - 1)
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the training ends after this step as a finished one, as :meth:`finish` was called."""
+        return self._training.ending is not None
+
+    @property
+    def songs(self) -> tuple[Path, ...]:
+        """The files of the songs that are trained on, without those that are held out. Raises Refusal."""
+        run = self._training.run
+        songs = () if run.tensor_dir is None else tuple(songs_in(run.tensor_dir))
+        out = held_out(self._host.registry, songs, run.options, run.training_config) if songs else ()
+        return tuple(song for song in songs if song not in out)
+
+    @property
+    def decoder(self) -> Any:
+        """The decoder with the adapter, without the wrappers of the training."""
+        return plain_decoder(self._training.run.model)
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block without gradients and dropout in which nothing is compiled; afterwards everything is as it was."""
+        import torch
+
+        module = self._training.trainer.module
+        return undisturbed(module, torch.device(module.device))
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """A block in which the model is the base model."""
+        return without_adapter(self._training.trainer.module)
+
     def evaluate(
         self,
         songs: Sequence[Path],
@@ -78,7 +116,7 @@ class Services:
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
-        with nullcontext() if adapter else without_adapter(module):
+        with nullcontext() if adapter else self.without_adapter():
             losses = evaluate(module, songs, timesteps, conditions)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared

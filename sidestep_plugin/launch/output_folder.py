@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from .. import files
 from ..adapters.staging import settle_below
 from ..engine.seams import FINAL
 from ..engine.wrappers.ending import INTERRUPTED
@@ -21,18 +21,10 @@ LATEST: Final = Path("latest")
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written, by trying it and leaving no trace. Raises Refusal."""
     check_name(folder)
-    made: list[Path] = []
     try:
-        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
-            place.mkdir()
-            made.append(place)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        files.check_writable(folder)
     except OSError as error:
         raise Refusal(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from None
-    finally:
-        for place in reversed(made):
-            place.rmdir()
     for place in (folder / FINAL, folder / "checkpoints", folder / INTERRUPTED):
         if place.exists() and not place.is_dir():  # it would fail only when the adapter is saved
             raise Refusal(f"{place} is not a folder, but adapters are saved there. Choose another folder.")
