@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,20 +124,6 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, expected an object")
     return value
-
-
-def check_writable(folder: Path) -> None:
-    """Try to write into a folder, which may not exist yet, and leave no trace. Raises OSError."""
-    made: list[Path] = []
-    try:
-        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
-            place.mkdir()
-            made.append(place)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    finally:
-        for place in reversed(made):
-            place.rmdir()
 
 
 def is_companion(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -130,7 +130,7 @@ class Run:
     model_ref: weakref.ref[Any]
     module_ref: weakref.ref[Any] | None = None
     sampled_by: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[Hashable, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
     best_epoch: int | None = None

@@ -25,13 +25,7 @@ RECEIVED = {
         "Step",
         "SavedAdapter",
         "ModelFacts",
-        "ResumePoint",
-        "MemoryPlan",
-        "ProcessPlan",
         "Ranks",
-        "ValidationPlan",
-        "Validation",
-        "Verdict",
         "EpochNews",
         "Clip",
     )
@@ -44,7 +38,10 @@ EXPORTED = {
 }
 """What ``sidestep_plugin`` exports; ``hookimpl`` is the mark of a hook and has no docstring of its own."""
 
-INTERNAL = {"model_ref", "module_ref", "epoch_losses", "exchange", "sampler_called", "automatic", "registry"}
+INTERNAL = {
+    *("model_ref", "module_ref", "epoch_losses", "exchange", "sampler_called", "automatic", "evaluates", "registry"),
+    *("engine", "reports", "keeps", "kept", "resuming", "saves", "resume_point"),
+}
 """Attributes that are the host's own: not public, and not on the page."""
 
 HEAD = """# API

@@ -24,7 +24,7 @@ how to use them, and [API](api.md) describes the types.
 
 {intro}
 
-In the order in which they are called:
+In the order in which they are called (`acestep_between_epochs` once more before the first step, with epoch 0):
 """
 
 

@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/wrappers/ending.py",
+        "sidestep_plugin/engine/ending.py",
         "            put_weights(run, point)\n",
         "",
         "tests/hooks/test_validation.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
@@ -253,7 +253,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints without metadata",
-        "sidestep_plugin/engine/seams.py",
+        "sidestep_plugin/engine/shapes.py",
         '("save_lora_weights", "save_training_checkpoint")',
         '("save_lora_weights", "save_lora_weights")',
         "tests/cli/test_train.py::test_the_whole_job",
@@ -387,7 +387,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a fork that drops conditions by itself goes unnoticed",
-        "sidestep_plugin/engine/seams.py",
+        "sidestep_plugin/engine/shapes.py",
         "if _DROPOUT.fullmatch(name):",
         "if name == '':",
         "tests/trainer/test_decoder_check.py",

@@ -66,7 +66,7 @@ ALLOWED = {
     ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
     (
-        "sidestep_plugin/several_gpus/workers.py",
+        "sidestep_plugin/cli/workers.py",
         "sys.stdout",
     ): "our own program's output, of several processes",
     (
@@ -108,7 +108,7 @@ def foreign_names_set(tree: ast.Module) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-def test_only_the_trainer_room_names_modules_of_ace_step():
+def test_only_the_engine_names_modules_of_ace_step():
     named = {
         (file, module)
         for file, tree in TREES.items()

@@ -12,11 +12,11 @@ from ..errors import Refusal
 from ..songs.dataset import songs_in
 from .checkout import place_of
 from .decoders import plain_decoder, undisturbed, without_adapter
+from .ending import save_checkpoint, save_weights
 from .evaluation import evaluate
 from .holding_out import held_out
 from .replay import put_parameters, trained_tensors
 from .weights import put_weights
-from .wrappers.ending import save_checkpoint, save_weights
 
 if TYPE_CHECKING:
     import torch

@@ -23,6 +23,7 @@ from ..engine.attachment import Attachment, attach
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
+from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
 from ..engine.models import (
     Handler,
@@ -36,7 +37,7 @@ from ..engine.models import (
 )
 from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
 from ..engine.seams import FINAL, WEIGHT_FILES
-from ..engine.wrappers.ending import INTERRUPTED
+from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
 from ..registry import Registry
@@ -48,7 +49,7 @@ from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
-from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
+from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
 
 if TYPE_CHECKING:
     import torch
@@ -301,7 +302,8 @@ def _check_upstream(
     kind = request.adapter_type
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
-    seams.require(module, kind, registry.implements)
+    if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
+        say(f"Note: this version of ACE-Step cannot do: {', '.join(lost)}.")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)

@@ -6,39 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from .. import files
 from ..adapters.staging import settle_below
+from ..engine.ending import INTERRUPTED
 from ..engine.seams import FINAL
-from ..engine.wrappers.ending import INTERRUPTED
 from ..errors import Refusal
 from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
-from ..text import shown
 
 LATEST: Final = Path("latest")
 """Stands for the newest checkpoint below the output folder."""
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, by trying it and leaving no trace. Raises Refusal."""
-    check_name(folder)
-    try:
-        files.check_writable(folder)
-    except OSError as error:
-        raise Refusal(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from None
-    for place in (folder / FINAL, folder / "checkpoints", folder / INTERRUPTED):
-        if place.exists() and not place.is_dir():  # it would fail only when the adapter is saved
-            raise Refusal(f"{place} is not a folder, but adapters are saved there. Choose another folder.")
-
-
-def check_name(folder: Path) -> None:
-    """Refuse a folder whose name is not text: safetensors, which saves the adapter, cannot open it. Raises Refusal."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError:
-        raise Refusal(
-            f"The name of the folder {shown(folder)} is not UTF-8, so no adapter can be saved in it. Choose another "
-            "folder, or rename it."
-        ) from None
 
 
 def check_unused(output: Path, resumed: Path | None) -> None:

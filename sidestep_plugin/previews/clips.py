@@ -13,8 +13,8 @@ from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.layers import Adapter
 from ..engine.checkout import find_root, import_trainer
 from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from ..engine.writable import check_writable
 from ..errors import Refusal
-from ..files import check_writable
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_width
@@ -96,10 +96,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     facts = ModelFacts.from_folder(model_folder)
     check_weights(model_folder, facts)
     output, label, epoch = _place(request, report)
-    try:
-        check_writable(output)
-    except OSError as error:
-        raise Refusal(f"Cannot write to {output}: {error.strerror or error}. Choose another folder.") from None
+    check_writable(output)
     before = read_table(output)
     settings, wanted = _settings(request, report, decide_treatment(facts), before)
     dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)

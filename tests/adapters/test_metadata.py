@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from sidestep_plugin.hooks import acestep_options, acestep_run_started
 from sidestep_plugin.hooks.metadata import acestep_adapter_saved
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin.adapters.facts import FILE_NAME, SCHEMA_VERSION, read_training_config, write_training_config
-from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, SavedAdapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -72,8 +72,8 @@ def a_saved_adapter(tmp_path, model="acestep-v15-base", kind="lora", training=No
         output = str(tmp_path / "output")
         training = TrainingSettings(output, tmp_path / "logs", str(tmp_path), r"C:\pinned")
     adapter = adapter or (LoRASettings() if kind == "lora" else LoKrSettings())
-    resolved = resolve_options(acestep_options(), options)
-    run = Run(kind, adapter, training, resolved, tmp_path / "tensors", weakref.ref(whole), steps=steps)
+    values = resolved(**options)
+    run = Run(kind, adapter, training, values, tmp_path / "tensors", weakref.ref(whole), steps=steps)
     acestep_run_started(run)
     folder = tmp_path / "output" / "adapter"
     folder.mkdir(parents=True, exist_ok=True)

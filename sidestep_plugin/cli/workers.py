@@ -22,8 +22,8 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.ranks import ranks
 
-from ..cli.commands import FAILED, INTERRUPTED, UNUSABLE
-from ..cli.terminal import say
+from .commands import FAILED, INTERRUPTED, UNUSABLE
+from .terminal import say
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch.launch import Request
@@ -51,7 +51,7 @@ def start_workers(request: Request) -> None:
     plan = plan_of(registry, registry.resolve_options(request.options))
     if plan.processes == 1:
         return
-    from ..cli.command_line import words_of
+    from .command_line import words_of
 
     context = click.get_current_context()
     if context.info_name == "demo":
@@ -66,7 +66,7 @@ def start_workers(request: Request) -> None:
 def _say_how_to_resume(request: Request) -> None:
     from sidestep_plugin.resuming.checkpoints import checkpoints_in
 
-    from ..cli.command_line import resuming_line
+    from .command_line import resuming_line
 
     if any(checkpoints_in(request.output_dir)):
         say(f"To resume from the newest checkpoint:\n  {resuming_line(request)}", err=True)

@@ -6,16 +6,16 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ...errors import Refusal
-from ...files import room
-from ..answers import checked_lines
-from ..checkout import place_of
-from ..seams import SAVE_FUNCTIONS
+from ..errors import Refusal
+from ..files import room
+from .answers import checked_lines
+from .checkout import place_of
+from .shapes import SAVE_FUNCTIONS
 
 if TYPE_CHECKING:
-    from ...run import ResumePoint
-    from ..current import Training
-    from ..host import Host
+    from ..run import ResumePoint
+    from .current import Training
+    from .host import Host
 
 INTERRUPTED: Final = "interrupted"
 """Folder in the output folder for the checkpoint of a training that was stopped or failed."""
