@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PluginError
+from ...signals import ignored_in_worker
 from ..answers import described
 from ..between_epochs import between_epochs
 from ..current import running_training
@@ -109,4 +110,5 @@ def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], I
 
     Watched.__name__, Watched.__qualname__, Watched.__module__ = own.__name__, own.__qualname__, own.__module__
     loader.__class__ = Watched
+    loader.worker_init_fn = ignored_in_worker(loader.worker_init_fn)  # whoever signals all processes means this one
     return loader
