@@ -103,8 +103,14 @@ def in_child(number: int) -> None:
 
 def leave(number: int, frame: Any) -> None:
     """Handler for the time in which there is nothing to clean up: say a word and end, in the middle of an import."""
-    tell("Interrupted.")
+    if speaks():
+        tell("Interrupted.")
     os._exit(INTERRUPTED)
+
+
+def speaks() -> bool:
+    """Whether this process says what all processes of a training on this machine have to say."""
+    return os.environ.get("LOCAL_RANK", "0").strip() in ("", "0")
 
 
 def tell(text: str, descriptor: int = 2) -> None:

@@ -59,7 +59,8 @@ def ended_by_signals(context: click.Context) -> Iterator[None]:
         except (KeyboardInterrupt, click.Abort):
             before = context.invoked_subcommand in _TRAIN and not context.meta.get(_BEGAN)
             ends = " before the training began; nothing was saved" if before else ""
-            say(f"Interrupted{ends}.", err=True)
+            if signals.speaks():
+                say(f"Interrupted{ends}.", err=True)
             context.exit(INTERRUPTED)
 
 

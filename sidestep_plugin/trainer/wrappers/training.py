@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
+from ..sameness import of_the_loaded_model, of_the_plugins, of_the_songs, of_the_trainer
 from ..seams import FINAL
 from .ending import finished_early, saved_after, summed_up
 from .loaders import epoch_finished
@@ -75,7 +75,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 check_started(plan)
                 if run.ranks.several:
                     check_engine(host.trainer)
-                    join(_device_of(trainer).type)
+                    join(_device_of(trainer).type, host.announce)
                     run.exchange = gather
                 _lock_output(host, run, ending)
                 host.start(run)
@@ -83,7 +83,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 journal = _journal(host, run, trainer, point)
                 validation = planned(host, run, journal)
                 if run.ranks.several:
-                    check_agreement(_same_everywhere(run, point, plan))
+                    check_agreement(_same_everywhere(host, run, point, plan))
             except Refusal as refusal:
                 host.refusal = refusal
                 yield 0, 0.0, f"❌ {refusal}"
@@ -107,14 +107,15 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
     return train_from_preprocessed
 
 
-def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
+def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
     settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
     settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
-        "number of songs": len(songs),
-        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        **of_the_trainer(host.trainer),
+        **of_the_loaded_model(run.model),
+        **of_the_songs(run.tensor_dir),
+        **of_the_plugins(host.registry),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
         **{f"value of {name}": repr(value) for name, value in settings.items()},
