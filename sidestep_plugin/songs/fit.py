@@ -51,6 +51,6 @@ def _check_made_for(dataset: Dataset, facts: ModelFacts) -> None:
     if ("turbo" in then) != turbo or ("xl" in then) != ("xl" in now):
         raise Refusal(
             f"The songs in {dataset.folder} were preprocessed for {said} (preprocess_meta.json), and {facts.name} has "
-            "another condition encoder (if the file is wrong, delete it). Preprocess them again with this model, or give "
-            f"them its conditions, without audio and in seconds: {renew_command(dataset.folder, facts.name)}"
+            "another condition encoder (if the file is wrong, delete it). Preprocess them again with this model, or "
+            f"give them its conditions, without audio and in seconds: {renew_command(dataset.folder, facts.name)}"
         )
