@@ -68,6 +68,9 @@ __all__ = [
 EVALUATE: Final = "evaluate"
 """Stands among the hooks of a seam for an attachment that evaluates songs."""
 
+FOLDERS: Final = "folders"
+"""Stands among them for an attachment that is allowed folders by name, as every one from the command line."""
+
 Status = Literal["found", "missing", "wrong shape"]
 
 
@@ -222,7 +225,7 @@ SEAMS: Final[tuple[Seam, ...]] = (
     Seam(
         "PreprocessedTensorDataset.__init__",
         lambda _, original: wrap_song_list(original),
-        hooks=NEED_A_JOURNAL,
+        hooks=(FOLDERS, *NEED_A_JOURNAL),
         optional=True,
         without="leaving out macOS's companion files (._song.pt)",
         owner=_song_list,
@@ -273,7 +276,7 @@ def examine(trainer: Any, adapter_type: AdapterType) -> list[Found]:
 
 
 def _look(trainer: Any, seam: Seam, kind: AdapterType) -> Found:
-    hook = next((hook for hook in seam.hooks if hook != EVALUATE), None)
+    hook = next((hook for hook in seam.hooks if hook not in (EVALUATE, FOLDERS)), None)
     status: Status = "found"
     reason = ""
     if seam.owner_in(trainer) is None:
