@@ -122,16 +122,13 @@ def say_that_torch_is_imported() -> None:
 def notes_on_settings(launch: Launch) -> list[str]:
     """Lines about settings that are allowed and hardly meant."""
     config = launch.trainer.training_config
-    warmup = getattr(config, "warmup_steps", 0)
-    total = launch.total_steps // max(1, getattr(config, "gradient_accumulation_steps", 1))
-    if 4 * warmup <= total:
+    warmup, each = getattr(config, "warmup_steps", 0), max(1, getattr(config, "gradient_accumulation_steps", 1))
+    total = launch.epochs * math.ceil(launch.steps_per_epoch / each)
+    if warmup <= (most := max(1, total // 10)):  # as every known version of ACE-Step computes it
         return []
     return [
-        f"Note: warm-up takes {warmup} of the {total} optimizer steps; the learning rate is below its full value until "
-        "then. For a training this short, use a lower --warmup-steps."
-        if warmup < total
-        else f"Note: warm-up takes {warmup} optimizer steps, and this training has {total}: it never reaches its full "
-        "learning rate. Use a lower --warmup-steps."
+        f"Note: ACE-Step lets warm-up take at most a tenth of the optimizer steps, here {most} of {total}. It shortens "
+        f"--warmup-steps {warmup} to that."
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -202,7 +202,7 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         if training.ending is not None:
-            for line in [*training.ending(), *summed_up(host, training, "finished")]:
+            for line in [*_finished(training, training.ending), *summed_up(host, training, "finished")]:
                 yield step, loss, line
         elif _stopped(training.state):
             for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
@@ -218,8 +218,17 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
         running.close()
         if training.state is not None and training.ending is not None:
             training.state["should_stop"] = False  # in the app it says that somebody has pressed stop
-        if journal is not None:  # these reference the optimizer and so every trained tensor
-            journal.scheduler = journal.holds = journal.not_saved = None
+        if journal is not None:
+            journal.scheduler = journal.holds = None  # they reference the optimizer and so every trained tensor
+
+
+def _finished(training: Training, ending: Callable[[], Sequence[str]]) -> Sequence[str]:
+    """Save the finished adapter of a training that a plugin has ended. Returns lines for the user."""
+    token = running_training.set(training)
+    try:
+        return ending()
+    finally:
+        running_training.reset(token)
 
 
 def _point(host: Host, training: Training, folder: str | Path) -> ResumePoint | None:
