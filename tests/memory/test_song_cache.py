@@ -71,6 +71,8 @@ def test_only_as_much_as_was_allowed(train, reads, equal_bits, capsys):
 def test_one_epoch_keeps_nothing(train, reads, capsys):
     train("base", max_epochs=1)
     assert len(reads) == 6 and "kept in RAM" not in capsys.readouterr().out
+    train("base", max_epochs=1, options={"song_cache": "4GB"})
+    assert "Note: --song-cache 4GB has no effect: in one epoch each song is read once." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,13 @@ def test_the_limit_of_a_job_counts(tmp_path, monkeypatch):
         (folder / "memory.current").write_text("4000000\n", encoding="ascii")
         (folder / "memory.stat").write_text("anon 1\ninactive_file 500000\n", encoding="ascii")
     assert free_memory.free_memory() == 1_500_000
+
+
+def test_without_psutil_the_system_is_asked(monkeypatch):
+    known = free_memory.free_memory()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    if sys.platform == "linux":
+        assert free_memory.free_memory() == pytest.approx(known, rel=0.5)
 
 
 def test_unknown_is_unknown(tmp_path, monkeypatch):

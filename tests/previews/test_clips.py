@@ -119,6 +119,12 @@ def test_files_stay_in_their_folder():
         "{",
         '{"rows": 1}',
         json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": 1, "clips": ["../a"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": "1", "loss": 1, "clips": ["a.wav"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": "1", "clips": ["a.wav"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": 1, "clips": ["a.wav"]}]}),
+        json.dumps({**ABOUT, "rows": [], "songs": [{"name": "x", "seconds": "long"}]}),
+        json.dumps({**ABOUT, "rows": [], "settings": {"shift": 1.0}}),
+        json.dumps({**ABOUT, "rows": [], "settings": {**ABOUT["settings"], "guidance": None}}),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path, content):
@@ -143,6 +149,17 @@ def test_other_settings_begin_another_table(tmp_path):
 def test_undecoded_clips_are_named_on_the_page():
     row = Row("epoch 1", 1, 0.5, ["epoch_1/01_x.safetensors"] * 3)
     assert page(Table(dict(ABOUT), [row])).count("not decoded yet") == 3
+
+
+def test_a_loss_that_is_no_number_is_unknown(tmp_path):
+    """JSON has no NaN, and no page should show one."""
+    table = Table({**ABOUT, "songs": ABOUT["songs"][:1]})
+    write_row(tmp_path, table, "epoch 1", 1, float("nan"), [torch.zeros(1, 5, 64)])
+    text = (tmp_path / "previews.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["rows"][0]["loss"] is None
+    (tmp_path / "previews.json").write_text(text.replace('"loss": null', '"loss": NaN'), encoding="utf-8")
+    assert read_table(tmp_path).rows[0].loss is None
+    assert "nan" not in (tmp_path / "index.html").read_text(encoding="utf-8").lower().replace("nance", "")
 
 
 # -- acestep-train preview -------------------------------------------------------------------------------------------
