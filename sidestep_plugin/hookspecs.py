@@ -168,8 +168,8 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
     When: with `epoch` 0 before the first training step of a run from the start, and right after
     :func:`acestep_epoch_finished` of every epoch that is computed, so the weights are those that a checkpoint saves.
-    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the next
-    one, so its gradients are still waiting.
+    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the
+    next one, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.
@@ -206,7 +206,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | No
     """Sum up a run.
 
     When: once, after upstream's trainer has saved the finished adapter, was stopped, or has failed. Only if at least
-    one training step was computed.
+    one training step was computed, by this run or, where a resumed run had none left, by those before it.
 
     Args:
         run: the run.

@@ -55,7 +55,7 @@ FACTS: Final = {
     "validation_loss": "mean loss on the held-out songs, at fixed timesteps with fixed noise",
     "validation_change": "that loss relative to the model without adapter: -0.02 is 2 % lower",
     "validation_improved": "share of those timesteps, from 0 to 1, at which it is lower than without adapter",
-    "epoch": "epochs done when it was saved, null if ACE-Step did not say",
+    "epoch": "epochs that it was trained for, null if unknown",
     "global_step": "optimizer steps done when it was saved, null if ACE-Step did not say",
     "training_steps": "training steps started when it was saved",
 }

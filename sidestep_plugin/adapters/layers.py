@@ -19,8 +19,8 @@ from typing import Any, Final
 from ..errors import Refusal
 from ..text import shown
 from .finding import find_weights
-from .layer_names import is_block_layer, is_outer_layer, layer_name, some
-from .peft_config import alpha_patterns, by_pattern, find_configuration, positive
+from .layer_names import in_diffusers, is_block_layer, is_outer_layer, layer_name, name_in_file, some
+from .peft_config import DIFFUSERS_SOURCE, Patterns, alpha_patterns, by_pattern, find_configuration, positive
 from .trained_layers import idle_layers
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
@@ -46,12 +46,14 @@ class Layer:
         name: its name in ACE-Step's decoder.
         parts: names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own
             names.
+        peft_name: its name in the model that PEFT's patterns are written for.
         rank: rank of a LoRA, or of a LoKr's decomposed factor. None if there is no rank.
         alpha: the effective alpha, so that strength = alpha / rank. None if unknown.
     """
 
     name: str
     parts: dict[str, str] = field(default_factory=dict)
+    peft_name: str = ""
     rank: int | None = None
     alpha: float | None = None
 
@@ -130,7 +132,8 @@ def understand(file: WeightsFile) -> Adapter:
     for key in file.tensors:
         for pattern, part in _PART:
             if match := pattern.fullmatch(key):
-                layer = layers.setdefault(name := layer_name(match["layer"]), Layer(name))
+                name = layer_name(match["layer"])
+                layer = layers.setdefault(name, Layer(name, peft_name=name_in_file(match["layer"])))
                 if part in ("lokr", "loha", "oft"):
                     kinds[part] += 1
                     part = key.rpartition(".")[2]
@@ -165,7 +168,7 @@ def understand(file: WeightsFile) -> Adapter:
     return adapter
 
 
-def _measure(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> None:
+def _measure(adapter: Adapter, layer: Layer, patterns: Patterns | None) -> None:
     """Fill in a layer's rank and alpha from its tensors and the configuration."""
     tensors = adapter.file.tensors
     if adapter.kind == "lora":
@@ -181,7 +184,7 @@ def _measure(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, A
         layer.alpha = _alpha_by_config(adapter, layer, patterns)
 
 
-def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> float | None:
+def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Patterns | None) -> float | None:
     """The effective alpha by PEFT's rules: ``alpha_pattern``, else ``lora_alpha``. rsLoRA divides by sqrt(r)."""
     config, rank = adapter.config, layer.rank
     if not config:
@@ -189,8 +192,10 @@ def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tupl
         return positive(said)
     if patterns is None:
         return None
-    alpha = by_pattern(patterns, layer.name, positive(config.get("lora_alpha")))
-    if alpha is not None and rank and config.get("use_rslora") is True:
+    # Our header and diffusers' has the names of diffusers, whatever the tensors beside it are called.
+    name = in_diffusers(layer.name) if adapter.config_source == DIFFUSERS_SOURCE else layer.peft_name
+    alpha = by_pattern(patterns, name, positive(config.get("lora_alpha")))
+    if alpha is not None and rank and config.get("use_rslora"):
         return alpha * math.sqrt(rank)
     return alpha
 

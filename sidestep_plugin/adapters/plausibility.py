@@ -88,7 +88,7 @@ def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]
     if not plain or not isinstance(rank, int | float) or not isinstance(alpha, int | float) or not rank:
         return
     (strength,) = adapter.strengths
-    if abs(alpha / rank - strength) > 1e-6 * strength and adapter.config.get("use_rslora") is not True:
+    if abs(alpha / rank - strength) > 1e-6 * strength and not adapter.config.get("use_rslora"):
         notes.append(
             f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give "
             f"it strength {strength:.4g}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from ..errors import Refusal
@@ -28,6 +29,13 @@ def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> N
         named = ", ".join(repr(shown(name, 60)).replace("\\\\", "\\") for name in wrong[:5])
         exist = ", ".join(dict.fromkeys(_short(layer) for layer in known))
         raise Refusal(f"--target-modules: no layer of this model is called {named}. Choose from {shown(exist, 250)}.")
+
+
+def is_target(layer: str, targets: Sequence[str] | str | None) -> bool:
+    """Whether PEFT attaches a LoRA to a layer of this name, by its rules for a list of names and for one expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, layer) is not None
+    return any(_peft_matches(layer, str(name)) for name in targets or ())
 
 
 def _peft_matches(layer: str, name: str) -> bool:

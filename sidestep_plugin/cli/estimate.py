@@ -234,7 +234,7 @@ def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[Deco
 def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, list[str]]:
     """Frames and tokens of the longest song, and notes about songs that were left out. Raises Refusal."""
     from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
-    from sidestep_plugin.songs.dataset import songs_in
+    from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 
     if (dataset_dir is None) is (seconds is None):
         raise Refusal("How long are the songs? Give either --dataset-dir DIR or --seconds S.")
@@ -248,6 +248,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     damaged = {song: problem for song in songs if (problem := read_song(song)[1])}
     frames, tokens = longest(song for song in songs if song not in damaged)
     if not frames:
+        inspect_dataset(dataset_dir, allow_duplicates=True)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     refused = "It is left out here, a training refuses it"
     notes = [f"{song.name} {problem}. {refused}." for song, problem in damaged.items()]

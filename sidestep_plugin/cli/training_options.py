@@ -10,9 +10,7 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, WholeNumber
-
-from .commands import Place
+from sidestep_plugin.options import FiniteFloat, Place, WholeNumber
 
 FOLDER: Final = Place(path_type=Path)
 

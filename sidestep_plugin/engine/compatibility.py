@@ -15,8 +15,9 @@ from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
 from ..variants import member_of
 from .checkout import import_trainer
+from .injection import injection_problem
 from .models import download_command, models_in
-from .seams import Found, adapter_types, examine
+from .seams import SHOWN, Found, adapter_types, examine
 
 _VERSIONS: Final = (
     "sidestep-plugin",
@@ -28,7 +29,6 @@ _VERSIONS: Final = (
     "lycoris-lora",
     "tensorboard",
 )
-_NAMES: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             looked = examine(trainer, kind)
             seams += looked
             misfits = [seam for seam in looked if seam.status != "found" and not seam.optional]
-            verdicts.append((kind, f"{misfits[0].name}: {misfits[0].reason}" if misfits else _uninstalled(kind)))
-        problems = [f"{_NAMES[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
-        fitting = " and ".join(_NAMES[kind] for kind, problem in verdicts if not problem)
+            problem = f"{misfits[0].name}: {misfits[0].reason}" if misfits else ""
+            verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
+        problems = [f"{SHOWN[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
+        fitting = " and ".join(SHOWN[kind] for kind, problem in verdicts if not problem)
         good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
         lost = dict.fromkeys(seam.without for seam in seams if seam.status != "found" and seam.without)
         limits = [f"This version of ACE-Step cannot do: {', '.join(lost)}"] if lost and fitting else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ from ..errors import Refusal
 from ..songs.dataset import songs_in
 from .checkout import place_of
 from .decoders import plain_decoder, undisturbed, without_adapter
-from .ending import save_checkpoint, save_weights
+from .ending import in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
-from .holding_out import held_out
-from .replay import put_parameters, trained_tensors
-from .weights import put_weights
+from .loggers import log_entries
+from .replay import trained_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +45,28 @@ class Services:
 
     def at_end(self, undo: Callable[[], object]) -> None:
         """Call this when the training is over, however it ends; the last one first."""
-        self._training.at_end.append(undo)
+        self._training.at_end.callback(undo)
 
     @property
     def ends_the_program(self) -> bool:
         """Whether the program ends with this training, as on the command line."""
         return self._training.from_command_line
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The folder of the checkpoint that the training was resumed from; None for one from the start."""
+        return self._training.resumed_from
+
+    @property
+    def epochs_done(self) -> int | None:
+        """After how many epochs the adapter is what it is now; None within an epoch."""
+        journal = self._training.journal
+        return None if journal is None else journal.epochs_done
+
+    def ends_after(self, epoch: int) -> bool:
+        """Whether no epoch follows this one: it is the last one, or a plugin has ended the training."""
+        last = epoch == getattr(self._training.run.training_config, "max_epochs", None)
+        return last or self._training.ending is not None
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -61,23 +75,18 @@ class Services:
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
 
     @property
-    def epochs_done(self) -> int:
+    def epochs_before(self) -> int:
         """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
         journal = self._training.journal
         return 0 if journal is None else max(0, journal.epochs_begun - 1)
 
     @property
-    def finishing(self) -> bool:
-        """Whether the training ends after this step as a finished one, as :meth:`finish` was called."""
-        return self._training.ending is not None
-
-    @property
     def songs(self) -> tuple[Path, ...]:
-        """The files of the songs that are trained on, without those that are held out. Raises Refusal."""
+        """The files of the songs that are trained on, without those that are held out."""
         run = self._training.run
-        songs = () if run.tensor_dir is None else tuple(songs_in(run.tensor_dir))
-        out = held_out(self._host.registry, songs, run.options, run.training_config) if songs else ()
-        return tuple(song for song in songs if song not in out)
+        out = {song.resolve() for song in run.held_out}
+        songs = () if run.tensor_dir is None else songs_in(run.tensor_dir)
+        return tuple(song for song in songs if song.resolve() not in out)
 
     @property
     def decoder(self) -> Any:
@@ -123,26 +132,32 @@ class Services:
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
-        for logger, (name, value) in product(self._training.loggers, values.items()):
-            logger.log_metrics({name: value}, epoch)
+        log_entries(self._host, self._training, values, epoch)
 
-    def save_checkpoint(self, name: str) -> bool:
-        """Save the training as it is in a folder of the output folder, with upstream's own function.
+    def save_checkpoint(self, name: str, kept: ResumePoint | None = None) -> bool:
+        """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.
+
+        Args:
+            kept: an earlier place of the training, from :meth:`unsaved`; None for the training as it is.
 
         Returns:
-            Whether it was saved: a full disk is announced, and the training goes on.
+            Whether it was saved: a full disk is announced, and the training goes on. True in the other processes.
 
         Raises:
             Refusal: the adapter must not be saved.
         """
-        return save_checkpoint(self._host, self._training, name)
+        return save_checkpoint(self._host, self._training, name, kept)
+
+    def unsaved(self) -> ResumePoint | None:
+        """A copy in RAM of the checkpoint that could not be saved just now, to save it later; None without one."""
+        return in_ram(self._training)
 
     def save_weights(self, name: str) -> None:
         """Save the adapter alone in a folder of the output folder, as a finished one."""
         save_weights(self._host, self._training, name)
 
-    def read(self, name: str) -> ResumePoint:
-        """Read a checkpoint in a folder of the output folder. Raises Refusal."""
+    def read(self, name: str | Path) -> ResumePoint:
+        """Read a checkpoint in a folder of the output folder, or in any other one. Raises Refusal."""
         for _, point in self._host.registry.call("engine_read_checkpoint", folder=self.folder / name):
             found: ResumePoint = point
             return found
@@ -150,13 +165,13 @@ class Services:
 
     def put(self, point: ResumePoint) -> None:
         """Put the weights of a checkpoint into the adapter. Raises Refusal where they do not fit."""
-        put_weights(self._training.run, point)
-        put_parameters(self.trained, point)
+        put(self._training, point)
 
-    def finish(self, ending: Callable[[], Sequence[str]]) -> None:
+    def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.
 
         Args:
             ending: called when upstream's loop has ended, to save the finished adapter; returns lines for the user.
+            limits: which options end it, and up to which value: while they are no higher, nothing is left to train.
         """
-        self._training.finish(ending)
+        self._training.finish(ending, limits)

@@ -18,6 +18,9 @@ from ..run import AdapterType
 
 SAMPLER = "sample_discrete_timestep"
 
+SHOWN: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
+"""What a kind of adapter is called in messages."""
+
 MODULE_CLASS: dict[AdapterType, str] = {"lora": "PreprocessedLoRAModule", "lokr": "PreprocessedLoKRModule"}
 TRAINER_CLASS: dict[AdapterType, str] = {"lora": "LoRATrainer", "lokr": "LoKRTrainer"}
 CONFIG_CLASS: dict[AdapterType, str] = {"lora": "LoRAConfig", "lokr": "LoKRConfig"}

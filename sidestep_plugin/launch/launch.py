@@ -6,9 +6,11 @@ has passed.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib.util
 import inspect
+import locale
 import math
 import os
 import sys
@@ -25,6 +27,7 @@ from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
 from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
+from ..engine.injection import injection_problem
 from ..engine.models import (
     Handler,
     check_weights,
@@ -35,7 +38,17 @@ from ..engine.models import (
     pick_device,
     restrict_gpus,
 )
-from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
+from ..engine.processes import (
+    check_agreement,
+    check_started,
+    in_all,
+    in_turns,
+    join,
+    plan_of,
+    told_by_first,
+    use_own_gpu,
+)
+from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -47,6 +60,7 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
+from ..text import sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
 from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
@@ -99,6 +113,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         latest: whether the checkpoint to resume from was chosen as the newest one.
+        held_out: the songs that are not trained on.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -113,6 +128,7 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     latest: bool
+    held_out: tuple[Path, ...]
 
     @property
     def total_steps(self) -> int:
@@ -131,7 +147,7 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(CommandLine(self.latest))
+                token = command_line.set(CommandLine(self.latest, self.held_out))
                 try:
                     report = next(running, None)
                 finally:
@@ -200,21 +216,21 @@ def _prepared(
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     check_started(plan_of(registry, options))
-    _meet(request)
-    root = find_root(request.acestep_root)
-    model = _check_model(request, root, registry, options)
+    _meet(request, say)
+    root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
     restrict_gpus(request.device)
     device = pick_device(request.device)
-    dataset = _check_songs(request, model)
-    upstream = _check_upstream(request, root, registry, device, say)
+    dataset = in_all(lambda: _check_songs(request, model))
+    upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
+    if ranks().several:
+        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
-    with one_first():
-        handler = _load(model, device, dataset)
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=len(out))
+    handler = in_turns(lambda: _load(model, device, dataset))
+    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -242,6 +258,12 @@ def _stay_offline() -> None:
     """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
+    """Find the checkout and the model. Raises Refusal."""
+    root = find_root(request.acestep_root)
+    return root, _check_model(request, root, registry, options)
 
 
 def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
@@ -274,7 +296,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
     return resumed
 
 
-def _meet(request: Request) -> None:
+def _meet(request: Request, say: Callable[[str], None]) -> None:
     """Take this process's GPU and meet the other processes, if there are several. Raises Refusal."""
     if not ranks().several:
         return
@@ -285,7 +307,7 @@ def _meet(request: Request) -> None:
         )
     device = pick_device(request.device)
     use_own_gpu(device)
-    join(device.type)
+    join(device.type, say)
 
 
 def _check_songs(request: Request, model: _Model) -> Dataset:
@@ -304,6 +326,8 @@ def _check_upstream(
     module = import_trainer(root)
     if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
         say(f"Note: this version of ACE-Step cannot do: {', '.join(lost)}.")
+    if problem := injection_problem(kind):
+        raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
@@ -377,7 +401,7 @@ def _attach(
     extra_plugins: Callable[[], Mapping[str, object]],
     *,
     latest: bool,
-    held_out: int,
+    held_out: tuple[Path, ...],
 ) -> Launch:
     """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
@@ -403,17 +427,18 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    held_out += _held_out(songs, getattr(config, "val_split", 0.0))
+    left = songs - len(held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil(math.ceil((songs - held_out) / ranks().world_size) / config.batch_size),
+        steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
         latest=latest,
+        held_out=held_out,
     )
 
 
@@ -427,7 +452,11 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
     try:
         found = len(data_module.PreprocessedTensorDataset(str(dataset.folder)))
     except Exception as error:  # upstream's own, such as its path guard's for a link that leads elsewhere
-        raise Refusal(f"ACE-Step cannot read the songs in {dataset.folder}: {error}") from error
+        if (page := _other_code_page(dataset.folder)) is not None:
+            raise _misread(dataset.folder, page, f"cannot read it ({error})") from error
+        raise Refusal(f"ACE-Step cannot read the songs in {dataset.folder}: {sentence(str(error))}") from error
+    if found != dataset.songs and (page := _other_code_page(dataset.folder)) is not None:
+        raise _misread(dataset.folder, page, "finds other songs than it names")
     if found not in (0, dataset.songs):
         raise Refusal(
             f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
@@ -441,6 +470,24 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
     return found
 
 
-def _held_out(songs: int, val_split: float) -> int:
+def _other_code_page(folder: Path) -> str | None:
+    """The system's code page, in which upstream reads manifest.json, if it makes other names of those in it."""
+    page = locale.getpreferredencoding(False)  # in Python's UTF-8 mode: utf-8
+    try:
+        raw = (folder / "manifest.json").read_bytes()
+        return None if raw.isascii() or codecs.lookup(page).name == "utf-8" else page
+    except (OSError, LookupError):
+        return None
+
+
+def _misread(folder: Path, page: str, what: str) -> Refusal:
+    return Refusal(
+        f"{folder / 'manifest.json'} has letters beyond ASCII. ACE-Step reads it in this system's code page ({page}) "
+        f"instead of UTF-8, and so {what}. Start again with the environment variable PYTHONUTF8=1, or delete the file: "
+        "then every .pt file of the folder is used."
+    )
+
+
+def _upstreams(songs: int, val_split: float) -> int:
     """Songs that upstream sets aside for validation."""
     return max(1, int(songs * val_split)) if val_split > 0.0 and songs > 1 else 0

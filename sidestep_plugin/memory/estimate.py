@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
+from ..measured.reading import too_low
 from ..run import AdapterType
 from .activations import Batch, Forward, activation_bytes, working_bytes
 from .quantization import BYTES
@@ -91,8 +92,8 @@ class Needs:
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
     def fits(self, free: int) -> bool:
-        """Whether that much free memory is enough, with the margin."""
-        return self.total * MARGIN <= free
+        """Whether that much free memory is enough, with the margin, and with what estimates were too low by on GPUs."""
+        return self.total * MARGIN * too_low() <= free
 
 
 def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:

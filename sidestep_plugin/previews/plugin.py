@@ -160,7 +160,7 @@ def engine_training_began(run: Run) -> list[str]:
             return []
         if not run.resuming:
             return [f"Note: clips of an earlier training were moved to {set_aside(folder)}."]
-        aside = leave_branch(folder, table, run.engine.epochs_done)
+        aside = leave_branch(folder, table, run.engine.epochs_before)
         if aside is None:
             return []
         write_page(folder, table)
@@ -175,8 +175,7 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     plan: _Plan | None = run.state.get(_KEY)
     if plan is None or plan.over or not run.ranks.first:  # of several processes, the first one makes the clips
         return None
-    last = epoch == getattr(run.training_config, "max_epochs", None) or run.engine.finishing
-    if epoch % plan.every and not last:
+    if epoch % plan.every and not run.engine.ends_after(epoch):
         return None
     from .generation import computed_in
     from .making import freed

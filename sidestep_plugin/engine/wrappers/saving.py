@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...adapters.foreign import check_holds_tensors
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
 from ...files import room
@@ -21,6 +22,7 @@ from ..weights import check_finite
 
 if TYPE_CHECKING:
     from ..host import Host
+    from ..journal import Journal
 
 
 def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
@@ -45,7 +47,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         try:
             if journal is not None:
                 check_finite(run)
-            point = None if journal is None or final else journal.here(run)
+            point = None if journal is None or final else journal.holds or journal.here(run)
             if not run.ranks.first:  # of several processes one saves; the others only say where they are
                 if journal is not None:
                     journal.finished = journal.finished or final
@@ -57,6 +59,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                     result = original(*call.args, **call.kwargs)
                 finally:
                     saving.reset(token)
+                check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
                     saved = SavedAdapter(
@@ -64,7 +67,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                         destination=folder / weights.relative_to(stage),
                         folder=stage,
                         adapter_type=kind,
-                        epoch=call.arguments.get("epoch"),
+                        epoch=_epoch(call.arguments, journal),
                         global_step=call.arguments.get("global_step"),
                         resume_point=point,
                     )
@@ -76,7 +79,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             if journal is None or journal.ending or final:
                 raise
             # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
-            journal.unsaved = True
+            journal.unsaved, journal.not_saved = True, point
             host.announce(
                 f"Warning: {folder} could not be saved: {sentence(error)} {room(folder)} The training goes on."
             )
@@ -86,10 +89,17 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             # Fewer epochs than were asked for, when a plugin has ended the training.
             epochs = journal.epochs_begun or getattr(run.training_config, "max_epochs", None)
             if final and isinstance(epochs, int):
-                host.registry.call("engine_final_saved", run=run, epochs=epochs)
+                limits = {} if training is None or training.ending is None else training.limits
+                host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
     return save
+
+
+def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:
+    """Epochs done: as upstream's function was told, else as the journal knows."""
+    epoch = said.get("epoch")
+    return epoch if epoch is not None or journal is None else journal.epochs_done
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:

@@ -1,4 +1,4 @@
-"""Shows that the tests can fail: ``python tests/mutations.py`` breaks a copy of the project in one way after another.
+"""Shows that the tests can fail: ``python tests/tools/mutations.py`` breaks a copy of the project in many ways.
 
 Each mutation is a mistake that would train wrongly without anybody noticing. For each the named tests are run on the
 broken copy and must fail; a mutation that they pass, or whose text is no longer in the code, ends with exit code 1.
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -46,38 +46,38 @@ MUTATIONS = [
     ),
     Mutation(
         "a song from RAM although its file changed",
-        "sidestep_plugin/engine/wrappers/song_reading.py",
+        "sidestep_plugin/memory/song_cache.py",
         "(kept.state, kept.written) == (state, writes(counted(kept.song)))",
         "kept.written == writes(counted(kept.song))",
-        "tests/hooks/test_song_cache.py::test_a_file_that_changes_is_read_again",
+        "tests/memory/test_song_cache.py::test_a_file_that_changes_is_read_again",
     ),
     Mutation(
         "a song from RAM that somebody wrote to",
-        "sidestep_plugin/engine/wrappers/song_reading.py",
+        "sidestep_plugin/memory/song_cache.py",
         "(kept.state, kept.written) == (state, writes(counted(kept.song)))",
         "kept.state == state",
-        "tests/hooks/test_song_cache.py::test_a_song_that_somebody_wrote_to_is_read_again",
+        "tests/memory/test_song_cache.py::test_a_song_that_somebody_wrote_to_is_read_again",
     ),
     Mutation(
         "the measuring of quantized weights draws from the run's random numbers",
         "sidestep_plugin/memory/quantization.py",
         "torch.randn(data.shape, generator=torch.Generator().manual_seed(0))",
         "torch.randn(data.shape)",
-        "tests/hooks/test_quantization.py::test_measuring_draws_no_random_number",
+        "tests/memory/test_quantization.py::test_measuring_draws_no_random_number",
     ),
     Mutation(
         "quantized layers that stay in the model",
-        "sidestep_plugin/engine/wrappers/replaced_modules.py",
-        "        if command_line.get() is None:",
+        "sidestep_plugin/memory/replaced_modules.py",
+        "        if not run.engine.ends_the_program:",
         "        if False:",
-        "tests/hooks/test_quantization.py::test_a_training_with_quantized_weights",
+        "tests/memory/test_quantization.py::test_a_training_with_quantized_weights",
     ),
     Mutation(
         "compiled blocks that stay compiled",
-        "sidestep_plugin/engine/wrappers/compiled_modules.py",
-        "    training.at_end.append(partial(_undo, modules))\n",
+        "sidestep_plugin/memory/compiled_modules.py",
+        "    run.engine.at_end(partial(_undo, modules))\n",
         "",
-        "tests/hooks/test_compiling.py::test_a_training_with_compiled_blocks",
+        "tests/memory/test_compiling.py::test_a_training_with_compiled_blocks",
     ),
     Mutation(
         "windows in validation",
@@ -91,42 +91,43 @@ MUTATIONS = [
         "sidestep_plugin/engine/evaluation.py",
         "        set_random_states(states, device)",
         "        pass",
-        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+        "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
     Mutation(
         "a decoder left in eval mode by validation",
         "sidestep_plugin/engine/evaluation.py",
         "            part.training = mode",
         "            pass",
-        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+        "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
     Mutation(
         "new noise in every validation",
         "sidestep_plugin/engine/wrappers/step.py",
         "    point.seed_noise(step.device)\n",
         "",
-        "tests/hooks/test_validation.py::test_a_learning_rate_of_zero_gives_the_same_number_in_every_epoch",
+        "tests/validation/test_validating.py::test_a_learning_rate_of_zero_gives_the_same_number_in_every_epoch",
     ),
     Mutation(
         "validated before the epoch's last optimizer step",
-        "sidestep_plugin/engine/wrappers/engine.py",
-        "                training.validation.behind_the_engine = True",
-        "                pass",
-        "tests/hooks/test_validation.py::test_best_has_the_weights_that_were_measured",
+        "sidestep_plugin/engine/journal.py",
+        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
+        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
+        "            self.ends()\n",
+        "tests/validation/test_validating.py::test_best_has_the_weights_that_were_measured",
     ),
     Mutation(
         "songs that are held out trained on all the same",
         "sidestep_plugin/engine/wrappers/held_out_songs.py",
         "        if out:\n",
         "        if False:\n",
-        "tests/hooks/test_validation.py::test_the_training_is_the_same_bit_for_bit",
+        "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/ending.py",
-        "            put_weights(run, point)\n",
+        "sidestep_plugin/engine/services.py",
+        "        put_weights(self._training.run, point)\n",
         "",
-        "tests/hooks/test_validation.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
+        "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
     Mutation(
         "a single draw instead of the maximum of two",
@@ -185,21 +186,21 @@ MUTATIONS = [
         "sidestep_plugin/previews/undisturbed.py",
         "        set_random_states(states, device)\n",
         "        random_states(device)\n",
-        "tests/hooks/test_previews.py::test_drawing_in_a_preview_changes_nothing",
+        "tests/previews/test_in_training.py::test_drawing_in_a_preview_changes_nothing",
     ),
     Mutation(
         "a preview that leaves the decoder in eval mode",
         "sidestep_plugin/previews/undisturbed.py",
         "            module.training = mode\n",
         "            pass\n",
-        "tests/hooks/test_previews.py::test_the_adapter_is_the_same_bit_for_bit",
+        "tests/previews/test_in_training.py::test_the_adapter_is_the_same_bit_for_bit",
     ),
     Mutation(
         "the base model's clips with the adapter on",
         "sidestep_plugin/previews/undisturbed.py",
         "            stack.enter_context(decoder.disable_adapter())\n",
         "            pass\n",
-        "tests/hooks/test_previews.py::test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off",
+        "tests/previews/test_in_training.py::test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off",
     ),
     Mutation(
         "clips from the song's own audio",
@@ -210,9 +211,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the sampler left unpatched",
-        "sidestep_plugin/engine/attachment.py",
-        "            yield trainer, SAMPLER, partial(wrap_sampler, host)",
-        "            pass",
+        "sidestep_plugin/engine/seams.py",
+        '        hooks=("acestep_sample_timesteps", EVALUATE),',
+        "        hooks=(EVALUATE,),",
         "tests/test_promises.py::test_base_and_sft_are_trained_at_continuous_times",
     ),
     Mutation(
@@ -227,7 +228,7 @@ MUTATIONS = [
         "sidestep_plugin/engine/wrappers/step.py",
         "if samples and not step.sampler_called:",
         "if False:",
-        "tests/trainer/test_attachment.py::test_a_step_that_never_calls_the_sampler_stops_the_run",
+        "tests/engine/test_attachment.py::test_a_step_that_never_calls_the_sampler_stops_the_run",
     ),
     Mutation(
         "mu and sigma of the official models, whatever the config says",
@@ -249,7 +250,7 @@ MUTATIONS = [
         "        while self._replacements:\n            self._replacements.pop().undo()\n        self._host",
         "        while len(self._replacements) > 1:\n            self._replacements.pop().undo()\n"
         "        self._replacements.clear()\n        self._host",
-        "tests/trainer/test_attachment.py::test_detach_puts_back_the_very_objects",
+        "tests/engine/test_attachment.py::test_detach_puts_back_the_very_objects",
     ),
     Mutation(
         "checkpoints without metadata",
@@ -292,13 +293,13 @@ MUTATIONS = [
         "sidestep_plugin/engine/attachment.py",
         "        attachment._message = message\n        attachment._apply()\n",
         "",
-        "tests/trainer/test_checkout_patch.py",
+        "tests/engine/test_checkout_patch.py",
     ),
     Mutation(
         "the losing sampler is asked",
         "sidestep_plugin/registry.py",
-        "for name, plugin in implementing if name == self.wins",
-        "for name, plugin in implementing if name != self.wins",
+        "for name in implementing if owner_of(name) == self.wins",
+        "for name in implementing if owner_of(name) != self.wins",
         "tests/test_plugins_of_others.py",
     ),
     Mutation(
@@ -355,28 +356,28 @@ MUTATIONS = [
         "sidestep_plugin/memory/frozen_weights.py",
         " and id(module) not in adapted:",
         ":",
-        "tests/hooks/test_memory.py::test_a_lokr_is_the_same_bit_for_bit",
+        "tests/memory/test_frozen_weights.py::test_a_lokr_is_the_same_bit_for_bit",
     ),
     Mutation(
         "norms kept in bf16, too",
         "sidestep_plugin/memory/frozen_weights.py",
         "isinstance(module, cast_by_autocast) and",
         "",
-        "tests/hooks/test_memory.py::test_a_lora_is_the_same_bit_for_bit",
+        "tests/memory/test_frozen_weights.py::test_a_lora_is_the_same_bit_for_bit",
     ),
     Mutation(
         "checkpointing that loses the gradients",
-        "sidestep_plugin/engine/checkpointing.py",
+        "sidestep_plugin/memory/checkpointing.py",
         "use_reentrant=False",
         "use_reentrant=True",
-        "tests/hooks/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
+        "tests/memory/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
     ),
     Mutation(
         "checkpointing whose second pass draws other numbers",
-        "sidestep_plugin/engine/checkpointing.py",
+        "sidestep_plugin/memory/checkpointing.py",
         "use_reentrant=False",
         "use_reentrant=False, preserve_rng_state=False",
-        "tests/hooks/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
+        "tests/memory/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
     ),
     Mutation(
         "checkpointing off without a margin of memory",
@@ -390,21 +391,21 @@ MUTATIONS = [
         "sidestep_plugin/engine/shapes.py",
         "if _DROPOUT.fullmatch(name):",
         "if name == '':",
-        "tests/trainer/test_decoder_check.py",
+        "tests/engine/test_decoder_check.py",
     ),
     Mutation(
         "a batch that is changed behind the hooks goes unnoticed",
         "sidestep_plugin/engine/decoder_check.py",
         'hasattr(handed, "shape") and not _same(handed, given[name])',
         "handed is given",
-        "tests/trainer/test_decoder_check.py",
+        "tests/engine/test_decoder_check.py",
     ),
     Mutation(
         "a plugin that only looks is handed the loss itself",
         "sidestep_plugin/engine/wrappers/step.py",
         "loss=loss.detach().clone()",
         "loss=loss",
-        "tests/trainer/test_decoder_check.py",
+        "tests/engine/test_decoder_check.py",
     ),
     Mutation(
         "two trainings in one output folder",
