@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal, attach
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.memory import free_memory, song_cache
 from sidestep_plugin.memory.song_cache import SongCache
 
@@ -48,6 +49,8 @@ def test_each_song_is_read_once_and_nothing_else_changes(
     if not lightning:
         if not hasattr(trainer, "LIGHTNING_AVAILABLE"):
             pytest.skip("this version of ACE-Step has no such switch")
+        if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+            pytest.skip("this version of ACE-Step needs a model in bf16 without Lightning")
         monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     plain = train("base", kind, max_epochs=3, options={"song_cache": "off"})
     assert len(reads) == 18

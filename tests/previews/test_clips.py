@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.previews.clip_files import playable, write_wav
 from sidestep_plugin.previews.decoding import decode, load_vae, rate_of
 from sidestep_plugin.previews.making import open_table, write_row
@@ -180,8 +181,10 @@ def heard(train):
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, kind):
+def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, kind):
     """What the training generated with the adapter in memory, and what the file gives."""
+    if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+        pytest.skip("this version of ACE-Step trains in bf16 on a CPU, where a saved adapter is heard in fp32")
     output = heard(kind)
     made = load_file(output / "previews" / "epoch_2" / "01_song_04.safetensors")["latents"]
     base = load_file(output / "previews" / "base_model" / "01_song_04.safetensors")["latents"]

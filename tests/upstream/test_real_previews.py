@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from preview_parts import HOP, moved_a_little, write_tiny_vae
-from sidestep_plugin.previews.undisturbed import adapter_off
 from upstream.test_real_models import FILES, TINY, TINY_XL
 
 from sidestep_plugin.engine.decoders import plain_decoder, without_adapter
