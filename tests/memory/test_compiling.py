@@ -6,6 +6,8 @@ import importlib.metadata
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from several_gpus.processes import done
 
 from sidestep_plugin.adapters.inspection import inspect_adapter
 from sidestep_plugin.memory import compiling
@@ -190,3 +192,17 @@ def test_resuming_says_that_compiling_changed(train, backend, capsys):
     assert "changed since the checkpoint" not in capsys.readouterr().out
     train("base", max_epochs=2, batch_size=6, resume_from=str(checkpoint))
     assert "changed since the checkpoint: compiled blocks (was True, now False)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_looking_changes_no_bit_in_two_processes(checkout, tmp_path):
+    """Each training in processes of its own: compiled code is kept as long as a process."""
+    places = {name: str(getattr(checkout, name)) for name in ("root", "checkpoints", "tensors")}
+    options = {"compile": True, "num_inference_steps": 3, "validate": 2}
+    found = []
+    for name, looking in (("plain", {"validate_every": 100}), ("looked at", PREVIEWS | VALIDATION)):
+        job = {**places, "real": checkout.real, "model": "base", "dropout": 0.1, "options": options | looking}
+        done(tmp_path / name, [job], 2, seconds=900.0)
+        found.append(load_file(next((tmp_path / name / "0" / "output" / "final").rglob("*.safetensors"))))
+    assert found[0].keys() == found[1].keys() and (tmp_path / "looked at" / "0" / "output" / "previews").is_dir()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
