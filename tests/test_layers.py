@@ -61,10 +61,6 @@ ALLOWED = {
     ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
     ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer._gradient_checkpointing_func"): "transformers' own "
-    "place for it, read only while checkpointing is on",
-    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer.gradient_checkpointing"): "transformers' own switch, "
-    "put back when the training ends",
     ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
     ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",

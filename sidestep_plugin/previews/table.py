@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -155,6 +156,8 @@ def leave_branch(folder: Path, table: Table, epoch: int) -> Path | None:
             if (folder / clip).is_file():
                 (place / clip).parent.mkdir(parents=True, exist_ok=True)
                 move(folder / clip, place / clip)
+                with suppress(OSError):  # other clips are left in it
+                    (folder / clip).parent.rmdir()
     place.mkdir(parents=True, exist_ok=True)
     Table(table.about, later).write(place)
     table.rows[:] = [row for row in table.rows if row not in later]
