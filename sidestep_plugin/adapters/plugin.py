@@ -1,17 +1,21 @@
-"""The adapter that is trained: no other one is in the model or in its files."""
+"""The adapter that is trained: no other one is in the model or in its files, and its settings do something."""
 
 from __future__ import annotations
 
 from ..hookspecs import hookimpl
 from ..run import Run, SavedAdapter
 from .foreign import check_no_foreign_adapters, drop_foreign_adapters
+from .kinds import BY_NAME
+from .targets import trained_shapes
 
 
 @hookimpl
-def acestep_run_started(run: Run) -> None:
-    """Refuse a model that carries an adapter already. Raises Refusal."""
+def acestep_run_started(run: Run) -> list[str]:
+    """Refuse a model that carries an adapter already, and tell settings without effect. Raises Refusal."""
     if run.module_ref is None:  # else somebody trains a module of their own, which has its adapter by now
         check_no_foreign_adapters(run.model, run.adapter_type, run.adapter_config)
+    shapes = trained_shapes(run.model, run.adapter_type, run.adapter_config)
+    return BY_NAME[run.adapter_type].without_effect(run.adapter_config, shapes)
 
 
 @hookimpl

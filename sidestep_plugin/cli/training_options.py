@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 
@@ -128,8 +129,8 @@ def adapter_and_training_options(
         WINS,
         click.option(
             "--adapter-type",
-            type=click.Choice(["lora", "lokr"]),
-            default="lora",
+            type=click.Choice(NAMES),
+            default=DEFAULT.name,
             show_default=True,
             help="Kind of adapter.",
         ),

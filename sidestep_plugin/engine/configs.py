@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import BY_NAME, KINDS
 from ..errors import Refusal
 from ..run import AdapterType, ModelFacts
 from .seams import CONFIG_CLASS
@@ -29,10 +30,7 @@ TRAINING_FIELDS: Final = {
     "num_workers": "num_workers",
     "log_every": "log_every_n_steps",
 }
-ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
-    "lora": {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
-    "lokr": {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"},
-}
+ADAPTER_FIELDS: Final[dict[AdapterType, Mapping[str, str]]] = {kind.name: kind.fields for kind in KINDS}
 
 
 def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts) -> None:
@@ -46,11 +44,8 @@ def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts
         Refusal: the rank, the width and what to choose.
     """
     rank, width = settings.get("rank"), facts.config.get("hidden_size")
-    if kind == "lora" and isinstance(rank, int) and isinstance(width, int) and 0 < width < rank:
-        raise Refusal(
-            f"--rank {rank} is higher than {facts.name} is wide ({width}), which adds nothing to what an adapter can "
-            "learn. Choose a lower one; 8 to 128 are usual."
-        )
+    if isinstance(rank, int) and isinstance(width, int):
+        BY_NAME[kind].check_rank(rank, width, facts.name)
 
 
 def build_configs(

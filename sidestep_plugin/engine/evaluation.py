@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..songs.one_song import SONG_TENSORS, load_song
 from .random_states import random_states, set_random_states
@@ -159,7 +160,7 @@ def without_adapter(module: Any) -> Iterator[None]:
             if callable(getattr(layer, "enable_adapters", None)) and not getattr(layer, "disable_adapters", False):
                 layer.enable_adapters(False)
                 after.callback(layer.enable_adapters, True)
-        for lora in getattr(getattr(module, "lycoris_net", None), "loras", ()):
+        for lora in getattr(network_of(module), "loras", ()):
             if lora.org_module[0].forward == lora.forward:
                 lora.restore()
                 after.callback(lora.apply_to)

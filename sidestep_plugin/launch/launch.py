@@ -7,7 +7,6 @@ has passed.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import math
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
 from ..engine.attachment import Attachment, attach
@@ -37,6 +37,7 @@ from ..engine.models import (
 from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.wrappers.ending import INTERRUPTED
+from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
 from ..registry import Registry
@@ -48,7 +49,6 @@ from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
-from ..engine.writable import check_writable
 from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Request:
     model: str
     dataset_dir: Path
     output_dir: Path
-    adapter_type: AdapterType = "lora"
+    adapter_type: AdapterType = DEFAULT.name
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -160,12 +160,7 @@ class Launch:
             return None
         folder = self.request.output_dir.absolute() / INTERRUPTED
         source = self.attachment.trainer
-        if self.request.adapter_type == "lora":
-            source.save_lora_weights(module.model, str(folder))
-            return folder / "adapter" if (folder / "adapter").is_dir() else folder
-        config = {"lokr_config": module.lokr_config.to_dict()}  # upstream reads it back when it loads the file
-        source.save_lokr_weights(module.lycoris_net, str(folder), metadata=config)
-        return folder
+        return BY_NAME[self.request.adapter_type].save(source, module, folder)
 
 
 def prepare(
@@ -265,8 +260,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
         say(lock.warning)
     if not registry.implements("acestep_adapter_saved"):
         check_undescribed(output)
-    if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
+    check_installed(request.adapter_type)
     by_plugin = registry.implements("engine_resume")
     resumed = checkpoint_to_resume(request.resume_from, output, by_plugin=by_plugin, say=say)
     if not request.overwrite:
@@ -305,7 +299,7 @@ def _check_upstream(
     seams.require(module, kind, registry.implements)
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
-        kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
+        not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
     ):
         raise Refusal(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from ..adapters.kinds import kind_of_config
 from ..files import room
 from ..hookspecs import hookimpl
 from ..run import Run
@@ -93,9 +94,10 @@ def _settings(
         values = (getattr(config, name, None) for name in names)
         return next((value for value in values if isinstance(value, int) and value > 0), 1)
 
+    kind = kind_of_config(adapter_config)
     known = Settings(
-        kind="lokr" if hasattr(adapter_config, "linear_dim") else "lora",
-        rank=number(adapter_config, "r", "linear_dim"),
+        kind=kind.name,
+        rank=number(adapter_config, kind.fields["rank"]),
         batch_size=number(training_config, "batch_size"),
         accumulation=number(training_config, "gradient_accumulation_steps"),
         mixed=on_gpu,

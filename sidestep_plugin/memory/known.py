@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..variants import VARIANTS
 from .sizes import DecoderSize
 
 TWO_B: Final = DecoderSize(
@@ -27,6 +28,6 @@ GUESSED: Final = "the width of XL's MLP (9728), its key-value heads (8) and thei
 def known_size(model: str) -> DecoderSize | None:
     """The size of an official model by alias or folder name; None for any other."""
     words = model.removeprefix("acestep-v15-").split("-")
-    if not {"turbo", "base", "sft"} & set(words):
+    if not set(VARIANTS) & set(words):
         return None
     return XL if "xl" in words else TWO_B

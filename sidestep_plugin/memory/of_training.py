@@ -7,6 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import BY_NAME
 from ..run import ModelFacts, Run
 from ..songs.dataset import songs_in
 from ..songs.lengths import longest
@@ -96,7 +97,7 @@ def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch
     quantized = run.options.get("base_weights", "off") != "off"
     settings = Settings(
         kind=run.adapter_type,
-        rank=_number(run.adapter_config, "r", "linear_dim"),
+        rank=_number(run.adapter_config, BY_NAME[run.adapter_type].fields["rank"]),
         targets=tuple(targets),
         dropout=bool(getattr(run.adapter_config, "dropout", 0.0)),
         batch_size=_number(run.training_config, "batch_size"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
@@ -49,7 +50,7 @@ def acestep_run_started(run: Run) -> None:
     kind = run.options["base_weights"]
     if kind == "off":
         return
-    if run.adapter_type == "lokr":
+    if not BY_NAME[run.adapter_type].quantizable:
         raise Refusal(
             f"--base-weights {kind} works for a LoRA only: LyCORIS computes a LoKr from the base model's own weights. "
             "Leave it out, or train with --adapter-type lora."

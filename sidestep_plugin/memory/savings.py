@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ..adapters.kinds import BY_NAME
 from .estimate import FRAMES_A_SECOND, Settings
 
 _CROPS: Final = (120, 60, 30)
@@ -56,7 +57,7 @@ def _rank(now: Settings) -> Settings | None:
 
 
 def _base(now: Settings) -> Settings | None:
-    return now.but(frozen="int8") if now.mixed and now.kind == "lora" and now.frozen != "int8" else None
+    return now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen != "int8" else None
 
 
 SAVINGS: Final = (

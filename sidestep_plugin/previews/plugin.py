@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..options import FiniteFloat, Line, WholeNumber
@@ -230,7 +231,7 @@ def _decoded(
 def _network(run: Run, decoder: Any) -> Any:
     """The LyCORIS network of a LoKr; None for a LoRA."""
     module = run.module_ref() if run.module_ref else None
-    return getattr(module, "lycoris_net", None) or getattr(decoder, "_lycoris_net", None)
+    return network_of(module) or getattr(decoder, "_lycoris_net", None)
 
 
 def _peak(device: torch.device) -> int:

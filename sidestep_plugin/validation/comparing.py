@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.applied import applied, check_applicable
 from ..adapters.inspection import Report, inspect_adapter
+from ..adapters.kinds.lora import LORA
 from ..engine import seams
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
@@ -181,7 +182,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
     names = inspect.signature(trainer.LoRAConfig).parameters
     settings = {"r": 1, "alpha": 1, "dropout": 0.0}
     config = trainer.LoRAConfig(**{name: value for name, value in settings.items() if name in names})
-    module_class = getattr(trainer, seams.MODULE_CLASS["lora"])
+    module_class = getattr(trainer, LORA.module_class)
     return module_class(handler.model, config, trainer.TrainingConfig(), handler.device, handler.dtype)
 
 
