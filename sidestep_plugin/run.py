@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .errors import Refusal
-from .files import not_a_file
+from .files import not_a_file, stand_in
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refusal(f"Cannot read {file}: {error.strerror or error}. Make it readable, or copy it again.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, far too long or too deeply nested
+        if what := stand_in(file):
+            raise Refusal(f"{file} {what}. Complete the model's folder, or copy it again.") from None
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
         raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")
@@ -131,7 +133,7 @@ class Run:
     model_ref: weakref.ref[Any]
     module_ref: weakref.ref[Any] | None = None
     sampled_by: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[Hashable, Any] = field(default_factory=dict)
     steps: int = 0
     resumed_at: int = 0
     best_epoch: int | None = None

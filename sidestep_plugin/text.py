@@ -20,9 +20,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def sentence(text: object) -> str:
-    """A text of somebody else's as a sentence: with one full stop, or its own mark, at its end."""
-    told = " ".join(str(text).split()).rstrip(". ")
-    return told if told.endswith(("!", "?")) else f"{told}."
+    """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
+    line = " ".join(str(text).split())
+    return line if line.endswith(("!", "?")) else line.rstrip(".:;, ") + "."
 
 
 def shown(value: object, longest: int = 200) -> str:

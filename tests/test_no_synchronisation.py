@@ -14,10 +14,10 @@ from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
 from sidestep_plugin.hooks.treatment import acestep_run_started
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_plugin import finished, prepared
 
 from sidestep_plugin.engine.journal import Journal
 from sidestep_plugin.run import Run, Step, note
-from whole_plugin import finished, prepared
 
 CUDA = torch.device("cuda", 0)
 

@@ -12,7 +12,8 @@ from .targets import trained_shapes
 @hookimpl
 def acestep_run_started(run: Run) -> list[str]:
     """Refuse a model that carries an adapter already, and tell settings without effect. Raises Refusal."""
-    if run.module_ref is None:  # else somebody trains a module of their own, which has its adapter by now
+    # Without a decoder nothing is trained; a module of somebody's own has its adapter by now.
+    if run.module_ref is None and hasattr(run.model, "decoder"):
         check_no_foreign_adapters(run.model, run.adapter_type, run.adapter_config)
     shapes = trained_shapes(run.model, run.adapter_type, run.adapter_config)
     return BY_NAME[run.adapter_type].without_effect(run.adapter_config, shapes)

@@ -11,11 +11,14 @@ import click
 from sidestep_plugin import __version__
 
 from .groups import DefaultGroup
+from .surroundings import settle
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
+    "prepare": "Prepare songs to train on, from audio and texts.",
     "check": "Check whether your ACE-Step fits, without training anything.",
     "estimate": "Estimate the memory that a training needs, before it starts.",
+    "songs": "Show what is in a folder of songs, and what looks wrong.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",
@@ -40,7 +43,8 @@ COMMANDS: Final = {
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="acestep-train")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train ACE-Step 1.5 adapters with ACE-Step's own trainer, each model the way it was trained.
 
     \b
@@ -57,6 +61,7 @@ def cli() -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 
 _PLAIN = {

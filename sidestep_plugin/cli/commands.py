@@ -17,19 +17,13 @@ INTERRUPTED = 130
 _RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
 
 
+_OURS: Final = "sidestep"
+
+
 class Unusable(click.ClickException):
     """Wrong usage or unusable input: one message on standard error, exit code 2."""
 
     exit_code = UNUSABLE
-
-
-class Place(click.Path):
-    """The name of a file or folder. An empty one (a shell variable that was not set) would mean the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "":
-            self.fail("The file's or folder's name is empty.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class Command(click.Command):
@@ -73,6 +67,7 @@ class PluginCommand(Command):
         from sidestep_plugin.registry import Registry
 
         self._declared = []
+        plugins: list[str] = []
         try:
             said = self._settings_file(args)
             plugins = named_plugins(args) or said.plugins or list(self.default_plugins)
@@ -86,7 +81,11 @@ class PluginCommand(Command):
         except Refusal as refusal:
             raise Unusable(str(refusal)) from refusal
         except click.NoSuchOption as error:
-            if named_plugins(args) or self.default_plugins:
+            owner = owner_of(error.option_name.lstrip("-").replace("-", "_"))
+            if owner is not None and owner not in plugins:
+                hint = f"{error.option_name} is an option of the plugin {owner}. Name that as well: --plugin {owner}"
+                raise click.UsageError(hint, ctx) from None
+            if plugins:
                 raise
             hint = f"{error.format_message()} It may be a plugin's: name it, as in --plugin sidestep."
             raise click.UsageError(hint, ctx) from None
@@ -133,6 +132,17 @@ class PluginCommand(Command):
         except KeyboardInterrupt:
             click.echo("Interrupted before the training began; nothing was saved.", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def owner_of(option: str) -> str | None:
+    """The plugin of this project that has an option of that name. Plugins of others are not loaded for a hint."""
+    from sidestep_plugin.registry import Registry
+
+    try:
+        declared = Registry.load((_OURS,)).declared_options()
+    except Refusal:  # it is not installed, or is broken; whatever needs it says so
+        return None
+    return _OURS if any(one.name == option for one in declared) else None
 
 
 def _write_options(

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidestep_plugin.options import SongsOrShare
+from sidestep_plugin.options import Place, SongsOrShare
 from sidestep_plugin.text import shown
 from sidestep_plugin.variants import VARIANTS
 
 from . import quiet
-from .commands import Place, PluginCommand, echo_json
+from .commands import PluginCommand, echo_json
 from .plotting import check_plot
 from .terminal import say
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device

@@ -235,7 +235,7 @@ def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[Deco
 def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int]:
     """Frames and tokens of the longest song. Raises Refusal."""
     from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
-    from sidestep_plugin.songs.dataset import songs_in
+    from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 
     if (dataset_dir is None) is (seconds is None):
         raise Refusal("How long are the songs? Give either --dataset-dir DIR or --seconds S.")
@@ -246,6 +246,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int]:
     assert dataset_dir is not None
     frames, tokens = longest(songs_in(dataset_dir))
     if not frames:
+        inspect_dataset(dataset_dir, allow_duplicates=True)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     return frames, tokens
 

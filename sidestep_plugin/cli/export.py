@@ -8,10 +8,10 @@ import click
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import special_kind
-from sidestep_plugin.options import FiniteFloat
+from sidestep_plugin.options import FiniteFloat, Place
 from sidestep_plugin.text import shown
 
-from .commands import Place, Unusable
+from .commands import Unusable
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, Line, WholeNumber
+from sidestep_plugin.options import FiniteFloat, Line, Place, WholeNumber
 from sidestep_plugin.text import shown
 
-from .commands import Command, Place, Unusable
+from .commands import Command, Unusable
 from .quiet import quiet_third_parties, quiet_upstream
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 

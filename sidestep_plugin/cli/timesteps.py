@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from sidestep_plugin.options import WholeNumber
+from sidestep_plugin.options import Place, WholeNumber
 
-from .commands import Place, PluginCommand, echo_json
+from .commands import PluginCommand, echo_json
 from .plotting import check_plot
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 

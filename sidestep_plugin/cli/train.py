@@ -8,8 +8,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from sidestep_plugin.options import Place
+
 from . import terminal
-from .commands import Place, PluginCommand
+from .commands import PluginCommand
 from .training_options import (
     ACESTEP_ROOT,
     CHECKPOINT_DIR,

@@ -11,12 +11,12 @@ import click
 
 from sidestep_plugin.ranks import ranks
 
-from ..several_gpus.workers import one_voice, start_workers, tell_failure
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible, terminated_like_ctrl_c
 from .terminal import say
+from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch.launch import Launch, Request

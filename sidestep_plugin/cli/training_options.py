@@ -11,9 +11,7 @@ import click
 
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, WholeNumber
-
-from .commands import Place
+from sidestep_plugin.options import FiniteFloat, Place, WholeNumber
 
 FOLDER: Final = Place(path_type=Path)
 

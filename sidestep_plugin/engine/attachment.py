@@ -1,17 +1,12 @@
 """Puts the wrappers in place and takes them out again: the only file that sets names of upstream's.
 
-What is replaced, each in the namespace in which the trainer looks it up: the sampler, the ``training_step`` of the
-LoRA and LoKr modules, the ``train_from_preprocessed`` of their trainers, the save functions; for resuming, the
-learning-rate scheduler, the data loaders and the list of songs; for memory, the engine and the gradient check; for
-validation, the engine and the choice of songs to train on; for speed, how a song is read; and, only if the user allowed
-folders by name, the path guard.
-Everything is checked before anything is changed. What the replacements do is in ``wrappers``.
+What is replaced stands in the table of :mod:`.seams`, and, only if the user allowed folders by name, the path guard.
+Everything is checked before anything is changed.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,33 +20,12 @@ from ..registry import Registry
 from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
-from .journal import Journal
-from .seams import MODULE_CLASS, SAMPLER, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types, require
-from .wrappers.engine import wrap_engine
-from .wrappers.gradient_check import wrap_gradient_check
-from .wrappers.held_out_songs import wrap_setup
-from .wrappers.loaders import wrap_loader, wrap_training_loader
+from .seams import EVALUATE, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
-from .wrappers.sampler import wrap_sampler
-from .wrappers.saving import wrap_save
-from .wrappers.scheduler import wrap_scheduler
-from .wrappers.song_list import wrap_song_list
-from .wrappers.song_reading import wrap_song_reading
-from .wrappers.step import wrap_step
-from .wrappers.training import wrap_training
 
 _attached: list[Attachment] = []
 _lock: Final = threading.RLock()
-
-_NEED_THE_ENGINE: Final = (
-    "engine_model_ready",
-    "engine_types_final",
-    "engine_epoch_ended",
-    "engine_plan_processes",
-    "acestep_epoch_finished",
-    "acestep_between_epochs",
-)
 
 _INHERITED: Final = object()
 """Means "not in this class's own namespace": undone by deleting, not by setting."""
@@ -340,62 +314,27 @@ class Attachment:
 
     def _wanted(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         """Yield each name to replace: its owner, the name, and what makes the wrapper. Raises UpstreamMismatch."""
-        trainer, host, implements = self.trainer, self._host, self.registry.implements
+        trainer, host = self.trainer, self._host
         misfits: dict[AdapterType, UpstreamMismatch] = {}
         kinds = adapter_types(trainer)
         for kind in kinds:
             try:
-                require(trainer, kind, implements)
+                require(trainer, kind, self._uses)
             except UpstreamMismatch as misfit:
                 misfits[kind] = misfit
         if len(misfits) == len(kinds):
             raise next(iter(misfits.values())) if misfits else _no_module(trainer)
 
-        # Also if no plugin samples: plugins that look at finished steps receive the timesteps.
-        looked_at = implements("acestep_step_finished") and callable(getattr(trainer, SAMPLER, None))
-        if implements("acestep_sample_timesteps") or looked_at or self.evaluates:
-            yield trainer, SAMPLER, partial(wrap_sampler, host)
-        for kind in kinds:
-            module_class = getattr(trainer, MODULE_CLASS[kind])
-            if kind in misfits:
-                # The other adapter type is compatible and may train; this one must fail before its first step.
-                yield module_class, "training_step", partial(refuse_steps, misfits[kind])
-                continue
-            yield module_class, "training_step", partial(wrap_step, host, kind=kind)
-            trainer_class = getattr(trainer, TRAINER_CLASS[kind])
-            yield trainer_class, "train_from_preprocessed", partial(wrap_training, host, kind=kind)
-            for name in SAVE_FUNCTIONS[kind]:
-                if hasattr(trainer, name) and (implements("acestep_adapter_saved") or host.keeps_journal):
-                    yield trainer, name, partial(wrap_save, host, kind=kind)
-        if any(map(implements, _NEED_THE_ENGINE)) and isinstance(getattr(trainer, "Fabric", None), type):
-            yield trainer, "Fabric", partial(wrap_engine, host)
-        if implements("engine_model_ready") and callable(getattr(trainer, "_count_nonfinite_grads", None)):
-            yield trainer, "_count_nonfinite_grads", wrap_gradient_check
-        songs = getattr(trainer, "PreprocessedDataModule", None)
-        if implements("engine_hold_out") and hasattr(songs, "setup"):
-            yield songs, "setup", partial(wrap_setup, host)
-        # A version without these names can still train, but cannot resume.
-        if host.keeps_journal:
-            if callable(getattr(trainer, "SequentialLR", None)):
-                yield trainer, "SequentialLR", wrap_scheduler
-            if hasattr(songs, "train_dataloader"):
-                yield songs, "train_dataloader", partial(wrap_training_loader, host, Journal.epoch)
-            if hasattr(songs, "val_dataloader"):
-                yield songs, "val_dataloader", partial(wrap_loader, Journal.validation)
-        songs = _song_list(trainer)
-        if songs is not None and (host.keeps_journal or self.allowed_folders):
-            yield songs, "__init__", wrap_song_list
-        if hasattr(songs, "__getitem__") and implements("engine_read_song"):
-            yield songs, "__getitem__", partial(wrap_song_reading, host)
-        if self.allowed_folders:
-            for module in guarded_modules(trainer):
-                yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)
+        for kind in misfits:  # the other kind is compatible and may train; this one must fail before its first step
+            yield getattr(trainer, MODULE_CLASS[kind]), "training_step", partial(refuse_steps, misfits[kind])
+        fitting = [kind for kind in kinds if kind not in misfits]
+        for owner, seam in in_use(trainer, fitting, self._uses):
+            yield owner, seam.attribute, partial(seam.wrap, host)
+        for module in guarded_modules(trainer) if self.allowed_folders else ():
+            yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)
 
-
-def _song_list(trainer: Any) -> Any:
-    """Upstream's dataset of preprocessed songs, None in a version that has none beside its data module."""
-    module = sys.modules.get(getattr(getattr(trainer, "PreprocessedDataModule", None), "__module__", ""))
-    return getattr(module, "PreprocessedTensorDataset", None)
+    def _uses(self, hook: str) -> bool:
+        return self.evaluates if hook == EVALUATE else self.registry.implements(hook)
 
 
 def _no_module(trainer: Any) -> UpstreamMismatch:

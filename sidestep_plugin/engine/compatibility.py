@@ -16,8 +16,9 @@ from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
 from ..variants import member_of
 from .checkout import import_trainer
+from .injection import injection_problem
 from .models import download_command, models_in
-from .seams import Seam, adapter_types, examine
+from .seams import Found, adapter_types, examine
 
 _VERSIONS: Final = (
     "sidestep-plugin",
@@ -63,7 +64,7 @@ class Fitness:
     root: str
     fits: bool
     verdict: str
-    seams: tuple[Seam, ...]
+    seams: tuple[Found, ...]
     versions: dict[str, str]
     checkpoint_dir: str
     models: tuple[FoundModel, ...]
@@ -78,7 +79,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         checkpoints: the folder of models.
         kinds: kinds of adapter to check; empty: every kind that this trainer trains.
     """
-    seams: list[Seam] = []
+    seams: list[Found] = []
     fitting = ""
     try:
         trainer = import_trainer(root)
@@ -87,12 +88,15 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         for kind in judged:
             looked = examine(trainer, kind)
             seams += looked
-            misfits = [seam for seam in looked if seam.status != "found"]
-            verdicts.append((kind, f"{misfits[0].name}: {misfits[0].reason}" if misfits else _uninstalled(kind)))
+            misfits = [seam for seam in looked if seam.status != "found" and not seam.optional]
+            problem = f"{misfits[0].name}: {misfits[0].reason}" if misfits else ""
+            verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
         problems = [f"{title_of(kind)} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(title_of(kind) for kind, problem in verdicts if not problem)
         good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
-        fits, verdict = not problems, ". ".join(good + problems)
+        lost = dict.fromkeys(seam.without for seam in seams if seam.status != "found" and seam.without)
+        limits = [f"This version of ACE-Step cannot do: {', '.join(lost)}"] if lost and fitting else []
+        fits, verdict = not problems, ". ".join(good + limits + problems)
     except UpstreamMismatch as mismatch:
         fits, verdict = False, str(mismatch).removesuffix(".")
     models = tuple(examine_model(checkpoints / name) for name in models_in(checkpoints))

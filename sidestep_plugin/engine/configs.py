@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.kinds import BY_NAME, KINDS
 from ..errors import Refusal
 from ..run import AdapterType, ModelFacts
-from .seams import CONFIG_CLASS
+from .shapes import CONFIG_CLASS
 
 if TYPE_CHECKING:
     import torch

@@ -38,12 +38,6 @@ class Training:
     at_end: list[Callable[[], object]] = field(default_factory=list)
     ending: Callable[[], Sequence[str]] | None = None
 
-    @property
-    def loggers(self) -> Sequence[Any]:
-        """The loggers of upstream's engine: TensorBoard's, or none."""
-        found: Sequence[Any] = getattr(getattr(self.trainer, "fabric", None), "loggers", ())
-        return found if self.run.ranks.first else ()
-
     def finish(self, ending: Callable[[], Sequence[str]]) -> None:
         """Stop upstream's loop after this step; the training counts as finished."""
         if self.state is not None:

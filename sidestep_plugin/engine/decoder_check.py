@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UpstreamMismatch
-from .seams import SAMPLER
+from .shapes import SAMPLER
 
 if TYPE_CHECKING:
     import torch

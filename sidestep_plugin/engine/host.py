@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..ranks import ranks
-from ..run import AdapterType, Run
+from ..run import AdapterType, ModelFacts, Run
 from .answers import checked_lines
+from .current import command_line
 
 if TYPE_CHECKING:
     from ..registry import Registry
     from .journal import Journal
 
 
-_NEED_A_JOURNAL: Final = (
+NEED_A_JOURNAL: Final = (
     "engine_resume",
     "acestep_epoch_finished",
     "acestep_between_epochs",
@@ -28,6 +29,7 @@ _NEED_A_JOURNAL: Final = (
     "engine_planned",
     "acestep_run_ended",
 )
+"""Hooks that need a record of the training."""
 
 
 class Host:
@@ -75,7 +77,7 @@ class Host:
     @property
     def keeps_journal(self) -> bool:
         """Whether any plugin needs a run's journal."""
-        return any(map(self.registry.implements, _NEED_A_JOURNAL))
+        return any(map(self.registry.implements, NEED_A_JOURNAL))
 
     def new_run(
         self, kind: AdapterType, owner: Any, model: Any, *, tensor_dir: Path | None = None, module: Any = None
@@ -98,6 +100,8 @@ class Host:
     def start(self, run: Run) -> None:
         """Let the plugins decide about a run, and keep it if they accept. Raises Refusal."""
         self._runs.pop(run.model, None)
+        if command_line.get() is None:  # which has asked before it loaded the model
+            self.registry.call("acestep_model_chosen", facts=ModelFacts.from_model(run.model), options=self.options)
         self.ask_and_announce("acestep_run_started", run=run)
         self._runs[run.model] = run
 

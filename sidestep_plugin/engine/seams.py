@@ -1,53 +1,256 @@
-"""The seams of upstream's trainer as data: names, shapes, and whether they fit.
+"""The table of seams: every name of upstream's that is replaced while plugins are attached, who needs it, and how.
 
-It reads the trainer's own code instead of a list of versions: a sampler that is defined but never called is not
-compatible.
+Attaching is a loop over this table, and so is the compatibility check. What the wrappers do is in ``wrappers``.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import CodeType
-from typing import Any, Final, Literal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..adapters.kinds import KINDS
 from ..errors import UpstreamMismatch
 from ..run import AdapterType
 from .checkout import TRAINER
+from .host import NEED_A_JOURNAL
+from .journal import Journal
+from .shapes import (
+    CONFIG_CLASS,
+    FINAL,
+    MODULE_CLASS,
+    SAMPLER,
+    SAVE_FUNCTIONS,
+    SHOWN,
+    TRAINER_CLASS,
+    WEIGHT_FILES,
+    adapter_types,
+    lacks_parameter,
+    own_dropout,
+    sampler_problem,
+    sampler_style,
+    save_problem,
+)
+from .wrappers.engine import wrap_engine
+from .wrappers.gradient_check import wrap_gradient_check
+from .wrappers.held_out_songs import wrap_setup
+from .wrappers.loaders import wrap_loader, wrap_training_loader
+from .wrappers.sampler import wrap_sampler
+from .wrappers.saving import wrap_save
+from .wrappers.scheduler import wrap_scheduler
+from .wrappers.song_list import wrap_song_list
+from .wrappers.song_reading import wrap_song_reading
+from .wrappers.step import wrap_step
+from .wrappers.training import wrap_training
 
-SAMPLER = "sample_discrete_timestep"
+if TYPE_CHECKING:
+    from .host import Host
 
-MODULE_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.module_class for kind in KINDS}
-TRAINER_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.trainer_class for kind in KINDS}
-CONFIG_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.config_class for kind in KINDS}
-SAVE_FUNCTIONS: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.save_functions for kind in KINDS}
-WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.weight_files for kind in KINDS}
-"""Where upstream's save functions put the weights, in the folder that they are told."""
+__all__ = [
+    "CONFIG_CLASS",
+    "FINAL",
+    "MODULE_CLASS",
+    "SAMPLER",
+    "SAVE_FUNCTIONS",
+    "SEAMS",
+    "SHOWN",
+    "TRAINER_CLASS",
+    "WEIGHT_FILES",
+    "Found",
+    "Seam",
+    "adapter_types",
+    "examine",
+    "require",
+    "sampler_style",
+]
 
-FINAL: Final = "final"
-"""Folder below the output folder into which upstream saves the finished adapter."""
-
-_DROPOUT: Final = re.compile(r"\w*(null_cond|cfg_drop|cond_drop|condition_drop|drop_cond|cfg_ratio)\w*", re.IGNORECASE)
-"""Names that a training step has only when it replaces conditions by itself."""
+EVALUATE: Final = "evaluate"
+"""Stands among the hooks of a seam for an attachment that evaluates songs."""
 
 Status = Literal["found", "missing", "wrong shape"]
 
 
 @dataclass(frozen=True)
 class Seam:
-    """One name in the trainer where we attach, and whether it fits.
+    """One name of upstream's that is replaced.
+
+    Attributes:
+        name: the name, dotted, as in the trainer's module.
+        wrap: makes what stands in its place, from the attachment's host and what stands there.
+        kind: the kind of adapter whose training needs it; None for all.
+        hooks: the hooks that need it; empty if every training does.
+        also: hooks that use it where it is there, and do without it elsewhere.
+        optional: whether a version of ACE-Step without it can train.
+        without: what such a version cannot do, a phrase; "" if nothing is lost.
+        problem: why what stands there does not fit, for a trainer and a kind of adapter; None where it does.
+        owner: finds the object that has the name, None in a version without it. By default the name's own path.
+    """
+
+    name: str
+    wrap: Callable[[Host, Any], Any]
+    kind: AdapterType | None = None
+    hooks: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    optional: bool = False
+    without: str = ""
+    problem: Callable[[Any, AdapterType], str | None] = lambda _trainer, _kind: None
+    owner: Callable[[Any], Any] | None = field(default=None)
+
+    @property
+    def attribute(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    def owner_in(self, trainer: Any) -> Any:
+        """The object that has the name in a version of the trainer; None where there is none."""
+        owner = trainer
+        if self.owner is not None:
+            owner = self.owner(trainer)
+        else:
+            for part in self.name.split(".")[:-1]:
+                owner = getattr(owner, part, None)
+        return owner if callable(getattr(owner, self.attribute, None)) else None
+
+    def needed(self, uses: Callable[[str], bool]) -> bool:
+        """Whether an attachment that uses these hooks replaces it, where it is there."""
+        return not self.hooks or any(map(uses, (*self.hooks, *self.also)))
+
+
+def _of_kind(kind: AdapterType) -> Iterator[Seam]:
+    """The seams of one kind of adapter."""
+    module, trainer = MODULE_CLASS[kind], TRAINER_CLASS[kind]
+    step, train = f"{module}.training_step", f"{trainer}.train_from_preprocessed"
+    weights, checkpoint = SAVE_FUNCTIONS[kind]
+    yield Seam(step, partial(_wrapped, wrap_step, kind), kind, problem=_parameter(step, "batch"))
+    yield Seam(train, partial(_wrapped, wrap_training, kind), kind, problem=_parameter(train, "tensor_dir"))
+    yield Seam(
+        weights,
+        partial(_wrapped, wrap_save, kind),
+        kind,
+        hooks=("acestep_adapter_saved",),
+        also=NEED_A_JOURNAL,
+        problem=lambda there, _: save_problem(there, trainer, weights),
+    )
+    yield Seam(
+        checkpoint,
+        partial(_wrapped, wrap_save, kind),
+        kind,
+        hooks=("acestep_adapter_saved",),
+        also=NEED_A_JOURNAL,
+        optional=True,  # the first versions save checkpoints with the function above
+        problem=_parameter(checkpoint, "output_dir"),
+    )
+
+
+def _wrapped(wrap: Callable[..., Any], kind: AdapterType, host: Host, original: Any) -> Any:
+    return wrap(host, original, kind=kind)
+
+
+def _parameter(name: str, parameter: str) -> Callable[[Any, AdapterType], str | None]:
+    return lambda trainer, _: lacks_parameter(trainer, name, parameter)
+
+
+def _song_list(trainer: Any) -> Any:
+    """Upstream's dataset of preprocessed songs, None in a version that has none beside its data module."""
+    module = sys.modules.get(getattr(getattr(trainer, "PreprocessedDataModule", None), "__module__", ""))
+    return getattr(module, "PreprocessedTensorDataset", None)
+
+
+def _class(trainer: Any, _: AdapterType) -> str | None:
+    return None if isinstance(getattr(trainer, "Fabric", None), type) else "it is no class"
+
+
+SEAMS: Final[tuple[Seam, ...]] = (
+    Seam(
+        SAMPLER,
+        wrap_sampler,
+        hooks=("acestep_sample_timesteps", EVALUATE),
+        also=("acestep_step_finished",),  # plugins that look at finished steps receive the timesteps
+        problem=lambda trainer, kind: sampler_problem(trainer, MODULE_CLASS[kind]),
+    ),
+    *(seam for kind in KINDS for seam in _of_kind(kind.name)),
+    Seam(
+        "Fabric",
+        wrap_engine,
+        hooks=(
+            "engine_model_ready",
+            "engine_types_final",
+            "engine_epoch_ended",
+            "engine_plan_processes",
+            "acestep_epoch_finished",
+            "acestep_between_epochs",
+        ),
+        optional=True,
+        without="several GPUs, memory savings",
+        problem=_class,
+    ),
+    Seam(
+        "_count_nonfinite_grads",
+        lambda _, original: wrap_gradient_check(original),
+        hooks=("engine_model_ready",),
+        optional=True,
+    ),
+    Seam(
+        "PreprocessedDataModule.setup",
+        wrap_setup,
+        hooks=("engine_hold_out",),
+        optional=True,
+        without="holding songs out",
+    ),
+    Seam(
+        "SequentialLR",
+        lambda _, original: wrap_scheduler(original),
+        hooks=NEED_A_JOURNAL,
+        optional=True,
+        without="resuming, saving a training that is stopped",
+    ),
+    Seam(
+        "PreprocessedDataModule.train_dataloader",
+        lambda host, original: wrap_training_loader(host, Journal.epoch, original),
+        hooks=NEED_A_JOURNAL,
+        optional=True,
+        without="resuming, reports by epoch, validation, previews",
+    ),
+    Seam(
+        "PreprocessedDataModule.val_dataloader",
+        lambda _, original: wrap_loader(Journal.validation, original),
+        hooks=NEED_A_JOURNAL,
+        optional=True,
+    ),
+    Seam(
+        "PreprocessedTensorDataset.__init__",
+        lambda _, original: wrap_song_list(original),
+        hooks=NEED_A_JOURNAL,
+        optional=True,
+        without="leaving out macOS's companion files (._song.pt)",
+        owner=_song_list,
+    ),
+    Seam(
+        "PreprocessedTensorDataset.__getitem__",
+        wrap_song_reading,
+        hooks=("engine_read_song",),
+        optional=True,
+        without="keeping songs in RAM",
+        owner=_song_list,
+    ),
+)
+"""Every seam, in the order in which it is replaced. The path guard is no row: it is in every module that uses it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One seam in one version of the trainer.
 
     Attributes:
         name: the name as it stands in the trainer's module.
-        adapter_type: the kind of adapter whose training needs it.
+        adapter_type: the kind of adapter whose training was looked at.
         status: found, missing, or wrong shape.
         reason: why it does not fit; "" when found.
-        for_hook: the hook that cannot work without it; None when every attachment needs it.
+        for_hook: the first hook that cannot work without it; None when every attachment needs it.
+        optional: whether the version can train without it.
+        without: what it cannot do then, a phrase; "" if nothing is lost.
     """
 
     name: str
@@ -55,52 +258,44 @@ class Seam:
     status: Status
     reason: str = ""
     for_hook: str | None = None
+    optional: bool = False
+    without: str = ""
 
 
-def adapter_types(trainer: Any) -> list[AdapterType]:
-    """The kinds of adapter that this trainer trains."""
-    return [kind for kind in MODULE_CLASS if hasattr(trainer, MODULE_CLASS[kind])]
-
-
-def examine(trainer: Any, adapter_type: AdapterType) -> list[Seam]:
+def examine(trainer: Any, adapter_type: AdapterType) -> list[Found]:
     """Look at every seam that one kind of adapter needs, without changing anything."""
-    seams: list[Seam] = []
-
-    def look(name: str, problem: Callable[[], str | None], *, for_hook: str | None = None) -> None:
-        if _resolve(trainer, name) is None:
-            reason = f"{TRAINER} has no {name}"
-            seams.append(Seam(name, adapter_type, "missing", reason, for_hook))
-        elif reason := problem() or "":
-            seams.append(Seam(name, adapter_type, "wrong shape", reason, for_hook))
-        else:
-            seams.append(Seam(name, adapter_type, "found", for_hook=for_hook))
-
-    module_class, trainer_class = MODULE_CLASS[adapter_type], TRAINER_CLASS[adapter_type]
-    step, train = f"{module_class}.training_step", f"{trainer_class}.train_from_preprocessed"
-    look(step, lambda: _lacks_parameter(trainer, step, "batch"))
-    look(
-        SAMPLER,
-        lambda: sampler_problem(trainer, module_class),
-        for_hook="acestep_sample_timesteps",
-    )
-    if (own := _own_dropout(trainer, module_class)) is not None:
+    found = [_look(trainer, seam, adapter_type) for seam in SEAMS if seam.kind in (None, adapter_type)]
+    step = f"{MODULE_CLASS[adapter_type]}.training_step"
+    if (own := own_dropout(trainer, MODULE_CLASS[adapter_type])) is not None:
         reason = f"it drops conditions by itself ({own}), so they would be dropped twice"
-        seams.append(Seam(step, adapter_type, "wrong shape", reason, for_hook="acestep_prepare_batch"))
-    look(train, lambda: _lacks_parameter(trainer, train, "tensor_dir"))
-    weights, checkpoint = SAVE_FUNCTIONS[adapter_type]
-    look(weights, lambda: _save_problem(trainer, trainer_class, weights), for_hook="acestep_adapter_saved")
-    if hasattr(trainer, checkpoint):  # the first versions save checkpoints with the function above
-        look(checkpoint, lambda: _lacks_parameter(trainer, checkpoint, "output_dir"), for_hook="acestep_adapter_saved")
-    return seams
+        found.append(Found(step, adapter_type, "wrong shape", reason, for_hook="acestep_prepare_batch"))
+    return found
 
 
-def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str], bool]) -> None:
-    """Check the seams of one kind of adapter. Raises UpstreamMismatch with the first that is not compatible.
+def _look(trainer: Any, seam: Seam, kind: AdapterType) -> Found:
+    hook = next((hook for hook in seam.hooks if hook != EVALUATE), None)
+    status: Status = "found"
+    reason = ""
+    if seam.owner_in(trainer) is None:
+        status, reason = "missing", f"{TRAINER} has no {seam.name}"
+    elif reason := seam.problem(trainer, kind) or "":
+        status = "wrong shape"
+    return Found(seam.name, kind, status, reason, hook, seam.optional, seam.without)
+
+
+def require(trainer: Any, adapter_type: AdapterType, uses: Callable[[str], bool]) -> list[str]:
+    """Check the seams of one kind of adapter.
 
     Args:
         trainer: upstream's trainer module.
         adapter_type: the kind of adapter.
-        implements: tells whether a hook is in use; a seam that serves only other hooks may be missing.
+        uses: tells whether a hook is in use; a seam that serves only other hooks may be missing.
+
+    Returns:
+        What this version cannot do, a phrase for each seam that is missing and not needed to train.
+
+    Raises:
+        UpstreamMismatch: the first seam that does not fit and without which no adapter can be trained.
     """
     if not hasattr(trainer, MODULE_CLASS[adapter_type]):
         kinds = (
@@ -110,136 +305,26 @@ def require(trainer: Any, adapter_type: AdapterType, implements: Callable[[str],
             f"This version of ACE-Step cannot train --adapter-type {adapter_type}: its trainer has no "
             f"{MODULE_CLASS[adapter_type]}. It can train {kinds}. Use a newer version."
         )
+    lost = []
     for seam in examine(trainer, adapter_type):
-        if seam.status != "found" and (seam.for_hook is None or implements(seam.for_hook)):
-            raise UpstreamMismatch(
-                f"This version of ACE-Step is not compatible ({seam.name}): {seam.reason}. Nothing was changed. "
-                "Use ACE-Step's main version; acestep-train check shows whether a version is compatible."
-            )
-
-
-def sampler_style(function: Callable[..., Any]) -> Literal["timesteps_tensor", "device and dtype"] | None:
-    """How a ``sample_discrete_timestep`` learns device and dtype, by its parameters; None for an unknown signature."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    names = [parameter.name for parameter in parameters]
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if names[1:3] == ["device", "dtype"] and required == names[:3]:
-        return "device and dtype"
-    if len(names) >= 2 and names[1] == "timesteps_tensor" and required == names[:2]:
-        return "timesteps_tensor"
-    return None
-
-
-def sampler_problem(trainer: Any, module_class: str) -> str | None:
-    """Why replacing the sampler would not work for one training module, or None when it would."""
-    sampler = getattr(trainer, SAMPLER)
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
-    if sampler_style(sampler) is None:
-        signature = _signature_text(sampler)
-        return f"it takes {signature}, expected (bsz, timesteps_tensor) or (bsz, device, dtype)"
-    if step is None:
-        return f"{module_class} has no training_step that could call it"
-    if not _reaches(step, SAMPLER, trainer, owner):
-        return f"{module_class}.training_step never calls it, so the plugin's timesteps would have no effect"
-    for call in _calls_in(step, SAMPLER):
-        try:
-            inspect.signature(sampler).bind(*call.args, **{k.arg: k.value for k in call.keywords if k.arg})
-        except TypeError:
-            return (
-                f"{module_class}.training_step calls it as {ast.unparse(call)}, but it takes "
-                f"{_signature_text(sampler)}: an error of ACE-Step's own: training fails without the plugin too"
-            )
-    return None
-
-
-def _save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
-    owner = getattr(trainer, trainer_class)
-    methods = [method for _, method in inspect.getmembers(owner, inspect.isfunction)]
-    if not any(_reaches(method, name, trainer, owner) for method in methods):
-        return f"{trainer_class} never calls it, so saved adapters would not be described"
-    return _lacks_parameter(trainer, name, "output_dir")
-
-
-def _lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
-    function = _resolve(trainer, name)
-    try:
-        known = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return "it cannot be called"
-    if parameter in known:
-        return None
-    return f"it takes {_signature_text(function)}, expected a parameter {parameter}"
-
-
-def _resolve(trainer: Any, dotted: str) -> Any:
-    value = trainer
-    for part in dotted.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
-def _signature_text(function: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(function))
-    except (TypeError, ValueError):
-        return "an unreadable signature"
-
-
-def _reaches(function: Callable[..., Any], name: str, trainer: Any, owner: Any) -> bool:
-    """Whether a function's code names something, directly or through functions and methods of the trainer's module."""
-    return any(name in code.co_names for code in _codes(function, trainer, owner))
-
-
-def _codes(function: Callable[..., Any], trainer: Any, owner: Any) -> Iterator[CodeType]:
-    """The code of a function, and of the functions and methods of the trainer's module that it names."""
-    seen: set[CodeType] = set()
-    stack = [getattr(inspect.unwrap(function), "__code__", None)]
-    while stack:
-        code = stack.pop()
-        if code is None or code in seen:
+        if seam.status == "found" or not (seam.for_hook is None or uses(seam.for_hook)):
             continue
-        seen.add(code)
-        yield code
-        stack += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        for called in code.co_names:
-            for place in (trainer, owner):
-                target = getattr(place, called, None)
-                if inspect.isfunction(target) and target.__module__ == getattr(trainer, "__name__", None):
-                    stack.append(getattr(inspect.unwrap(target), "__code__", None))
+        if seam.optional:
+            lost += [seam.without] if seam.without else []
+            continue
+        raise UpstreamMismatch(
+            f"This version of ACE-Step is not compatible ({seam.name}): {seam.reason}. Nothing was changed. "
+            "Use ACE-Step's main version; acestep-train check shows whether a version is compatible."
+        )
+    return lost
 
 
-def _own_dropout(trainer: Any, module_class: str) -> str | None:
-    """The name by which a training step drops conditions itself, as some forks do; None when it names none.
-
-    One step cannot show it, because a row keeps its condition in 85 % of the steps. So the code is searched for names,
-    and for strings such as the arguments of ``getattr``.
-    """
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
-    for code in _codes(step, trainer, owner) if step is not None else ():
-        texts = [constant for constant in code.co_consts if isinstance(constant, str)]
-        for name in (*code.co_names, *code.co_varnames, *texts):
-            if _DROPOUT.fullmatch(name):
-                return name
-    return None
-
-
-def _calls_in(function: Callable[..., Any], name: str) -> list[ast.Call]:
-    """Calls of a global by name in a function's source; none when the source cannot be read."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == name
-        and not any(isinstance(argument, ast.Starred) for argument in node.args)
-        and all(keyword.arg for keyword in node.keywords)
-    ]
+def in_use(trainer: Any, kinds: Iterable[AdapterType], uses: Callable[[str], bool]) -> Iterator[tuple[Any, Seam]]:
+    """The seams that an attachment replaces, each with the object that has the name."""
+    wanted = tuple(kinds)
+    for seam in SEAMS:
+        if (seam.kind is None or seam.kind in wanted) and seam.needed(uses):
+            owner = seam.owner_in(trainer)
+            # A sampler of an unknown shape is left alone where it is only looked at.
+            if owner is not None and not (seam.optional and any(seam.problem(trainer, kind) for kind in wanted)):
+                yield owner, seam

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from .checkout import place_of
+from .ending import save_checkpoint, save_weights
 from .evaluation import evaluate, without_adapter
+from .loggers import log_entries
 from .replay import put_parameters, trained_tensors
 from .weights import put_weights
-from .wrappers.ending import save_checkpoint, save_weights
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +85,7 @@ class Services:
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
-        for logger, (name, value) in product(self._training.loggers, values.items()):
-            logger.log_metrics({name: value}, epoch)
+        log_entries(self._host, self._training, values, epoch)
 
     def save_checkpoint(self, name: str) -> bool:
         """Save the training as it is in a folder of the output folder, with upstream's own function.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import Refusal
 from ..text import shown
-from .seams import FINAL
-from .wrappers.ending import INTERRUPTED
+from .ending import INTERRUPTED
+from .shapes import FINAL
 
 
 def check_writable(folder: Path) -> None:

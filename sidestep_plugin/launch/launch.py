@@ -6,8 +6,10 @@ has passed.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import inspect
+import locale
 import math
 import os
 import sys
@@ -23,7 +25,9 @@ from ..engine.attachment import Attachment, attach
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
+from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
+from ..engine.injection import injection_problem
 from ..engine.models import (
     Handler,
     check_weights,
@@ -36,7 +40,6 @@ from ..engine.models import (
 )
 from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
 from ..engine.seams import FINAL, WEIGHT_FILES
-from ..engine.wrappers.ending import INTERRUPTED
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
@@ -47,6 +50,7 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
+from ..text import sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
 from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
@@ -296,7 +300,10 @@ def _check_upstream(
     kind = request.adapter_type
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
-    seams.require(module, kind, registry.implements)
+    if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
+        say(f"Note: this version of ACE-Step cannot do: {', '.join(lost)}.")
+    if problem := injection_problem(kind):
+        raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
@@ -420,7 +427,11 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
     try:
         found = len(data_module.PreprocessedTensorDataset(str(dataset.folder)))
     except Exception as error:  # upstream's own, such as its path guard's for a link that leads elsewhere
-        raise Refusal(f"ACE-Step cannot read the songs in {dataset.folder}: {error}") from error
+        if (page := _other_code_page(dataset.folder)) is not None:
+            raise _misread(dataset.folder, page, f"cannot read it ({error})") from error
+        raise Refusal(f"ACE-Step cannot read the songs in {dataset.folder}: {sentence(str(error))}") from error
+    if found != dataset.songs and (page := _other_code_page(dataset.folder)) is not None:
+        raise _misread(dataset.folder, page, "finds other songs than it names")
     if found not in (0, dataset.songs):
         raise Refusal(
             f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
@@ -432,6 +443,24 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
             "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
         )
     return found
+
+
+def _other_code_page(folder: Path) -> str | None:
+    """The system's code page, in which upstream reads manifest.json, if it makes other names of those in it."""
+    page = locale.getpreferredencoding(False)  # in Python's UTF-8 mode: utf-8
+    try:
+        raw = (folder / "manifest.json").read_bytes()
+        return None if raw.isascii() or codecs.lookup(page).name == "utf-8" else page
+    except (OSError, LookupError):
+        return None
+
+
+def _misread(folder: Path, page: str, what: str) -> Refusal:
+    return Refusal(
+        f"{folder / 'manifest.json'} has letters beyond ASCII. ACE-Step reads it in this system's code page ({page}) "
+        f"instead of UTF-8, and so {what}. Start again with the environment variable PYTHONUTF8=1, or delete the file: "
+        "then every .pt file of the folder is used."
+    )
 
 
 def _held_out(songs: int, val_split: float) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..adapters.kinds import BY_NAME, DEFAULT
+from ..measured.reading import too_low
 from ..run import AdapterType
 from .activations import Batch, Forward, activation_bytes, working_bytes
 from .sizes import DecoderSize, adapter_parameters
@@ -93,8 +94,8 @@ class Needs:
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
     def fits(self, free: int) -> bool:
-        """Whether that much free memory is enough, with the margin."""
-        return self.total * MARGIN <= free
+        """Whether that much free memory is enough, with the margin, and with what estimates were too low by on GPUs."""
+        return self.total * MARGIN * too_low() <= free
 
 
 def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:

@@ -1,4 +1,4 @@
-"""Checks whether songs fit a model: by the widths of their tensors, and the model they were preprocessed for."""
+"""Checks whether songs fit a model: by the widths of their tensors, how they were made, and for which model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from ..errors import Refusal
 from ..run import ModelFacts
 from ..variants import VARIANTS, words_of
 from .dataset import Dataset, made_for
+from .making import check_making
 
 
 def check_songs(dataset: Dataset, facts: ModelFacts) -> None:
     """Refuse songs that do not fit a model, as far as its config shows. Raises Refusal."""
     _check_widths(dataset, facts)
     _check_made_for(dataset, facts)
+    if dataset.makings:
+        check_making(dataset.folder, dataset.files, dataset.makings, facts.name)
 
 
 def _check_widths(dataset: Dataset, facts: ModelFacts) -> None:

@@ -6,10 +6,12 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..files import not_a_file
+from .audio import is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +65,27 @@ def read_song(file: Path) -> tuple[dict[str, Any], str]:
     try:
         song = load_song(file)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        return {}, f"cannot be read: {type(error).__name__}"
+        return {}, f"cannot be read: {_why(file, error)}"
     if not isinstance(song, dict):
         return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
     problem = _wrong_tensor(song) or _wrong_together(song)
     return ({}, problem) if problem else (song, "")
+
+
+def _why(file: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, in a few words."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as unreadable:
+        return unreadable.strerror or type(unreadable).__name__
+    if is_lfs_pointer(head):
+        return "it is a pointer of Git LFS and not the file itself; fetch it with git lfs pull"
+    if not head:
+        return "it is empty"
+    if isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
+        return "it holds Python objects, which are not loaded because they can run code"
+    return type(error).__name__
 
 
 def _wrong_tensor(song: dict[str, Any]) -> str:

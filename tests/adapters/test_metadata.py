@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from sidestep_plugin.hooks.treatment import acestep_run_started
 from sidestep_plugin.hooks.metadata import acestep_adapter_saved
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin.adapters.facts import FILE_NAME, SCHEMA_VERSION, read_training_config, write_training_config
 from sidestep_plugin.run import Run, SavedAdapter
-from whole_plugin import resolved
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHIFT_3 = [1.0, 0.955, 0.9, 0.833, 0.75, 0.643, 0.5, 0.3]
@@ -72,8 +72,8 @@ def a_saved_adapter(tmp_path, model="acestep-v15-base", kind="lora", training=No
         output = str(tmp_path / "output")
         training = TrainingSettings(output, tmp_path / "logs", str(tmp_path), r"C:\pinned")
     adapter = adapter or (LoRASettings() if kind == "lora" else LoKrSettings())
-    resolved = resolved(**options)
-    run = Run(kind, adapter, training, resolved, tmp_path / "tensors", weakref.ref(whole), steps=steps)
+    values = resolved(**options)
+    run = Run(kind, adapter, training, values, tmp_path / "tensors", weakref.ref(whole), steps=steps)
     acestep_run_started(run)
     folder = tmp_path / "output" / "adapter"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.stats import binom, binomtest, chisquare
-from sidestep_plugin.hooks.treatment import acestep_run_started
 from sidestep_plugin.hooks.condition_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.run import Run, Step
-from whole_plugin import resolved
 
 CPU = torch.device("cpu")
 WIDTH = 6

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sidestep_plugin.hooks import crops
+from whole_plugin import prepared, resolved, started
 
 from sidestep_plugin import PluginError, Refusal, attach, hookimpl
 from sidestep_plugin.adapters.inspection import inspect_adapter
 from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.run import Run, Step
-from whole_plugin import prepared, resolved, started
 
 WINDOW = 20  # frames, 0.8 s; the miniature's songs have 16 to 32
 

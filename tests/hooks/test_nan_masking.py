@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from whole_plugin import prepared, resolved, started
 
 from sidestep_plugin import attach
 from sidestep_plugin.engine import seams
 from sidestep_plugin.run import Run, Step
-from whole_plugin import prepared, resolved, started
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

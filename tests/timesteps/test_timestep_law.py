@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from sidestep_plugin.hooks.treatment import acestep_run_started
 from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin.run import Run, Step
-from whole_plugin import resolved
 from sidestep_plugin.timesteps.schedule import max_of_two_logit_normal_cdf
 from sidestep_plugin.timesteps.treatment import PLUGIN, treatment_of
 
@@ -30,8 +30,8 @@ def a_step(name="acestep-v15-base", mu=-0.4, sigma=1.0, training=True, **options
     model = torch.nn.Module()
     model.config = SimpleNamespace(_name_or_path=name, timestep_mu=mu, timestep_sigma=sigma)
     model.null_condition_emb = torch.nn.Parameter(torch.zeros(1, 1, 4))
-    resolved = resolved(**options)
-    run = Run("lora", None, None, resolved, None, weakref.ref(model))
+    values = resolved(**options)
+    run = Run("lora", None, None, values, None, weakref.ref(model))
     acestep_run_started(run)
     return Step(run, SimpleNamespace(model=model), training, CPU, torch.float32)
 

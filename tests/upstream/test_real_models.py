@@ -134,7 +134,7 @@ def test_the_loss_is_that_of_the_real_models_forward(
     trainer, real_model, module_for, require_kind, kind, family, dtype
 ):
     from sidestep_plugin.engine.models import Handler
-    from sidestep_plugin.engine.seams import sampler_style
+    from sidestep_plugin.engine.shapes import sampler_style
 
     require_kind(kind)
     if sampler_style(trainer.sample_discrete_timestep) == "device and dtype" and dtype != torch.bfloat16:

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from sidestep_plugin.run import Validation
-from sidestep_plugin.validation.history import History
+from sidestep_plugin.validation.history import History, Validation
 
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 

@@ -335,7 +335,7 @@ def test_songs_missing_on_resume_are_named(train, checkout, folder_of):
 
 
 def test_a_loss_that_is_not_finite_is_told_once_and_never_best(train, monkeypatch, capsys):
-    from sidestep_plugin.validation import validator as validation
+    from sidestep_plugin.engine import services as validation
 
     evaluate, calls = validation.evaluate, iter(range(100))
 
@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_is_told_once_and_never_best(train, monkeypatc
 
 
 def test_a_song_without_a_loss_is_refused_before_the_first_step(train, monkeypatch):
-    from sidestep_plugin.validation import validator as validation
+    from sidestep_plugin.engine import services as validation
 
     evaluate = validation.evaluate
     monkeypatch.setattr(validation, "evaluate", lambda *args: evaluate(*args) * float("nan"))

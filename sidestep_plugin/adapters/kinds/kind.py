@@ -164,6 +164,14 @@ class Kind(ABC):
             Exception: the library's own, if the adapter does not fit.
         """
 
+    @abstractmethod
+    def try_on(self, module: torch.nn.Module) -> None:
+        """Put a small adapter onto a module with a linear layer ``q_proj``, to see whether its library works here.
+
+        Raises:
+            Exception: whatever the library raises where it does not.
+        """
+
     # -- ComfyUI -------------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -116,6 +116,11 @@ class _Lokr(Kind):
         network.apply_to()
         return network
 
+    def try_on(self, module: torch.nn.Module) -> None:
+        from lycoris import create_lycoris
+
+        create_lycoris(module, 1.0, algo="lokr", linear_dim=1, linear_alpha=1)
+
     def comfyui_names(self, layer: Layer) -> tuple[str, dict[str, str]]:
         parts = {part: "dora_scale" if part == "magnitude" else part for part in layer.parts}
         return f"lycoris_{layer.name.replace('.', '_')}", parts

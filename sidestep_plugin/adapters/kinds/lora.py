@@ -85,6 +85,11 @@ class _Lora(Kind):
             raise ValueError(f"{foreign[0]} belongs to no layer")
         model.decoder.eval()
 
+    def try_on(self, module: torch.nn.Module) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        get_peft_model(module, LoraConfig(r=1, target_modules=["q_proj"]))
+
     def comfyui_names(self, layer: Layer) -> tuple[str, dict[str, str]]:
         return f"base_model.model.{layer.name}", {"A": "lora_A.weight", "B": "lora_B.weight"}
 

@@ -10,6 +10,7 @@ import click
 from sidestep_plugin import recommended
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import at_home
 
 from .answers import Answers
 
@@ -72,7 +73,7 @@ def model(answers: Answers, text: str) -> list[str]:
         if not 1 <= int(text) <= len(answers.models):
             raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
         text = answers.models[int(text) - 1]
-    text = str(_place(text)) if text.startswith("~") else text
+    text = at_home(text)
     folder = find_model(text, checkpoints(answers))
     _say_that_torch_is_imported()
     check_weights(folder, ModelFacts.from_folder(folder))
@@ -223,10 +224,7 @@ def _place(text: str) -> Path:
     """A folder or file as it was typed."""
     if not text:
         raise Refusal("Nothing was typed. Expected the name of a folder.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise Refusal(f"There is no home folder for {text.split('/')[0]}. Type the whole path.") from None
+    return Path(at_home(text))
 
 
 def _whole(text: str, what: str) -> int:

@@ -47,6 +47,8 @@ def _amounts(answers: Answers) -> list[str]:
             f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; {epochs * batches} training steps, "
             f"{epochs * batches // accumulation} optimizer steps"
         )
+        if told := _time(answers, epochs):
+            lines.append(f"Time: {told}")
     size = adapter_size(
         model_folder(answers),
         answers.request.adapter_type,
@@ -61,6 +63,29 @@ def _amounts(answers: Answers) -> list[str]:
             f"{checkpoints} {'checkpoint' if checkpoints == 1 else 'checkpoints'} of {in_bytes(each)})"
         )
     return lines
+
+
+def _time(answers: Answers, epochs: int) -> str:
+    """How long it takes on the nearest card that was measured; "" if none was, or no model of about this size."""
+    from sidestep_plugin.measured.reading import ALONE, PLUGIN, card_here, measurements, training_time
+    from sidestep_plugin.memory.sizes import DecoderSize
+    from sidestep_plugin.run import ModelFacts
+
+    request, dataset = answers.request, answers.dataset
+    if dataset is None or not dataset.songs or not measurements():
+        return ""
+    size = DecoderSize.from_config(ModelFacts.from_folder(model_folder(answers)).config)
+    if size is None:
+        return ""
+    seconds = 60 * dataset.minutes / dataset.songs
+    return training_time(
+        epochs * dataset.songs,
+        parameters=size.parameters,
+        song_seconds=min(seconds, request.options.get("crop_seconds") or seconds),
+        adapter=request.adapter_type,
+        way=PLUGIN if request.plugins else ALONE,
+        card=card_here(),
+    )
 
 
 def _in_words(answers: Answers) -> list[str]:

@@ -14,6 +14,7 @@ from ...errors import Refusal
 from ..current import Training, running_training
 from ..devices import on_all_devices, seed_apart
 from ..epochs import EPOCH_LOSS, ended
+from ..loggers import tolerate_failures
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -33,6 +34,7 @@ def wrap_engine(host: Host, original: Any) -> Any:
             if training is not None and training.run.ranks.several:
                 call.arguments.update(on_all_devices(original, call.arguments, training.run.ranks))
             super().__init__(*call.args[1:], **call.kwargs)
+            tolerate_failures(host, self)
             self._acestep_types_are_final = training is None
             if training is not None:
                 _tell(host, "engine_model_ready", **_model(training, str(call.arguments.get("precision"))))

@@ -15,7 +15,7 @@ from ...run import note
 from ..answers import check_timesteps
 from ..current import running_step
 from ..evaluation import evaluating
-from ..seams import sampler_style
+from ..shapes import sampler_style
 
 if TYPE_CHECKING:
     from ...run import Step

@@ -17,7 +17,7 @@ from ...text import sentence
 from ..checkout import place_of
 from ..current import running_training, saving
 from ..epochs import ended
-from ..seams import FINAL, WEIGHT_FILES
+from ..shapes import FINAL, WEIGHT_FILES
 from ..weights import check_finite
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ..answers import check_replaced, counted, described, writes
 from ..current import running_step
 from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
 from ..evaluation import evaluating, without_condition
-from ..seams import SAMPLER
+from ..shapes import SAMPLER
 
 if TYPE_CHECKING:
     from ..host import Host

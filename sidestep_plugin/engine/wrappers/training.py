@@ -14,6 +14,7 @@ from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ..answers import described
 from ..current import Training, command_line, running_training
+from ..ending import saved_after, summed_up
 from ..epochs import began, ended
 from ..journal import Journal
 from ..processes import (
@@ -28,7 +29,6 @@ from ..processes import (
     wait_for_all,
 )
 from ..services import Services
-from .ending import saved_after, summed_up
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,13 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             # upstream reports this itself: no model, or no such argument
             yield from original(trainer, *args, **kwargs, **{name: value for name, value in ours.items() if value})
             return
-        run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
-        line = command_line.get()
-        training = Training(
-            run, trainer, state=call.arguments.get("training_state"), from_command_line=line is not None
-        )
-        run.engine = Services(host, training)
+        training = None
         try:
             try:
+                run = host.new_run(kind, trainer, model, tensor_dir=Path(call.arguments["tensor_dir"]))
+                training = Training(run, trainer, state=call.arguments.get("training_state"))
+                training.from_command_line = command_line.get() is not None
+                run.engine = Services(host, training)
                 point = _prepare(host, training, resume_from)
             except Refusal as refusal:
                 host.refusal = refusal
@@ -81,7 +80,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 call.arguments["training_state"] = training.state
             yield from _followed(host, training, original(*call.args, **call.kwargs))
         finally:
-            while training.at_end:
+            while training is not None and training.at_end:
                 training.at_end.pop()()
 
     return train_from_preprocessed

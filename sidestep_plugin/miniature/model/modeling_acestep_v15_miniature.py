@@ -156,6 +156,28 @@ class AceStepDiTModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return (self.proj_out(self.norm_out(x)),)
 
 
+class _ConditionEncoder(nn.Linear):
+    """Lyrics, one row for the reference audio, and the prompt, in this order, in the width of the conditions."""
+
+    def forward(  # type: ignore[override]
+        self,
+        text_hidden_states: Tensor,
+        text_attention_mask: Tensor,
+        lyric_hidden_states: Tensor,
+        lyric_attention_mask: Tensor,
+        refer_audio_acoustic_hidden_states_packed: Tensor | None = None,
+        refer_audio_order_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the conditions [B, L, D] and their mask [B, L]."""
+        states, masks = [super().forward(lyric_hidden_states)], [lyric_attention_mask]
+        if refer_audio_acoustic_hidden_states_packed is not None:
+            mean = refer_audio_acoustic_hidden_states_packed.mean(1, keepdim=True)
+            states.append(super().forward(mean[..., : self.in_features]))
+            masks.append(torch.ones_like(lyric_attention_mask[:, :1]))
+        states.append(super().forward(text_hidden_states))
+        return torch.cat(states, dim=1), torch.cat([*masks, text_attention_mask], dim=1)
+
+
 class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The whole model: condition encoder, decoder, and the learned condition that means "none"."""
 
@@ -166,7 +188,7 @@ class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyp
         super().__init__(config)
         condition_width = _condition_width(config)
         self.decoder = AceStepDiTModel(config)
-        self.encoder = nn.Linear(config.text_hidden_dim, condition_width)
+        self.encoder = _ConditionEncoder(config.text_hidden_dim, condition_width)
         self.null_condition_emb = nn.Parameter(torch.ones(1, 1, condition_width))
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -179,12 +201,20 @@ class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyp
         lyric_attention_mask: Any,
         src_latents: Any,
         chunk_masks: Any,
+        refer_audio_acoustic_hidden_states_packed: Any = None,
+        refer_audio_order_mask: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return encoder_hidden_states, encoder_attention_mask and context_latents."""
-        texts = torch.cat([lyric_hidden_states, text_hidden_states], dim=1)
-        mask = torch.cat([lyric_attention_mask, text_attention_mask], dim=1)
-        return self.encoder(texts), mask, torch.cat([src_latents, chunk_masks.to(src_latents.dtype)], dim=-1)
+        states, mask = self.encoder(
+            text_hidden_states=text_hidden_states,
+            text_attention_mask=text_attention_mask,
+            lyric_hidden_states=lyric_hidden_states,
+            lyric_attention_mask=lyric_attention_mask,
+            refer_audio_acoustic_hidden_states_packed=refer_audio_acoustic_hidden_states_packed,
+            refer_audio_order_mask=refer_audio_order_mask,
+        )
+        return states, mask, torch.cat([src_latents, chunk_masks.to(src_latents.dtype)], dim=-1)
 
     def forward(
         self,
