@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
 from ..text import shown
-from .kinds import BY_NAME, KINDS, title_of
+from .kinds import BY_NAME, KINDS
 from .layers import Adapter, Layer
 
 if TYPE_CHECKING:
@@ -23,27 +23,28 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
+def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, decomposed: bool = False) -> None:
     """Refuse an adapter that cannot be applied to a model's decoder.
 
     Args:
         adapter: the adapter.
         shapes: shapes of the decoder's weights by layer; {} if they are not known yet.
         model: the model's name.
+        decomposed: whether weight decomposition (DoRA) is accepted.
 
     Raises:
         Refusal: another kind of adapter, an unknown strength, or layers of another width.
     """
     path = adapter.file.path
     kind = BY_NAME.get(adapter.kind)
-    problem = f"is a {title_of(adapter.kind)}" if kind is None else kind.applies(adapter)
-    if kind is None or problem is not None:
+    if kind is None or (adapter.is_dora and not decomposed):
         known = " or ".join(kind.title for kind in KINDS)
-        raise Refusal(f"{path} {problem}. Expected a {known} without weight decomposition. Leave it out.")
+        what = "DoRA" if adapter.is_dora else adapter.kind
+        raise Refusal(f"{path} is a {what}. Expected a {known} without weight decomposition. Leave it out.")
     for name, layer in adapter.layers.items():
         if name in adapter.idle:
             continue
-        if layer.rank is not None and layer.alpha is None:
+        if kind.strength(layer) is None:
             raise Refusal(
                 f"The alpha of {path} is unknown, and so is its strength. Put its adapter_config.json beside it."
             )
@@ -64,9 +65,21 @@ def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
             )
 
 
+def linear_layers(decoder: torch.nn.Module) -> dict[str, Any]:
+    """The decoder's linear layers by name, before anything wraps them."""
+    import torch
+
+    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
 @contextmanager
 def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """Apply an adapter in this block | layers: the decoder's own layers by name."""
+    """Apply an adapter in this block.
+
+    Args:
+        adapter: what :func:`check_applicable` has accepted.
+        layers: the decoder's own layers by name.
+    """
     from safetensors import safe_open
 
     kind, handles = BY_NAME[adapter.kind], []
@@ -75,8 +88,7 @@ def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module]) -> Iterator
             for name, layer in adapter.layers.items():
                 if name not in adapter.idle:
                     tensors = {part: weights.get_tensor(key) for part, key in layer.parts.items()}
-                    hook = kind.hook(layer, tensors, layers[name])
-                    handles.append(layers[name].register_forward_hook(hook))
+                    handles.append(layers[name].register_forward_hook(kind.hook(layer, tensors, layers[name])))
         yield
     finally:
         for handle in handles:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from .decoders import plain_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
     module = run.module_ref() if run.module_ref else None
     if module is None:
         raise Refusal("The training module of this run was freed while the run went on. Start it again.")
-    return BY_NAME[run.adapter_type].live(module, run.ranks.several)
+    return BY_NAME[run.adapter_type].live(module, plain_decoder(module.model))
 
 
 def check_finite(run: Run) -> None:

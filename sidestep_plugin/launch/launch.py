@@ -103,6 +103,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         latest: whether the checkpoint to resume from was chosen as the newest one.
+        held_out: the songs that are not trained on.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -117,6 +118,7 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     latest: bool
+    held_out: tuple[Path, ...]
 
     @property
     def total_steps(self) -> int:
@@ -135,7 +137,7 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(CommandLine(self.latest))
+                token = command_line.set(CommandLine(self.latest, self.held_out))
                 try:
                     report = next(running, None)
                 finally:
@@ -213,7 +215,7 @@ def _prepared(
     _announce(request, registry, model, device, say)
     with one_first():
         handler = _load(model, device, dataset)
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=len(out))
+    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ def _attach(
     extra_plugins: Callable[[], Mapping[str, object]],
     *,
     latest: bool,
-    held_out: int,
+    held_out: tuple[Path, ...],
 ) -> Launch:
     """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
@@ -403,17 +405,18 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    held_out += _held_out(songs, getattr(config, "val_split", 0.0))
+    left = songs - len(held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil(math.ceil((songs - held_out) / ranks().world_size) / config.batch_size),
+        steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
         latest=latest,
+        held_out=held_out,
     )
 
 
@@ -463,6 +466,6 @@ def _misread(folder: Path, page: str, what: str) -> Refusal:
     )
 
 
-def _held_out(songs: int, val_split: float) -> int:
+def _upstreams(songs: int, val_split: float) -> int:
     """Songs that upstream sets aside for validation."""
     return max(1, int(songs * val_split)) if val_split > 0.0 and songs > 1 else 0

@@ -145,26 +145,6 @@ class Kind(ABC):
         """A forward hook that adds to the output of a module what the layer does."""
 
     @abstractmethod
-    def applies(self, adapter: Adapter) -> str | None:
-        """Why an adapter cannot be applied to a decoder, in words for people; None if it can."""
-
-    @abstractmethod
-    def put_on(self, model: Any, weights: Path) -> Any:
-        """Put a saved adapter onto a model's decoder, as its own library does.
-
-        Args:
-            model: a model without adapter; its ``decoder`` may be replaced.
-            weights: the weights file.
-
-        Returns:
-            The network beside the decoder, None if there is none.
-
-        Raises:
-            Refusal: a file is missing, or a package.
-            Exception: the library's own, if the adapter does not fit.
-        """
-
-    @abstractmethod
     def try_on(self, module: torch.nn.Module) -> None:
         """Put a small adapter onto a module with a linear layer ``q_proj``, to see whether its library works here.
 
@@ -207,12 +187,12 @@ class Kind(ABC):
     # -- trainings -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def live(self, module: Any, several: bool) -> dict[str, torch.Tensor]:
+    def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         """The current tensors of an adapter that is trained, under the names that they are saved with.
 
         Args:
             module: ACE-Step's training module.
-            several: whether it is one of several processes.
+            decoder: the model's decoder without the wrappers of Lightning and torch.
 
         Raises:
             Refusal: it is trained without the library that saves it.
@@ -237,3 +217,29 @@ class Kind(ABC):
             module: its training module.
             folder: the folder to save into.
         """
+
+
+def adding(delta: torch.Tensor) -> Hook:
+    """A forward hook that adds what a difference to a layer's weight, ``[outputs, inputs]``, adds to its output."""
+    import torch.nn.functional as F
+
+    def add(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        return (output + F.linear(inputs[0], delta.to(inputs[0].dtype))).to(output.dtype)
+
+    return add
+
+
+def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Weight decomposition (DoRA): a changed weight whose rows, or columns, are scaled to a magnitude.
+
+    Args:
+        weight: the changed weight, fp32, ``[outputs, inputs]``.
+        magnitude: of rows, ``[outputs]`` or ``[outputs, 1]``; or of columns, ``[1, inputs]``.
+    """
+    wanted = magnitude.to(weight.device).float()
+    if wanted.dim() == 1:
+        wanted = wanted.unsqueeze(1)
+    of_rows = wanted.shape[0] == weight.shape[0]
+    norm = weight.norm(dim=1 if of_rows else 0, keepdim=True)
+    scaled: torch.Tensor = weight * (wanted / norm.clamp(min=1e-12))
+    return scaled

@@ -6,7 +6,6 @@ below half of its larger side. If neither is, alpha is set to the dimension, so 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
-from .kind import Hook, Kind, Shape
+from .kind import Hook, Kind, Shape, adding, decomposed
 
 if TYPE_CHECKING:
     import torch
@@ -85,36 +84,9 @@ class _Lokr(Kind):
         return torch.kron(first, second) * strength
 
     def hook(self, layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hook:
-        import torch.nn.functional as F
-
         base = module.weight.detach().float()
         changed = base + self.change(layer, tensors).to(base.device).reshape(base.shape)
-        if "magnitude" in tensors:
-            changed = decomposed(changed, tensors["magnitude"].to(base.device).float())
-        delta = changed - base
-
-        def add(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            return (output + F.linear(inputs[0], delta.to(inputs[0].dtype))).to(output.dtype)
-
-        return add
-
-    def applies(self, adapter: Adapter) -> str | None:
-        return None
-
-    def put_on(self, model: Any, weights: Path) -> Any:
-        try:
-            from lycoris import create_lycoris_from_weights
-        except ImportError:
-            raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora") from None
-        logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-        network, tensors = create_lycoris_from_weights(1.0, str(weights), model.decoder)
-        found = {lora.lora_name for lora in network.loras}
-        if foreign := sorted({name.split(".")[0] for name in tensors if "." in name} - found):
-            raise ValueError(f"{foreign[0]} belongs to no layer")
-        weight = next(model.decoder.parameters())
-        network.to(weight.device, weight.dtype).eval()
-        network.apply_to()
-        return network
+        return adding((decomposed(changed, tensors["magnitude"]) if "magnitude" in tensors else changed) - base)
 
     def try_on(self, module: torch.nn.Module) -> None:
         from lycoris import create_lycoris
@@ -167,7 +139,7 @@ class _Lokr(Kind):
         size = adapter.file.tensors[layer.parts["magnitude"]].shape
         return {"magnitude": NewTensor("F32", size, scaled.numpy().tobytes())}
 
-    def live(self, module: Any, several: bool) -> dict[str, torch.Tensor]:
+    def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         return dict(module.lycoris_net.state_dict())
 
     def load(self, module: Any, live: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
@@ -282,18 +254,6 @@ def factor_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         product: torch.Tensor = tensors[f"{name}_a"].float() @ tensors[f"{name}_b"].float()
         return product
     return whole.float().flatten(1)
-
-
-def decomposed(changed: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """LyCORIS' weight decomposition: the changed weight's rows, or columns, scaled to the magnitude.
-
-    Args:
-        changed: the changed weight, fp32, of two dimensions.
-        magnitude: ``(rows, 1)`` or, before LyCORIS 3.2, ``(1, columns)``.
-    """
-    dimension = 1 if magnitude.shape[0] == changed.shape[0] and magnitude.shape[-1] == 1 else 0
-    scaled: torch.Tensor = changed * (magnitude / (changed.norm(dim=dimension, keepdim=True) + _EPSILON))
-    return scaled
 
 
 _EPSILON: Final = 2.0**-23  # of float32, as LyCORIS adds it

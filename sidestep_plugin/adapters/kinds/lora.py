@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
 from ...text import shown
-from .kind import Hook, Kind, Shape
+from .kind import Hook, Kind, Shape, adding, decomposed
 
 if TYPE_CHECKING:
     import torch
@@ -59,31 +58,15 @@ class _Lora(Kind):
         strength = self.strength(layer)
         assert strength is not None
         down, up = (tensors[part].to(module.weight.device).float() for part in ("A", "B"))
+        if "magnitude" in tensors:
+            base = module.weight.detach().float()
+            return adding(decomposed(base + up @ down * strength, tensors["magnitude"]) - base)
 
         def add(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
             added = F.linear(F.linear(inputs[0].to(down.dtype), down), up) * strength
             return (output + added).to(output.dtype)
 
         return add
-
-    def applies(self, adapter: Adapter) -> str | None:
-        return "is a DoRA" if adapter.is_dora else None
-
-    def put_on(self, model: Any, weights: Path) -> None:
-        from peft import PeftModel
-        from safetensors.torch import load_file
-
-        if not (weights.parent / "adapter_config.json").is_file():
-            raise Refusal(
-                f"No adapter_config.json beside {weights}, which says its alpha. Name the adapter as it was saved."
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are counted below
-            model.decoder = PeftModel.from_pretrained(model.decoder, str(weights.parent))
-        there = {name.replace(".default.", ".") for name, _ in model.decoder.named_parameters() if "lora_" in name}
-        if foreign := sorted(load_file(weights).keys() - there):
-            raise ValueError(f"{foreign[0]} belongs to no layer")
-        model.decoder.eval()
 
     def try_on(self, module: torch.nn.Module) -> None:
         from peft import LoraConfig, get_peft_model
@@ -128,11 +111,7 @@ class _Lora(Kind):
                 "pass --alpha NUMBER. Expected the alpha that it was trained with."
             )
 
-    def live(self, module: Any, several: bool) -> dict[str, torch.Tensor]:
-        decoder = module.model.decoder
-        decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
-        if several:
-            decoder = getattr(decoder, "module", decoder)  # torch's, around which Fabric puts its own
+    def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         if not hasattr(decoder, "peft_config"):
             raise Refusal(
                 "This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Start again without "
