@@ -38,7 +38,17 @@ from ..engine.models import (
     pick_device,
     restrict_gpus,
 )
-from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
+from ..engine.processes import (
+    check_agreement,
+    check_started,
+    in_all,
+    in_turns,
+    join,
+    plan_of,
+    told_by_first,
+    use_own_gpu,
+)
+from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -201,20 +211,20 @@ def _prepared(
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     check_started(plan_of(registry, options))
-    _meet(request)
-    root = find_root(request.acestep_root)
-    model = _check_model(request, root, registry, options)
+    _meet(request, say)
+    root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
     restrict_gpus(request.device)
     device = pick_device(request.device)
-    dataset = _check_songs(request, model)
-    upstream = _check_upstream(request, root, registry, device, say)
+    dataset = in_all(lambda: _check_songs(request, model))
+    upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
+    if ranks().several:
+        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
-    with one_first():
-        handler = _load(model, device, dataset)
+    handler = in_turns(lambda: _load(model, device, dataset))
     return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
 
 
@@ -243,6 +253,12 @@ def _stay_offline() -> None:
     """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
+    """Find the checkout and the model. Raises Refusal."""
+    root = find_root(request.acestep_root)
+    return root, _check_model(request, root, registry, options)
 
 
 def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
@@ -274,7 +290,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
     return resumed
 
 
-def _meet(request: Request) -> None:
+def _meet(request: Request, say: Callable[[str], None]) -> None:
     """Take this process's GPU and meet the other processes, if there are several. Raises Refusal."""
     if not ranks().several:
         return
@@ -285,7 +301,7 @@ def _meet(request: Request) -> None:
         )
     device = pick_device(request.device)
     use_own_gpu(device)
-    join(device.type)
+    join(device.type, say)
 
 
 def _check_songs(request: Request, model: _Model) -> Dataset:

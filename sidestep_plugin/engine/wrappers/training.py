@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from functools import partial, wraps
@@ -29,6 +28,7 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
+from ..sameness import of_the_loaded_model, of_the_plugins, of_the_songs, of_the_trainer
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     check_started(training.plan)
     if run.ranks.several:
         check_engine(host.trainer)
-        join(_device_of(trainer).type)
+        join(_device_of(trainer).type, host.announce)
         run.exchange = gather
         training.state = SharedState({} if training.state is None else training.state, host.announce)
     elif training.state is None and host.keeps_journal:
@@ -111,7 +111,7 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     if point is None or not point.finished:
         host.ask_and_announce("engine_planned", run=run)
     if run.ranks.several:
-        check_agreement(_same_everywhere(run, point, training.plan))
+        check_agreement(_same_everywhere(host, run, point, training.plan))
     return point
 
 
@@ -123,14 +123,15 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
     return held_out(host.registry, songs, host.options, run.training_config) if songs else ()
 
 
-def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
+def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
     settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
     settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
-        "number of songs": len(songs),
-        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        **of_the_trainer(host.trainer),
+        **of_the_loaded_model(run.model),
+        **of_the_songs(run.tensor_dir),
+        **of_the_plugins(host.registry),
         "list of held-out songs": sorted(song.name for song in run.held_out),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
