@@ -57,6 +57,12 @@ def build_configs(
         Refusal: this version has no field for a setting, or refuses its value.
     """
     fields = ADAPTER_FIELDS[kind]
+    for other in KINDS:
+        if foreign := [name for name in other.options if settings.get(name) is not None and name not in fields]:
+            raise Refusal(
+                f"--{foreign[0].replace('_', '-')} is an option of a {other.title}. Leave it out, or train one: "
+                f"--adapter-type {other.name}."
+            )
     adapter = {fields[name]: settings[name] for name in fields if name in settings}
     training = {known: settings[name] for name, known in TRAINING_FIELDS.items() if name in settings}
     workers = training.get("num_workers", 0)

@@ -127,7 +127,7 @@ def compare(
     layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        check_applicable(report.adapter, loaded, facts.name)
+        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
     conditions = (True,) if null is None else (True, False)
     grid = validation_grid(treatment)
     with attached_to_evaluate(trainer):
@@ -156,7 +156,7 @@ def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> R
         report = inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
-    check_applicable(report.adapter, shapes, model)
+    check_applicable(report.adapter, shapes, model, decomposed=True)
     return report
 
 

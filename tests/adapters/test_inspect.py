@@ -81,7 +81,7 @@ def test_an_adapter_of_ours_says_everything_wherever_its_file_goes(variant, kind
     assert {key: said["facts"][key] for key in words} == words and all(word in text for word in words.values())
     assert (said["missing"], said["notes"], said["intact"], said["adapter_type"]) == ([], [], True, kind)
     assert said["written_by"] == f"sidestep-plugin {facts['sidestep_plugin_version']}"
-    assert set(said["strengths"]) == {"2.0"}
+    assert set(said["strengths"]) == {{"lora": "2.0", "lokr": "1.0"}[kind]}, "a LoKr of this size is full matrices"
     assert says(output) == (text, said), "the folder of the run means its final adapter"
 
     moved = tmp_path / "moved" / "夜曲 (final).safetensors"

@@ -35,6 +35,7 @@ class Kind(ABC):
         weight_files: where these put the weights, below the folder that they are given; the usual place first.
         network: attribute of the training module with the network beside the decoder; None if it is in the decoder.
         fields: names of the options in ACE-Step's configuration of it.
+        options: its own options, whole numbers and switches: metavar and help by name. None for the metavar: a switch.
         default_rank: ACE-Step's default of ``--rank``.
         recommended: value and reason by option, where the kinds differ.
         epochs: recommended epochs for any usual number of songs, and the reason; None if they depend on it.
@@ -63,6 +64,7 @@ class Kind(ABC):
     weight_files: tuple[str, ...]
     network: str | None
     fields: Mapping[str, str]
+    options: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
     default_rank: int
     recommended: Mapping[str, tuple[float, str]]
     epochs: tuple[int, str] | None

@@ -166,7 +166,24 @@ LOKR: Final = _Lokr(
     weight_files=("lokr_weights.safetensors",),
     network="lycoris_net",
     fields=MappingProxyType(
-        {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"}
+        {
+            "rank": "linear_dim",
+            "alpha": "linear_alpha",
+            "dropout": "dropout",
+            "target_modules": "target_modules",
+            "lokr_factor": "factor",
+            "lokr_decompose_both": "decompose_both",
+            "lokr_weight_decompose": "weight_decompose",
+            "lokr_full_matrix": "full_matrix",
+        }
+    ),
+    options=MappingProxyType(
+        {
+            "lokr_factor": ("N", "Size of a LoKr's first factor; -1: near the square root.  [ACE-Step's default: -1]"),
+            "lokr_decompose_both": (None, "Decompose both factors of a LoKr."),
+            "lokr_weight_decompose": (None, "Weight decomposition (DoRA) of a LoKr, as in the app's LoKr tab."),
+            "lokr_full_matrix": (None, "Do not decompose a LoKr's factors."),
+        }
     ),
     default_rank=64,
     recommended=MappingProxyType(
