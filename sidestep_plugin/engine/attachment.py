@@ -67,9 +67,19 @@ def attach(
     registry = Registry.load([plugins] if isinstance(plugins, str) else plugins, wins, later=extra_plugins or ())
     for name, plugin in (extra_plugins or {}).items():
         registry.register(plugin, name)
-    resolved = registry.resolve_options(options or {})
-    allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
+    return attach_registry(trainer, registry, registry.resolve_options(options or {}), allowed_folders, announce)
 
+
+def attach_registry(
+    trainer: Any,
+    registry: Registry,
+    options: Mapping[str, Any],
+    allowed_folders: Iterable[Path] = (),
+    announce: Callable[[str], None] | None = None,
+) -> Attachment:
+    """The same with plugins that are loaded and options that are resolved already; see :func:`attach`."""
+    resolved, wins = dict(options), registry.wins
+    allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
     with _lock:
         automatic = None
         for attached in [attached for attached in _attached if attached.trainer is trainer]:

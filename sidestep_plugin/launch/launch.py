@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
-from ..engine.attachment import Attachment, attach
+from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
@@ -112,8 +112,7 @@ class Launch:
         attachment: the attached plugins; detached when the training is over.
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
-        latest: whether the checkpoint to resume from was chosen as the newest one.
-        held_out: the songs that are not trained on.
+        decided: what was decided before the model was loaded, for the training that begins.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -127,8 +126,7 @@ class Launch:
     steps_per_epoch: int
     epochs: int
     state: dict[str, Any]
-    latest: bool
-    held_out: tuple[Path, ...]
+    decided: CommandLine
 
     @property
     def total_steps(self) -> int:
@@ -147,7 +145,7 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(CommandLine(self.latest, self.held_out))
+                token = command_line.set(self.decided)
                 try:
                     report = next(running, None)
                 finally:
@@ -210,7 +208,8 @@ def _prepared(
     latest = request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
-    check_started(plan_of(registry, options))
+    plan = plan_of(registry, options)
+    check_started(plan)
     _meet(request, say)
     root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
@@ -225,7 +224,11 @@ def _prepared(
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
     handler = in_turns(lambda: _load(model, device, dataset))
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
+    for name, plugin in extra_plugins().items():
+        registry.register(plugin, name)
+    folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
+    attachment = attach_registry(upstream.module, registry, options, folders, say)
+    return _made(request, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -385,31 +388,19 @@ def _load(model: _Model, device: torch.device, dataset: Dataset) -> Handler:
     return handler
 
 
-def _attach(
+def _made(
     request: Request,
     lock: OutputLock,
+    attachment: Attachment,
     upstream: _Upstream,
     handler: Handler,
     dataset: Dataset,
     say: Callable[[str], None],
-    extra_plugins: Callable[[], Mapping[str, object]],
-    *,
-    latest: bool,
-    held_out: tuple[Path, ...],
+    decided: CommandLine,
 ) -> Launch:
-    """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
+    """Make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
 
-    folders = [dataset.folder, request.output_dir.absolute()]
-    attachment = attach(
-        upstream.module,
-        plugins=request.plugins,
-        options=request.options,
-        extra_plugins=extra_plugins(),
-        allowed_folders=[*folders, *([request.resume_from] if request.resume_from else [])],
-        announce=say,
-        wins=request.wins,
-    )
     config = upstream.training_config
     try:
         songs = _songs_upstream_sees(upstream.module, dataset)
@@ -421,7 +412,7 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    left = songs - len(held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
+    left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
@@ -431,8 +422,7 @@ def _attach(
         steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
-        latest=latest,
-        held_out=held_out,
+        decided=decided,
     )
 
 

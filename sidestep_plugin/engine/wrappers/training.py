@@ -92,7 +92,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
 def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> ResumePoint | None:
     """Decide everything that is decided before upstream begins. Returns where to resume from. Raises Refusal."""
     run, trainer = training.run, training.trainer
-    training.plan = plan_of(host.registry, host.options)
+    line = command_line.get()
+    training.plan = plan_of(host.registry, host.options) if line is None else line.plan
     check_started(training.plan)
     if run.ranks.several:
         check_engine(host.trainer)
