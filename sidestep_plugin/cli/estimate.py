@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidestep_plugin.adapters.kinds import BY_NAME, DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 
@@ -36,6 +37,9 @@ class MemorySize(click.ParamType[int]):
         return size
 
 
+_RANKS = ", ".join(f"{kind.title} {kind.default_rank}" for kind in KINDS)
+
+
 @click.command(cls=Command)
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Preprocessed songs; the longest one counts.")
@@ -43,8 +47,8 @@ class MemorySize(click.ParamType[int]):
     "--seconds", type=FiniteFloat(0.0, 86_400.0, min_open=True), metavar="S", help="Longest song, without a dataset."
 )
 @click.option("--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU: 12GB.  [default: what is free]")
-@click.option("--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Adapter.")
-@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help="Its size.  [default: LoRA 8, LoKr 64]")
+@click.option("--adapter-type", type=click.Choice(NAMES), default=DEFAULT.name, show_default=True, help="Adapter.")
+@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help=f"Its size.  [default: {_RANKS}]")
 @click.option(
     "--target-modules",
     default="q_proj,k_proj,v_proj,o_proj",
@@ -99,8 +103,8 @@ def estimate(
         frames, tokens, left_out = _length(dataset_dir, seconds)
         notes += left_out
         settings = Settings(
-            kind="lokr" if adapter_type == "lokr" else "lora",
-            rank=rank or (64 if adapter_type == "lokr" else 8),
+            kind=adapter_type,
+            rank=rank or BY_NAME[adapter_type].default_rank,
             targets=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
             dropout=dropout > 0.0,
             batch_size=batch_size,
@@ -145,7 +149,7 @@ class _Answer:
 
         settings = self.settings
         trained = adapter_parameters(self.size, settings.kind, settings.rank, settings.targets)
-        kind = "LoRA" if settings.kind == "lora" else "LoKr"
+        kind = BY_NAME[settings.kind].title
         songs = "song" if settings.batch_size == 1 else "songs"
         return [
             f"Model: {self.model}, {self.size.parameters:,} parameters in the decoder",

@@ -89,7 +89,7 @@ def train(
         model=model or "",
         dataset_dir=dataset_dir or Path(),
         output_dir=output_dir or Path(),
-        adapter_type="lokr" if adapter_type == "lokr" else "lora",
+        adapter_type=adapter_type,
         acestep_root=acestep_root,
         checkpoint_dir=checkpoint_dir,
         settings=settings_from(settings),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..files import room
 from .answers import checked_lines
@@ -156,7 +157,7 @@ def _save(host: Host, training: Training, folder: Path, point: ResumePoint | Non
         optimizer, scheduler = _State(point.optimizer), _State(point.scheduler)
     known = {
         "model": module.model,
-        "lycoris_net": getattr(module, "lycoris_net", None),
+        "lycoris_net": network_of(module),
         "epoch": 0 if point is None else point.epochs,
         "global_step": 0 if point is None else int(scheduler.state_dict()["last_epoch"]),
         "output_dir": str(folder),

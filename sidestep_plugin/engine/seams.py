@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from ..adapters.kinds import KINDS
 from ..errors import UpstreamMismatch
 from ..run import AdapterType
 from .checkout import TRAINER
@@ -172,8 +173,7 @@ SEAMS: Final[tuple[Seam, ...]] = (
         also=("acestep_step_finished",),  # plugins that look at finished steps receive the timesteps
         problem=lambda trainer, kind: sampler_problem(trainer, MODULE_CLASS[kind]),
     ),
-    *_of_kind("lora"),
-    *_of_kind("lokr"),
+    *(seam for kind in KINDS for seam in _of_kind(kind.name)),
     Seam(
         "Fabric",
         wrap_engine,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import importlib.util
 import inspect
 import locale
 import math
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
 from ..engine.attachment import Attachment, attach_registry
@@ -91,7 +91,7 @@ class Request:
     model: str
     dataset_dir: Path
     output_dir: Path
-    adapter_type: AdapterType = "lora"
+    adapter_type: AdapterType = DEFAULT.name
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -174,12 +174,7 @@ class Launch:
             return None
         folder = self.request.output_dir.absolute() / INTERRUPTED
         source = self.attachment.trainer
-        if self.request.adapter_type == "lora":
-            source.save_lora_weights(module.model, str(folder))
-            return folder / "adapter" if (folder / "adapter").is_dir() else folder
-        config = {"lokr_config": module.lokr_config.to_dict()}  # upstream reads it back when it loads the file
-        source.save_lokr_weights(module.lycoris_net, str(folder), metadata=config)
-        return folder
+        return BY_NAME[self.request.adapter_type].save(source, module, folder)
 
 
 def prepare(
@@ -290,8 +285,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
         say(lock.warning)
     if not registry.implements("acestep_adapter_saved"):
         check_undescribed(output)
-    if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
+    check_installed(request.adapter_type)
     by_plugin = registry.implements("engine_resume")
     resumed = checkpoint_to_resume(request.resume_from, output, by_plugin=by_plugin, say=say)
     if not request.overwrite:
@@ -333,7 +327,7 @@ def _check_upstream(
         raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
-        kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
+        not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
     ):
         raise Refusal(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from sidestep_plugin import recommended
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
 
@@ -163,7 +164,7 @@ def resume(answers: Answers) -> list[str]:
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
-    answers.set(resume_from=said, adapter_type="lokr" if kind_of_adapter == "lokr" else "lora")
+    answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
     named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
     for name, fact in named.items():
         if name in answers.asked and facts.get(fact) is not None:
@@ -174,12 +175,9 @@ def resume(answers: Answers) -> list[str]:
 
 def kind(answers: Answers, text: str) -> list[str]:
     """The kind of adapter."""
-    import importlib.util
-
-    if text not in ("lora", "lokr"):
-        raise Refusal("Expected lora or lokr.")
-    if text == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed: pip install lycoris-lora")
+    if text not in NAMES:
+        raise Refusal(f"Expected {' or '.join(NAMES)}.")
+    check_installed(text)
     answers.set(adapter_type=text)
     return []
 
