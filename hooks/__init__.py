@@ -15,8 +15,8 @@ PLUGINS: Final = (
     ("adapters", "sidestep_plugin.adapters.plugin"),  # no other adapter in the model, or in what is saved
     # where it trains, and in how much memory and time
     ("several_gpus", "sidestep_plugin.several_gpus.plugin"),  # one process for each GPU
-    ("quantization", "sidestep_plugin.memory.quantization"),  # base weights in one byte, before they are compiled
-    ("frozen_weights", "sidestep_plugin.memory.frozen_weights"),  # half the memory of the base weights, same bits
+    ("base_weights", "sidestep_plugin.memory.base_weights"),  # their type; quantized before they are compiled
+    ("idle_layers", "sidestep_plugin.memory.idle_layers"),  # layers of a LoKr that are not trained are bypassed
     ("gradient_checkpointing", "sidestep_plugin.memory.gradient_checkpointing"),  # activations computed twice
     ("compiling", "sidestep_plugin.memory.compiling"),  # the decoder's blocks, as they are now
     ("song_cache", "sidestep_plugin.memory.song_cache"),  # songs stay in RAM

@@ -14,7 +14,7 @@ import click
 from sidestep_plugin import hookimpl
 from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.run import FRAMES, Run, Step
-from sidestep_plugin.songs.dataset import FRAMES_A_SECOND, songs_in
+from sidestep_plugin.songs.dataset import FRAMES_A_SECOND
 from sidestep_plugin.songs.one_song import frames_in
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def acestep_run_started(run: Run) -> list[str]:
     if window is None:
         return []
     seconds = run.options["crop_seconds"]
-    lengths = [] if run.tensor_dir is None else [frames_in(file) for file in songs_in(run.tensor_dir)]
+    lengths = [] if run.engine is None else [frames_in(file) for file in run.engine.songs]
     if lengths and max(lengths) <= window:
         longest = max(lengths) / FRAMES_A_SECOND
         return [f"Note: --crop-seconds {seconds:g} changes nothing, the longest song has {longest:.1f} s."]

@@ -47,7 +47,8 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     kind = "LoRA" if run.adapter_type == "lora" else "LoKr"
     told: dict[str, Any] = {}
     for tell in run.facts:
-        told |= tell()
+        # JSON has neither NaN nor infinity, and a number that is none says nothing: it is left out.
+        told |= {name: value for name, value in tell().items() if not isinstance(value, float) or math.isfinite(value)}
     facts = {
         "schema_version": SCHEMA_VERSION,
         "title": options.get("title") or f"{kind} for {model_name or 'ACE-Step 1.5'}",

@@ -33,8 +33,9 @@ EXCLUSIVE: Final = frozenset(
 def engine_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_config: Any) -> Sequence[Path] | None:
     """Return the songs that are not to be trained on, because they are validated on.
 
-    When: on the command line before the model is loaded, and again when upstream has listed its songs. Both answers
-    have to be the same songs, so choose by their names and draw no random number.
+    When: once for each training: on the command line before the model is loaded, elsewhere before it begins. The
+    answer is ``run.held_out`` from then on. In several processes, each is asked: choose by the songs' names, and draw
+    no random number.
 
     Args:
         songs: the files of all preprocessed songs.
@@ -178,8 +179,15 @@ def engine_epoch_ended(run: Run, epoch: int, loss: float) -> Sequence[str] | Non
 
 
 @hookspec
-def engine_final_saved(run: Run, epochs: int) -> None:
-    """Note that the finished adapter is in its place, in the first process. An error must not reach the training."""
+def engine_final_saved(run: Run, epochs: int, limits: Mapping[str, float]) -> None:
+    """Note that the finished adapter is in its place, in the first process. An error must not reach the training.
+
+    Args:
+        run: the run.
+        epochs: after how many epochs the training has ended.
+        limits: if a plugin has ended it before its last epoch, the options that did, and up to which value each of
+            them would have.
+    """
 
 
 @hookspec

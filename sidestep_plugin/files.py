@@ -24,6 +24,8 @@ from .errors import Refusal
 MAX_JSON: Final = 2**20
 """Size limit in bytes for a JSON file beside an adapter. Trainers write a few kilobytes there."""
 
+_UNFINISHED: Final = re.compile(r"\..+\.\w{8}\.tmp")
+
 _TRIES: Final = 20
 _PAUSE: Final = 0.05  # seconds
 
@@ -57,6 +59,14 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what :func:`replacing` left in a folder when the program was killed. Nobody may be writing there."""
+    for file in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(file.name) and file.is_file():
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def file_to_replace(target: Path) -> Path:

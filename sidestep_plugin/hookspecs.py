@@ -206,7 +206,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | No
     """Sum up a run.
 
     When: once, after upstream's trainer has saved the finished adapter, was stopped, or has failed. Only if at least
-    one training step was computed.
+    one training step was computed, by this run or, where a resumed run had none left, by those before it.
 
     Args:
         run: the run.

@@ -103,6 +103,7 @@ class Run:
         tensor_dir: the folder of preprocessed songs; None if a step was run without upstream's trainer.
         sampled_by: name of the plugin that samples the timesteps; None if upstream does.
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
+        held_out: the songs of the folder that are not trained on, decided before the run starts.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
         best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
@@ -133,6 +134,7 @@ class Run:
     module_ref: weakref.ref[Any] | None = None
     sampled_by: str | None = None
     state: dict[Hashable, Any] = field(default_factory=dict)
+    held_out: tuple[Path, ...] = ()
     steps: int = 0
     resumed_at: int = 0
     best_epoch: int | None = None
@@ -336,7 +338,8 @@ class SavedAdapter:
         destination: the path that the weights file will have then.
         folder: the temporary folder that upstream saved into; the weights are in it or in a folder below it.
         adapter_type: "lora" or "lokr".
-        epoch: number of finished epochs, if upstream's save function was told.
+        epoch: number of finished epochs; None within an epoch if upstream's save function was not told, and where
+            nothing follows the training.
         global_step: number of optimizer steps, if upstream's save function was told.
         resume_point: what resuming from here needs; None for a finished adapter, and if it is not available.
     """

@@ -24,7 +24,7 @@ def example(hook):
 
 def test_the_page_is_what_the_script_writes():
     written = hook_reference.PAGE.read_text(encoding="utf-8")
-    assert written == hook_reference.reference(), "run: python tests/hook_reference.py"
+    assert written == hook_reference.reference(), "run: python tests/tools/hook_reference.py"
 
 
 @pytest.mark.parametrize("hook", HOOKS)

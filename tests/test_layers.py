@@ -56,22 +56,25 @@ ALLOWED = {
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__name__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__module__"): "a class of ours",
-    ("sidestep_plugin/memory/compiled_modules.py", "module._compiled_call_impl"): "torch's own place for it, "
+    ("sidestep_plugin/memory/compiling.py", "module._compiled_call_impl"): "torch's own place for it, "
     "until the training ends",
-    ("sidestep_plugin/memory/frozen_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
-    ("sidestep_plugin/memory/frozen_weights.py", "parameter.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/memory/frozen_weights.py", "buffer.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
-    ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
+    ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
+    ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer._gradient_checkpointing_func"): "transformers' own "
+    "place for it, read only while checkpointing is on",
+    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer.gradient_checkpointing"): "transformers' own switch, "
+    "put back when the training ends",
+    ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
+    ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
     ("sidestep_plugin/cli/quiet.py", "threading.excepthook"): "what our own program prints of its threads",
     (
         "sidestep_plugin/cli/workers.py",
         "sys.stdout",
     ): "our own program's output, of several processes",
-    ("sidestep_plugin/engine/evaluation.py", "part.training"): "each module's mode, put back after an evaluation",
     (
-        "sidestep_plugin/engine/evaluation.py",
+        "sidestep_plugin/engine/decoders.py",
         "decoder._forward_module",
     ): "Lightning's wrapper, taken back",
     ("sidestep_plugin/validation/comparing.py", "weight.data"): "a model that we load ourselves",

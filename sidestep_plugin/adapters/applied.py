@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
+def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, decomposed: bool = False) -> None:
     """Refuse an adapter that cannot be applied to a model's decoder.
 
     Args:
         adapter: the adapter.
         shapes: shapes of the decoder's weights by layer; {} if they are not known yet.
         model: the model's name.
+        decomposed: whether weight decomposition (DoRA) is accepted.
 
     Raises:
         Refusal: another kind of adapter, an unknown strength, or layers of another width.
     """
     path = adapter.file.path
-    if adapter.kind not in ("lora", "lokr") or adapter.is_dora:
+    if adapter.kind not in ("lora", "lokr") or (adapter.is_dora and not decomposed):
         kind = "DoRA" if adapter.is_dora else adapter.kind
         raise Refusal(f"{path} is a {kind}. Expected a LoRA or LoKr without weight decomposition. Leave it out.")
     for name, layer in adapter.layers.items():
@@ -61,9 +62,21 @@ def check_applicable(adapter: Adapter, shapes: Shapes, model: str) -> None:
             )
 
 
+def linear_layers(decoder: torch.nn.Module) -> dict[str, Any]:
+    """The decoder's linear layers by name, before anything wraps them."""
+    import torch
+
+    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
 @contextmanager
 def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """Apply an adapter in this block | layers: the decoder's own layers by name."""
+    """Apply an adapter in this block.
+
+    Args:
+        adapter: what :func:`check_applicable` has accepted.
+        layers: the decoder's own layers by name.
+    """
     from safetensors import safe_open
 
     handles = []
@@ -89,6 +102,9 @@ def _lora(layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hoo
     assert layer.rank is not None and layer.alpha is not None
     device, strength = module.weight.device, layer.alpha / layer.rank
     down, up = (tensors[part].to(device).float() for part in ("A", "B"))
+    if "magnitude" in tensors:
+        base = module.weight.detach().float()
+        return _added(_scaled(base + up @ down * strength, tensors["magnitude"]) - base)
 
     def add(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         added = F.linear(F.linear(inputs[0].to(down.dtype), down), up) * strength
@@ -99,7 +115,6 @@ def _lora(layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hoo
 
 def _lokr(layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hook:
     import torch
-    import torch.nn.functional as F
 
     def factor(name: str) -> torch.Tensor:
         whole = tensors.get(name)
@@ -108,12 +123,29 @@ def _lokr(layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hoo
     base = module.weight.detach().float()
     strength = 1.0 if layer.rank is None or layer.alpha is None else layer.alpha / layer.rank
     difference = torch.kron(factor("lokr_w1"), factor("lokr_w2")).to(base.device) * strength
-    delta = (base + difference.reshape(base.shape)) - base
+    merged = base + difference.reshape(base.shape)
+    return _added((_scaled(merged, tensors["magnitude"]) if "magnitude" in tensors else merged) - base)
+
+
+def _added(delta: torch.Tensor) -> Hook:
+    """Add what a difference to a layer's weight, shape [out,in], adds to its output."""
+    import torch.nn.functional as F
 
     def add(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         return (output + F.linear(inputs[0], delta.to(inputs[0].dtype))).to(output.dtype)
 
     return add
+
+
+def _scaled(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """A weight [out,in] whose rows have the norms of a magnitude [out] or [out,1]; its columns for one of [1,in]."""
+    wanted = magnitude.to(weight.device).float()
+    if wanted.dim() == 1:
+        wanted = wanted.unsqueeze(1)
+    of_rows = wanted.shape[0] == weight.shape[0]
+    norm = weight.norm(dim=1 if of_rows else 0, keepdim=True)
+    scaled: torch.Tensor = weight * (wanted / norm.clamp(min=1e-12))
+    return scaled
 
 
 def _shape(adapter: Adapter, layer: Layer) -> tuple[int, int] | None:

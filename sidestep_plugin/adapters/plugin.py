@@ -10,7 +10,8 @@ from .foreign import check_no_foreign_adapters, drop_foreign_adapters
 @hookimpl
 def acestep_run_started(run: Run) -> None:
     """Refuse a model that carries an adapter already. Raises Refusal."""
-    if run.module_ref is None:  # else somebody trains a module of their own, which has its adapter by now
+    # Without a decoder nothing is trained; a module of somebody's own has its adapter by now.
+    if run.module_ref is None and hasattr(run.model, "decoder"):
         check_no_foreign_adapters(run.model, run.adapter_type, run.adapter_config)
 
 

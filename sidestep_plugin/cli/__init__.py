@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from typing import Final
 
 import click
 
-from sidestep_plugin import __version__
+from sidestep_plugin import __version__, signals
 
 from .groups import DefaultGroup
 from .surroundings import settle
+from .terminal import unread
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
@@ -87,10 +89,20 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """``acestep-train`` with the words of ``sys.argv``. Ends the program."""
     # A console that cannot show a character should show another, not end the training.
     codecs.register_error("acestep-plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="acestep-plain")
-    cli(prog_name="acestep-train")
+    signals.take_over(signals.leave)
+    try:
+        cli(prog_name="acestep-train")
+    except SystemExit as ended:  # a signal that comes now changes nothing of how it ended
+        for stream in (sys.stdout, sys.stderr):
+            with unread(stream):
+                if stream is not None:
+                    stream.flush()
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        signals.take_over(lambda *_: os._exit(code))
+        raise

@@ -9,10 +9,10 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.signals import INTERRUPTED as INTERRUPTED
 
 FAILED = 1
 UNUSABLE = 2
-INTERRUPTED = 130
 
 _RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
 
@@ -129,9 +129,6 @@ class PluginCommand(Command):
             if debug:
                 raise
             raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted before the training began; nothing was saved.", err=True)
-            ctx.exit(INTERRUPTED)
 
 
 def owner_of(option: str) -> str | None:

@@ -11,7 +11,6 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Line, Place
 
 from .commands import INTERRUPTED, Command, Unusable
-from .interrupts import terminated_like_ctrl_c
 from .quiet import quiet_third_parties, quiet_upstream
 from .terminal import say
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
@@ -103,8 +102,7 @@ def prepare(
         quiet_upstream()
     try:
         request = _request(audio_dir, output, renew, trigger, trigger_position, dry_run, longest=max_seconds, **asked)
-        with terminated_like_ctrl_c():
-            _run(request, dry_run)
+        _run(request, dry_run)
     except Refusal as refusal:
         if debug:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from sidestep_plugin.ranks import ranks
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
-from .interrupts import interruptible, terminated_like_ctrl_c
+from .interrupts import interruptible
 from .terminal import say
 from .workers import one_voice, start_workers, tell_failure
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from sidestep_plugin.launch.launch import Launch, Request
 
     from .progress import Progress
+
+
+_COMPLETE = "✅ Training complete"
+"""How the message begins that ends a finished training: upstream's, and that of one which patience has ended."""
 
 
 def run_training(request: Request) -> None:
@@ -48,15 +53,30 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    with terminated_like_ctrl_c():
-        launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
-    for line in notes_on_settings(launch):
-        progress.say(line)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    with interruptible(launch, progress) as interrupted:
+        failure = _run(launch, progress, interrupted)
+        if not ranks().several:
+            _say_how_it_ended(launch, progress, failure)
+            return
+    if failure is not None:
+        tell_failure(failure, asked_to_end=interrupted())
+        sys.exit(FAILED)
+    if ranks().first:  # it has saved the adapter, or says why not
+        _say_how_it_ended(launch, progress, None)
+
+
+def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) -> str | None:
+    """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
-    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
+    finished = False
+    with launch.lock, launch.attachment:
+        for line in notes_on_settings(launch):
+            progress.say(line)
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
+                finished = finished or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
                 elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
@@ -69,14 +89,14 @@ def _train(request: Request) -> None:
         if refusal is not None:
             failure = str(refusal)
         stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
-        if failure is None and stopped and progress.step < launch.total_steps:
+        if failure is None and stopped and not finished and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
-    if failure is not None and ranks().several:
-        tell_failure(failure, asked_to_end=interrupted())
-        sys.exit(FAILED)
-    if not ranks().first:  # the first process has saved the adapter, or says why not
-        return
+    return failure
+
+
+def _say_how_it_ended(launch: Launch, progress: Progress, failure: str | None) -> None:
+    """Say where the adapter is and what to do with it. Exits on failure."""
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
         failure = "The loss is NaN or infinite, so the adapter is useless. Lower --learning-rate."
@@ -89,8 +109,8 @@ def _train(request: Request) -> None:
         sys.exit(FAILED)
     assert adapter is not None
     say(f"Adapter: {adapter}")
-    if request.plugins:
-        _say_how_to_use(adapter, request.adapter_type)
+    if launch.request.plugins:
+        _say_how_to_use(adapter, launch.request.adapter_type)
 
 
 def say_that_torch_is_imported() -> None:

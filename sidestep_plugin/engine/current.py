@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..run import ProcessPlan
@@ -25,8 +27,10 @@ class Training:
         state: upstream's control of it, with which it is stopped; None where upstream has none.
         plan: in how many processes it runs.
         from_command_line: whether the program ends with it.
-        at_end: called when the training is over, last one first, to undo what was done for it alone.
+        at_end: closed when the training is over: undoes what was done for it alone, all of it, the newest first.
+        resumed_from: the checkpoint's folder; None for a training from the start.
         ending: saves the finished adapter of a training that a plugin has ended; None otherwise.
+        limits: the plugin's options that ended it, and up to which value each of them would have.
     """
 
     run: Run
@@ -35,13 +39,15 @@ class Training:
     state: MutableMapping[str, Any] | None = None
     plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
     from_command_line: bool = False
-    at_end: list[Callable[[], object]] = field(default_factory=list)
+    at_end: ExitStack = field(default_factory=ExitStack)
+    resumed_from: Path | None = None
     ending: Callable[[], Sequence[str]] | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
-    def finish(self, ending: Callable[[], Sequence[str]]) -> None:
+    def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """Stop upstream's loop after this step; the training counts as finished."""
         if self.state is not None:
-            self.ending = ending
+            self.ending, self.limits = ending, limits
             self.state["should_stop"] = True
 
 
@@ -51,9 +57,11 @@ class CommandLine:
 
     Attributes:
         latest: whether the checkpoint to resume from is the newest one, chosen for the user.
+        held_out: the songs that are not trained on.
     """
 
     latest: bool
+    held_out: tuple[Path, ...] = ()
 
 
 running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)

@@ -1,4 +1,4 @@
-"""Songs that plugins hold out of a training: asked on the command line and when upstream has listed its songs."""
+"""Songs that plugins hold out of a training: asked once, on the command line or when a training begins elsewhere."""
 
 from __future__ import annotations
 

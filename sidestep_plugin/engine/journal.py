@@ -39,6 +39,8 @@ class Journal:
         begins: called before the first batch that this run computes is read.
         epoch_to_end: number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
         ends: called before the next epoch begins.
+        holds: the checkpoint that was put into the adapter in place of what the run has trained; None: nothing was.
+        not_saved: the newest checkpoint that could not be saved, with the run's own tensors; None when it could.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
         say: takes each message for the user as soon as there is one.
         mean: the mean of a tensor over the processes of the training; None for a single process.
@@ -52,6 +54,8 @@ class Journal:
         self.begins: Callable[[], None] | None = None
         self.ends: Callable[[], None] | None = None
         self.epoch_to_end: tuple[int, float] | None = None
+        self.holds: ResumePoint | None = None
+        self.not_saved: ResumePoint | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
         self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -84,6 +88,15 @@ class Journal:
     def epochs_begun(self) -> int:
         """Epochs that upstream's loop has begun, including those of earlier runs."""
         return self._epochs_begun
+
+    @property
+    def epochs_done(self) -> int | None:
+        """After how many epochs the adapter is what it is now; None within an epoch."""
+        if self.holds is not None:
+            return None if self.holds.steps else self.holds.epochs
+        if self._in_epoch not in (0, self._steps_per_epoch):
+            return None
+        return self._epochs_begun - (self._in_epoch != self._steps_per_epoch and self._epochs_begun > 0)
 
     @property
     def steps(self) -> int:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
+from ..songs.dataset import songs_in
 from .checkout import place_of
-from .ending import save_checkpoint, save_weights
-from .evaluation import evaluate, without_adapter
+from .decoders import plain_decoder, undisturbed, without_adapter
+from .ending import in_ram, put, save_checkpoint, save_weights
+from .evaluation import evaluate
 from .loggers import log_entries
-from .replay import put_parameters, trained_tensors
-from .weights import put_weights
+from .replay import trained_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class Services:
 
     def at_end(self, undo: Callable[[], object]) -> None:
         """Call this when the training is over, however it ends; the last one first."""
-        self._training.at_end.append(undo)
+        self._training.at_end.callback(undo)
 
     @property
     def ends_the_program(self) -> bool:
@@ -52,10 +53,56 @@ class Services:
         return self._training.from_command_line
 
     @property
+    def resumed_from(self) -> Path | None:
+        """The folder of the checkpoint that the training was resumed from; None for one from the start."""
+        return self._training.resumed_from
+
+    @property
+    def epochs_done(self) -> int | None:
+        """After how many epochs the adapter is what it is now; None within an epoch."""
+        journal = self._training.journal
+        return None if journal is None else journal.epochs_done
+
+    def ends_after(self, epoch: int) -> bool:
+        """Whether no epoch follows this one: it is the last one, or a plugin has ended the training."""
+        last = epoch == getattr(self._training.run.training_config, "max_epochs", None)
+        return last or self._training.ending is not None
+
+    @property
     def trained(self) -> list[torch.Tensor]:
         """The tensors that the optimizer trains; [] before it exists."""
         journal = self._training.journal
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
+
+    @property
+    def epochs_before(self) -> int:
+        """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
+        journal = self._training.journal
+        return 0 if journal is None else max(0, journal.epochs_begun - 1)
+
+    @property
+    def songs(self) -> tuple[Path, ...]:
+        """The files of the songs that are trained on, without those that are held out."""
+        run = self._training.run
+        out = {song.resolve() for song in run.held_out}
+        songs = () if run.tensor_dir is None else songs_in(run.tensor_dir)
+        return tuple(song for song in songs if song.resolve() not in out)
+
+    @property
+    def decoder(self) -> Any:
+        """The decoder with the adapter, without the wrappers of the training."""
+        return plain_decoder(self._training.run.model)
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block without gradients and dropout in which nothing is compiled; afterwards everything is as it was."""
+        import torch
+
+        module = self._training.trainer.module
+        return undisturbed(module, torch.device(module.device))
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """A block in which the model is the base model."""
+        return without_adapter(self._training.trainer.module)
 
     def evaluate(
         self,
@@ -78,7 +125,7 @@ class Services:
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
-        with nullcontext() if adapter else without_adapter(module):
+        with nullcontext() if adapter else self.without_adapter():
             losses = evaluate(module, songs, timesteps, conditions)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared
@@ -87,23 +134,30 @@ class Services:
         """Write numbers to upstream's log, which TensorBoard shows."""
         log_entries(self._host, self._training, values, epoch)
 
-    def save_checkpoint(self, name: str) -> bool:
-        """Save the training as it is in a folder of the output folder, with upstream's own function.
+    def save_checkpoint(self, name: str, kept: ResumePoint | None = None) -> bool:
+        """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.
+
+        Args:
+            kept: an earlier place of the training, from :meth:`unsaved`; None for the training as it is.
 
         Returns:
-            Whether it was saved: a full disk is announced, and the training goes on.
+            Whether it was saved: a full disk is announced, and the training goes on. True in the other processes.
 
         Raises:
             Refusal: the adapter must not be saved.
         """
-        return save_checkpoint(self._host, self._training, name)
+        return save_checkpoint(self._host, self._training, name, kept)
+
+    def unsaved(self) -> ResumePoint | None:
+        """A copy in RAM of the checkpoint that could not be saved just now, to save it later; None without one."""
+        return in_ram(self._training)
 
     def save_weights(self, name: str) -> None:
         """Save the adapter alone in a folder of the output folder, as a finished one."""
         save_weights(self._host, self._training, name)
 
-    def read(self, name: str) -> ResumePoint:
-        """Read a checkpoint in a folder of the output folder. Raises Refusal."""
+    def read(self, name: str | Path) -> ResumePoint:
+        """Read a checkpoint in a folder of the output folder, or in any other one. Raises Refusal."""
         for _, point in self._host.registry.call("engine_read_checkpoint", folder=self.folder / name):
             found: ResumePoint = point
             return found
@@ -111,13 +165,13 @@ class Services:
 
     def put(self, point: ResumePoint) -> None:
         """Put the weights of a checkpoint into the adapter. Raises Refusal where they do not fit."""
-        put_weights(self._training.run, point)
-        put_parameters(self.trained, point)
+        put(self._training, point)
 
-    def finish(self, ending: Callable[[], Sequence[str]]) -> None:
+    def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.
 
         Args:
             ending: called when upstream's loop has ended, to save the finished adapter; returns lines for the user.
+            limits: which options end it, and up to which value: while they are no higher, nothing is left to train.
         """
-        self._training.finish(ending)
+        self._training.finish(ending, limits)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from .decoders import plain_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +19,7 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
         raise Refusal("The training module of this run was freed while the run went on. Start it again.")
     if run.adapter_type == "lokr":
         return dict(module.lycoris_net.state_dict())
-    decoder = module.model.decoder
-    decoder = getattr(decoder, "_forward_module", decoder)  # Fabric's wrapper
-    if run.ranks.several:
-        decoder = getattr(decoder, "module", decoder)  # torch's, around which Fabric puts its own
+    decoder = plain_decoder(module.model)
     if not hasattr(decoder, "peft_config"):
         raise Refusal(
             "This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Start again without "

@@ -17,8 +17,8 @@ from .. import attach
 from ..engine import seams
 from ..engine.checkout import import_trainer
 from ..errors import Refusal
-from ..memory.checkpointing import is_checkpointed
-from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, FrozenType, Settings, needs
+from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, Settings, needs
+from ..memory.gradient_checkpointing import is_checkpointed
 from ..memory.sizes import DecoderSize
 from ..run import ModelFacts
 from .jobs import WAYS, Job
@@ -240,7 +240,7 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
     import importlib.util
 
     on_gpu = job.device == "cuda"
-    frozen: FrozenType = "int8" if job.way == "int8" else "bf16" if watch.in_bf16 else "fp32"
+    frozen = "int8" if job.way == "int8" else "bf16" if watch.in_bf16 else "fp32"
     settings = Settings(
         kind=job.adapter,
         rank=job.rank,

@@ -38,7 +38,17 @@ from ..engine.models import (
     pick_device,
     restrict_gpus,
 )
-from ..engine.processes import check_started, join, one_first, plan_of, told_by_first, use_own_gpu
+from ..engine.processes import (
+    check_agreement,
+    check_started,
+    in_all,
+    in_turns,
+    join,
+    plan_of,
+    told_by_first,
+    use_own_gpu,
+)
+from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -103,6 +113,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         latest: whether the checkpoint to resume from was chosen as the newest one.
+        held_out: the songs that are not trained on.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -117,6 +128,7 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     latest: bool
+    held_out: tuple[Path, ...]
 
     @property
     def total_steps(self) -> int:
@@ -135,7 +147,7 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(CommandLine(self.latest))
+                token = command_line.set(CommandLine(self.latest, self.held_out))
                 try:
                     report = next(running, None)
                 finally:
@@ -204,21 +216,21 @@ def _prepared(
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     check_started(plan_of(registry, options))
-    _meet(request)
-    root = find_root(request.acestep_root)
-    model = _check_model(request, root, registry, options)
+    _meet(request, say)
+    root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
     restrict_gpus(request.device)
     device = pick_device(request.device)
-    dataset = _check_songs(request, model)
-    upstream = _check_upstream(request, root, registry, device, say)
+    dataset = in_all(lambda: _check_songs(request, model))
+    upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
+    if ranks().several:
+        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
-    with one_first():
-        handler = _load(model, device, dataset)
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=len(out))
+    handler = in_turns(lambda: _load(model, device, dataset))
+    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -246,6 +258,12 @@ def _stay_offline() -> None:
     """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
+    """Find the checkout and the model. Raises Refusal."""
+    root = find_root(request.acestep_root)
+    return root, _check_model(request, root, registry, options)
 
 
 def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
@@ -278,7 +296,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
     return resumed
 
 
-def _meet(request: Request) -> None:
+def _meet(request: Request, say: Callable[[str], None]) -> None:
     """Take this process's GPU and meet the other processes, if there are several. Raises Refusal."""
     if not ranks().several:
         return
@@ -289,7 +307,7 @@ def _meet(request: Request) -> None:
         )
     device = pick_device(request.device)
     use_own_gpu(device)
-    join(device.type)
+    join(device.type, say)
 
 
 def _check_songs(request: Request, model: _Model) -> Dataset:
@@ -383,7 +401,7 @@ def _attach(
     extra_plugins: Callable[[], Mapping[str, object]],
     *,
     latest: bool,
-    held_out: int,
+    held_out: tuple[Path, ...],
 ) -> Launch:
     """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
@@ -409,17 +427,18 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    held_out += _held_out(songs, getattr(config, "val_split", 0.0))
+    left = songs - len(held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil(math.ceil((songs - held_out) / ranks().world_size) / config.batch_size),
+        steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
         latest=latest,
+        held_out=held_out,
     )
 
 
@@ -469,6 +488,6 @@ def _misread(folder: Path, page: str, what: str) -> Refusal:
     )
 
 
-def _held_out(songs: int, val_split: float) -> int:
+def _upstreams(songs: int, val_split: float) -> int:
     """Songs that upstream sets aside for validation."""
     return max(1, int(songs * val_split)) if val_split > 0.0 and songs > 1 else 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from ..measured.reading import too_low
 from ..run import AdapterType
 from .activations import Batch, Forward, activation_bytes, working_bytes
+from .quantization import BYTES
 from .sizes import DecoderSize, adapter_parameters
-
-FrozenType = Literal["int8", "bf16", "fp32"]
 
 FRAMES_A_SECOND: Final = 25
 """Frames per second of ACE-Step 1.5's latents."""
@@ -23,7 +22,7 @@ cannot use, and matrix products need room of their own."""
 USUAL_TOKENS: Final = 769
 """Length of a condition that upstream's preprocessing makes: 512 tokens of lyrics, 256 of the prompt, 1 of timbre."""
 
-_BYTES: Final[dict[FrozenType, int]] = {"int8": 1, "bf16": 2, "fp32": 4}
+_BYTES: Final = {**BYTES, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
         frames: length of the longest song in frames of latents.
         tokens: length of the longest condition in tokens.
         mixed: whether autocast computes in bf16, as on a GPU; else all weights are fp32.
-        frozen: type of the frozen linear and convolution layers; with `mixed` only.
+        frozen: type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only.
         checkpointing: whether gradient checkpointing is on.
         crop_seconds: length of the windows of songs that are trained on; None: whole songs.
         optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
@@ -55,7 +54,7 @@ class Settings:
     frames: int = 240 * FRAMES_A_SECOND
     tokens: int = USUAL_TOKENS
     mixed: bool = True
-    frozen: FrozenType = "bf16"
+    frozen: str = "bf16"
     checkpointing: bool = False
     crop_seconds: float | None = None
     optimizer_bytes: int = 8

@@ -44,7 +44,7 @@ from ..engine.writable import check_writable
 from ..errors import Refusal, UpstreamMismatch
 from ..previews.conditions import read_silence
 from ..previews.decoding import load_vae
-from ..previews.undisturbed import freed
+from ..previews.making import freed
 from ..resuming.lock import OutputLock
 from ..songs.audio import read_audio
 from ..songs.one_song import frames_in, load_song

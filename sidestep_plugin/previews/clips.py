@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
+from ..adapters.layers import Adapter
 from ..engine.checkout import find_root, import_trainer
 from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
 from ..engine.writable import check_writable
@@ -21,10 +23,8 @@ from ..timesteps.treatment import Treatment, decide_treatment
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
 from .making import decode_rest, generated, heard, open_table, write_row
-from .saved_adapter import put_on
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FILE_NAME, FOLDER, Table, read_table
-from .undisturbed import adapter_off
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class ClipRequest:
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
-    """Decode what a training has saved as latents | returns the page; None if there is nothing of the kind.
+    """Decode what a training has saved as latents. Returns the page; None if there is nothing of the kind.
 
     Raises:
         Refusal: there is no VAE.
@@ -78,7 +78,7 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
 
 
 def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
-    """Generate clips from a saved adapter and from the model without it | returns the page.
+    """Generate clips from a saved adapter and from the model without it. Returns the page.
 
     Raises:
         Refusal: no adapter, no songs, no model, or they do not belong together.
@@ -109,10 +109,12 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     say(f"Loading {model_folder.name} on {device} ...")
     model = load_model(model_folder, device).model
     check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
-    network = put_on(model, report.adapter.file.path, report.adapter.kind)
+    layers = linear_layers(model.decoder)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    check_applicable(report.adapter, shapes, facts.name, decomposed=True)
     say(f"Generating {counted(len(songs), 'song')}: {settings.in_words} ...")
-    rows = _rows(model, network, songs, silence, settings, table, label, epoch)
-    del model, network
+    rows = _rows(model, report.adapter, layers, songs, silence, settings, table, label, epoch)
+    del model, layers
     vae = None if vae_folder is None else load_vae(vae_folder, device)
     for name, number, latents in rows:
         write_row(output, table, name, number, _loss(before, name), latents if vae is None else heard(vae, latents))
@@ -123,7 +125,8 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
 
 def _rows(
     model: Any,
-    network: Any,
+    adapter: Adapter,
+    layers: Mapping[str, torch.nn.Module],
     songs: list[Song],
     silence: torch.Tensor,
     settings: PreviewSettings,
@@ -134,9 +137,9 @@ def _rows(
     """The latents of the adapter, and those of the model without it if the table has none."""
     rows: list[tuple[str, int | None, list[torch.Tensor]]] = []
     if not table.has(BASE):
-        with adapter_off(model.decoder, network):
-            rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
-    rows.append((label, epoch, list(generated(model, songs, silence, settings))))
+        rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
+    with applied(adapter, layers):
+        rows.append((label, epoch, list(generated(model, songs, silence, settings))))
     return rows
 
 

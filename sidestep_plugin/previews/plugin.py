@@ -8,6 +8,7 @@ preview changes nothing of the training: random states, modes and gradients are 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,13 +24,12 @@ from ..text import counted
 from ..timesteps.treatment import treatment_of
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import find_vae, why_not
+from .page import write_page
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
-from .table import BASE, FOLDER
+from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
 
 if TYPE_CHECKING:
     import torch
-
-    from .table import Table
 
 _KEY: Final = "sidestep.previews"
 _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
@@ -37,7 +37,6 @@ _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """What can be said about previews."""
     return [
         click.Option(
             ["--preview-every"],
@@ -103,8 +102,21 @@ class _Plan:
 
 
 @hookimpl
+def acestep_model_chosen(options: Mapping[str, Any]) -> None:
+    """Refuse options without effect. From a settings file they come with their defaults."""
+    defaults = {"preview_songs": SONGS, "preview_seconds": SECONDS, "preview_cfg": None, "preview_seed": SEED}
+    for name, default in defaults.items():
+        if options[name] != default and not options["preview_every"]:
+            raise Refusal(
+                f"--{name.replace('_', '-')} says how to make previews, and none are made. Leave it out, or say how "
+                "often to make them: --preview-every N."
+            )
+
+
+@hookimpl
 def acestep_run_started(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
+    acestep_model_chosen(run.options)
     every = run.options["preview_every"]
     if not every or run.tensor_dir is None:
         return None
@@ -137,20 +149,41 @@ def acestep_run_started(run: Run) -> list[str] | None:
 
 
 @hookimpl
+def engine_training_began(run: Run) -> list[str]:
+    """Move clips aside that this training did not make, whether or not it makes any."""
+    folder = run.engine.folder / FOLDER
+    if not run.ranks.first:
+        return []
+    try:
+        table = read_table(folder)
+        if table is None or all(row.epoch == 0 for row in table.rows):
+            return []
+        if not run.resuming:
+            return [f"Note: clips of an earlier training were moved to {set_aside(folder)}."]
+        aside = leave_branch(folder, table, run.engine.epochs_before)
+        if aside is None:
+            return []
+        write_page(folder, table)
+        write_page(aside, Table(table.about, (read_table(aside) or table).rows))
+        return [f"Note: clips of epochs after the checkpoint, which an earlier run made, were moved to {aside}."]
+    except (Refusal, OSError) as error:  # a training of hours matters more than a clip
+        return [f"Warning: the clips in {folder} stay as they are: {error}"]
+
+
+@hookimpl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     plan: _Plan | None = run.state.get(_KEY)
     if plan is None or plan.over or not run.ranks.first:  # of several processes, the first one makes the clips
         return None
-    if epoch % plan.every and epoch != getattr(run.training_config, "max_epochs", None):
+    if epoch % plan.every and not run.engine.ends_after(epoch):
         return None
     from .generation import computed_in
-    from .undisturbed import freed, plain_decoder, undisturbed
+    from .making import freed
 
-    decoder = plain_decoder(run.model)
-    device = computed_in(decoder)[0]
+    device = computed_in(run.engine.decoder)[0]
     try:
-        with undisturbed(decoder, device):
-            news = _preview(run, plan, decoder, device, epoch, loss, folder / FOLDER)
+        with run.engine.undisturbed():
+            news = _preview(run, plan, device, epoch, loss, folder / FOLDER)
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -164,20 +197,18 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     return news
 
 
-def _preview(
-    run: Run, plan: _Plan, decoder: Any, device: torch.device, epoch: int, loss: float | None, folder: Path
-) -> EpochNews:
+def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: float | None, folder: Path) -> EpochNews:
     """Make the clips of an epoch, and those of the base model if there are none yet. Raises what goes wrong."""
     from .making import generated, write_row
-    from .undisturbed import adapter_off
 
     began, peak = time.monotonic(), _peak(device)
     lines: list[str] = []
     if plan.table is None:
         plan.table = _table(run, plan, folder, lines)
-    table, rows = plan.table, []
+    table = plan.table
+    rows: list[tuple[str, int, float | None, list[torch.Tensor]]] = []
     if not table.has(BASE):
-        with adapter_off(decoder, _network(run, decoder)):
+        with run.engine.without_adapter():
             rows.append((BASE, 0, None, list(generated(run.model, plan.songs, plan.silence, plan.settings))))
     if epoch > 0:
         latents = list(generated(run.model, plan.songs, plan.silence, plan.settings))
@@ -225,12 +256,6 @@ def _decoded(
             f"Warning: the previews could not be decoded ({reason}) and are saved as latents. To hear them: {_LATER}"
         )
         return [[] for _ in rows]
-
-
-def _network(run: Run, decoder: Any) -> Any:
-    """The LyCORIS network of a LoKr; None for a LoRA."""
-    module = run.module_ref() if run.module_ref else None
-    return getattr(module, "lycoris_net", None) or getattr(decoder, "_lycoris_net", None)
 
 
 def _peak(device: torch.device) -> int:

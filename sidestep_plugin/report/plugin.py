@@ -34,10 +34,13 @@ BANDS: Final = 10
 
 _KEY: Final = "sidestep.report"
 
+_KEPT: Final = "report"
+"""Name under which a checkpoint keeps what was counted, so that a resumed training reports on all of it."""
+
 
 @dataclass
 class _Notes:
-    """What was noted of a run."""
+    """What was noted of a training: rows, losses and dropped are about all its runs, the others about this one."""
 
     steps: list[tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=list)  # of the current epoch
     rows: list[int] = field(default_factory=lambda: [0] * BANDS)
@@ -50,13 +53,36 @@ class _Notes:
 
 
 @hookimpl
+def engine_planned(run: Run) -> None:
+    notes = run.state[_KEY] = _noted_before(run.kept.get(_KEPT))
+    run.before_run_ended.append(partial(_count, run, notes))
+    run.keeps[_KEPT] = partial(_to_keep, run, notes)
+
+
+def _noted_before(kept: Any) -> _Notes:
+    """What a checkpoint has kept; nothing where it is of an earlier version, or unusable."""
+    try:
+        rows, losses = [int(count) for count in kept["rows"]], [float(loss) for loss in kept["losses"]]
+        if len(rows) == len(losses) == BANDS:
+            return _Notes(rows=rows, losses=losses, dropped=int(kept["dropped"]))
+    except (TypeError, LookupError, ValueError):
+        pass
+    return _Notes()
+
+
+def _to_keep(run: Run, notes: _Notes) -> dict[str, Any]:
+    if notes.steps and not run.ranks.several:  # several have counted together: when the epoch ended, or the run
+        _count(run, notes)
+    return {"rows": list(notes.rows), "losses": list(notes.losses), "dropped": notes.dropped}
+
+
+@hookimpl
 def acestep_step_finished(step: Step) -> None:
     if not step.training or step.loss is None:
         return
-    if _KEY not in step.run.state:
-        notes = step.run.state[_KEY] = _Notes()
-        step.run.before_run_ended.append(partial(_count, step.run, notes))
-    notes = step.run.state[_KEY]
+    if _KEY not in step.run.state:  # without upstream's trainer
+        step.run.state[_KEY] = _Notes()
+    notes: _Notes = step.run.state[_KEY]
     notes.ended = time.monotonic()
     if notes.count == 0:
         notes.began = notes.ended  # the setup does not count for the time per step
@@ -97,7 +123,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
             lines[-1] += f", picture: {PICTURE_NAME}"
     except OSError as error:
         lines.append(f"Warning: no report could be written to {folder}: {error.strerror or error}.")
-    return lines if ending == "finished" else None
+    return [line for line in lines if line] if ending == "finished" else None
 
 
 def _count(run: Run, notes: _Notes) -> torch.Tensor | None:

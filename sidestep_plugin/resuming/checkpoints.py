@@ -38,7 +38,7 @@ BEGAN: Final = ".training_began"
 """File with the time at which a training was overwritten; earlier versions wrote it, and no save numbers."""
 
 FINISHED: Final = ".training_finished"
-"""File that says after how many epochs the training in a folder was finished, and what its newest save was then."""
+"""File that says after how many epochs the training in a folder was finished, by what if early, and its newest save."""
 
 _OWN: Final = frozenset(
     {
@@ -267,9 +267,15 @@ def newest_save_number(output: Path) -> int:
     return max((number for number, _ in map(_order, checkpoints_in(output)) if number < _UNREADABLE), default=0)
 
 
-def write_finished(output: Path, epochs: int) -> None:
-    """Note that the training in an output folder has saved its final adapter. Raises OSError."""
-    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output)})
+def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> None:
+    """Note that the training in an output folder has saved its final adapter. Raises OSError.
+
+    Args:
+        output: the output folder.
+        epochs: after how many epochs it has ended.
+        limits: which options have ended it before its last epoch, and up to which value each of them would have.
+    """
+    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output), "limits": dict(limits)})
     with replacing(output / FINISHED) as stream:
         stream.write(content.encode("utf-8"))
 
@@ -282,6 +288,16 @@ def finished_epochs(output: Path) -> int | None:
         return None
     epochs, number = content.get("epochs"), content.get("save_number")
     return epochs if isinstance(epochs, int) and number == newest_save_number(output) else None
+
+
+def limits_of(output: Path) -> dict[str, float]:
+    """The options that ended the training in an output folder before its last epoch, and up to which value."""
+    try:
+        limits = read_json_object(output / FINISHED).get("limits")
+    except (OSError, ValueError):
+        return {}
+    known = limits.items() if isinstance(limits, dict) else ()
+    return {name: limit for name, limit in known if isinstance(limit, int | float)}
 
 
 def _began(output: Path) -> float:

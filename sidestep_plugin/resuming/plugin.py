@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ..engine.current import command_line
 from ..errors import Refusal
+from ..files import remove_unfinished
 from ..hookspecs import hookimpl
 from ..run import ResumePoint, Run, SavedAdapter
 from ..songs.fingerprint import fingerprint, songs_changed
@@ -21,6 +22,7 @@ from .checkpoints import (
     UPSTREAMS_FILE,
     Checkpoint,
     finished_epochs,
+    limits_of,
     newest_save_number,
     read_checkpoint,
     write_finished,
@@ -46,6 +48,8 @@ MAY_CHANGE: Final = {
     "cfg_ratio": "condition dropout",
     "crop_seconds": "crops in seconds",
     "base_weights": "base weights",
+    "mask_nan": "zeros for hidden NaN",
+    "compiled": "compiled blocks",
     "dropout": "dropout",
     "learning_rate": "learning rate",
     "max_epochs": "epochs",
@@ -58,7 +62,12 @@ MAY_CHANGE: Final = {
 }
 """Facts that may change from here on; the user gets a notice."""
 
-WHEN_OFF: Final = {"crop_seconds": "whole songs", "base_weights": "not quantized"}
+WHEN_OFF: Final = {
+    "crop_seconds": "whole songs",
+    "base_weights": "not quantized",
+    "mask_nan": False,
+    "compiled": False,
+}
 """Facts that are left out when the feature is off, and what they mean then."""
 
 
@@ -68,7 +77,8 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
     if point is None:
         return None
     try:
-        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), kept=_kept(run)))
+        kept = point.kept or {name: tell() for name, tell in run.keeps.items()}
+        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), kept=kept))
     except OSError as error:
         # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
         (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)
@@ -84,18 +94,22 @@ def engine_opening(run: Run) -> list[str]:
     """Lock the output folder until the training ends; the command line has done so already. Raises Refusal."""
     folder = run.engine.folder
     run.saves = newest_save_number(folder)
-    if run.engine.ends_the_program or not run.ranks.first:
+    if not run.ranks.first:
         return []
-    lock = OutputLock(folder)
-    lock.acquire()
-    run.engine.at_end(lock.release)
-    return [] if lock.warning is None else [lock.warning]
+    warning = None
+    if not run.engine.ends_the_program:
+        lock = OutputLock(folder)
+        lock.acquire()
+        run.engine.at_end(lock.release)
+        warning = lock.warning
+    remove_unfinished(folder)
+    return [] if warning is None else [warning]
 
 
 @hookimpl
-def engine_final_saved(run: Run, epochs: int) -> None:
+def engine_final_saved(run: Run, epochs: int, limits: Mapping[str, float]) -> None:
     with suppress(OSError):  # then a resumed run only goes through the last epochs again
-        write_finished(run.engine.folder, epochs)
+        write_finished(run.engine.folder, epochs, limits)
 
 
 @hookimpl
@@ -141,7 +155,8 @@ def engine_resume(run: Run, folder: Path) -> ResumePoint:
         if point.steps:
             what = "order of the songs" if other_order else "batch size"
             lines.append(f"Note: the {what} changed, so epoch {point.epochs + 1} starts over.")
-        nothing = dict.fromkeys(("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler"))
+        names = ("steps_per_epoch", "losses", "validation", "epoch_random", "gradients", "scheduler")
+        nothing: dict[str, Any] = dict.fromkeys(names)
         point = dataclasses.replace(point, steps=0, **nothing)
     elif point.gradients is not None and _changed("gradient_accumulation_steps", checkpoint, run):
         lines.append("Note: the gradients that waited for the next optimizer step are left out.")
@@ -185,17 +200,24 @@ def _differences(names: Mapping[str, str], then: Mapping[str, Any], now: Mapping
     ]
 
 
-def _kept(run: Run) -> dict[str, Any]:
-    """What parts of the plugin keep in a checkpoint, by name."""
-    return {name: tell() for name, tell in run.keeps.items()}
-
-
 def _finished(run: Run) -> str:
     """Why the training is over whose newest checkpoint is asked for; "" when it goes on."""
     line, output = command_line.get(), run.engine.folder
     if line is None or not line.latest or not any((output / "final").rglob("*.safetensors")):
         return ""
     epochs, wanted = finished_epochs(output), getattr(run.training_config, "max_epochs", None)
-    if epochs is None or not isinstance(wanted, int) or wanted > epochs:
+    if epochs is None or not isinstance(wanted, int):
         return ""
-    return f"This training is finished after {epochs} epochs; nothing was changed. To train on, ask for more --epochs."
+    if wanted <= epochs:
+        return (
+            f"This training is finished after {epochs} epochs; nothing was changed. To train on, ask for more --epochs."
+        )
+    for name, limit in limits_of(output).items():
+        now = run.options.get(name)
+        if isinstance(now, int | float) and now <= limit:
+            option = f"--{name.replace('_', '-')}"
+            return (
+                f"{option} {now:g} has ended this training after {epochs} of {wanted} epochs; nothing was changed. To "
+                f"train on, ask for more than {option} {limit:g}, or leave it out."
+            )
+    return ""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.applied import applied, check_applicable
+from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..engine import seams
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
-from ..engine.evaluation import evaluate, without_adapter
+from ..engine.decoders import without_adapter
+from ..engine.evaluation import evaluate
 from ..engine.models import (
     Handler,
     check_weights,
@@ -122,7 +123,7 @@ def compare(
     null = getattr(handler.model, "null_condition_emb", None)
     if null is not None:
         check_width(dataset, facts.name, int(null.shape[-1]))
-    layers = _layers(handler.model.decoder)
+    layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         check_applicable(report.adapter, loaded, facts.name)
@@ -156,13 +157,6 @@ def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> R
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
     check_applicable(report.adapter, shapes, model)
     return report
-
-
-def _layers(decoder: torch.nn.Module) -> dict[str, Any]:
-    """The decoder's linear layers by name, before anything wraps them."""
-    import torch
-
-    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
 
 
 def _module(trainer: Any, handler: Handler) -> Any:

@@ -85,7 +85,7 @@ class History:
         every: epochs between validations.
         patience: validations without a better one after which the training stops; None: never.
         losses: by epoch, shape [songs, timesteps, conditions], float64.
-        steps: training steps by epoch.
+        lost: epochs whose adapter is in no checkpoint any more, so none of them can be the best.
         times: when each validation of this run ended, and how long it took, in seconds.
     """
 
@@ -98,7 +98,7 @@ class History:
     every: int
     patience: int | None
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    steps: dict[int, int] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
     times: list[tuple[float, float]] = field(default_factory=list)
     warned: bool = False
     apart: bool = False
@@ -137,7 +137,7 @@ class History:
     @property
     def best(self) -> int | None:
         """The epoch with the lowest mean, the first of several; None before the first validation with a finite loss."""
-        finite = [epoch for epoch in self.trained if math.isfinite(self.mean(epoch))]
+        finite = [epoch for epoch in self.trained if epoch not in self.lost and math.isfinite(self.mean(epoch))]
         return min(finite, key=lambda epoch: (self.mean(epoch), epoch), default=None)
 
     @property
@@ -145,30 +145,43 @@ class History:
         """Validations since the best one."""
         return sum(epoch > (self.best or 0) for epoch in self.trained)
 
+    @property
+    def over(self) -> bool:
+        """Whether patience has ended the training."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def is_of(self, other: History, epoch: int) -> bool:
+        """Whether another history has measured the same adapter as this one after an epoch: no bit of it differs."""
+        import torch
+
+        return epoch in self.losses and epoch in other.losses and torch.equal(self.losses[epoch], other.losses[epoch])
+
     # -- judging -----------------------------------------------------------------------------------------------------
 
-    def judge(self, validation: Validation, steps: int) -> Verdict:
+    def judge(self, validation: Validation) -> Verdict:
         """Add a validation and say what follows from it. Raises Refusal when the model itself has no loss."""
         epoch = validation.epoch
-        self.losses[epoch], self.steps[epoch] = validation.losses, steps
+        self.losses[epoch] = validation.losses
         self.times.append((time.monotonic(), validation.seconds))
         if epoch == 0:
             self._check_baseline()
             return Verdict(lines=(self._first_line(),), log=self._log(0))
         best = self.best == epoch
-        stop = self.patience is not None and self.waited >= self.patience
         lines = [self._line(epoch)]
         if not math.isfinite(self.mean(epoch)):
             lines = [] if self.warned else [self._warning(epoch)]
             self.warned = True
         elif (note := self._parting(epoch)) is not None:
             lines.append(note)
-        if stop:
-            lines.append(
-                f"Validation: not better than epoch {self.best} for {self.waited} validations (--patience "
-                f"{self.patience}), so the training stops here"
-            )
-        return Verdict(best=best, stop=stop, lines=tuple(lines), log=self._log(epoch))
+        return Verdict(best=best, stop=self.over, lines=tuple(lines), log=self._log(epoch))
+
+    def why_over(self) -> str:
+        """Why patience has ended the training, in a line."""
+        count = "1 validation" if self.waited == 1 else f"{self.waited} validations"
+        return (
+            f"Validation: not better than epoch {self.best} for {count} (--patience {self.patience}), so the training "
+            "stops here"
+        )
 
     def _check_baseline(self) -> None:
         for name, losses in zip(self.songs, self.losses[0], strict=True):
@@ -240,12 +253,11 @@ class History:
 
     # -- keeping and telling -----------------------------------------------------------------------------------------
 
-    def facts(self, steps: int) -> dict[str, Any]:
-        """For an adapter that is saved after so many training steps."""
+    def facts(self, epoch: int | None) -> dict[str, Any]:
+        """For an adapter that is saved as it was after an epoch; None: it was saved within one."""
         held_out = {} if self.from_folder else {"held_out_songs": len(self.songs)}
         facts: dict[str, Any] = held_out | {"validation_songs": len(self.songs)}
-        epoch = next((epoch for epoch in reversed(self.trained) if self.steps[epoch] == steps), None)
-        if epoch is None or not math.isfinite(self.mean(epoch)):
+        if epoch not in self.trained or not math.isfinite(self.mean(epoch)):
             return facts
         return facts | {
             "validation_epoch": epoch,
@@ -282,25 +294,43 @@ class History:
             "epochs": [entry(epoch) for epoch in sorted(self.losses)],
         }
 
-    def summary(self) -> str:
-        """The end of a training, in one line."""
+    def summary(self, place: str | None) -> str:
+        """The end of a training, in one line.
+
+        Args:
+            place: in which folder of the output folder the best adapter is; None if it is in none.
+        """
         best = self.best
+        if best is None and self.lost:
+            return "Validation: the best adapter of this training is in no checkpoint any more"
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
         told = (
             f"Validation: best epoch {best}, loss {self.mean(best):.4f} ({percent(self.change(best))} vs. no adapter)"
         )
         worse = "; none was better than the model without adapter" if self.change(best) >= 0.0 else ""
-        return f"{told}, in checkpoints/best{worse}. It took {sum(took for _, took in self.times):.3g} s in all"
+        where = f", in {place}" if place else "; its adapter is in no checkpoint"
+        took = f". It took {sum(took for _, took in self.times):.3g} s in all" if self.times else ""
+        return f"{told}{where}{worse}{took}"
 
     def comparable(self, other: History) -> bool:
         """Whether another history has measured the same."""
         mine, theirs = ((h.songs, h.contents, [round(t, 9) for t in h.timesteps], h.conditions) for h in (self, other))
         return mine == theirs
 
+    def differs_from(self, other: History) -> str:
+        """What another history has measured otherwise, in words."""
+        theirs = dict(zip(other.songs, other.contents, strict=True))
+        mine = dict(zip(self.songs, self.contents, strict=True))
+        if changed := sorted(song for song in mine if theirs.get(song, mine[song]) != mine[song]):
+            return f"other contents of {', '.join(changed[:5])}"
+        if mine.keys() != theirs.keys():
+            return f"other songs ({', '.join(sorted(theirs)[:5])})"
+        return "other timesteps or conditions" if mine == theirs else "songs in another order"
+
     def take_over(self, before: History) -> None:
         """Go on where an earlier run of this training was."""
-        self.losses, self.steps = dict(before.losses), dict(before.steps)
+        self.losses, self.lost = dict(before.losses), set(before.lost)
         self.warned, self.apart = before.warned, before.apart
 
     def as_state(self) -> dict[str, Any]:
@@ -313,7 +343,7 @@ class History:
             "null_share": self.null_share,
             "conditions": list(self.conditions),
             "losses": dict(self.losses),
-            "steps": dict(self.steps),
+            "lost": sorted(self.lost),
             "warned": self.warned,
             "apart": self.apart,
         }
@@ -332,7 +362,7 @@ class History:
                 every=1,
                 patience=None,
                 losses={int(epoch): losses for epoch, losses in state["losses"].items()},
-                steps={int(epoch): int(steps) for epoch, steps in state["steps"].items()},
+                lost={int(epoch) for epoch in state.get("lost", ())},
                 warned=bool(state["warned"]),
                 apart=bool(state["apart"]),
             )

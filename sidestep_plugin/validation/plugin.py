@@ -12,6 +12,7 @@ to the model without adapter, never alone: overfitting shows at high t first.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any, Final
 
 import click
 
+from ..adapters.staging import published, staged
 from ..errors import Refusal
 from ..files import room
 from ..hookspecs import hookimpl
 from ..options import Place, SongsOrShare, WholeNumber
-from ..run import ModelFacts, Run
+from ..run import ModelFacts, ResumePoint, Run
 from ..songs.dataset import inspect_dataset, songs_in
 from ..songs.fit import check_songs
 from ..songs.values import check_values, hash_of
@@ -102,11 +104,9 @@ def engine_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_
 def acestep_run_started(run: Run) -> None:
     """Refuse a validation that cannot be done. On the command line this has been checked already."""
     _check_settings(run.options, run.training_config)
-    if _wanted(run.options) and run.tensor_dir is not None:
-        if run.options["validation_dir"] is not None:
-            facts = ModelFacts.from_model(run.model)
-            _check_folder(run.options["validation_dir"], facts, mask_nan=bool(run.options["mask_nan"]))
-        _validated_songs(run)
+    if run.options["validation_dir"] is not None and run.tensor_dir is not None:
+        facts = ModelFacts.from_model(run.model)
+        _check_folder(run.options["validation_dir"], facts, mask_nan=bool(run.options["mask_nan"]))
 
 
 def _check_settings(options: Mapping[str, Any], training_config: Any) -> None:
@@ -122,7 +122,7 @@ def _check_settings(options: Mapping[str, Any], training_config: Any) -> None:
             "--validate holds songs of the dataset out, --validation-dir validates on songs of another folder. Leave "
             "one of them out."
         )
-    if wanted and getattr(training_config, "val_split", 0.0):
+    if wanted and getattr(training_config, "val_split", None):
         raise Refusal(
             "--val-split is ACE-Step's own validation: with new noise and new timesteps each time, for LoRA only, and "
             "it changes the training. --validate and --validation-dir use the same songs, noise and timesteps every "
@@ -145,11 +145,8 @@ def _songs_of(folder: Path | None) -> tuple[Path, ...]:
 
 
 def _validated_songs(run: Run) -> tuple[Path, ...]:
-    """The songs that a run validates on; () for a run that does not. Raises Refusal."""
-    if run.tensor_dir is None or not _wanted(run.options):
-        return ()
-    held_out = engine_hold_out(songs_in(run.tensor_dir), run.options, run.training_config)
-    return tuple(held_out or _songs_of(run.options["validation_dir"]))
+    """The songs that a run validates on; () for a run that does not."""
+    return run.held_out or _songs_of(run.options["validation_dir"])
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def engine_planned(run: Run) -> list[str] | None:
     treatment = treatment_of(run)
     guided = guidance(treatment.variant) == "on" and getattr(run.model, "null_condition_emb", None) is not None
     timesteps = validation_grid(treatment)
-    trained = len(songs_in(run.tensor_dir)) - (0 if run.options["validation_dir"] is not None else len(songs))
+    trained = len(songs_in(run.tensor_dir)) - len(run.held_out)
     epochs = int(getattr(run.training_config, "max_epochs", 1))
     usual, cost = usual_interval(len(songs) * len(timesteps) * (1 + guided), trained, epochs)
     every = run.options["validate_every"] or usual
@@ -183,10 +180,13 @@ def engine_planned(run: Run) -> list[str] | None:
     if before is not None and before.comparable(history):
         history.take_over(before)
     elif before is not None:
-        lines.append("Note: the validations before the checkpoint used other songs or timesteps, and are left out.")
+        lines.append(
+            f"Note: the validations before the checkpoint are left out: they were made with "
+            f"{history.differs_from(before)}."
+        )
     run.state[_KEY] = _Validator(run, songs, history)
     run.best_epoch = history.best
-    run.facts.append(lambda: history.facts(run.steps))
+    run.facts.append(lambda: history.facts(run.engine.epochs_done))
     run.reports.append(lambda: {"validation": history.report()} if history.losses else {})
     run.keeps[_KEPT] = history.as_state
     return lines
@@ -206,16 +206,25 @@ def engine_songs_listed(run: Run, songs: Sequence[Path]) -> None:
 @hookimpl
 def engine_training_began(run: Run) -> list[str]:
     validator: _Validator | None = run.state.get(_KEY)
-    return [] if validator is None or 0 in validator.history.losses else validator.measure(0)
+    if validator is None:
+        return []
+    lines = validator.look_for_best() if run.resuming else []
+    if 0 not in validator.history.losses:
+        lines += validator.measure(0)
+    if run.resuming and validator.history.over:
+        lines.append(validator.finish())
+    return lines
 
 
 @hookimpl
 def engine_epoch_ended(run: Run, epoch: int) -> list[str]:
     validator: _Validator | None = run.state.get(_KEY)
-    last = epoch == getattr(run.training_config, "max_epochs", None)
-    if validator is None or (epoch % validator.history.every and not last):
+    if validator is None:
         return []
-    return validator.measure(epoch, last=last)
+    validator.save_again()
+    if epoch % validator.history.every and not run.engine.ends_after(epoch):
+        return []
+    return validator.measure(epoch)
 
 
 class _Validator:
@@ -229,33 +238,154 @@ class _Validator:
 
     def __init__(self, run: Run, songs: Sequence[Path], history: History) -> None:
         self._run, self.songs, self.history = run, songs, history
+        self._unsaved: ResumePoint | None = None  # the best adapter, while it could not be saved
 
-    def measure(self, epoch: int, *, last: bool = False) -> list[str]:
+    def measure(self, epoch: int) -> list[str]:
         """Evaluate the songs, save the best adapter, end the training when patience is over. Returns lines."""
         run, history, began = self._run, self.history, time.monotonic()
-        losses = run.engine.evaluate(self.songs, history.timesteps, history.conditions, adapter=epoch > 0)
-        verdict = history.judge(Validation(epoch, losses, time.monotonic() - began), run.steps)
+        changed = self._changed()
+        if not changed:
+            losses = run.engine.evaluate(self.songs, history.timesteps, history.conditions, adapter=epoch > 0)
+            changed = self._changed()  # perhaps while they were being read
+        if changed and epoch == 0:
+            raise Refusal(f"{changed}. Put the song back, or start the training again.")
+        if changed:
+            return [
+                f"Warning: no validation after epoch {epoch}: {changed}. The training goes on. To have the next epochs "
+                "validated, put the song back."
+            ]
+        verdict = history.judge(Validation(epoch, losses, time.monotonic() - began))
         run.engine.log(verdict.log, epoch)
         if verdict.best:
             run.best_epoch = epoch
-            run.engine.save_checkpoint(BEST)
-        if verdict.stop and not last:
-            run.engine.finish(self._finish)
-        return list(verdict.lines)
+            self._unsaved = None if run.engine.save_checkpoint(BEST) else run.engine.unsaved()
+        lines = list(verdict.lines)
+        if verdict.stop and not run.engine.ends_after(epoch):
+            lines.append(self.finish())
+        return lines
+
+    def _changed(self) -> str:
+        """The first song that is not the one that the training began with, as half a sentence; "" for none.
+
+        All processes answer as the first one does.
+        """
+        found = ""
+        for song, content in zip(self.songs, self.history.contents, strict=True):
+            try:
+                same = hash_of(song) == content
+                found = "" if same else f"{song.name}, which is validated on, has changed since the training began"
+            except OSError as error:
+                found = f"{song.name}, which is validated on, cannot be read ({error.strerror or error})"
+            if found:
+                break
+        answer: str = self._run.gather(found)[0]
+        return answer
+
+    # -- the best adapter and its files ------------------------------------------------------------------------------
+
+    def save_again(self) -> None:
+        """Save the best adapter if it could not be saved when it was measured. In the first process."""
+        kept, engine = self._unsaved, self._run.engine
+        if kept is None:
+            return
+        try:
+            if engine.save_checkpoint(BEST, kept):
+                self._unsaved = None
+                engine.announce(f"Validation: the best adapter so far, of epoch {kept.epochs}, is in {BEST} now")
+        except Exception as error:  # the training goes on, or has ended in another way
+            engine.announce(
+                f"Warning: the best adapter, of epoch {kept.epochs}, could not be saved: {sentence(error)} "
+                f"{room(engine.folder)}"
+            )
+
+    def look_for_best(self) -> list[str]:
+        """See to it that ``checkpoints/best`` is the best adapter of the training that is resumed. Returns lines.
+
+        The folder may hold that of another course of this training, or be another one than the checkpoint's. Epochs
+        whose adapter is in no checkpoint any more cannot be the best.
+        """
+        history = self.history
+        answer: tuple[set[int], list[str]] = (set(), [])
+        if self._run.ranks.first:
+            answer = self._look()
+        lost, lines = self._run.gather(answer)[0]
+        history.lost |= lost
+        self._run.best_epoch = history.best
+        return list(lines)
+
+    def _look(self) -> tuple[set[int], list[str]]:
+        history, lost = self.history, set[int]()
+        first, target = history.best, self._run.engine.folder / BEST
+        while (best := history.best) is not None and (found := self._place_of(best)) is None:
+            lost.add(best)
+            history.lost.add(best)
+        if first is None or (best == first and found == target):
+            return lost, []
+        lines = []
+        if lost:
+            lines.append(
+                f"Note: the adapter of epoch {first}, the best of this training so far, is in no checkpoint any more. "
+                + ("The next epoch that is validated counts as the best." if best is None else f"Now epoch {best} is.")
+            )
+        if best is not None and found is not None and found != target:
+            try:
+                with staged(target) as stage:
+                    shutil.copytree(found, stage, dirs_exist_ok=True)
+                    with published(stage, target):
+                        pass
+                lines.append(f"Note: {BEST} is a copy of {found} now, the best adapter of this training so far.")
+            except OSError as error:
+                lines.append(f"Warning: {found} could not be copied to {target}: {error.strerror or error}.")
+        return lost, lines
+
+    def _place_of(self, epoch: int) -> Path | None:
+        """The checkpoint with the adapter that was measured after an epoch of this training; None if there is none."""
+        engine = self._run.engine
+        places = [engine.folder / BEST]
+        if (resumed := engine.resumed_from) is not None:
+            resumed = resumed.parent if resumed.name == "adapter" else resumed
+            places += [resumed, resumed.parent / places[0].name, *sorted(resumed.parent.glob(f"epoch_{epoch}*"))]
+        places += sorted(places[0].parent.glob(f"epoch_{epoch}*"))
+        return next((place for place in dict.fromkeys(places) if self._holds(place, epoch)), None)
+
+    def _holds(self, place: Path, epoch: int) -> bool:
+        """Whether a folder is the checkpoint with the adapter that was measured after an epoch of this training."""
+        if not place.is_dir():
+            return False
+        try:
+            point = self._run.engine.read(place)
+            return (point.epochs, point.steps) == (epoch, 0) and self.history.is_of(
+                History.from_state(point.kept[_KEPT]), epoch
+            )
+        except (Refusal, LookupError, TypeError):
+            return False
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> str:
+        """End the training, because patience is over. Returns a line."""
+        self._run.engine.finish(self._finish, {"patience": self.history.waited})
+        return self.history.why_over()
 
     def _finish(self) -> list[str]:
         """Save the finished adapter of a training that patience has ended: the best one, read back, or the newest."""
-        run, lines = self._run, []
-        which, steps = f"the newest adapter, of epoch {self.history.trained[-1]}", run.steps
+        run, history = self._run, self.history
+        best, done, steps = history.best, run.engine.epochs_done, run.steps
+        which = "the newest adapter" if done is None else f"the newest adapter, of epoch {done}"
+        lines = []
         try:
-            try:
-                run.gather(None)  # the first process has saved it by then
-                point = run.engine.read(BEST)
+            run.gather(None)  # the first process has saved it by then
+            self.save_again()
+            place = None if best is None or self._unsaved is not None else self._place_of(best)
+            if (point := self._unsaved) is not None or place is not None:
+                point = run.engine.read(place) if point is None else point
                 run.engine.put(point)
                 which = f"the best adapter, of epoch {point.epochs}"
                 run.steps = point.steps_done or steps
-            except Refusal as refusal:
-                lines.append(f"Warning: the best adapter cannot be read, so final is the newest one. {refusal}")
+            else:
+                lines.append(
+                    f"Warning: the best adapter, of epoch {best}, is in no checkpoint any more, so final is the newest."
+                )
             run.engine.save_weights("final")
         except Exception as error:  # the training is over in any case
             reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {sentence(error)}"
@@ -263,6 +393,15 @@ class _Validator:
         finally:
             run.steps = steps
         return [*lines, f"✅ Training complete: final is {which}. Saved to {run.engine.folder / 'final'}"]
+
+    def summary(self) -> str:
+        """The end of a training in a line; says where the best adapter is, if it is anywhere."""
+        self.save_again()
+        best = self.history.best
+        place = None if best is None or self._unsaved is not None else self._place_of(best)
+        folder = self._run.engine.folder
+        shown = None if place is None else place.relative_to(folder) if place.is_relative_to(folder) else place
+        return self.history.summary(None if shown is None else shown.as_posix())
 
 
 def _announcement(history: History, cost: float) -> str:
@@ -299,6 +438,11 @@ def _resumed(run: Run) -> list[str]:
                 "more. Resume without --validate, or validate on other songs: --validation-dir DIR."
             )
         return []
+    if before.from_folder and run.held_out:
+        raise Refusal(
+            f"The checkpoint was trained on all songs of the folder, and validated on others, so "
+            f"{', '.join(sorted(songs)[:5])} cannot be held out any more. Resume with --validation-dir DIR."
+        )
     names = set(before.songs)
     asked = "--validation-dir DIR" if before.from_folder else f"--validate {len(names)}"
     if not before.from_folder and names != (songs if run.options["validate"] else set()):
@@ -327,7 +471,11 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     if validator is None or not validator.history.trained:
         return None
     history = validator.history
-    lines = [history.summary()] if ending != "failed" else []
+    lines = []
+    if ending == "failed":
+        validator.save_again()
+    else:
+        lines.append(validator.summary())
     if importlib.util.find_spec("matplotlib") is not None:
         from .picture import PICTURE_NAME, picture
 
@@ -335,5 +483,6 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
             save_picture(picture(history), folder / PICTURE_NAME)
         except OSError as error:
             return [*lines, f"Warning: no picture could be written to {folder}: {error.strerror or error}."]
-        lines = [f"{line}. Picture: {folder / PICTURE_NAME}" for line in lines]
+        if lines:
+            lines[-1] += f". Picture: {folder / PICTURE_NAME}"
     return lines or None

@@ -73,7 +73,7 @@ def cards(tmp_path, monkeypatch):
 def test_every_file_of_the_package_can_be_read_and_is_in_the_docs():
     for file in CARDS.glob("*.json"):
         assert reading.read(file).trainings, file
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/measured_table.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/tools/measured_table.py"
 
 
 def test_nothing_is_said_while_nothing_is_measured(cards):

@@ -7,10 +7,8 @@ import importlib.metadata
 import pytest
 import torch
 
-from sidestep_plugin import hookimpl
 from sidestep_plugin.adapters.inspection import inspect_adapter
-from sidestep_plugin.engine.wrappers import compiled_modules
-from sidestep_plugin.run import MemoryPlan
+from sidestep_plugin.memory import compiling
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch")
 
@@ -27,7 +25,7 @@ def backend(monkeypatch):
     """Replace the compiler, which takes minutes, by a function that is given each graph."""
 
     def use(function):
-        monkeypatch.setattr(compiled_modules, "BACKEND", function)
+        monkeypatch.setattr(compiling, "BACKEND", function)
 
     return use
 
@@ -107,16 +105,6 @@ def test_without_lightning_it_is_refused(trainer, train, monkeypatch):
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     done = train("base", options={"compile": True})
     assert "--compile needs Lightning" in done.messages[-1] and not done.losses
-
-
-def test_a_plan_names_modules_that_are_there(train):
-    class Planner:
-        @hookimpl
-        def engine_plan_memory(self):
-            return MemoryPlan(compiled=frozenset({"no.such.block"}))
-
-    done = train("base", plugins=(), extra_plugins={"planner": Planner()})
-    assert "Plugin 'planner' compiles 'no.such.block' in engine_plan_memory" in done.messages[-1]
 
 
 @pytest.mark.slow

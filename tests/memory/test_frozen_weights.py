@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.run import MemoryPlan
 
 LINEAR = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
 
@@ -61,7 +60,7 @@ def needs_cast(messages_or_lines):
 @pytest.mark.parametrize("model", ["base", "turbo"])
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 1, "gradient_accumulation_steps": 4, "max_epochs": 3}])
 def test_a_lora_is_the_same_bit_for_bit(train, bf16, equal_bits, capsys, model, settings):
-    plain = train(model, handler=bf16(model), options={"frozen_weights": "fp32"}, **settings)
+    plain = train(model, handler=bf16(model), options={"base_weights": "fp32"}, **settings)
     types = Types()
     saved = train(model, handler=bf16(model), extra_plugins={"types": types}, **settings)
     needs_cast(capsys.readouterr().out.splitlines())
@@ -131,9 +130,9 @@ def _noting(hosts):
 def test_said_what_cannot_be_had_stops_the_run(trainer, train, monkeypatch):
     handles = []
     monkeypatch.setattr("sidestep_plugin.engine.host.Host.start", _noting(handles))
-    result = train("base", options={"frozen_weights": "bf16"})
+    result = train("base", options={"base_weights": "bf16"})
     assert isinstance(handles[0].refusal, Refusal), "a refusal, and not a training that failed"
-    assert "--frozen-weights bf16: no frozen weight can stay in bf16" in result.messages[-1] and not result.tensors
+    assert "--base-weights bf16: no frozen weight can stay in bf16" in result.messages[-1] and not result.tensors
 
 
 def test_afterwards_the_network_is_as_upstream_left_it(trainer, train, load, require_kind):
@@ -152,32 +151,6 @@ def test_resuming_equals_going_through(train, bf16, equal_bits, kind):
     rest = train("base", kind, handler=bf16(), max_epochs=4, resume_from=str(checkpoint))
     assert whole.tensors.keys() == rest.tensors.keys()
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
-
-
-def test_a_plugin_returns_a_plan(train):
-    class Planner:
-        @hookimpl
-        def engine_plan_memory(self, run):
-            return ["everything"]
-
-    result = train("base", plugins=(), extra_plugins={"planner": Planner()})
-    assert "Plugin 'planner' returned a list from engine_plan_memory, expected a MemoryPlan." in result.messages[-1]
-
-
-def test_a_plan_is_applied_without_sidestep(train, bf16, capsys):
-    class Planner:
-        @hookimpl
-        def engine_plan_memory(self, decoder):
-            names = [name for name, weight in decoder.named_parameters() if name.endswith("base_layer.weight")]
-            return MemoryPlan(kept=frozenset(names), lines=("planned",), outcome=lambda saved: [f"saved {saved}"])
-
-    types = Types()
-    train("base", handler=bf16(), plugins=(), extra_plugins={"planner": Planner(), "types": types}, max_epochs=1)
-    out = capsys.readouterr().out
-    assert "planned" in out
-    if "saved None" not in out:
-        kept = [name for name, (_, dtype) in types.frozen.items() if dtype is torch.bfloat16]
-        assert kept and all(name.endswith("base_layer.weight") for name in kept)
 
 
 # -- gradients that are not finite -----------------------------------------------------------------------------------

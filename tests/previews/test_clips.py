@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
+from sidestep_plugin.previews.clip_files import playable, write_wav
 from sidestep_plugin.previews.decoding import decode, load_vae, rate_of
 from sidestep_plugin.previews.making import open_table, write_row
 from sidestep_plugin.previews.page import page, write_page
 from sidestep_plugin.previews.settings import PreviewSettings
 from sidestep_plugin.previews.table import Row, Table, clip_names, read_table
-from sidestep_plugin.previews.wav import playable, write_wav
 from sidestep_plugin.run import Clip
 
 NAMES = ["plain", 'a "quoted" <song> & ümlaut', "../../outside"]

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from preview_parts import HOP, moved_a_little, write_tiny_vae
+from sidestep_plugin.previews.undisturbed import adapter_off
 from upstream.test_real_models import FILES, TINY, TINY_XL
 
 from sidestep_plugin.previews.conditions import Conditions, look_at, read_conditions, read_silence, silent_context
 from sidestep_plugin.previews.generation import euler, generate, noise_for, own_arguments
 from sidestep_plugin.previews.settings import PreviewSettings
-from sidestep_plugin.previews.undisturbed import adapter_off
 
 pytestmark = pytest.mark.upstream
 

@@ -19,7 +19,7 @@ def history():
 
 def judged(history, epoch, by_t, without=(2.0,) * 4):
     losses = torch.tensor([list(zip(by_t, without, strict=True))], dtype=torch.float64)
-    return history.judge(Validation(epoch, losses, 0.0), steps=epoch)
+    return history.judge(Validation(epoch, losses, 0.0))
 
 
 def notes(verdict):

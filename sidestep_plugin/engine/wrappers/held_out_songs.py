@@ -1,4 +1,4 @@
-"""The list of songs to train on: what a plugin holds out for validation is taken off it."""
+"""The list of songs to train on: what is held out of this training is taken off it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Refusal
 from ..current import running_training
-from ..holding_out import held_out
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -24,18 +23,22 @@ def wrap_setup(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
         if training is None:
             return result
         try:
+            # Upstream may name a file in another way, through a link for example.
+            out = {song.resolve() for song in training.run.held_out}
             songs = [Path(path) for path in getattr(self.train_dataset, "valid_paths", ())]
-            out = set(held_out(host.registry, songs, host.options, training.run.training_config)) if songs else set()
-            host.registry.call(
-                "engine_songs_listed", run=training.run, songs=[song for song in songs if song not in out]
-            )
+            left = [song for song in songs if song.resolve() not in out]
+            if songs and not left:
+                raise Refusal(
+                    f"All {len(songs)} songs that ACE-Step lists here are held out for validation. Hold out fewer."
+                )
+            host.registry.call("engine_songs_listed", run=training.run, songs=left)
         except Refusal as refusal:  # upstream reports it as a failure
             host.refusal = refusal
             raise
         if out:
             for name in ("sample_paths", "valid_paths"):
                 paths = getattr(self.train_dataset, name)
-                paths[:] = [path for path in paths if Path(path) not in out]
+                paths[:] = [path for path in paths if Path(path).resolve() not in out]
         return result
 
     return setup

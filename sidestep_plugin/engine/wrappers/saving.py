@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ..weights import check_finite
 
 if TYPE_CHECKING:
     from ..host import Host
+    from ..journal import Journal
 
 
 def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
@@ -46,7 +47,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         try:
             if journal is not None:
                 check_finite(run)
-            point = None if journal is None or final else journal.here(run)
+            point = None if journal is None or final else journal.holds or journal.here(run)
             if not run.ranks.first:  # of several processes one saves; the others only say where they are
                 if journal is not None:
                     journal.finished = journal.finished or final
@@ -66,7 +67,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                         destination=folder / weights.relative_to(stage),
                         folder=stage,
                         adapter_type=kind,
-                        epoch=call.arguments.get("epoch"),
+                        epoch=_epoch(call.arguments, journal),
                         global_step=call.arguments.get("global_step"),
                         resume_point=point,
                     )
@@ -78,7 +79,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             if journal is None or journal.ending or final:
                 raise
             # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
-            journal.unsaved = True
+            journal.unsaved, journal.not_saved = True, point
             host.announce(
                 f"Warning: {folder} could not be saved: {sentence(error)} {room(folder)} The training goes on."
             )
@@ -88,10 +89,17 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             # Fewer epochs than were asked for, when a plugin has ended the training.
             epochs = journal.epochs_begun or getattr(run.training_config, "max_epochs", None)
             if final and isinstance(epochs, int):
-                host.registry.call("engine_final_saved", run=run, epochs=epochs)
+                limits = {} if training is None or training.ending is None else training.limits
+                host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
     return save
+
+
+def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:
+    """Epochs done: as upstream's function was told, else as the journal knows."""
+    epoch = said.get("epoch")
+    return epoch if epoch is not None or journal is None else journal.epochs_done
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from functools import partial, wraps
@@ -16,6 +15,7 @@ from ..answers import described
 from ..current import Training, command_line, running_training
 from ..ending import saved_after, summed_up
 from ..epochs import began, ended
+from ..holding_out import held_out
 from ..journal import Journal
 from ..processes import (
     SharedState,
@@ -28,6 +28,7 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
+from ..sameness import of_the_loaded_model, of_the_plugins, of_the_songs, of_the_trainer
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -76,12 +77,14 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 return
             if point is not None:  # our own resume has taken its place
                 call.arguments.pop("resume_from", None)
-            if training.state is not None and "training_state" in signature.parameters:
+            if "training_state" not in signature.parameters:
+                training.state = None  # nobody would look at it, so nothing ends this training early
+            elif training.state is not None:
                 call.arguments["training_state"] = training.state
             yield from _followed(host, training, original(*call.args, **call.kwargs))
         finally:
-            while training is not None and training.at_end:
-                training.at_end.pop()()
+            if training is not None:
+                training.at_end.close()
 
     return train_from_preprocessed
 
@@ -93,31 +96,43 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     check_started(training.plan)
     if run.ranks.several:
         check_engine(host.trainer)
-        join(_device_of(trainer).type)
+        join(_device_of(trainer).type, host.announce)
         run.exchange = gather
         training.state = SharedState({} if training.state is None else training.state, host.announce)
     elif training.state is None and host.keeps_journal:
         training.state = {}  # with which a plugin ends it
     host.ask_and_announce("engine_opening", run=run)
+    run.held_out = _held_out(host, run)
     host.start(run)
-    point = _point(host, run, resume_from) if resume_from and host.resumes else None
+    point = _point(host, training, resume_from) if resume_from and host.resumes else None
     training.journal = _journal(host, training, point)
     if point is not None:
-        run.resuming, run.kept = True, point.kept
-    host.ask_and_announce("engine_planned", run=run)
+        run.resuming, run.kept, run.saves = True, point.kept, max(run.saves, point.save_number)
+    if point is None or not point.finished:
+        host.ask_and_announce("engine_planned", run=run)
     if run.ranks.several:
-        check_agreement(_same_everywhere(run, point, training.plan))
+        check_agreement(_same_everywhere(host, run, point, training.plan))
     return point
 
 
-def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
+def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
+    """The songs that are not trained on: decided on the command line already, or here. Raises Refusal."""
+    if (line := command_line.get()) is not None:
+        return line.held_out
+    songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
+    return held_out(host.registry, songs, host.options, run.training_config) if songs else ()
+
+
+def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
     settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
     settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
-        "number of songs": len(songs),
-        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        **of_the_trainer(host.trainer),
+        **of_the_loaded_model(run.model),
+        **of_the_songs(run.tensor_dir),
+        **of_the_plugins(host.registry),
+        "list of held-out songs": sorted(song.name for song in run.held_out),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
         **{f"value of {name}": repr(value) for name, value in settings.items()},
@@ -155,8 +170,9 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
                 report = next(running, None)
                 if getattr(training.trainer, "fabric", None) is None:  # the engine tells by its log
                     ended(host, training)
-            except Refusal as refusal:
-                report = (step, loss, f"❌ {refusal}")
+            except Exception as error:  # upstream reports what is raised within its own loop
+                told = str(error) if isinstance(error, Refusal) else f"Training failed: {type(error).__name__}: {error}"
+                report = (step, loss, f"❌ {told}")
                 running.close()
             finally:
                 running_training.reset(token)
@@ -201,11 +217,11 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
         running.close()
         if training.state is not None and training.ending is not None:
             training.state["should_stop"] = False  # in the app it says that somebody has pressed stop
-        if journal is not None:
-            journal.scheduler = None  # it references the optimizer and so every trained tensor
+        if journal is not None:  # these reference the optimizer and so every trained tensor
+            journal.scheduler = journal.holds = journal.not_saved = None
 
 
-def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
+def _point(host: Host, training: Training, folder: str | Path) -> ResumePoint | None:
     """Ask the plugins where to resume; None leaves resuming to upstream. Raises Refusal."""
     guard = getattr(host.trainer, "safe_path", None)
     try:
@@ -216,7 +232,8 @@ def _point(host: Host, run: Run, folder: str | Path) -> ResumePoint | None:
             f"The checkpoint {folder} is outside the folders that ACE-Step may read. Copy it into the "
             "checkout's folder, or resume on the command line: acestep-train --resume-from."
         ) from None
-    for plugin, point in host.registry.call("engine_resume", run=run, folder=Path(folder)):
+    training.resumed_from = Path(folder)
+    for plugin, point in host.registry.call("engine_resume", run=training.run, folder=training.resumed_from):
         if not isinstance(point, ResumePoint):
             raise PluginError(
                 f"Plugin {plugin!r} returned {described(point)} from engine_resume, expected a ResumePoint."

@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of what plugin authors use: ``python tests/api_reference.py``.
+"""Writes docs/api.md from the docstrings of what plugin authors use: ``python tests/tools/api_reference.py``.
 
 tests/test_api_reference.py fails when the page is not what this writes.
 """
@@ -15,7 +15,7 @@ from reference import markdown, signature_of
 import sidestep_plugin
 from sidestep_plugin import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "api.md"
 
 RECEIVED = {
@@ -46,7 +46,7 @@ INTERNAL = {
 
 HEAD = """# API
 
-Made from the docstrings by `python tests/api_reference.py`. The hooks themselves are in [Hooks](hooks.md);
+Made from the docstrings by `python tests/tools/api_reference.py`. The hooks themselves are in [Hooks](hooks.md);
 [Write a plugin](write-a-plugin.md) shows how to use them.
 
 ## What is public, and how it will change

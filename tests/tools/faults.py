@@ -1,7 +1,7 @@
 """Bad days, on purpose: kills whole trainings at random moments, fills the disk, locks folders, cuts files off.
 
-    python tests/faults.py                 all of it, 200 kills: some minutes
-    python tests/faults.py --kills 20      fewer
+    python tests/tools/faults.py                 all of it, 200 kills: some minutes
+    python tests/tools/faults.py --kills 20      fewer
 
 After every fault it looks whether each checkpoint that was reported as saved is there and whole, resumes the training,
 and compares the finished adapter with that of a training nothing happened to: they have to be the same bit for bit.
@@ -291,7 +291,7 @@ class Faults:
 
 def readable_by_others() -> bool:
     """Whether another user could look into what this one runs; everything else has been imported by then."""
-    places = (sysconfig.get_path("purelib"), str(Path(__file__).parent.parent))
+    places = (sysconfig.get_path("purelib"), str(Path(__file__).parents[2]))
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Shows that the tests can fail: ``python tests/mutations.py`` breaks a copy of the project in one way after another.
+"""Shows that the tests can fail: ``python tests/tools/mutations.py`` breaks a copy of the project in many ways.
 
 Each mutation is a mistake that would train wrongly without anybody noticing. For each the named tests are run on the
 broken copy and must fail; a mutation that they pass, or whose text is no longer in the code, ends with exit code 1.
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a song from RAM although its file changed",
-        "sidestep_plugin/engine/wrappers/song_reading.py",
+        "sidestep_plugin/memory/song_cache.py",
         "(kept.state, kept.written) == (state, writes(counted(kept.song)))",
         "kept.written == writes(counted(kept.song))",
         "tests/memory/test_song_cache.py::test_a_file_that_changes_is_read_again",
     ),
     Mutation(
         "a song from RAM that somebody wrote to",
-        "sidestep_plugin/engine/wrappers/song_reading.py",
+        "sidestep_plugin/memory/song_cache.py",
         "(kept.state, kept.written) == (state, writes(counted(kept.song)))",
         "kept.state == state",
         "tests/memory/test_song_cache.py::test_a_song_that_somebody_wrote_to_is_read_again",
@@ -67,15 +67,15 @@ MUTATIONS = [
     ),
     Mutation(
         "quantized layers that stay in the model",
-        "sidestep_plugin/engine/wrappers/replaced_modules.py",
-        "        if command_line.get() is None:",
+        "sidestep_plugin/memory/replaced_modules.py",
+        "        if not run.engine.ends_the_program:",
         "        if False:",
         "tests/memory/test_quantization.py::test_a_training_with_quantized_weights",
     ),
     Mutation(
         "compiled blocks that stay compiled",
-        "sidestep_plugin/engine/wrappers/compiled_modules.py",
-        "    training.at_end.append(partial(_undo, modules))\n",
+        "sidestep_plugin/memory/compiled_modules.py",
+        "    run.engine.at_end(partial(_undo, modules))\n",
         "",
         "tests/memory/test_compiling.py::test_a_training_with_compiled_blocks",
     ),
@@ -109,9 +109,10 @@ MUTATIONS = [
     ),
     Mutation(
         "validated before the epoch's last optimizer step",
-        "sidestep_plugin/engine/wrappers/engine.py",
-        "                training.validation.behind_the_engine = True",
-        "                pass",
+        "sidestep_plugin/engine/journal.py",
+        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
+        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
+        "            self.ends()\n",
         "tests/validation/test_validating.py::test_best_has_the_weights_that_were_measured",
     ),
     Mutation(
@@ -123,8 +124,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/ending.py",
-        "            put_weights(run, point)\n",
+        "sidestep_plugin/engine/services.py",
+        "        put_weights(self._training.run, point)\n",
         "",
         "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
@@ -210,9 +211,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the sampler left unpatched",
-        "sidestep_plugin/engine/attachment.py",
-        "            yield trainer, SAMPLER, partial(wrap_sampler, host)",
-        "            pass",
+        "sidestep_plugin/engine/seams.py",
+        '        hooks=("acestep_sample_timesteps", EVALUATE),',
+        "        hooks=(EVALUATE,),",
         "tests/test_promises.py::test_base_and_sft_are_trained_at_continuous_times",
     ),
     Mutation(
@@ -297,8 +298,8 @@ MUTATIONS = [
     Mutation(
         "the losing sampler is asked",
         "sidestep_plugin/registry.py",
-        "for name, plugin in implementing if name == self.wins",
-        "for name, plugin in implementing if name != self.wins",
+        "for name in implementing if owner_of(name) == self.wins",
+        "for name in implementing if owner_of(name) != self.wins",
         "tests/test_plugins_of_others.py",
     ),
     Mutation(
@@ -366,14 +367,14 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpointing that loses the gradients",
-        "sidestep_plugin/engine/checkpointing.py",
+        "sidestep_plugin/memory/checkpointing.py",
         "use_reentrant=False",
         "use_reentrant=True",
         "tests/memory/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",
     ),
     Mutation(
         "checkpointing whose second pass draws other numbers",
-        "sidestep_plugin/engine/checkpointing.py",
+        "sidestep_plugin/memory/checkpointing.py",
         "use_reentrant=False",
         "use_reentrant=False, preserve_rng_state=False",
         "tests/memory/test_gradient_checkpointing.py::test_on_and_off_are_the_same_bit_for_bit",

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/measured.md from ``sidestep_plugin/measured/cards``: ``python tests/measured_table.py``."""
+"""Writes the tables of docs/measured.md: ``python tests/tools/measured_table.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sidestep_plugin.measured.reading import Measured, Training, measurements
 
-PAGE = Path(__file__).parent.parent / "docs" / "measured.md"
+PAGE = Path(__file__).parents[2] / "docs" / "measured.md"
 BEGIN, END = "<!-- begin of the tables -->\n", "<!-- end of the tables -->\n"
 NOTHING = "**Not measured yet.** There is no file of any card so far; [add yours](#measure-your-card)."
 SIZES = {"2b": "2B", "xl": "XL", "tiny": "tiny"}

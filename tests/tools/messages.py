@@ -1,4 +1,4 @@
-"""Every message that the program can print, from its code: ``python tests/messages.py``.
+"""Every message that the program can print, from its code: ``python tests/tools/messages.py``.
 
 Errors first (what is raised for the user), then what is printed or announced. Values that are filled in stand in
 braces.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     file
     for folder in ("sidestep_plugin", "hooks")

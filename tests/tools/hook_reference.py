@@ -1,4 +1,4 @@
-"""Writes docs/hooks.md from the specs' docstrings and the examples: ``python tests/hook_reference.py``.
+"""Writes docs/hooks.md from the specs' docstrings and the examples: ``python tests/tools/hook_reference.py``.
 
 tests/test_hook_reference.py fails when the page is not what this writes.
 """
@@ -12,15 +12,15 @@ from reference import markdown, signature_of
 
 from sidestep_plugin import hookspecs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "hooks.md"
 EXAMPLES = ROOT / "tests" / "plugins" / "examples"
 HOOKS = [name for name in vars(hookspecs) if name.startswith("acestep_")]
 
 HEAD = """# Hooks
 
-Made from `sidestep_plugin/hookspecs.py` by `python tests/hook_reference.py`. [Write a plugin](write-a-plugin.md) shows
-how to use them, and [API](api.md) describes the types.
+Made from `sidestep_plugin/hookspecs.py` by `python tests/tools/hook_reference.py`.
+[Write a plugin](write-a-plugin.md) shows how to use them, and [API](api.md) describes the types.
 
 {intro}
 

@@ -1,4 +1,4 @@
-"""Records the guided start in a real terminal: ``python tests/record_guided.py [ROOT SONGS]`` prints what is seen.
+"""Records the guided start in a real terminal: ``python tests/tools/record_guided.py [ROOT SONGS]`` prints it.
 
 Without arguments it uses the stand-in; that recording is in docs/guided.md. Otherwise it uses a checkout's folder and
 a folder of songs below it. The learning rate is given, and high: four epochs of a tiny model are to show a loss that
