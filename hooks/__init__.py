@@ -13,6 +13,7 @@ PLUGINS: Final = (
     ("treatment", "sidestep_plugin.hooks.treatment"),  # which variant a model is, and what follows from it
     ("timesteps", "sidestep_plugin.hooks.timesteps"),  # the timesteps that the variant is trained at
     ("adapters", "sidestep_plugin.adapters.plugin"),  # no other adapter in the model, or in what is saved
+    ("songs", "sidestep_plugin.songs.plugin"),  # how the songs were made, and their trigger word
     # where it trains, and in how much memory and time
     ("several_gpus", "sidestep_plugin.several_gpus.plugin"),  # one process for each GPU
     ("base_weights", "sidestep_plugin.memory.base_weights"),  # their type; quantized before they are compiled

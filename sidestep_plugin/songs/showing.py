@@ -15,7 +15,7 @@ from ..text import counted, shown
 from .dataset import FRAMES_A_SECOND, listed_in, made_for
 from .making import FORMS, PADDED_ROWS, Making, making_of, renew_command
 from .one_song import read_song
-from .song_text import SongText, text_of_song
+from .song_text import SongText, text_of_song, without_trigger
 from .triggers import trigger_of_songs
 from .values import not_finite_in
 from .vocabulary import INSTRUMENTAL
@@ -82,7 +82,9 @@ def look_through(folder: Path) -> ShownFolder:
         Refusal: no such folder, or no songs in it: it is said what there is instead.
     """
     files, missing, outside = listed_in(folder)
-    songs = tuple(_shown(folder, file) for file in dict.fromkeys(files))
+    trigger = trigger_of_songs(folder, files)
+    word = trigger.word if trigger else ""
+    songs = tuple(_shown(folder, file, word) for file in dict.fromkeys(files))
     notes = [f"manifest.json names {name}, which is not there" for name in missing[:5]]
     if len(missing) > 5:
         notes.append(f"manifest.json names {len(missing) - 5} more that are not there")
@@ -94,19 +96,16 @@ def look_through(folder: Path) -> ShownFolder:
     ]
     makings = [song.making for song in songs if song.making is not None]
     notes += _about(makings)
-    if (model := made_for(folder)) is not None:
-        notes.append(f"preprocess_meta.json: preprocessed for {shown(model, 60)}")
     recorded = sorted({making.model for making in makings if making.model})
+    if (model := made_for(folder)) is not None and [model] != recorded:
+        notes.append(f"preprocess_meta.json: preprocessed for {shown(model, 60)}")
     forms = {making.form for making in makings}
     typed = any(song.text.changes for song in songs if song.text and song.making and song.making.form != "generated")
     renew = renew_command(folder, recorded[0] if len(recorded) == 1 else "")
-    trigger = trigger_of_songs(
-        folder, [file for file, song in zip(dict.fromkeys(files), songs, strict=True) if song.making]
-    )
     return ShownFolder(
         folder,
         songs,
-        trigger.word if trigger else "",
+        word,
         tuple(notes),
         renew if forms & {"upstream", "own audio"} or len(forms) > 1 or len(recorded) > 1 or typed else "",
     )
@@ -135,7 +134,7 @@ def _about(makings: Sequence[Making]) -> Iterator[str]:
         )
 
 
-def _shown(folder: Path, file: Path) -> ShownSong:
+def _shown(folder: Path, file: Path, trigger: str) -> ShownSong:
     name = file.relative_to(folder.absolute()).as_posix() if file.is_relative_to(folder.absolute()) else file.name
     name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else name
     song, problem = read_song(file)
@@ -146,11 +145,13 @@ def _shown(folder: Path, file: Path) -> ShownSong:
     metadata = song.get("metadata")
     metadata = metadata if isinstance(metadata, Mapping) else {}
     text = text_of_song(metadata, file.name)
-    wrong = list(_wrong(file, metadata, making, text, frames / FRAMES_A_SECOND))
+    wrong = list(_wrong(file, metadata, making, text, frames / FRAMES_A_SECOND, trigger))
     return ShownSong(name, frames / FRAMES_A_SECOND, making, text, tuple(wrong))
 
 
-def _wrong(file: Path, metadata: Mapping[str, Any], making: Making, text: SongText, seconds: float) -> Iterator[str]:
+def _wrong(
+    file: Path, metadata: Mapping[str, Any], making: Making, text: SongText, seconds: float, trigger: str
+) -> Iterator[str]:
     if making.form == "own audio":
         yield "LoKr mode: the decoder is given the audio that it is to predict, and a training refuses it"
     for found in not_finite_in(file):
@@ -173,7 +174,7 @@ def _wrong(file: Path, metadata: Mapping[str, Any], making: Making, text: SongTe
     caption = str(metadata.get("caption") or "").strip()
     if not caption:
         yield "has no caption"
-    elif _words(caption) == _words(stem):
+    elif _words(without_trigger(caption, trigger)) == _words(stem):
         yield "has no caption of its own, but the file's name"
     if making.form == "upstream" and not making.recorded and len(text.lyrics) > _LETTERS * _LYRICS_ROWS:
         yield f"lyrics of {len(text.lyrics)} letters: their end is cut off, after 512 tokens"

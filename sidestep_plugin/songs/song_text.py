@@ -210,6 +210,11 @@ def holds(caption: str, word: str) -> bool:
     return False
 
 
+def without_trigger(caption: str, word: str) -> str:
+    """A caption without a trigger word that upstream put in front or behind."""
+    return "" if caption == word else caption.removeprefix(f"{word}, ").removesuffix(f", {word}")
+
+
 def _said_by_itself(metadata: Mapping[str, Any], name: str) -> Found:
     values, problems = sidecars.fields_of(metadata, name)
     prepared = metadata.get("prepared")
@@ -547,7 +552,7 @@ def _together(
     before = _own_trigger(candidates, general) or general
     tag = trigger or before
     if trigger and before and sources.get("caption", "").endswith(_ITSELF):
-        bare = _without(caption, before.word)
+        bare = without_trigger(caption, before.word)
         if bare != caption and trigger.word != before.word:
             changes.append(f'the trigger word "{shown(before.word, 60)}" is taken out of the caption')
             caption = bare
@@ -577,11 +582,6 @@ _KNOWN: Final = {
     "timesignature": ", ".join(vocabulary.TIME_SIGNATURES),
     "language": "codes such as en",
 }
-
-
-def _without(caption: str, word: str) -> str:
-    """A caption without a trigger word that upstream put in front or behind."""
-    return "" if caption == word else caption.removeprefix(f"{word}, ").removesuffix(f", {word}")
 
 
 def _own_trigger(candidates: Sequence[Found], general: Trigger | None) -> Trigger | None:

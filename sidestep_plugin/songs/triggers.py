@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import not_a_file
 from ..text import counted, shown
 from .one_song import load_song
 from .song_text import POSITIONS, Trigger, holds, trigger_of
@@ -15,7 +16,7 @@ from .song_text import POSITIONS, Trigger, holds, trigger_of
 def metadata_of(file: Path) -> Mapping[str, Any]:
     """What a song says about itself under "metadata"; empty where it says nothing, or is no song."""
     try:
-        metadata = load_song(file).get("metadata")
+        metadata = {} if not_a_file(file) else load_song(file).get("metadata")  # opening a named pipe would wait
     except Exception:  # torch raises a dozen types for a damaged file, and another check says so
         return {}
     return metadata if isinstance(metadata, Mapping) else {}

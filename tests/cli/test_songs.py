@@ -1,6 +1,7 @@
 """``acestep-train songs``: the table, JSON, and folders without songs."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -127,3 +128,11 @@ def test_python_objects_are_never_loaded_and_that_is_said(tmp_path):
     assert "cannot be read: it holds Python objects, which are not loaded because they can run code: a.pt" in out
     assert "cannot be read: it is empty: b.pt" in out
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+def test_what_is_no_file_is_a_row_and_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    (tmp_path / "b.pt").mkdir()
+    lines = run(tmp_path).stdout.splitlines()
+    assert "- is a named pipe, not a file: a.pt" in lines and "- is a folder, not a file: b.pt" in lines

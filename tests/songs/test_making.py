@@ -224,6 +224,25 @@ def test_what_looks_wrong_with_a_song_is_said(changed, says, tmp_path):
     assert says in wrong_with(tmp_path, **changed)
 
 
+def test_the_files_name_with_a_trigger_word_is_no_caption_of_its_own(tmp_path):
+    (tmp_path / "manifest.json").write_text(
+        '{"metadata": {"custom_tag": "trg"}, "samples": ["a.pt"]}', encoding="utf-8"
+    )
+    says = "has no caption of its own, but the file's name"
+    assert wrong_with(tmp_path, caption="trg, my song", filename="my_song.wav") == [says]
+    assert wrong_with(tmp_path, caption="trg", filename="my_song.wav") == []
+
+
+def test_songs_that_say_their_model_are_refused_by_it_before_a_file_beside_them_is_asked(tmp_path):
+    save(tmp_path, "a.pt", generated("acestep-v15-turbo"))
+    (tmp_path / "preprocess_meta.json").write_text('{"model_variant": "acestep-v15-turbo"}', encoding="utf-8")
+    with pytest.raises(Refusal, match="were prepared with acestep-v15-turbo"):
+        checked(tmp_path)
+    save(tmp_path, "a.pt", song())
+    with pytest.raises(Refusal, match=r"preprocessed for acestep-v15-turbo \(preprocess_meta\.json\).*prepare --renew"):
+        checked(tmp_path)
+
+
 def test_an_instrumental_needs_no_language(tmp_path):
     assert wrong_with(tmp_path, lyrics="[Instrumental]", language=None, is_instrumental=True) == []
 
