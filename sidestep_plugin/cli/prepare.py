@@ -102,7 +102,10 @@ def prepare(
         quiet_upstream()
     try:
         request = _request(audio_dir, output, renew, trigger, trigger_position, dry_run, longest=max_seconds, **asked)
-        _run(request, dry_run)
+        if dry_run:
+            _show(request)
+        else:
+            run_prepare(request)
     except Refusal as refusal:
         if debug:
             raise
@@ -151,13 +154,20 @@ def _request(
     )
 
 
-def _run(request: PrepareRequest, dry: bool) -> None:
-    if dry:
-        from sidestep_plugin.preparing.showing import dry_run
+def _show(request: PrepareRequest) -> None:
+    from sidestep_plugin.preparing.showing import dry_run
 
-        for line in dry_run(request):
-            say(line)
-        return
+    for line in dry_run(request):
+        say(line)
+
+
+def run_prepare(request: PrepareRequest) -> None:
+    """Prepare songs and tell about it.
+
+    Raises:
+        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
+        Unusable: some songs could not be prepared.
+    """
     from sidestep_plugin.preparing.job import prepare as prepare_songs
 
     done = prepare_songs(request, say, _tell)

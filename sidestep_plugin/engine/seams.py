@@ -37,6 +37,7 @@ from .wrappers.engine import wrap_engine
 from .wrappers.gradient_check import wrap_gradient_check
 from .wrappers.held_out_songs import wrap_setup
 from .wrappers.loaders import wrap_loader, wrap_training_loader
+from .wrappers.preprocessing import builder_of, wrap_preprocessing
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
@@ -237,6 +238,14 @@ SEAMS: Final[tuple[Seam, ...]] = (
         optional=True,
         without="keeping songs in RAM",
         owner=_song_list,
+    ),
+    Seam(
+        "DatasetBuilder.preprocess_to_tensors",
+        wrap_preprocessing,
+        hooks=("acestep_run_started",),  # whoever has a plugin
+        optional=True,
+        without="conditions as generated in ACE-Step's own preprocessing",
+        owner=builder_of,
     ),
 )
 """Every seam, in the order in which it is replaced. The path guard is no row: it is in every module that uses it."""
