@@ -47,7 +47,7 @@ from .models import (
 )
 from .output_folder import LATEST, check_undescribed, check_unused, check_writable, checkpoint_to_resume
 from .processes import check_agreement, check_started, in_all, in_turns, join, plan_of, told_by_first, use_own_gpu
-from .sameness import of_the_model, of_the_songs, of_the_trainer
+from .sameness import of_the_model, of_the_options, of_the_plugins, of_the_settings, of_the_songs, of_the_trainer
 from .seams import FINAL, WEIGHT_FILES
 from .wrappers.ending import INTERRUPTED
 
@@ -199,7 +199,8 @@ def _prepared(
     latest = request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
-    check_started(plan_of(registry, options))
+    plan = plan_of(registry, options)
+    check_started(plan)
     _meet(request, say)
     root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
@@ -209,7 +210,13 @@ def _prepared(
     dataset = in_all(lambda: _check_songs(request, model))
     upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
     if ranks().several:
-        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
+        check_agreement(
+            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
+            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
+            | of_the_trainer(upstream.module)
+            | of_the_model(model.folder)
+            | of_the_songs(dataset.folder)
+        )
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
