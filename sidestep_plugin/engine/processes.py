@@ -301,11 +301,11 @@ def _difference(its: Any, value: Any) -> str:
     if not isinstance(its, Mapping) or not isinstance(value, Mapping):
         return f"{its} and not {value}"
     kinds = {
-        "others": [name for name in value if name in its and its[name] != value[name]],
-        "missing": [name for name in value if name not in its],
-        "more": [name for name in its if name not in value],
+        "other contents in": [name for name in value if name in its and its[name] != value[name]],
+        "it lacks": [name for name in value if name not in its],
+        "it also has": [name for name in its if name not in value],
     }
-    return "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -48,7 +48,14 @@ from ..engine.processes import (
     told_by_first,
     use_own_gpu,
 )
-from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
+from ..engine.sameness import (
+    of_the_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -219,7 +226,13 @@ def _prepared(
     dataset = in_all(lambda: _check_songs(request, model))
     upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
     if ranks().several:
-        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
+        check_agreement(
+            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
+            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
+            | of_the_trainer(upstream.module)
+            | of_the_model(model.folder)
+            | of_the_songs(dataset.folder)
+        )
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)

@@ -28,7 +28,14 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
-from ..sameness import of_the_loaded_model, of_the_plugins, of_the_songs, of_the_trainer
+from ..sameness import (
+    of_the_loaded_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -126,8 +133,6 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
-    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
         **of_the_trainer(host.trainer),
         **of_the_loaded_model(run.model),
@@ -136,8 +141,8 @@ def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: Proc
         "list of held-out songs": sorted(song.name for song in run.held_out),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
-        **{f"value of {name}": repr(value) for name, value in settings.items()},
-        **{f"--{name.replace('_', '-')}": repr(value) for name, value in run.options.items() if name not in plan.own},
+        **of_the_settings(run.training_config),
+        **of_the_options(run.options, plan.own),
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 
