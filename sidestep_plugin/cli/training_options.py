@@ -123,7 +123,7 @@ def adapter_and_training_options(
         return click.option(flag, type=kind, metavar=metavar, help=f"{text}  [{told}]")
 
     positive = WholeNumber(1, 10**9)
-    options = (
+    options: tuple[Decorator, ...] = (
         plugin_option(plugin),
         WINS,
         click.option(
