@@ -215,14 +215,13 @@ class _Answer:
 
 def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[DecoderSize, list[str]]:
     """The decoder's size, and notes about where it comes from. Raises Refusal."""
-    from sidestep_plugin.engine.checkout import find_root
-    from sidestep_plugin.engine.models import checkpoint_folder, find_model
+    from sidestep_plugin.engine.models import checkpoints_of, find_model
     from sidestep_plugin.memory.known import GUESSED, XL, known_size
     from sidestep_plugin.memory.sizes import DecoderSize
     from sidestep_plugin.run import ModelFacts
 
     try:
-        folder = find_model(model, checkpoint_folder(checkpoints, find_root(root)))
+        folder = find_model(model, checkpoints_of(checkpoints, root))
     except Refusal:
         size = known_size(model)
         if size is None:

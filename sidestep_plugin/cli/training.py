@@ -70,6 +70,9 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
     """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
     finished = False
+    told_otherwise = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
+    if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
+        told_otherwise += ("Note: --overwrite:", "Note: removed")
     with launch.lock, launch.attachment:
         for line in notes_on_settings(launch):
             progress.say(line)
@@ -79,7 +82,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
                 finished = finished or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
+                elif not message.startswith(told_otherwise):
                     progress.say(message)
         finally:
             progress.end()

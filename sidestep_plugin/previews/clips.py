@@ -13,7 +13,15 @@ from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.layers import Adapter
 from ..engine.checkout import find_root, import_trainer
-from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from ..engine.models import (
+    check_weights,
+    checkpoint_folder,
+    checkpoints_of,
+    find_model,
+    load_model,
+    pick_device,
+    restrict_gpus,
+)
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
@@ -268,7 +276,7 @@ def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path
     if request.checkpoint_dir is not None:
         return request.checkpoint_dir
     try:
-        return checkpoint_folder(None, find_root(request.acestep_root))
+        return checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 
