@@ -42,7 +42,7 @@ from . import (
     song_cache,
     validation,
 )
-from .adapter_metadata import acestep_adapter_saved
+from .adapter_metadata import acestep_adapter_saved, say_trigger
 from .batch import acestep_prepare_batch
 from .compiling import check_compile, plan_compiling
 from .crops import say_crops
@@ -99,6 +99,7 @@ __all__ = [
     "plan_compiling",
     "plan_previews",
     "say_crops",
+    "say_trigger",
     "sum_up_validation",
 ]
 

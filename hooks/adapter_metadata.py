@@ -17,6 +17,9 @@ from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.paths import forget_folders
 from sidestep_plugin.options import Line
 from sidestep_plugin.run import Run, SavedAdapter
+from sidestep_plugin.songs.dataset import songs_in
+from sidestep_plugin.songs.one_song import caption_of
+from sidestep_plugin.text import counted
 
 from .adapter_facts import describe_adapter
 from .model_treatment import other_sampler, treatment_of
@@ -36,6 +39,24 @@ def options() -> list[click.Option]:
             metavar="PROGRAM",
             help="Also save a copy of every adapter for this program: comfyui.",
         ),
+    ]
+
+
+@hookimpl(specname="acestep_run_started")
+def say_trigger(run: Run) -> list[str] | None:
+    """Say it if a trigger is promised that no caption holds: the adapter cannot have learned it."""
+    trigger = run.options["trigger"]
+    if trigger is None or run.tensor_dir is None:
+        return None
+    captions = [caption_of(file) for file in songs_in(run.tensor_dir)]
+    known = [caption.casefold() for caption in captions if caption]
+    words = [word.strip() for word in trigger.casefold().split(",") if word.strip()]
+    unknown = [word for word in words if not any(word in caption for caption in known)]
+    if not unknown or len(known) < len(captions):  # nothing is said of songs whose caption is not known
+        return None
+    return [
+        f"Warning: --trigger: no caption of the {counted(len(known), 'song')} holds {', '.join(map(repr, unknown))}, so "
+        "it will mean nothing to the adapter. Preprocess the songs again with it as their custom tag, or leave it out."
     ]
 
 

@@ -14,7 +14,7 @@ from sidestep_plugin.text import shown
 from sidestep_plugin.variants import VARIANTS
 
 from . import quiet
-from .commands import PluginCommand, echo_json
+from .commands import RefusingCommand, echo_json
 from .plotting import check_plot
 from .terminal import say
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _LONGEST = 40  # characters of an adapter's name in the table
 
 
-@click.command(cls=PluginCommand)
+@click.command(cls=RefusingCommand)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=Place(path_type=Path))
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @click.option("--dataset-dir", required=True, type=FOLDER, metavar="DIR", help="Folder of preprocessed songs.")
@@ -48,7 +48,6 @@ _LONGEST = 40  # characters of an adapter's name in the table
 )
 @click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("--plugin", multiple=True, hidden=True)
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def compare(
     adapters: tuple[Path, ...],
@@ -61,8 +60,6 @@ def compare(
     device: str,
     plot: Path | None,
     as_json: bool,
-    plugins: tuple[str, ...],
-    options: dict[str, Any],
 ) -> None:
     """Compare adapters by their loss on the same songs, at the same timesteps and with the same noise.
 

@@ -211,11 +211,10 @@ def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[Deco
     from sidestep_plugin.memory.known import GUESSED, XL, known_size
     from sidestep_plugin.memory.sizes import DecoderSize
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.models import checkpoint_folder, find_model
+    from sidestep_plugin.trainer.models import checkpoints_of, find_model
 
     try:
-        folder = find_model(model, checkpoint_folder(checkpoints, find_root(root)))
+        folder = find_model(model, checkpoints_of(checkpoints, root))
     except Refusal:
         size = known_size(model)
         if size is None:

@@ -69,15 +69,14 @@ def timesteps(
     from sidestep_plugin.timesteps import shares
     from sidestep_plugin.timesteps.schedule import inference_timesteps
     from sidestep_plugin.timesteps.treatment import law_of
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.models import checkpoint_folder, find_model
+    from sidestep_plugin.trainer.models import checkpoints_of, find_model
     from sidestep_plugin.trainer.rehearsal import rehearse
     from sidestep_plugin.variants import TURBO_SHIFT, TURBO_STEPS
 
     if plot is not None:
         check_plot(plot)
     registry = Registry.load(plugins, wins)
-    folder = find_model(model, checkpoint_folder(checkpoint_dir, find_root(acestep_root)))
+    folder = find_model(model, checkpoints_of(checkpoint_dir, acestep_root))
     rehearsal = rehearse(registry, folder, registry.resolve_options(options))
     schedule = inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
     torch.manual_seed(seed)

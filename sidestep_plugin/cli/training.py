@@ -53,13 +53,16 @@ def _train(request: Request) -> None:
     for line in notes_on_settings(launch):
         progress.say(line)
     failure: str | None = None
+    told_otherwise = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
+    if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
+        told_otherwise += ("Note: --overwrite:", "Note: removed")
     with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
+                elif not message.startswith(told_otherwise):
                     progress.say(message)
         finally:
             progress.end()

@@ -50,6 +50,16 @@ def load_song(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def caption_of(file: Path) -> str:
+    """The caption that a song was preprocessed with; "" for a file without one, or that cannot be read."""
+    try:
+        metadata = load_song(file)["metadata"]
+        caption = metadata["caption"]
+    except Exception:  # torch raises a dozen types for a damaged file
+        return ""
+    return caption if isinstance(caption, str) else ""
+
+
 def frames_in(file: Path) -> int:
     """Number of the last frame that a song's mask shows; 0 for a file that is no song."""
     song, problem = read_song(file)

@@ -23,7 +23,7 @@ from ..songs.fit import check_width
 from ..text import counted
 from ..timesteps.treatment import Treatment, decide_treatment
 from .checkout import find_root, import_trainer
-from .models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from .models import check_weights, checkpoint_folder, checkpoints_of, find_model, load_model, pick_device, restrict_gpus
 from .output_folder import check_writable
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path
     if request.checkpoint_dir is not None:
         return request.checkpoint_dir
     try:
-        return checkpoint_folder(None, find_root(request.acestep_root))
+        return checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 

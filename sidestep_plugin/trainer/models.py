@@ -14,6 +14,7 @@ from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
 from ..text import sentence
 from ..variants import MODEL_ALIASES
+from .checkout import find_root
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,17 @@ def checkpoint_folder(said: Path | None, root: Path) -> Path:
         return Path(at_home(from_environment)) if from_environment else root / "checkpoints"
     except Refusal as refusal:
         raise Refusal(f"Correct $ACESTEP_CHECKPOINTS_DIR, which is {from_environment}: {refusal}") from None
+
+
+def checkpoints_of(said: Path | None, acestep_root: Path | None) -> Path:
+    """The folder of models, for what needs no checkout: it is looked for only if nothing else says where they are.
+
+    Raises:
+        Refusal: nothing says where they are, and there is no checkout.
+    """
+    if said is not None or os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip():
+        return checkpoint_folder(said, Path())
+    return checkpoint_folder(None, find_root(acestep_root))
 
 
 def models_in(checkpoints: Path) -> list[str]:

@@ -313,11 +313,11 @@ def test_the_same_questions_mean_the_same_training(answer, place):
     assert "Training with the plugin sidestep." in seen.text and "Timesteps: continuous" in seen.text
     (command,) = re.findall(r"^  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
     assert command.startswith("--plugin sidestep ")
-    assert facts_of(place / "adapters" / "my songs-base")["epoch"] == 2
+    assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 2
 
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (AGAIN, "resume"), (EPOCHS, "3"), (START, ""), named=())
     assert seen.code == 0, seen.text
-    assert facts_of(place / "adapters" / "my songs-base")["epoch"] == 3
+    assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 3
 
 
 def test_without_a_plugin_on_purpose_is_said_above_the_questions(answer, place):
