@@ -55,7 +55,8 @@ def say_trigger(run: Run) -> list[str] | None:
     if not unknown or len(known) < len(captions):  # nothing is said of songs whose caption is not known
         return None
     return [
-        f"Warning: --trigger: no caption of the {counted(len(known), 'song')} holds {', '.join(map(repr, unknown))}, so "
+        f"Warning: --trigger: no caption of the {counted(len(known), 'song')} holds "
+        f"{', '.join(map(repr, unknown))}, so "
         "it will mean nothing to the adapter. Preprocess the songs again with it as their custom tag, or leave it out."
     ]
 

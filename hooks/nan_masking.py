@@ -16,6 +16,7 @@ from sidestep_plugin.run import Run, Step
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.one_song import MASK_OF
 from sidestep_plugin.songs.values import check_values
+from sidestep_plugin.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def check_song_values(run: Run) -> list[str]:
         return []
     if not hidden:
         return ["Note: --mask-nan changes nothing, all values of all songs are finite."]
-    return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {len(songs)} songs (--mask-nan)"]
+    return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {counted(len(songs), 'song')} (--mask-nan)"]
 
 
 def zeroed(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

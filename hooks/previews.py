@@ -22,7 +22,7 @@ from sidestep_plugin.previews.settings import SECONDS, SEED, SONGS, PreviewSetti
 from sidestep_plugin.previews.table import BASE, FOLDER
 from sidestep_plugin.run import Clip, EpochNews, Run
 from sidestep_plugin.songs.dataset import songs_in
-from sidestep_plugin.text import counted
+from sidestep_plugin.text import counted, sentence
 
 from .model_treatment import treatment_of
 from .training_report import PAUSED
@@ -154,10 +154,10 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
             news = _preview(run, plan, decoder, device, epoch, loss, folder / FOLDER)
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = sentence(str(error) or type(error).__name__)
         news = EpochNews(
             lines=(
-                f"Warning: no preview after epoch {epoch}: {reason}. The training goes on without previews. Clips of "
+                f"Warning: no preview after epoch {epoch}: {reason} The training goes on without previews. Clips of "
                 f"any saved adapter: {_LATER}",
             )
         )

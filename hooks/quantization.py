@@ -18,6 +18,7 @@ from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.run import MemoryPlan, Run
 from sidestep_plugin.songs.dataset import FRAMES_A_SECOND, songs_in
 from sidestep_plugin.songs.one_song import read_song
+from sidestep_plugin.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def plan_base_weights(run: Run, decoder: torch.nn.Module, autocast: torch.dtype 
     def told() -> Sequence[str]:
         after = _loss(run, decoder, autocast)
         run.state[FACTS] = {"base_weights": kind}
-        line = f"Base weights: {kind} instead of {' and '.join(types)} in {len(layers)} layers, "
+        line = f"Base weights: {kind} instead of {' and '.join(types)} in {counted(len(layers), 'layer')}, "
         line += f"{(size - _size(decoder)) / 2**20:,.0f} MiB less (not the same result"
         if before is None or after is None or before <= 0.0:
             return [f"{line})"]

@@ -94,7 +94,7 @@ def acestep_resume(run: Run, folder: Path) -> ResumePoint:
     point, before = checkpoint.point, max(1, len(checkpoint.point.ranks))
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
-            f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
+            f"{checkpoint.folder} was saved later than that ({point.where}), and --epochs is {max_epochs}. "
             "Choose more --epochs."
         )
     divided = before > 1 or run.ranks.several

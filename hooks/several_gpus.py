@@ -16,6 +16,7 @@ from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.options import WholeNumber
 from sidestep_plugin.ranks import Ranks
 from sidestep_plugin.run import ProcessPlan, Run
+from sidestep_plugin.text import counted
 
 _OWN: Final = frozenset({"devices", "nodes", "node_rank", "rendezvous"})
 """Options that say something about one machine; torchrun says it in another way."""
@@ -92,11 +93,11 @@ def _outcome(run: Run, songs: int, steps: int) -> list[str]:
         f"Devices: {count} ({where}one process each); batch {batch} x accumulation {accumulation} x {count} devices = "
         f"{batch * accumulation * count} songs for each optimizer step",
         f"Steps: {steps} per epoch on each device, where one device takes {alone}; the schedule of the learning rate "
-        f"has {updates * int(getattr(config, 'max_epochs', 1))} optimizer steps ({updates} per epoch)",
+        f"has {counted(updates * int(getattr(config, 'max_epochs', 1)), 'optimizer step')} ({updates} per epoch)",
     ]
     if twice := -songs % count:
         lines.append(
-            f"Note: {songs} songs cannot be divided by {count}, so {twice} of them are trained twice in each epoch "
+            f"Note: {songs} songs cannot be divided by {count}, so each epoch trains {twice} of them twice "
             "(others each time)."
         )
     return lines

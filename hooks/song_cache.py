@@ -11,6 +11,7 @@ from sidestep_plugin import hookimpl
 from sidestep_plugin.free_memory import free_memory
 from sidestep_plugin.run import Run
 from sidestep_plugin.songs.dataset import songs_in
+from sidestep_plugin.text import counted
 
 SHARE: Final = 0.5
 """Share of the free memory that the songs may take with ``auto``."""
@@ -58,7 +59,10 @@ def decide_cache(run: Run) -> list[str]:
     if wanted == "off" or not songs or getattr(run.training_config, "max_epochs", None) == 1:
         return []
     if workers := getattr(run.training_config, "num_workers", 0):
-        return [f"Note: songs are not kept in RAM, because {workers} processes read them (--num-workers 0 keeps them)."]
+        return [
+            f"Note: songs are not kept in RAM, because they are read by {counted(workers, 'process')} "
+            "(--num-workers 0 keeps them)."
+        ]
     free = free_memory()
     if wanted == "auto" and free is None:
         return [

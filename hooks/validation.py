@@ -25,6 +25,7 @@ from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 from sidestep_plugin.songs.fit import check_songs
 from sidestep_plugin.songs.held_out import check_apart, choose, number_of
 from sidestep_plugin.songs.values import check_values, hash_of
+from sidestep_plugin.text import counted
 from sidestep_plugin.timesteps.grid import validation_grid
 from sidestep_plugin.timesteps.shares import save_picture
 from sidestep_plugin.variants import guidance
@@ -191,7 +192,7 @@ def acestep_plan_validation(run: Run) -> ValidationPlan | None:
 
 def _announcement(history: History, cost: float) -> str:
     names = ", ".join(history.songs[:3]) + (f" and {len(history.songs) - 3} more" if len(history.songs) > 3 else "")
-    songs = f"{len(history.songs)} {'song' if len(history.songs) == 1 else 'songs'}"
+    songs = counted(len(history.songs), "song")
     where = "of another folder" if history.from_folder else "held out"
     conditions = ", with and without the condition" if len(history.conditions) > 1 else ""
     every = "every epoch" if history.every == 1 else f"every {history.every} epochs and after the last one"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.run import Validation, Verdict
+from sidestep_plugin.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ class History:
             lines.append(note)
         if stop:
             lines.append(
-                f"Validation: not better than epoch {self.best} for {self.waited} validations (--patience "
+                f"Validation: not better than epoch {self.best} for {counted(self.waited, 'validation')} (--patience "
                 f"{self.patience}), so the training stops here"
             )
         return Verdict(best=best, stop=stop, lines=tuple(lines), log=self._log(epoch))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin.options import Place, SongsOrShare
-from sidestep_plugin.text import shown
+from sidestep_plugin.text import counted, shown
 from sidestep_plugin.variants import VARIANTS
 
 from . import quiet
@@ -118,7 +118,7 @@ class _Progress:
         elif self._lively and done == songs:
             click.echo(f"\r{' ' * 30}\r", nl=False, err=self._err)
         elif done == 0:
-            say(f"Evaluating {shown(name, 200)} on {songs} {'song' if songs == 1 else 'songs'} ...", err=self._err)
+            say(f"Evaluating {shown(name, 200)} on {counted(songs, 'song')} ...", err=self._err)
 
 
 def _changes(done: Comparison, condition: int) -> list[list[float]]:
@@ -131,7 +131,7 @@ def _changes(done: Comparison, condition: int) -> list[list[float]]:
 
 
 def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
-    songs = f"{len(done.songs)} {'song' if len(done.songs) == 1 else 'songs'}"
+    songs = counted(len(done.songs), "song")
     lines = [
         f"Loss on {songs} relative to {done.model} without adapter, by t (1 is pure noise). Lower is better.",
         *_notes(done, names),

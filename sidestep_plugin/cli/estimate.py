@@ -11,6 +11,7 @@ import click
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
+from sidestep_plugin.text import counted
 
 from .commands import Command, Unusable, echo_json
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
@@ -143,11 +144,11 @@ class _Answer:
         settings = self.settings
         trained = adapter_parameters(self.size, settings.kind, settings.rank, settings.targets)
         kind = "LoRA" if settings.kind == "lora" else "LoKr"
-        songs = "song" if settings.batch_size == 1 else "songs"
         return [
             f"Model: {self.model}, {self.size.parameters:,} parameters in the decoder",
             f"Adapter: {kind} of rank {settings.rank} on {', '.join(settings.targets)}, {trained:,} parameters",
-            f"Batch: {settings.batch_size} {songs} of {settings.frames / FRAMES_A_SECOND:.0f} s, conditions of "
+            f"Batch: {counted(settings.batch_size, 'song')} of {settings.frames / FRAMES_A_SECOND:.0f} s, "
+            "conditions of "
             f"{settings.tokens} tokens",
             *(f"Note: {note}" for note in self.notes),
             "",

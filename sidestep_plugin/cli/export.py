@@ -9,7 +9,7 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import special_kind
 from sidestep_plugin.options import FiniteFloat, Place
-from sidestep_plugin.text import shown
+from sidestep_plugin.text import counted, shown
 
 from .commands import Unusable
 
@@ -75,4 +75,7 @@ def export(adapter: Path, program: str, output: Path | None, alpha: float | None
         click.echo(f"Left out: {left_out} {noun} nothing.")
     click.echo("Put it into ComfyUI/models/loras and load it with strength 1.0.")
     if (generate := report.generate).shift is not None and not generate.guess:
-        click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")
+        click.echo(
+            f"Generate with shift {generate.shift}, {counted(generate.num_inference_steps, 'step')}, CFG "
+            f"{generate.cfg}."
+        )

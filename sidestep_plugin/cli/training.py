@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sidestep_plugin.ranks import ranks
+from sidestep_plugin.text import counted
 
 from . import quiet
 from .command_line import resuming_line
@@ -53,7 +54,7 @@ def _train(request: Request) -> None:
     for line in notes_on_settings(launch):
         progress.say(line)
     failure: str | None = None
-    told_otherwise = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
+    told_otherwise: tuple[str, ...] = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
     if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
         told_otherwise += ("Note: --overwrite:", "Note: removed")
     with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
@@ -113,7 +114,8 @@ def notes_on_settings(launch: Launch) -> list[str]:
         f"Note: warm-up takes {warmup} of the {total} optimizer steps; the learning rate is below its full value until "
         "then. For a training this short, use a lower --warmup-steps."
         if warmup < total
-        else f"Note: warm-up takes {warmup} optimizer steps, and this training has {total}: it never reaches its full "
+        else f"Note: warm-up takes {counted(warmup, 'optimizer step')}, and this training has {total}: it never "
+        "reaches its full "
         "learning rate. Use a lower --warmup-steps."
     ]
 
@@ -123,7 +125,7 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
     resumable = saved is not None
     if not resumable and progress.began and not launch.request.plugins:
         saved = launch.save_interrupted()
-    say(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+    say(f"Interrupted after {progress.step} of {counted(launch.total_steps, 'step')}.")
     say(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
     if resumable:
         say(f"To resume:\n  {resuming_line(launch.request)}")
@@ -140,5 +142,5 @@ def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
     if facts is not None:
         say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
-            f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
+            f"{counted(facts.get('num_inference_steps'), 'step')}, CFG {guidance(facts.get('model_variant'))}."
         )

@@ -50,7 +50,7 @@ def check_vae(folder: Path) -> None:
     if width != LATENT_CHANNELS or kind != "AutoencoderOobleck":
         raise Refusal(
             f"The VAE in {folder} is an {kind} with {width} channels, expected ACE-Step's AutoencoderOobleck with "
-            f"{LATENT_CHANNELS}. Download it again, or train without --preview-every."
+            f"{LATENT_CHANNELS}. Download it again, or leave previews out."
         )
 
 

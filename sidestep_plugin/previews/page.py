@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from ..files import replacing
+from ..text import counted
 from .table import Row, Table
 
 FILE_NAME: Final = "index.html"
@@ -94,4 +95,4 @@ def _player(clip: str, row: Row, song: str) -> str:
 def _settings(settings: Any) -> str:
     scale = float(settings["guidance"])
     cfg = f"CFG {scale:g}" if scale > 1.0 else "no CFG"
-    return f"{settings['steps']} steps, shift {float(settings['shift']):g}, {cfg}, seed {settings['seed']}"
+    return f"{counted(settings['steps'], 'step')}, shift {float(settings['shift']):g}, {cfg}, seed {settings['seed']}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,8 @@ def check_finite(run: Run) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             rate = getattr(run.training_config, "learning_rate", None)
             raise Refusal(
-                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}). It was not saved, "
+                f"The adapter holds numbers that are not finite after {counted(run.steps, 'step')} ({name}). It "
+                "was not saved, "
                 f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier "
                 "checkpoint."
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..files import not_a_file, stand_in
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def _wrong_tensor(song: dict[str, Any]) -> str:
         if not isinstance(tensor, torch.Tensor):
             return f"no tensor {key}"
         if tensor.dim() != dimensions:
-            return f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
+            return f"{key} has shape {list(tensor.shape)}, expected {counted(dimensions, 'dimension')}"
         if tensor.numel() == 0:
             return f"{key} is empty"
         width = _WIDTHS.get(key, tensor.shape[-1])
@@ -133,7 +134,7 @@ def _wrong_together(song: dict[str, Any]) -> str:
     """What is wrong between tensors: upstream pads the shorter one with zeros, and trains on that."""
     for one, other in _SAME_LENGTH:
         if len(song[one]) != len(song[other]):
-            return f"{one} has {len(song[one])} rows, expected {len(song[other])} as in {other}"
+            return f"{one} has {counted(len(song[one]), 'row')}, expected {len(song[other])} as in {other}"
     for mask in dict.fromkeys(MASK_OF.values()):
         if not bool((song[mask] != 0).any()):
             return f"{mask} is 0 everywhere, expected 1 where there is something to train on"

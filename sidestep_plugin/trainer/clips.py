@@ -100,7 +100,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     before = read_table(output)
     settings, wanted = _settings(request, report, decide_treatment(facts), before)
     dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)
-    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted)]
+    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
     table = _table(output, before, model_folder.name, songs, settings)
     silence, vae_folder = read_silence(model_folder), _vae(request, model_folder)
     restrict_gpus(request.device)
@@ -171,7 +171,7 @@ def _settings(
     settings = PreviewSettings(
         shift=there.get("shift", shift),
         steps=there.get("steps", steps),
-        guidance=guidance_for(treatment.variant, request.cfg)
+        guidance=guidance_for(treatment.variant, request.cfg, "--cfg")
         if request.cfg is not None or not there
         else there["guidance"],
         seed=there.get("seed", SEED) if request.seed is None else request.seed,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError
+from ..text import counted
 from .answers import described
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def held_out(
             )
         if answer and set(answer) >= set(songs):
             raise PluginError(
-                f"Plugin {plugin!r} returned all {len(songs)} songs from acestep_hold_out, expected to leave at least "
+                f"Plugin {plugin!r} returned all {counted(len(songs), 'song')} from acestep_hold_out, expected "
+                "to leave at least "
                 "one to train on."
             )
         return tuple(answer)

@@ -29,7 +29,7 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
-from ..text import sentence
+from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
 from . import seams
@@ -438,12 +438,13 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
         raise _misread(dataset.folder, page, "finds other songs than it names")
     if found not in (0, dataset.songs):
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but ACE-Step would train on {found}: it "
             "leaves out links and manifest entries that lead out of the folder. Put the songs themselves into it."
         )
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: "
+            "it reads the "
             "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
         )
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import Refusal
 from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
-from ..text import sentence
+from ..text import counted, sentence
 from ..variants import MODEL_ALIASES
 from .checkout import find_root
 
@@ -182,7 +182,8 @@ def restrict_gpus(said: str) -> None:
         index = int(said.partition(":")[2])
         if visible and index >= len(visible):
             raise Refusal(
-                f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0. Choose one."
+                f"No {said}: CUDA_VISIBLE_DEVICES shows {counted(len(visible), 'GPU')}, counted from cuda:0. "
+                "Choose one."
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
 
@@ -233,7 +234,8 @@ def load_model(folder: Path, device: torch.device) -> Handler:
     lost = [key for key in missing if key.startswith("decoder.")]
     if lost:
         raise Refusal(
-            f"The weights of {folder.name} lack {len(lost)} tensors of the decoder ({lost[0]}, ...). Download it again."
+            f"The weights of {folder.name} lack {counted(len(lost), 'tensor')} of the decoder ({lost[0]}, ...). "
+            "Download it again."
         )
     if "null_condition_emb" in missing:
         # transformers has filled it with random numbers, which must not be trained on.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import PluginError, Refusal
 from ..ranks import ranks
 from ..run import ProcessPlan
+from ..text import counted
 from .answers import described
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def use_own_gpu(device: torch.device) -> None:
         raise Refusal(f"Several processes cannot share {device}. Use NVIDIA or AMD GPUs, --device cpu, or one process.")
     if here.local_world_size > (count := torch.cuda.device_count()):
         raise Refusal(
-            f"{here.local_world_size} processes were started on this machine, and torch sees {count} GPUs. Start "
+            f"{here.local_world_size} processes were started on this machine, and torch sees "
+            f"{counted(count, 'GPU')}. Start "
             "as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
         )
     torch.cuda.set_device(here.local_rank)

@@ -354,7 +354,7 @@ def test_lost_decoder_weights(refused, model_folder):
     weights = load_file(folder / "model.safetensors")
     del weights[next(key for key in weights if key.startswith("decoder."))]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused("--model", folder, says="lack 1 tensors of the decoder")
+    refused("--model", folder, says="lack 1 tensor of the decoder")
 
 
 def test_songs_of_another_model(refused, checkout):

@@ -17,6 +17,7 @@ from ...resuming.lock import OutputLock
 from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ...songs.lengths import longest
+from ...text import counted
 from ..answers import described
 from ..between_epochs import between_epochs
 from ..checkout import place_of
@@ -90,7 +91,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
                 return
             if point is not None:
                 if (epochs := _finished(host, run)) is not None:
-                    done = f"✅ This training is finished after {epochs} epochs; nothing was changed."
+                    done = f"✅ This training is finished after {counted(epochs, 'epoch')}; nothing was changed."
                     yield 0, 0.0, f"{done} To train on, ask for more --epochs."
                     return
                 call.arguments.pop("resume_from", None)
