@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sidestep_plugin import hookimpl
 from sidestep_plugin.files import replacing
 from sidestep_plugin.run import Run, Step
+from sidestep_plugin.text import counted
 from sidestep_plugin.timesteps.shares import band_of, save_picture
 
 from .cfg_dropout import DROPPED
@@ -188,7 +189,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}, mean of epoch {last} {losses[-1]:.4f}")
     if report["cfg_ratio"] > 0.0 and report["rows"]:
         share = 100 * report["rows_without_condition"] / report["rows"]
-        parts.append(f"{share:.1f} % of {report['rows']} rows without their prompt")
+        parts.append(f"{share:.1f} % of {counted(report['rows'], 'row')} without their prompt")
     if report["seconds_per_step"] is not None:
         parts.append(f"{report['seconds_per_step']:.3g} s per step")
     bands = [

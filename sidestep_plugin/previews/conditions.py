@@ -88,10 +88,10 @@ def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-so
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in by_name]
     if unknown or not names:
-        listed = ", ".join(file.stem for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        listed = ", ".join(file.stem for file in files[:5]) + (", ..." if len(files) > 5 else ".")
         raise Refusal(
             f"{option}: no song is named {unknown[0] if unknown else wanted!r}. Expected a number, or names "
-            f"with commas between: {listed}."
+            f"with commas between: {listed}"
         )
     return list(dict.fromkeys(by_name[name] for name in names))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import at_home, read_json_object
+from ..text import sentence
 from .conditions import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ def check_vae(folder: Path) -> None:
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device."""
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device.
+
+    Raises:
+        Refusal: it is a VAE of another kind, or its files cannot be read.
+    """
     import torch
 
     check_vae(folder)
@@ -67,7 +72,12 @@ def load_vae(folder: Path, device: torch.device) -> Any:
         from diffusers import AutoencoderOobleck
 
         load: Any = AutoencoderOobleck.from_pretrained  # diffusers has no types for it
-        vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
+        try:
+            vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # diffusers and safetensors raise a dozen types for damaged files
+            raise Refusal(f"The VAE in {folder} cannot be loaded: {sentence(str(error))} Download it again.") from error
     return vae.to(place).eval()
 
 

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..errors import Refusal
+from ..files import not_a_file, replacing
 from ..run import Clip
-from .conditions import Song, read_conditions
+from ..text import sentence
+from .conditions import LATENT_CHANNELS, Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
 from .page import write_page
@@ -31,7 +33,7 @@ def generated(
     The decoder has to be in eval mode. Random numbers come from a generator of their own.
 
     Raises:
-        ValueError: the model generated something that is not a number.
+        Refusal: the model generated something that is not a number.
     """
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
@@ -40,7 +42,10 @@ def generated(
         noise = noise_for(settings.seed + place, song.frames, device, dtype)
         latents = generate(model, decoder, conditions, settings, noise).float().cpu()
         if not bool(latents.isfinite().all()):
-            raise ValueError(f"what was generated for {song.name} holds NaN or infinity")
+            raise Refusal(
+                f"What was generated for {song.name} holds NaN or infinity: the adapter is damaged, or its "
+                "training has diverged. Choose an earlier checkpoint."
+            )
         yield latents
 
 
@@ -96,18 +101,48 @@ def write_row(
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only | returns how many. Raises OSError."""
-    from safetensors.torch import load_file
+    """Decode every clip of a table that is latents only.
 
+    Returns:
+        How many were decoded.
+
+    Raises:
+        Refusal: a clip is missing or damaged. The rows before it are decoded.
+        OSError: the folder cannot be written.
+    """
     number = 0
     for row in table.undecoded:
         old = list(row.clips)
-        sounds = heard(vae, [load_file(folder / clip)["latents"] for clip in old])
+        sounds = heard(vae, [_read_latents(folder / clip) for clip in old])
         write_row(folder, table, row.label, row.epoch, row.loss, sounds)
         for clip in old:
             (folder / clip).unlink(missing_ok=True)
         number += len(old)
     return number
+
+
+def _read_latents(file: Path) -> torch.Tensor:
+    """The latents of a clip, shape [1,T,64]. Raises Refusal."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        latents = load_file(file)["latents"]
+        expected = f"expected finite numbers of shape [1,T,{LATENT_CHANNELS}]"
+        problem = "" if _is_clip(latents) else f"it holds {list(latents.shape)}, {expected}"
+    except (SafetensorError, OSError, KeyError) as error:
+        problem = not_a_file(file) or sentence(str(error)).removesuffix(".")
+    if problem:
+        raise Refusal(
+            f"The clip {file} cannot be decoded: {problem}. Make it again from the checkpoint, with --dataset-dir, or "
+            f"delete the folder {file.parent.parent}."
+        )
+    return latents
+
+
+def _is_clip(latents: torch.Tensor) -> bool:
+    well = latents.dim() == 3 and latents.shape[0] == 1 and latents.shape[1] > 0 and latents.shape[2] == LATENT_CHANNELS
+    return well and latents.is_floating_point() and bool(latents.isfinite().all())
 
 
 def _write_latents(file: Path, latents: torch.Tensor) -> None:

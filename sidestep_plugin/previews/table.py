@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,23 +81,66 @@ def about(model_name: str, songs: Sequence[Mapping[str, Any]], settings: Mapping
 
 
 def read_table(folder: Path) -> Table | None:
-    """The table in a folder; None if there is none. Raises Refusal for a file that is none."""
+    """The table in a folder.
+
+    Returns:
+        The table, as :meth:`Table.write` writes it; None if there is none.
+
+    Raises:
+        Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
+    """
+    file = folder / FILE_NAME
     try:
-        content = read_json_object(folder / FILE_NAME)
-        rows = [Row(row["label"], row["epoch"], row["loss"], list(row["clips"])) for row in content["rows"]]
-        shared = {key: content[key] for key in ("model_name", "songs", "settings")}
-        table = Table(shared, rows)
-        well = all(isinstance(name, str) for name in table.songs) and all(
-            isinstance(clip, str) and _inside(clip) for row in rows for clip in row.clips
-        )
-        well = well and all(len(row.clips) == len(table.songs) and isinstance(row.label, str) for row in rows)
+        content = read_json_object(file)
+        table = _table_of(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise Refusal(f"{folder / FILE_NAME} cannot be read ({error}). Delete the folder {folder}.") from None
-    if not well:
-        raise Refusal(f"{folder / FILE_NAME} is not a table of clips. Delete the folder {folder}.")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{file} cannot be read ({error}). Delete the folder {folder}.") from None
+    if table is None:
+        raise Refusal(f"{file} is not a table of clips. Delete the folder {folder}.")
     return table
+
+
+def _table_of(content: Mapping[str, Any]) -> Table | None:
+    """The table that a file holds; None if anything in it has another type than :meth:`Table.write` gives it."""
+    songs, rows, settings = (content.get(name) for name in ("songs", "rows", "settings"))
+    well = (
+        isinstance(content.get("model_name"), str | None)
+        and isinstance(songs, list)
+        and all(isinstance(song, dict) and isinstance(song.get("name"), str) for song in songs)
+        and all(_is_number(song.get("seconds")) for song in songs)
+        and isinstance(settings, dict)
+        and all(_is_number(settings.get(name)) for name in ("shift", "guidance"))
+        and all(_is_whole(settings.get(name)) for name in ("steps", "seed"))
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and _is_row(row, len(songs)) for row in rows)
+    )
+    if not well:
+        return None
+    shared = {name: content.get(name) for name in ("model_name", "songs", "settings")}
+    fields = ("label", "epoch", "loss", "clips")
+    return Table(shared, [Row(**{name: row.get(name) for name in fields}) for row in rows or ()])
+
+
+def _is_row(row: Mapping[str, Any], songs: int) -> bool:
+    clips = row.get("clips")
+    return (
+        isinstance(row.get("label"), str)
+        and (row.get("epoch") is None or _is_whole(row["epoch"]))
+        and (row.get("loss") is None or _is_number(row["loss"]))
+        and isinstance(clips, list)
+        and len(clips) == songs
+        and all(isinstance(clip, str) and _inside(clip) for clip in clips)
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or _is_whole(value)
 
 
 def set_aside(folder: Path) -> Path:
