@@ -51,7 +51,7 @@ from .loss_watch import acestep_step_finished
 from .memory import acestep_plan_memory
 from .model_treatment import acestep_model_chosen, acestep_run_started
 from .nan_masking import check_song_values
-from .previews import acestep_between_epochs, plan_previews
+from .previews import acestep_between_epochs, check_preview_options, plan_previews
 from .quantization import check_base_weights, plan_base_weights
 from .resume_training import acestep_resume, keep_resume_state
 from .several_gpus import acestep_plan_processes
@@ -88,6 +88,7 @@ __all__ = [
     "check_base_weights",
     "check_compile",
     "check_gradient_checkpointing",
+    "check_preview_options",
     "check_song_values",
     "check_validation",
     "check_validation_folder",

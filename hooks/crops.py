@@ -7,6 +7,7 @@ whole song. Songs that are shorter than the window stay whole, and validation al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,9 @@ from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.run import FRAMES, Run, Step
 from sidestep_plugin.songs.dataset import FRAMES_A_SECOND, songs_in
 from sidestep_plugin.songs.one_song import frames_in
+from sidestep_plugin.text import counted
+
+from .validation import acestep_hold_out
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +44,24 @@ def say_crops(run: Run) -> list[str]:
     if window is None:
         return []
     seconds = run.options["crop_seconds"]
-    lengths = [] if run.tensor_dir is None else [frames_in(file) for file in songs_in(run.tensor_dir)]
+    lengths = [] if run.tensor_dir is None else [frames_in(file) for file in _trained_songs(run, run.tensor_dir)]
     if lengths and max(lengths) <= window:
         longest = max(lengths) / FRAMES_A_SECOND
         return [f"Note: --crop-seconds {seconds:g} changes nothing, the longest song has {longest:.1f} s."]
     longer = sum(length > window for length in lengths)
-    how_many = f" ({longer} of {len(lengths)} songs are longer)" if lengths else ""
+    how_many = f" ({longer} of {counted(len(lengths), 'song')} {'is' if longer == 1 else 'are'} longer)"
+    how_many = how_many if lengths else ""
     return [
         f"Crops: a random window of {seconds:g} s, a new one each time a song is seen{how_many}",
         "Note: prompt and lyrics stay those of the whole song, also where a window sings only a part of them.",
     ]
+
+
+def _trained_songs(run: Run, folder: Path) -> list[Path]:
+    """The songs that are trained on: validation reads those that are held out as a whole."""
+    songs = songs_in(folder)
+    out = acestep_hold_out(songs, run.options, run.training_config) or ()
+    return [song for song in songs if song not in set(out)]
 
 
 def window_of(run: Run) -> int | None:

@@ -8,6 +8,7 @@ preview changes nothing of the training: random states, modes and gradients are 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 _KEY: Final = "sidestep.previews"
 _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
+
+
+_USUAL: Final = {"preview_songs": SONGS, "preview_seconds": SECONDS, "preview_cfg": None, "preview_seed": SEED}
+"""The defaults of the options that mean nothing without ``--preview-every``."""
 
 
 def options() -> list[click.Option]:
@@ -80,6 +85,19 @@ def options() -> list[click.Option]:
     ]
 
 
+@hookimpl(specname="acestep_model_chosen")
+def check_preview_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of previews where there are none."""
+    if options["preview_every"]:
+        return
+    for name, usual in _USUAL.items():
+        if options[name] != usual:
+            raise Refusal(
+                f"--{name.replace('_', '-')} says what to preview, and nothing is previewed. Leave it out, or say how "
+                "often: --preview-every N."
+            )
+
+
 @dataclass
 class _Plan:
     """The previews of one run.
@@ -105,6 +123,7 @@ class _Plan:
 @hookimpl(specname="acestep_run_started", trylast=True)
 def plan_previews(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
+    check_preview_options(run.options)
     every = run.options["preview_every"]
     if not every or run.tensor_dir is None:
         return None

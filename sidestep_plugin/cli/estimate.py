@@ -97,7 +97,8 @@ def estimate(
 
     try:
         size, notes = _size(model, acestep_root, checkpoint_dir)
-        frames, tokens = _length(dataset_dir, seconds)
+        frames, tokens, unread = _length(dataset_dir, seconds)
+        notes += unread
         settings = Settings(
             kind="lokr" if adapter_type == "lokr" else "lora",
             rank=rank or (64 if adapter_type == "lokr" else 8),
@@ -107,9 +108,11 @@ def estimate(
             frames=frames,
             tokens=tokens,
         )
-        if not size.targets(settings.targets):
+        unknown = [name for name in settings.targets if not size.targets([name])]
+        if unknown or not settings.targets:
             known = ", ".join(sorted({name.partition(".")[2] for name in size.layer_linears}))
-            raise Refusal(f"--target-modules {target_modules} names no layer of the decoder. Choose from {known}.")
+            named = ", ".join(unknown) or target_modules
+            raise Refusal(f"--target-modules {named} names no layer of the decoder. Choose from {known}.")
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
     free = _free_memory() if memory is None else memory
@@ -228,23 +231,28 @@ def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[Deco
     return size, []
 
 
-def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int]:
-    """Frames and tokens of the longest song. Raises Refusal."""
+def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, list[str]]:
+    """Frames and tokens of the longest song, and notes about songs that do not count. Raises Refusal."""
     from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
     from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 
     if (dataset_dir is None) is (seconds is None):
         raise Refusal("How long are the songs? Give either --dataset-dir DIR or --seconds S.")
     if seconds is not None:
-        return max(1, round(seconds * FRAMES_A_SECOND)), USUAL_TOKENS
+        return max(1, round(seconds * FRAMES_A_SECOND)), USUAL_TOKENS, []
     from sidestep_plugin.songs.lengths import longest
+    from sidestep_plugin.songs.one_song import read_song
 
     assert dataset_dir is not None
-    frames, tokens = longest(songs_in(dataset_dir))
+    files = songs_in(dataset_dir)
+    damaged = {file for file in files if read_song(file)[1]}
+    frames, tokens = longest(file for file in files if file not in damaged)
     if not frames:
-        inspect_dataset(dataset_dir, allow_duplicates=True)  # says what is there instead of songs
+        if dataset_dir.is_dir():
+            inspect_dataset(dataset_dir)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
-    return frames, tokens
+    names = ", ".join(sorted(file.name for file in damaged))
+    return frames, tokens, [f"left out, because a training refuses them: {names}."] if damaged else []
 
 
 def _free_memory() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin.hookspecs import hookimpl
@@ -50,15 +51,14 @@ def options_of(request: Request, run: Run) -> str:
     """The options of a running training as TOML."""
     from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
 
-    comments = [
-        "The options of this training. To repeat it:",
-        f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR",
-    ]
+    comments = ["The options of this training. To repeat it:"]
+    repeat = [f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR"]
     values: dict[str, Any] = {"plugin": list(request.plugins), "wins": request.wins}
     # A path says where things are on this machine.
     if re.search(r"[\\/~]", request.model):
         name = re.split(r"[\\/]", request.model.rstrip("\\/"))[-1]
-        comments.append(f"The model was a folder of its own, {name}: add --model and where it is.")
+        comments.append(f"The model was a folder of its own, {name}.")
+        repeat.append("--model DIR")
     else:
         values["model"] = request.model
     values["adapter_type"] = request.adapter_type
@@ -69,6 +69,10 @@ def options_of(request: Request, run: Run) -> str:
         values |= {name: _plain(getattr(config, field, None)) for name, field in fields.items()}
     values["allow_duplicates"] = request.allow_duplicates or None
     values |= {name: _plain(value) for name, value in run.options.items() if name not in _OF_A_MACHINE}
+    for name, value in run.options.items():
+        if isinstance(value, Path):
+            repeat.append(f"--{name.replace('_', '-')} DIR")
+    comments.insert(1, " ".join(repeat))
     return write(values, comments)
 
 

@@ -52,12 +52,12 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:
         folder: the folder.
-        allow_duplicates: whether the same song may be there more than once.
+        allow_duplicates: whether the same song may be there more than once. None: it may not, and no option allows it.
 
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
@@ -92,13 +92,16 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     if problems or duplicates:
         what_to_do = [
             "Preprocess them again, or take them out of the folder." if problems else "",
-            "Take the copies out, or train on them on purpose: --allow-duplicates." if duplicates else "",
+            _about_copies[allow_duplicates is None] if duplicates else "",
         ]
         found = ", ".join(problems + duplicates)
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
     return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links)
+
+
+_about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
 
 
 def songs_in(folder: Path) -> list[Path]:
