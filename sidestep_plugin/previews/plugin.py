@@ -135,7 +135,6 @@ def acestep_model_chosen(options: Mapping[str, Any]) -> None:
 @hookimpl
 def acestep_run_started(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
-    acestep_model_chosen(run.options)
     every = run.options["preview_every"]
     if not every or run.tensor_dir is None:
         return None
