@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,11 +150,15 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
         then = sum(done.by_t(done.before, place)) / len(done.timesteps)
         for name, (_, losses), changes in zip(short, done.after, _changes(done, place), strict=True):
             mean = sum(done.by_t(losses, place)) / len(done.timesteps) / then - 1.0
-            cells = " ".join(f"{100 * change:>+6.2f}%" for change in changes)
-            lines.append(f"{name:<{width}}  {100 * mean:>+7.2f}%  {cells}")
+            cells = " ".join(_percent(change, 6) for change in changes)
+            lines.append(f"{name:<{width}}  {_percent(mean, 7)}  {cells}")
     lines.append("")
-    best, (_, losses) = min(zip(short, done.after, strict=True), key=lambda entry: done.mean(entry[1][1]))
-    change = done.mean(losses) / before - 1.0
+    means = [(done.mean(losses), name) for name, (_, losses) in zip(short, done.after, strict=True)]
+    if not any(math.isfinite(mean) for mean, _ in means):
+        lines.append("No adapter gives a loss that is a number, so none is better than the model without adapter.")
+        return lines
+    lowest, best = min((entry for entry in means if math.isfinite(entry[0])), key=lambda entry: entry[0])
+    change = lowest / before - 1.0
     weights = ""
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
         weights = f", with {100 * done.treatment.cfg_ratio:.4g} % of it without condition, as in training"
@@ -166,10 +171,18 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     return lines
 
 
+def _percent(change: float, width: int) -> str:
+    return f"{100 * change:>+{width}.2f}%" if math.isfinite(change) else f"{'NaN':>{width + 1}}"
+
+
 def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
     """What makes a comparison doubtful."""
     notes = []
-    for name, (report, _) in zip(names, done.after, strict=True):
+    for name, (report, losses) in zip(names, done.after, strict=True):
+        if not bool(losses.isfinite().all()):
+            notes.append(
+                f"Note: {name} gives NaN or infinity: its weights hold some, or become too large for the model."
+            )
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:
             notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")
