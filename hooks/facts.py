@@ -15,6 +15,7 @@ from sidestep_plugin.adapters.kinds import BY_NAME
 from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.targets import trained_shapes
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import without_nan
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
@@ -80,7 +81,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
     # Facts win: a future setting of upstream's may have the same name.
     return (
-        facts
+        without_nan(facts)
         | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
         | versions
     )

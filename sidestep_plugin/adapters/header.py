@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import Refusal
+from ..files import without_nan
 from ..text import counted
 from ..variants import guidance, member_of
 from .diffusers import diffusers_config
@@ -46,7 +47,7 @@ def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
     # Strings as they are, everything else as JSON.
     ours = {
         PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in facts.items()
+        for key, value in without_nan(facts).items()
         if value is not None
     }
     for_diffusers: dict[str, str] = {}

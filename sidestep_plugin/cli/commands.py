@@ -190,7 +190,9 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
+    """Print a value as JSON, in ASCII so that any console and pipe can carry it. NaN and infinity become null."""
     import json
 
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    from sidestep_plugin.files import without_nan
+
+    click.echo(json.dumps(without_nan(value), indent=2, allow_nan=False))

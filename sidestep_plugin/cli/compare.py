@@ -148,8 +148,8 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
         then = sum(done.by_t(done.before, place)) / len(done.timesteps)
         for name, (_, losses), changes in zip(short, done.after, _changes(done, place), strict=True):
             mean = sum(done.by_t(losses, place)) / len(done.timesteps) / then - 1.0
-            cells = " ".join(f"{100 * change:>+6.2f}%" for change in changes)
-            lines.append(f"{name:<{width}}  {100 * mean:>+7.2f}%  {cells}")
+            cells = " ".join(_percent(change, 6) for change in changes)
+            lines.append(f"{name:<{width}}  {_percent(mean, 7)}  {cells}")
     lines.append("")
     finite = [(name, losses) for name, (_, losses) in zip(short, done.after, strict=True) if _finite(done, losses)]
     if not finite:
@@ -171,6 +171,10 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
 def _finite(done: Comparison, losses: torch.Tensor) -> bool:
     """Whether an adapter's losses can be compared: NaN is neither larger nor smaller than any number."""
     return math.isfinite(done.mean(losses)) and bool(losses.isfinite().all())
+
+
+def _percent(change: float, width: int) -> str:
+    return f"{100 * change:>+{width}.2f}%" if math.isfinite(change) else f"{'NaN':>{width + 1}}"
 
 
 def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
