@@ -12,10 +12,12 @@ PLUGINS: Final = (
     # the corrections
     ("treatment", "sidestep_plugin.hooks.treatment"),  # which variant a model is, and what follows from it
     ("timesteps", "sidestep_plugin.hooks.timesteps"),  # the timesteps that the variant is trained at
+    ("adapters", "sidestep_plugin.adapters.plugin"),  # no other adapter in the model, or in what is saved
+    ("songs", "sidestep_plugin.songs.plugin"),  # how the songs were made, and their trigger word
     # where it trains, and in how much memory and time
     ("several_gpus", "sidestep_plugin.several_gpus.plugin"),  # one process for each GPU
-    ("quantization", "sidestep_plugin.memory.quantization"),  # base weights in one byte, before they are compiled
-    ("frozen_weights", "sidestep_plugin.memory.frozen_weights"),  # half the memory of the base weights, same bits
+    ("base_weights", "sidestep_plugin.memory.base_weights"),  # their type; quantized before they are compiled
+    ("idle_layers", "sidestep_plugin.memory.idle_layers"),  # layers of a LoKr that are not trained are bypassed
     ("gradient_checkpointing", "sidestep_plugin.memory.gradient_checkpointing"),  # activations computed twice
     ("compiling", "sidestep_plugin.memory.compiling"),  # the decoder's blocks, as they are now
     ("song_cache", "sidestep_plugin.memory.song_cache"),  # songs stay in RAM
@@ -24,6 +26,7 @@ PLUGINS: Final = (
     ("crops", "sidestep_plugin.hooks.crops"),  # a random window of each song: less is left to do for the next ones
     ("nan_masking", "sidestep_plugin.hooks.nan_masking"),  # NaN behind a song's mask becomes zero
     ("condition_dropout", "sidestep_plugin.hooks.condition_dropout"),  # rows without their prompt, for base and sft
+    ("pad_masking", "sidestep_plugin.hooks.pad_masking"),  # a song in a batch is told the same as alone
     # what looks at a training and changes nothing
     ("validation", "sidestep_plugin.validation.plugin"),  # the loss on held-out songs
     ("previews", "sidestep_plugin.previews.plugin"),  # clips to listen to

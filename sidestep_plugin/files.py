@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+
+from .errors import Refusal
 
 MAX_JSON: Final = 2**20
 """Size limit in bytes for a JSON file beside an adapter. Trainers write a few kilobytes there."""
@@ -113,6 +116,15 @@ def move(source: Path, target: Path) -> None:
             time.sleep(_PAUSE)
 
 
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has neither NaN nor infinity: these become null, wherever they are in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return [without_nan(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a small JSON file that holds an object.
 
@@ -137,12 +149,53 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def at_home(name: str) -> str:
+    """A path with ``~`` and ``~user`` at its beginning replaced by the home folder.
+
+    Raises:
+        Refusal: there is no such user, or no home folder.
+    """
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError:
+        user = re.split(r"[\\/]", name)[0]
+        raise Refusal(f"There is no home folder for {user}. Type the whole path.") from None
+
+
 def is_companion(name: str) -> bool:
     """Whether a file name is that of macOS's companion files, such as ``._model.safetensors``.
 
     macOS writes them beside files on disks that cannot hold its attributes; they hold nothing else.
     """
     return name.startswith("._")
+
+
+_STAND_INS: Final = (
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer, which only names the file: git lfs pull gets it",
+    ),
+    (b"<!doctype html", "is a web page: download the file itself, not the page that shows it"),
+    (b"<html", "is a web page: download the file itself, not the page that shows it"),
+)
+
+
+def stand_in(file: Path) -> str:
+    """What a file holds in place of the one that belongs there, and how to get that; "" if neither is known.
+
+    Call it for a regular file that could not be read: its beginning is enough.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError:
+        return ""
+    if not start:
+        return "is empty, as an interrupted download leaves it"
+    start = start.lstrip().lower()
+    return next((what for sign, what in _STAND_INS if start.startswith(sign)), "")
 
 
 def not_a_file(path: Path) -> str:

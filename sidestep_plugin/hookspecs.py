@@ -56,10 +56,10 @@ def acestep_options() -> Sequence[click.Option]:  # type: ignore[empty-body]
 
 @hookspec
 def acestep_model_chosen(facts: ModelFacts, options: Mapping[str, Any]) -> None:
-    """Refuse a model before it is loaded, if its config and the options are reason enough.
+    """Refuse a model, if its config and the options are reason enough.
 
-    When: before the model's weights are read, on the command line only. In the app this hook is never called, so
-    :func:`acestep_run_started` has to refuse the same models.
+    When: on the command line before the model's weights are read. In the app, where the model is loaded already, right
+    before :func:`acestep_run_started`.
 
     Args:
         facts: the model's folder name and config.json.
@@ -166,10 +166,10 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     """Look at the adapter as an epoch left it, and tell what was found.
 
-    When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed,
-    right after :func:`acestep_epoch_finished`: behind its last optimizer step and before upstream's validation and
-    checkpoint, so the weights are those that a checkpoint saves. The first versions of upstream carry the rest of an
-    epoch that gradient accumulation does not divide over to the next epoch, so its gradients are still waiting.
+    When: with `epoch` 0 before the first training step of a run from the start, and right after
+    :func:`acestep_epoch_finished` of every epoch that is computed, so the weights are those that a checkpoint saves.
+    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the
+    next one, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.
@@ -182,6 +182,22 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
     Returns:
         Lines for the user, and numbers and clips for upstream's log. None to say nothing.
+    """
+
+
+@hookspec
+def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
+    """Add to an adapter that upstream has just written: a checkpoint, the best one, or the finished one.
+
+    When: once per adapter, after upstream's save function returned and before the adapter's folder is moved to its
+    place. Files that a plugin writes beside the weights appear together with them.
+
+    Args:
+        run: the run that the adapter comes from.
+        saved: where its weights are now, where they will be, and the epoch and step if upstream said them.
+
+    Returns:
+        Lines for the user, such as what could not be written. None to say nothing.
     """
 
 
@@ -199,20 +215,4 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | No
 
     Returns:
         Lines for the user. None to say nothing.
-    """
-
-
-@hookspec
-def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
-    """Add to an adapter that upstream has just written: a checkpoint, the best one, or the finished one.
-
-    When: once per adapter, after upstream's save function returned and before the adapter's folder is moved to its
-    place. Files that a plugin writes beside the weights appear together with them.
-
-    Args:
-        run: the run that the adapter comes from.
-        saved: where its weights are now, where they will be, and the epoch and step if upstream said them.
-
-    Returns:
-        Lines for the user, such as what could not be written. None to say nothing.
     """

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from .errors import Refusal
+from .files import at_home
 from .text import is_control
+
+
+class Place(click.Path):
+    """The name of a file or folder, with ``~`` for the home folder, which no shell replaces in ``--dir=~/x``.
+
+    An empty name (a shell variable that was not set) is refused: it would mean the current folder.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str | os.PathLike):
+            self.fail(f"{value!r} is not the name of a file or folder. Expected text.", param, ctx)
+        if str(value) == "":
+            self.fail("The file's or folder's name is empty.", param, ctx)
+        try:
+            return super().convert(at_home(os.fspath(value)), param, ctx)
+        except Refusal as refusal:
+            self.fail(str(refusal), param, ctx)
 
 
 class FiniteFloat(click.FloatRange):

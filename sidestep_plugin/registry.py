@@ -239,7 +239,7 @@ class Registry:
                 )
             for option in declared:
                 owner = owners.setdefault(str(option.name), plugin)
-                if owner_of(owner) != owner_of(plugin):
+                if owner != plugin:
                     raise PluginError(
                         f"Plugins {owner!r} and {plugin!r} both declare the option {option.name!r}. "
                         "Name only one of them."

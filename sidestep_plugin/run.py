@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import Refusal
-from .files import not_a_file
+from .files import not_a_file, stand_in
 from .ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
 
-AdapterType = Literal["lora", "lokr"]
+AdapterType = str
+"""Name of a kind of adapter, such as "lora": one of ``sidestep_plugin.adapters.kinds.NAMES``."""
 
 ROWS_WITHOUT_CONDITION: Final = "sidestep.rows_without_condition"
 """Key of ``Run.state`` under which condition dropout keeps which rows it dropped, a bool tensor [B] a step, until the
@@ -78,6 +79,8 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refusal(f"Cannot read {file}: {error.strerror or error}. Make it readable, or copy it again.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, far too long or too deeply nested
+        if what := stand_in(file):
+            raise Refusal(f"{file} {what}. Complete the model's folder, or copy it again.") from None
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
         raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")
@@ -94,7 +97,7 @@ class Run:
     """One training, from its start to the saved adapter.
 
     Attributes:
-        adapter_type: "lora" or "lokr".
+        adapter_type: name of the kind of adapter, such as "lora".
         adapter_config: upstream's LoRAConfig or LoKRConfig.
         training_config: upstream's TrainingConfig.
         options: the values of all plugin options by name, as given or at their defaults.
@@ -131,7 +134,7 @@ class Run:
     model_ref: weakref.ref[Any]
     module_ref: weakref.ref[Any] | None = None
     sampled_by: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[Hashable, Any] = field(default_factory=dict)
     held_out: tuple[Path, ...] = ()
     steps: int = 0
     resumed_at: int = 0
@@ -335,7 +338,7 @@ class SavedAdapter:
             place as a whole: whatever a plugin writes beside the weights appears together with them, or not at all.
         destination: the path that the weights file will have then.
         folder: the temporary folder that upstream saved into; the weights are in it or in a folder below it.
-        adapter_type: "lora" or "lokr".
+        adapter_type: name of the kind of adapter, such as "lora".
         epoch: number of finished epochs; None within an epoch if upstream's save function was not told, and where
             nothing follows the training.
         global_step: number of optimizer steps, if upstream's save function was told.

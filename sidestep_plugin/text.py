@@ -14,15 +14,21 @@ def is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
 
-def counted(number: int, noun: str) -> str:
-    """Such as "1 clip" and "2 clips"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: object, noun: str) -> str:
+    """Such as "1 clip" and "2 clips", "1 process" and "2 processes".
+
+    Args:
+        number: a number, or the text of one.
+        noun: one of them; a word in front, as in "training step", stays as it is.
+    """
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if str(number) == '1' else plural}"
 
 
 def sentence(text: object) -> str:
-    """A text of somebody else's as a sentence: with one full stop, or its own mark, at its end."""
-    told = " ".join(str(text).split()).rstrip(". ")
-    return told if told.endswith(("!", "?")) else f"{told}."
+    """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
+    line = " ".join(str(text).split())
+    return line if line.endswith(("!", "?")) else line.rstrip(".:;, ") + "."
 
 
 def shown(value: object, longest: int = 200) -> str:

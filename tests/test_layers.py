@@ -22,6 +22,7 @@ OURS = {
     "answers",
     "attached",
     "attachment",
+    "history",
     "host",
     "journal",
     "layer",
@@ -29,6 +30,7 @@ OURS = {
     "plan",
     "run",
     "self",
+    "song",
     "step",
     "training",
     "validation",
@@ -44,30 +46,33 @@ ALLOWED = {
     ("sidestep_plugin/engine/autoload.py", "spec.loader"): "Python's import machinery",
     ("sidestep_plugin/engine/autoload.py", "module.__spec__.loader"): "Python's import machinery",
     ("sidestep_plugin/engine/autoload.py", "module.__loader__"): "Python's import machinery",
+    ("sidestep_plugin/engine/song_encoding.py", "model.decoder"): "a model that we load ourselves",
+    ("sidestep_plugin/engine/song_encoding.py", "model.config._attn_implementation"): "a model that we load ourselves",
     ("sidestep_plugin/engine/models.py", "model.null_condition_emb"): "a model that we load ourselves",
     ("sidestep_plugin/engine/programs.py", "sys.argv"): "the command line of the program that we run",
     ("sidestep_plugin/engine/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__name__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__module__"): "a class of ours",
-    ("sidestep_plugin/engine/wrappers/compiled_modules.py", "module._compiled_call_impl"): "torch's own place for it, "
+    ("sidestep_plugin/memory/compiling.py", "module._compiled_call_impl"): "torch's own place for it, "
     "until the training ends",
-    ("sidestep_plugin/engine/wrappers/engine.py", "decoder.to"): "one decoder, for one call, and taken back",
-    ("sidestep_plugin/engine/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/engine/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
-    ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
+    ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
+    ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
+    ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/cli/quiet.py", "threading.excepthook"): "what our own program prints of its threads",
     (
-        "sidestep_plugin/several_gpus/workers.py",
+        "sidestep_plugin/cli/workers.py",
         "sys.stdout",
     ): "our own program's output, of several processes",
-    ("sidestep_plugin/engine/evaluation.py", "part.training"): "each module's mode, put back after an evaluation",
     (
-        "sidestep_plugin/engine/evaluation.py",
+        "sidestep_plugin/engine/decoders.py",
         "decoder._forward_module",
     ): "Lightning's wrapper, taken back",
     ("sidestep_plugin/validation/comparing.py", "weight.data"): "a model that we load ourselves",
@@ -105,7 +110,7 @@ def foreign_names_set(tree: ast.Module) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-def test_only_the_trainer_room_names_modules_of_ace_step():
+def test_only_the_engine_names_modules_of_ace_step():
     named = {
         (file, module)
         for file, tree in TREES.items()

@@ -136,7 +136,7 @@ def test_the_tests_take_a_checkout(tmp_path):
     built = miniature.build(tmp_path, models=[], songs=0)
     # A real checkout has settings of its own for pytest, which must not be taken for these tests'.
     (built.root / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--nothing-like-it'\n", "utf-8")
-    line = [sys.executable, "-m", "pytest", f"--acestep-root={built.root}", "-q", "tests/trainer/test_seams.py"]
+    line = [sys.executable, "-m", "pytest", f"--acestep-root={built.root}", "-q", "tests/engine/test_seams.py"]
     done = subprocess.run([*line, "-k", "the_checkout_fits"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 

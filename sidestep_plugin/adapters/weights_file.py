@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..errors import Refusal
-from ..files import replacing, special_kind
+from ..files import replacing, special_kind, stand_in
 
 MAX_HEADER: Final = 4 * 2**20
 """Size limit in bytes for a header. An adapter's has some hundred kilobytes. Parsing takes many times that."""
@@ -265,6 +265,8 @@ def _length_problem(size: int, start: bytes, length: int) -> str:
 
 
 def _no_weights(path: Path, problem: str) -> Refusal:
+    if what := stand_in(path):
+        return Refusal(f"{path} {what}. Copy or download it again.")
     return Refusal(f"{path} is not a readable safetensors file: {problem}. Copy or download it again.")
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from typing import Final
 
 import click
 
-from sidestep_plugin import __version__
+from sidestep_plugin import __version__, signals
 
 from .groups import DefaultGroup
+from .surroundings import settle
+from .terminal import unread
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
+    "prepare": "Prepare songs to train on, from audio and texts.",
     "check": "Check whether your ACE-Step fits, without training anything.",
     "estimate": "Estimate the memory that a training needs, before it starts.",
+    "songs": "Show what is in a folder of songs, and what looks wrong.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",
@@ -36,11 +41,12 @@ COMMANDS: Final = {
     cls=DefaultGroup,
     lazy=COMMANDS,
     default="train",
-    bare=("train", "--plugin", "sidestep"),
+    bare=("train",),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="acestep-train")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train ACE-Step 1.5 adapters with ACE-Step's own trainer, each model the way it was trained.
 
     \b
@@ -57,6 +63,7 @@ def cli() -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 
 _PLAIN = {
@@ -82,10 +89,20 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """``acestep-train`` with the words of ``sys.argv``. Ends the program."""
     # A console that cannot show a character should show another, not end the training.
     codecs.register_error("acestep-plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="acestep-plain")
-    cli(prog_name="acestep-train")
+    signals.take_over(signals.leave)
+    try:
+        cli(prog_name="acestep-train")
+    except SystemExit as ended:  # a signal that comes now changes nothing of how it ended
+        for stream in (sys.stdout, sys.stderr):
+            with unread(stream):
+                if stream is not None:
+                    stream.flush()
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        signals.take_over(lambda *_: os._exit(code))
+        raise

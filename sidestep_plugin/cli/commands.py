@@ -9,27 +9,21 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.signals import INTERRUPTED as INTERRUPTED
 
 FAILED = 1
 UNUSABLE = 2
-INTERRUPTED = 130
 
 _RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
+
+
+_OURS: Final = "sidestep"
 
 
 class Unusable(click.ClickException):
     """Wrong usage or unusable input: one message on standard error, exit code 2."""
 
     exit_code = UNUSABLE
-
-
-class Place(click.Path):
-    """The name of a file or folder. An empty one (a shell variable that was not set) would mean the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "":
-            self.fail("The file's or folder's name is empty.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class Command(click.Command):
@@ -51,11 +45,34 @@ class Command(click.Command):
         _write_options(ctx, formatter, "Options", own.values())
 
 
-class PluginCommand(Command):
+class RefusingCommand(Command):
+    """A command that unusable input ends with one message and exit code 2; ``--debug`` shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.meta["debug"] = ctx.params.pop("debug", False)
+        try:
+            return super().invoke(ctx)
+        except Refusal as refusal:
+            if debug:
+                import traceback
+
+                traceback.print_exc()
+            raise Unusable(str(refusal)) from refusal
+        except BrokenPipeError:  # whoever read has read enough; click ends without a word
+            raise
+        except OSError as error:  # a name that is too long, a folder that is a file, a disk that is full
+            if debug:
+                raise
+            raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted before the training began; nothing was saved.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+class PluginCommand(RefusingCommand):
     """A command with ``--plugin NAME ...``, to which the named plugins add their options.
 
-    Unusable input ends it with one message and exit code 2; ``--debug`` shows where it came from. The command's
-    function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
+    The command's function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
 
     A parameter named ``config`` names a settings file, whose values are used for options that the command line leaves
     out.
@@ -73,6 +90,7 @@ class PluginCommand(Command):
         from sidestep_plugin.registry import Registry
 
         self._declared = []
+        plugins: list[str] = []
         try:
             said = self._settings_file(args)
             plugins = named_plugins(args) or said.plugins or list(self.default_plugins)
@@ -86,7 +104,11 @@ class PluginCommand(Command):
         except Refusal as refusal:
             raise Unusable(str(refusal)) from refusal
         except click.NoSuchOption as error:
-            if named_plugins(args) or self.default_plugins:
+            owner = owner_of(error.option_name.lstrip("-").replace("-", "_"))
+            if owner is not None and owner not in plugins:
+                hint = f"{error.option_name} is an option of the plugin {owner}. Name that as well: --plugin {owner}"
+                raise click.UsageError(hint, ctx) from None
+            if plugins:
                 raise
             hint = f"{error.format_message()} It may be a plugin's: name it, as in --plugin sidestep."
             raise click.UsageError(hint, ctx) from None
@@ -114,25 +136,21 @@ class PluginCommand(Command):
                 formatter.write_dl([(f"--plugin {name} --help", f"shows those of {name}") for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
-        debug = ctx.meta["debug"] = ctx.params.pop("debug", False)
         ctx.params.pop("config", None)
         ctx.params["plugins"] = ctx.params.pop("plugin") or self.default_plugins
         ctx.params["options"] = {str(option.name): ctx.params.pop(str(option.name)) for option in self._declared}
-        try:
-            return super().invoke(ctx)
-        except Refusal as refusal:
-            if debug:
-                import traceback
+        return super().invoke(ctx)
 
-                traceback.print_exc()
-            raise Unusable(str(refusal)) from refusal
-        except OSError as error:  # a name that is too long, a folder that is a file, a disk that is full
-            if debug:
-                raise
-            raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted before the training began; nothing was saved.", err=True)
-            ctx.exit(INTERRUPTED)
+
+def owner_of(option: str) -> str | None:
+    """The plugin of this project that has an option of that name. Plugins of others are not loaded for a hint."""
+    from sidestep_plugin.registry import Registry
+
+    try:
+        declared = Registry.load((_OURS,)).declared_options()
+    except Refusal:  # it is not installed, or is broken; whatever needs it says so
+        return None
+    return _OURS if any(one.name == option for one in declared) else None
 
 
 def _write_options(
@@ -172,7 +190,9 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
+    """Print a value as JSON, in ASCII so that any console and pipe can carry it. NaN and infinity become null."""
     import json
 
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    from sidestep_plugin.files import without_nan
+
+    click.echo(json.dumps(without_nan(value), indent=2, allow_nan=False))

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import Place
 from sidestep_plugin.text import shown
 
-from .commands import UNUSABLE, Place, Unusable, echo_json
+from .commands import UNUSABLE, Unusable, echo_json
 
 
 @click.command()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import Place
 
-from .commands import Command, Place, Unusable, echo_json
+from .commands import Command, Unusable, echo_json
 
 if TYPE_CHECKING:
     from sidestep_plugin.resuming.overview import Saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from typing import Any
 
@@ -21,17 +22,32 @@ def quiet_third_parties() -> None:
     logger = logging.getLogger("LyCORIS")
     if _only_errors not in logger.filters:
         logger.addFilter(_only_errors)
+    threading.excepthook = _quiet_log_writer
+
+
+def _only_warnings(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING
 
 
 def _only_errors(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def _quiet_log_writer(args: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of TensorBoard's writing thread: its failure is announced as one line."""
+    if not type(args.thread).__module__.startswith("tensorboard"):
+        _default_hook(args)
+
+
+_default_hook = threading.excepthook
+
+
 def quiet_upstream() -> None:
     """Show ACE-Step's warnings as single lines. Its errors arrive as messages, and its news are the progress bar's."""
     try:
         from loguru import logger
-    except ImportError:
+    except ImportError:  # only the miniature does without it
+        logging.getLogger("acestep").addFilter(_only_warnings)
         return
     logger.remove()
     # A function instead of a format string keeps loguru from adding tracebacks.

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sidestep_plugin import signals
 from sidestep_plugin.errors import UpstreamMismatch
 
 from .commands import PluginCommand
@@ -16,10 +17,15 @@ from .training_options import ACESTEP_ROOT, WINS, plugin_option
 
 
 class RunningCommand(PluginCommand):
-    """Prepares like any command with plugins. Errors of the program that it starts are not caught."""
+    """Prepares like any command with plugins. Errors of the program that it starts are not caught.
+
+    Signals end that program as they would without this one.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        return super().invoke(ctx)()
+        start = super().invoke(ctx)
+        with signals.given_back():
+            return start()
 
 
 @click.command(cls=RunningCommand, context_settings={"allow_interspersed_args": False})

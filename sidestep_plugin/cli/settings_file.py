@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.text import is_control
 
 FILE_NAME: Final = "training_options.toml"
 """The file beside every adapter with the options of its training."""
@@ -19,6 +21,10 @@ FILE_NAME: Final = "training_options.toml"
 _NOT_IN_A_FILE: Final = frozenset({"config", "help"})
 _LISTS_OF_WORDS: Final = frozenset({"target_modules"})
 """Options whose value on a command line is a list with commas."""
+
+
+_PATHS: Final = "Put a Windows path in single quotes, 'D:\\songs', or use /: in double quotes, \\ has a meaning."
+"""What to do about "D:\\tensors\\new", which in TOML holds a tab and the beginning of a new line."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,25 @@ class SettingsFile:
         """Read a file. Raises Refusal when it is not there or is not TOML."""
         import tomllib
 
-        from sidestep_plugin.files import not_a_file
+        from sidestep_plugin.files import at_home, not_a_file
 
-        file = Path(name)
+        file = Path(at_home(name))
         if file.exists() and (problem := not_a_file(file)):
             raise Refusal(f"Cannot read {file}: it {problem}. Expected a settings file.")
+        text = ""
         try:
-            content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+            text = file.read_text(encoding="utf-8-sig")
+            content = tomllib.loads(text)
         except OSError as error:
             raise Refusal(f"Cannot read {file}: {error.strerror or error}. Expected a settings file.") from None
+        except UnicodeDecodeError:
+            raise Refusal(
+                f"{file} is not UTF-8; Windows PowerShell writes UTF-16. Save it as UTF-8: in Notepad, by Save as, "
+                "Encoding."
+            ) from None
         except (ValueError, RecursionError) as error:
+            if _is_of_a_path(text, error):
+                raise Refusal(f"{file} is not TOML: {error}. {_PATHS}") from None
             raise Refusal(f"{file} is not TOML: {error}. Expected lines such as epochs = 500.") from None
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -85,9 +100,16 @@ class SettingsFile:
             for param in params
             if isinstance(param, click.Option) and param.name not in _NOT_IN_A_FILE
         }
+        from .commands import owner_of
+
         for name in self.values:
             if name not in options:
                 unknown = f"{self.file}: there is no option {_written(name)}."
+                if (owner := owner_of(name)) is not None and owner not in self.plugins:
+                    raise Refusal(
+                        f"{self.file}: {_written(name)} is an option of the plugin {owner}. Name that as well: "
+                        f'plugin = "{owner}"'
+                    )
                 if near := difflib.get_close_matches(name, options, n=1):
                     raise Refusal(f"{unknown} Did you mean {_written(near[0])}?")
                 raise Refusal(f"{unknown} Expected names as in --help.")
@@ -103,6 +125,8 @@ class SettingsFile:
         ):
             expected = "true or false" if option.is_flag else "a list of texts" if several else "a text or a number"
             raise Refusal(f"{self.file}: {_written(name)} = {value!r} cannot be used. Expected {expected}.")
+        if any(isinstance(entry, str) and any(map(is_control, entry)) for entry in entries):
+            raise Refusal(f"{self.file}: {_written(name)} = {value!r} holds characters that cannot be shown. {_PATHS}")
         taken = entries if option.multiple else ",".join(map(str, entries)) if several else value
         try:
             option.type_cast_value(ctx, taken)
@@ -111,6 +135,13 @@ class SettingsFile:
                 f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {error.message}"
             ) from None
         return taken
+
+
+def _is_of_a_path(text: str, error: Exception) -> bool:
+    """Whether TOML failed at a line with a backslash."""
+    place = re.search(r"at line (\d+)", str(error))
+    lines = text.splitlines()
+    return place is not None and 0 < int(place[1]) <= len(lines) and "\\" in lines[int(place[1]) - 1]
 
 
 def write(values: Mapping[str, Any], comments: Sequence[str]) -> str:

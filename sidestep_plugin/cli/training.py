@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from sidestep_plugin.ranks import ranks
+from sidestep_plugin.text import counted
 
-from ..several_gpus.workers import one_voice, start_workers, tell_failure
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
-from .interrupts import interruptible, terminated_like_ctrl_c
+from .interrupts import interruptible
 from .terminal import say
+from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch.launch import Launch, Request
 
     from .progress import Progress
+
+
+_COMPLETE = "✅ Training complete"
+"""How the message begins that ends a finished training: upstream's, and that of one which patience has ended."""
 
 
 def run_training(request: Request) -> None:
@@ -48,18 +54,36 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    with terminated_like_ctrl_c():
-        launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
-    for line in notes_on_settings(launch):
-        progress.say(line)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    with interruptible(launch, progress) as interrupted:
+        failure = _run(launch, progress, interrupted)
+        if not ranks().several:
+            _say_how_it_ended(launch, progress, failure)
+            return
+    if failure is not None:
+        tell_failure(failure, asked_to_end=interrupted())
+        sys.exit(FAILED)
+    if ranks().first:  # it has saved the adapter, or says why not
+        _say_how_it_ended(launch, progress, None)
+
+
+def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) -> str | None:
+    """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
-    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
+    finished = False
+    told_otherwise: tuple[str, ...] = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
+    if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
+        told_otherwise += ("Note: --overwrite:", "Note: removed")
+    with launch.lock, launch.attachment:
+        for line in notes_on_settings(launch):
+            progress.say(line)
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
+                finished = finished or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
+                elif not message.startswith(told_otherwise):
                     progress.say(message)
         finally:
             progress.end()
@@ -69,14 +93,14 @@ def _train(request: Request) -> None:
         if refusal is not None:
             failure = str(refusal)
         stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
-        if failure is None and stopped and progress.step < launch.total_steps:
+        if failure is None and stopped and not finished and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
-    if failure is not None and ranks().several:
-        tell_failure(failure, asked_to_end=interrupted())
-        sys.exit(FAILED)
-    if not ranks().first:  # the first process has saved the adapter, or says why not
-        return
+    return failure
+
+
+def _say_how_it_ended(launch: Launch, progress: Progress, failure: str | None) -> None:
+    """Say where the adapter is and what to do with it. Exits on failure."""
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
         failure = "The loss is NaN or infinite, so the adapter is useless. Lower --learning-rate."
@@ -89,8 +113,8 @@ def _train(request: Request) -> None:
         sys.exit(FAILED)
     assert adapter is not None
     say(f"Adapter: {adapter}")
-    if request.plugins:
-        _say_how_to_use(adapter, request.adapter_type)
+    if launch.request.plugins:
+        _say_how_to_use(adapter, launch.request.adapter_type)
 
 
 def say_that_torch_is_imported() -> None:
@@ -117,7 +141,7 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
     resumable = saved is not None
     if not resumable and progress.began and not launch.request.plugins:
         saved = launch.save_interrupted()
-    say(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+    say(f"Interrupted after {progress.step} of {counted(launch.total_steps, 'step')}.")
     say(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
     if resumable:
         say(f"To resume:\n  {resuming_line(launch.request)}")
@@ -134,5 +158,5 @@ def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
     if facts is not None:
         say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
-            f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
+            f"{counted(facts.get('num_inference_steps'), 'step')}, CFG {guidance(facts.get('model_variant'))}."
         )

@@ -44,12 +44,6 @@ class Training:
     ending: Callable[[], Sequence[str]] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def loggers(self) -> Sequence[Any]:
-        """The loggers of upstream's engine: TensorBoard's, or none."""
-        found: Sequence[Any] = getattr(getattr(self.trainer, "fabric", None), "loggers", ())
-        return found if self.run.ranks.first else ()
-
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """Stop upstream's loop after this step; the training counts as finished."""
         if self.state is not None:
@@ -59,14 +53,16 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class CommandLine:
-    """What the command line did before it called upstream's trainer: it holds the lock of the output folder.
+    """What the command line decided before it called upstream's trainer; it holds the lock of the output folder.
 
     Attributes:
         latest: whether the checkpoint to resume from is the newest one, chosen for the user.
+        plan: in how many processes to train.
         held_out: the songs that are not trained on.
     """
 
     latest: bool
+    plan: ProcessPlan
     held_out: tuple[Path, ...] = ()
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import PluginError, Refusal
 from ..run import Clip, EpochNews
 from .answers import checked_lines, described
 from .checkout import place_of
+from .loggers import log_entries
 
 if TYPE_CHECKING:
     from .current import Training
@@ -41,7 +41,7 @@ def ended(host: Host, training: Training) -> None:
     run = training.run
     try:
         for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
-            _log(training, plugin, entries, epoch)
+            _log(host, training, plugin, entries, epoch)
     except Refusal as refusal:  # upstream reports it as a failure
         host.refusal = refusal
         raise
@@ -71,12 +71,7 @@ def _between(host: Host, training: Training, epoch: int, loss: float | None) -> 
             _check_news(plugin, news)
             for line in checked_lines(plugin, "acestep_between_epochs", news.lines):
                 host.announce(line)
-            for logger, (name, value) in product(training.loggers, news.logged.items()):
-                if not isinstance(value, Clip):
-                    logger.log_metrics({name: value}, epoch)
-                elif hasattr(logger.experiment, "add_audio"):  # TensorBoard plays one channel
-                    sound = value.samples.mean(dim=0, keepdim=True)
-                    logger.experiment.add_audio(name, sound, epoch, sample_rate=value.rate)
+            log_entries(host, training, news.logged, epoch)
     except Refusal as refusal:
         host.refusal = refusal
         raise
@@ -85,7 +80,7 @@ def _between(host: Host, training: Training, epoch: int, loss: float | None) -> 
             run.paused += time.monotonic() - since
 
 
-def _log(training: Training, plugin: str, entries: Any, epoch: int) -> None:
+def _log(host: Host, training: Training, plugin: str, entries: Any, epoch: int) -> None:
     """Write what a plugin returned for an epoch to upstream's log. Raises PluginError."""
     if not isinstance(entries, Mapping):
         raise PluginError(
@@ -98,11 +93,7 @@ def _log(training: Training, plugin: str, entries: Any, epoch: int) -> None:
                 f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
                 "finite values, by name."
             )
-    for logger, (name, value) in product(training.loggers, entries.items()):
-        if isinstance(value, int | float):
-            logger.log_metrics({name: value}, epoch)
-        elif hasattr(logger.experiment, "add_histogram"):
-            logger.experiment.add_histogram(name, value, epoch)
+    log_entries(host, training, entries, epoch)
 
 
 def _not_loggable(name: Any, value: Any) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..songs.one_song import SONG_TENSORS, load_song
-from .random_states import random_states, set_random_states
+from .decoders import undisturbed, without_ddp
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def evaluate(
     import torch
 
     losses = torch.zeros(len(songs), len(timesteps), len(conditions), dtype=torch.float64)
-    with undisturbed(module):
+    with _unrecorded(module):
         for row, song in enumerate(songs):
             batch = _batch_of(song)
             for column, t in enumerate(timesteps):
@@ -108,62 +108,18 @@ def noise_seed(song: Path, place: int) -> int:
 
 
 @contextmanager
-def undisturbed(module: Any) -> Iterator[None]:
-    """No gradients and no dropout in this block; afterwards everything is as it was."""
+def _unrecorded(module: Any) -> Iterator[None]:
+    """Undisturbed, and nothing of it stays in upstream's list of losses."""
     import torch
 
-    device = torch.device(module.device)
-    states = random_states(device)
-    modes = [(part, part.training) for part in module.modules()]
     recorded = getattr(module, "training_losses", None)
     length = len(recorded) if recorded is not None else 0
     try:
-        module.eval()
-        with torch.no_grad(), without_ddp(module.model.decoder):
+        with undisturbed(module, torch.device(module.device)), without_ddp(module.model.decoder):
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
         if recorded is not None:
             del recorded[length:]
-        set_random_states(states, device)
-
-
-@contextmanager
-def without_ddp(decoder: Any) -> Iterator[None]:
-    """Call the decoder itself where DistributedDataParallel wraps it, whose forward waits for the other processes."""
-    import torch
-
-    inner = getattr(decoder, "_forward_module", None)  # of Lightning's wrapper, which also decides about precision
-    if not isinstance(inner, torch.nn.parallel.DistributedDataParallel):
-        yield
-        return
-    decoder._forward_module = inner.module
-    try:
-        yield
-    finally:
-        decoder._forward_module = inner
-
-
-@contextmanager
-def without_adapter(module: Any) -> Iterator[None]:
-    """The model without its adapter in this block: PEFT's layers are disabled, LyCORIS' taken out of the forward pass.
-
-    A layer that is out of it already, because it adds nothing, stays out.
-    """
-    decoder = module.model.decoder
-    with ExitStack() as after:
-        flags = [(weight, weight.requires_grad) for weight in decoder.parameters()]
-        after.callback(lambda: [weight.requires_grad_(flag) for weight, flag in flags])
-        for layer in decoder.modules():
-            if callable(getattr(layer, "enable_adapters", None)) and not getattr(layer, "disable_adapters", False):
-                layer.enable_adapters(False)
-                after.callback(layer.enable_adapters, True)
-        for lora in getattr(getattr(module, "lycoris_net", None), "loras", ()):
-            if lora.org_module[0].forward == lora.forward:
-                lora.restore()
-                after.callback(lora.apply_to)
-        yield
 
 
 def without_condition(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

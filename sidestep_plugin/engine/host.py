@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..ranks import ranks
-from ..run import AdapterType, Run
+from ..run import AdapterType, ModelFacts, Run
 from .answers import checked_lines
+from .current import command_line
 
 if TYPE_CHECKING:
     from ..registry import Registry
@@ -98,6 +100,8 @@ class Host:
     def start(self, run: Run) -> None:
         """Let the plugins decide about a run, and keep it if they accept. Raises Refusal."""
         self._runs.pop(run.model, None)
+        if command_line.get() is None:  # which has asked before it loaded the model
+            self.registry.call("acestep_model_chosen", facts=ModelFacts.from_model(run.model), options=self.options)
         self.ask_and_announce("acestep_run_started", run=run)
         self._runs[run.model] = run
 
@@ -115,7 +119,7 @@ class Host:
         """The run of a model or a LyCORIS network; None if it was not trained with these plugins."""
         for run in list(self._runs.values()):
             module = run.module_ref() if run.module_ref else None
-            if saved is run.model_ref() or (module is not None and saved is getattr(module, "lycoris_net", None)):
+            if saved is run.model_ref() or (module is not None and saved is network_of(module)):
                 return run
         return None
 

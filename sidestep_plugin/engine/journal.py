@@ -10,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import BY_NAME
 from ..run import ResumePoint, Run
 from .losses import Losses
 from .random_states import random_states
@@ -158,7 +159,7 @@ class Journal:
             optimizer=self.scheduler.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             optimizer_class=type(self.scheduler.optimizer).__name__,
-            parameters=[weight.detach() for weight in trained] if run.adapter_type == "lokr" else None,
+            parameters=None if BY_NAME[run.adapter_type].network is None else [weight.detach() for weight in trained],
             save_number=run.saves,
         )
 

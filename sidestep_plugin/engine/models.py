@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..files import is_companion, not_a_file
+from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
+from ..text import counted, sentence
 from ..variants import MODEL_ALIASES
+from .checkout import find_root
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,21 @@ def checkpoint_folder(said: Path | None, root: Path) -> Path:
     if said is not None:
         return said
     from_environment = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
-    return Path(from_environment).expanduser() if from_environment else root / "checkpoints"
+    try:
+        return Path(at_home(from_environment)) if from_environment else root / "checkpoints"
+    except Refusal as refusal:
+        raise Refusal(f"Correct $ACESTEP_CHECKPOINTS_DIR, which is {from_environment}: {refusal}") from None
+
+
+def checkpoints_of(said: Path | None, acestep_root: Path | None) -> Path:
+    """The folder of models, for what needs no checkout: it is looked for only if nothing else says where they are.
+
+    Raises:
+        Refusal: nothing says where they are, and there is no checkout.
+    """
+    if said is not None or os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip():
+        return checkpoint_folder(said, Path())
+    return checkpoint_folder(None, find_root(acestep_root))
 
 
 def models_in(checkpoints: Path) -> list[str]:
@@ -59,6 +75,7 @@ def _is_model(folder: Path) -> bool:
 
 def find_model(name: str, checkpoints: Path) -> Path:
     """The folder of a model: an alias ("base", "xl-sft"), a folder name, or a path. Raises Refusal."""
+    name = at_home(name)
     candidates = [checkpoints / MODEL_ALIASES[name]] if name in MODEL_ALIASES else []
     if name.strip(".") and not re.search(r"[\\/]", name):  # a bare name, not a path
         candidates.append(checkpoints / name)
@@ -104,6 +121,8 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
                     if key.startswith("decoder.") and dtype not in _WEIGHT_DTYPES:
                         raise Refusal(f"{file.name} of {folder.name} is quantized ({key} is {dtype}). {_UNQUANTIZED}")
         except (SafetensorError, OSError) as error:
+            if what := stand_in(file):
+                raise Refusal(f"{file} {what}. Complete the model's folder, or download it again.") from None
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 
@@ -147,8 +166,10 @@ def pick_device(said: str) -> torch.device:
     if said == "auto":
         return torch.device(present[0])
     if said.split(":")[0] not in present:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if hidden is None or not said.startswith("cuda") else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
         raise Refusal(
-            f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}. Choose one of these."
+            f"No {said} on this machine: torch {torch.__version__} sees {', '.join(present)}{why}. Choose one of these."
         )
     # By now a chosen GPU is the only visible one, so it is the first.
     return torch.device(said.split(":")[0])
@@ -161,9 +182,17 @@ def restrict_gpus(said: str) -> None:
         index = int(said.partition(":")[2])
         if visible and index >= len(visible):
             raise Refusal(
-                f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0. Choose one."
+                f"No {said}: CUDA_VISIBLE_DEVICES shows {counted(len(visible), 'GPU')}, counted from cuda:0. "
+                "Choose one."
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
+
+
+def _unusable_cache(error: BaseException, folder: Path) -> str | None:
+    """The place outside of the model's folder that could not be written, if that is why it cannot be loaded."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return None
+    return None if Path(error.filename).is_relative_to(folder) else f"{error.strerror}: {error.filename}"
 
 
 def load_model(folder: Path, device: torch.device) -> Handler:
@@ -191,16 +220,22 @@ def load_model(folder: Path, device: torch.device) -> Handler:
             **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
         )
     except (Exception, SystemExit) as error:  # the model's own code may do anything
-        reason = " ".join(str(error).split())
+        if (place := _unusable_cache(error, folder)) is not None:
+            raise Refusal(
+                f"transformers copies the code of {folder.name} into its cache, and cannot write there: {place}. "
+                "Correct $HF_HOME, or name a folder that can be written: HF_MODULES_CACHE=DIR"
+            ) from error
+        reason = sentence(f"{type(error).__name__}: {error}")
         raise Refusal(
-            f"{folder} cannot be loaded as a model: {type(error).__name__}: {reason}. Use ACE-Step's own Python "
-            "environment; if you do, download the model again."
+            f"{folder} cannot be loaded as a model: {reason} Use ACE-Step's own Python environment; if you do, "
+            "download the model again."
         ) from error
     missing = sorted(loaded["missing_keys"])
     lost = [key for key in missing if key.startswith("decoder.")]
     if lost:
         raise Refusal(
-            f"The weights of {folder.name} lack {len(lost)} tensors of the decoder ({lost[0]}, ...). Download it again."
+            f"The weights of {folder.name} lack {counted(len(lost), 'tensor')} of the decoder ({lost[0]}, ...). "
+            "Download it again."
         )
     if "null_condition_emb" in missing:
         # transformers has filled it with random numbers, which must not be trained on.

@@ -6,27 +6,36 @@ also where gradients go over NCCL: nothing here waits for a GPU.
 
 from __future__ import annotations
 
-import os
-import sys
+import importlib.metadata
+import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import PluginError, Refusal
 from ..ranks import ranks
 from ..run import ProcessPlan
+from ..text import counted
 from .answers import described
+from .meeting import SaidElsewhere as SaidElsewhere
+from .meeting import meet
 
 if TYPE_CHECKING:
     import torch
 
     from ..registry import Registry
 
+T = TypeVar("T")
+
 STOP: Final = "should_stop"
 INTERRUPTED: Final = "interrupted"
 """Entries of upstream's training state: its stop button, and whether a signal pressed it."""
 
+LOST: Final = "The connection to another process was lost"
+"""How a failure begins of which this process knows only that another one is gone."""
+
 _LOST: Final = (
+    LOST,
     "gloo",
     "NCCL",
     "nccl",
@@ -36,6 +45,8 @@ _LOST: Final = (
     "TCPStore",
 )
 _groups: Final[dict[str, Any]] = {}
+_DECIDE: Final = ("torch", "peft", "lightning", "lycoris-lora", "sidestep-plugin")
+"""Distributions whose version decides what is trained, or whether processes understand each other."""
 
 
 def plan_of(registry: Registry, options: Mapping[str, Any]) -> ProcessPlan:
@@ -84,22 +95,68 @@ def check_engine(trainer: Any) -> None:
 # -- meeting ---------------------------------------------------------------------------------------------------------
 
 
-def join(device: str) -> None:
+def join(device: str, say: Callable[[str], None]) -> None:
     """Meet the other processes; does nothing when they have met.
 
     Args:
         device: the type of device that the training computes on. Gradients on CUDA go over NCCL where torch has it.
+        say: takes a line about who is missing.
+
+    Raises:
+        Refusal: they cannot meet, or do not fit together.
     """
     import torch.distributed as dist
 
-    if not ranks().several or "cpu" in _groups:
+    here = ranks()
+    if not here.several or "cpu" in _groups:
         return
     if not dist.is_initialized():
-        if os.name == "nt":
-            os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows is built without it
         nccl = device == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        store = meet(here, {"device": device, **_versions()}, say)
+        group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        _hearing_signals(
+            lambda: dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.world_size)
+        )
     _groups["cpu"] = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what decides, without the build: machines may have other GPUs."""
+    versions = {}
+    for name in _DECIDE:
+        try:
+            versions[name] = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+class LostProcess(Refusal):
+    """Another process is gone while this one waits for it."""
+
+
+def _hearing_signals(act: Callable[[], T]) -> T:
+    """Wait for torch in a thread, so that signals are handled meanwhile. Raises LostProcess."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(act())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="acestep-processes", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    if not failed:
+        return done[0]
+    if isinstance(failed[0], RuntimeError) and not isinstance(failed[0], NotImplementedError):
+        reason = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0].rstrip(". ")
+        raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from failed[0]
+    raise failed[0]
 
 
 def leave() -> None:
@@ -121,7 +178,8 @@ def use_own_gpu(device: torch.device) -> None:
         raise Refusal(f"Several processes cannot share {device}. Use NVIDIA or AMD GPUs, --device cpu, or one process.")
     if here.local_world_size > (count := torch.cuda.device_count()):
         raise Refusal(
-            f"{here.local_world_size} processes were started on this machine, and torch sees {count} GPUs. Start "
+            f"{here.local_world_size} processes were started on this machine, and torch sees "
+            f"{counted(count, 'GPU')}. Start "
             "as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
         )
     torch.cuda.set_device(here.local_rank)
@@ -132,7 +190,7 @@ def gather(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_groups["cpu"])
+    _hearing_signals(lambda: dist.all_gather_object(values, value, group=_groups["cpu"]))
     return values
 
 
@@ -141,7 +199,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
     import torch.distributed as dist
 
     total = values.detach().double().cpu()
-    dist.all_reduce(total, group=_groups["cpu"])
+    _hearing_signals(lambda: dist.all_reduce(total, group=_groups["cpu"]))
     return (total / dist.get_world_size()).to(values.device, values.dtype)
 
 
@@ -150,20 +208,48 @@ def wait_for_all() -> None:
     gather(None)
 
 
-@contextmanager
-def one_first() -> Iterator[None]:
-    """Let the first process of each machine go through the block before the others: files are read, or made, once."""
+def in_turns(make: Callable[[], T]) -> T:
+    """Let the first process of each machine make something before the others: files are read, or made, once.
+
+    Raises:
+        Refusal: it cannot be made, in this process or in another one.
+    """
     here = ranks()
     if not here.several:
-        yield
-        return
-    if here.local_rank > 0:
-        wait_for_all()
+        return make()
+    made: list[T] = []
+    for turn in (here.local_rank == 0, here.local_rank > 0):
+        in_all(lambda turn=turn: made.append(make()) if turn else None)  # type: ignore[misc]
+    return made[0]
+
+
+def in_all(look: Callable[[], T]) -> T:
+    """Do something in every process. If it is refused in one, all of them end, and each machine is told why.
+
+    Raises:
+        Refusal: it was refused in this process or in another one; a :class:`SaidElsewhere` if another process of this
+            machine tells it.
+    """
+    here = ranks()
+    if not here.several:
+        return look()
+    result: list[T] = []
+    own: Refusal | None = None
     try:
-        yield
-    finally:
-        if here.local_rank == 0 and sys.exc_info()[0] is None:
-            wait_for_all()
+        result.append(look())
+    except Refusal as refusal:
+        own = refusal
+    for rank, (said, host) in enumerate(gather((None if own is None else str(own), platform.node()))):
+        if said is not None:
+            raise _told(rank, host, said) if own is None or here.local_rank else own
+    return result[0]
+
+
+def _told(rank: int, host: str, text: str) -> Refusal:
+    """A refusal of another process, as this one raises it: the first process of each machine tells it."""
+    if ranks().local_rank:
+        return SaidElsewhere(text)
+    return Refusal(f"Process {rank} on {host}: {text}")
 
 
 def told_by_first(decide: Callable[[], Any]) -> Any:
@@ -175,34 +261,57 @@ def told_by_first(decide: Callable[[], Any]) -> Any:
     here = ranks()
     if not here.several:
         return decide()
+    decided: list[Any] = []
+    own: Refusal | None = None
     if here.first:
         try:
-            decided = decide()
+            decided.append(decide())
         except Refusal as refusal:
-            gather(("refused", str(refusal)))
-            raise
-        gather(("decided", decided))
-        return decided
-    verdict, what = gather(None)[0]
-    if verdict == "refused":
-        raise SaidElsewhere(what)
-    return what
-
-
-class SaidElsewhere(Refusal):
-    """A refusal that the first process tells."""
+            own = refusal
+    refused, host, what = gather((own is not None, platform.node(), str(own) if own else decided))[0]
+    if own is not None:
+        raise own
+    if refused:
+        raise _told(0, host, what)
+    return what[0]
 
 
 def check_agreement(said: Mapping[str, Any]) -> None:
-    """Refuse to train what differs between the processes | given values by what they are | raises Refusal."""
-    first, *others = gather(dict(said))
-    for rank, other in enumerate(others, start=1):
+    """Refuse to train what differs between the processes.
+
+    Args:
+        said: what decides the training, by what it is called. A mapping is compared entry by entry.
+
+    Raises:
+        Refusal: names what differs, in which process and on which machine.
+    """
+    gathered = gather((platform.node(), dict(said)))
+    (_, first), *others = gathered
+    for rank, (host, other) in enumerate(others, start=1):
         for name, value in first.items():
-            if other.get(name) != value:
-                raise Refusal(
-                    f"Process {rank} has another {name} than process 0: {other.get(name)} and not {value}. Give every "
-                    "machine the same songs, model, checkpoints and options."
+            if (its := other.get(name)) != value:
+                text = (
+                    f"Process {rank} on {host} differs from process 0 on {gathered[0][0]} in {name}: "
+                    f"{_difference(its, value)}. Give every machine the same songs, model, checkpoints, programs and "
+                    "options."
                 )
+                raise SaidElsewhere(text) if ranks().local_rank else Refusal(text)
+
+
+def _difference(its: Any, value: Any) -> str:
+    """What one process has and not the first one; of mappings only the entries that differ."""
+    if not isinstance(its, Mapping) or not isinstance(value, Mapping):
+        return f"{its} and not {value}"
+    kinds = {
+        "other contents in": [name for name in value if name in its and its[name] != value[name]],
+        "it lacks": [name for name in value if name not in its],
+        "it also has": [name for name in its if name not in value],
+    }
+    return "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in kinds.items() if names)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def lost_connection(text: str) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from itertools import product
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
+from ..songs.dataset import songs_in
 from .checkout import place_of
-from .evaluation import evaluate, without_adapter
+from .decoders import plain_decoder, undisturbed, without_adapter
+from .ending import in_ram, put, save_checkpoint, save_weights
+from .evaluation import evaluate
+from .loggers import log_entries
 from .replay import trained_tensors
-from .wrappers.ending import in_ram, put, save_checkpoint, save_weights
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +74,36 @@ class Services:
         journal = self._training.journal
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
 
+    @property
+    def epochs_before(self) -> int:
+        """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
+        journal = self._training.journal
+        return 0 if journal is None else max(0, journal.epochs_begun - 1)
+
+    @property
+    def songs(self) -> tuple[Path, ...]:
+        """The files of the songs that are trained on, without those that are held out."""
+        run = self._training.run
+        out = {song.resolve() for song in run.held_out}
+        songs = () if run.tensor_dir is None else songs_in(run.tensor_dir)
+        return tuple(song for song in songs if song.resolve() not in out)
+
+    @property
+    def decoder(self) -> Any:
+        """The decoder with the adapter, without the wrappers of the training."""
+        return plain_decoder(self._training.run.model)
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block without gradients and dropout in which nothing is compiled; afterwards everything is as it was."""
+        import torch
+
+        module = self._training.trainer.module
+        return undisturbed(module, torch.device(module.device))
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """A block in which the model is the base model."""
+        return without_adapter(self._training.trainer.module)
+
     def evaluate(
         self,
         songs: Sequence[Path],
@@ -93,15 +125,14 @@ class Services:
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
-        with nullcontext() if adapter else without_adapter(module):
+        with nullcontext() if adapter else self.without_adapter():
             losses = evaluate(module, songs, timesteps, conditions)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
-        for logger, (name, value) in product(self._training.loggers, values.items()):
-            logger.log_metrics({name: value}, epoch)
+        log_entries(self._host, self._training, values, epoch)
 
     def save_checkpoint(self, name: str, kept: ResumePoint | None = None) -> bool:
         """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import Refusal
 from ..text import shown
+from .ending import INTERRUPTED
 from .shapes import FINAL
-from .wrappers.ending import INTERRUPTED
 
 
 def check_writable(folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from ..adapters.staging import settle_below
+from ..engine.ending import INTERRUPTED
 from ..engine.seams import FINAL
-from ..engine.wrappers.ending import INTERRUPTED
 from ..errors import Refusal
 from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
 

@@ -10,10 +10,9 @@ from typing import Any, Final
 from ..files import room
 from ..hookspecs import hookimpl
 from ..run import Run
-from ..songs.dataset import songs_in
 from ..songs.lengths import longest
-from .checkpointing import is_checkpointed
-from .estimate import Settings
+from .gradient_checkpointing import is_checkpointed
+from .of_training import settings_of
 from .savings import advice_for
 
 _NO_MEMORY = ("out of memory", "outofmemory", "cannot allocate memory", "alloc_cpu", "not enough memory")
@@ -25,7 +24,7 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 @hookimpl
 def engine_advice(run: Run, failure: str) -> str | None:
-    frames, _ = longest(songs_in(run.tensor_dir)) if run.tensor_dir is not None else (0, 0)
+    frames, _ = longest(run.engine.songs)
     device = next(run.model.decoder.parameters()).device
     found = advice(
         failure,
@@ -64,7 +63,8 @@ def advice(
     """
     text = failure.lower()
     if any(words in text for words in _NO_MEMORY):
-        now = _settings(training_config, adapter_config, options, checkpointed, frames, on_gpu)
+        now = settings_of(training_config, adapter_config, options, mixed=on_gpu).but(checkpointing=checkpointed)
+        now = now if frames is None else now.but(frames=frames)
         steps = [*advice_for(now, options), "close other programs that use the device"]
         listed = steps[0] if len(steps) == 1 else f"{'; '.join(steps[:-1])}; or {steps[-1]}"
         return f"The device ran out of memory. {listed[0].upper()}{listed[1:]}."
@@ -77,33 +77,3 @@ def advice(
             "it again, preprocess that song again."
         )
     return ""
-
-
-def _settings(
-    training_config: Any,
-    adapter_config: Any,
-    options: Mapping[str, Any],
-    checkpointed: bool,
-    frames: int | None,
-    on_gpu: bool,
-) -> Settings:
-    """The settings of a run that its memory depends on, as far as its flags change them."""
-
-    def number(config: Any, *names: str) -> int:
-        values = (getattr(config, name, None) for name in names)
-        return next((value for value in values if isinstance(value, int) and value > 0), 1)
-
-    known = Settings(
-        kind="lokr" if hasattr(adapter_config, "linear_dim") else "lora",
-        rank=number(adapter_config, "r", "linear_dim"),
-        batch_size=number(training_config, "batch_size"),
-        accumulation=number(training_config, "gradient_accumulation_steps"),
-        mixed=on_gpu,
-        checkpointing=checkpointed,
-        crop_seconds=options.get("crop_seconds"),
-    )
-    if options.get("base_weights", "off") != "off":
-        known = known.but(frozen="int8")
-    elif options.get("frozen_weights") == "fp32":
-        known = known.but(frozen="fp32")
-    return known if frames is None else known.but(frames=frames)

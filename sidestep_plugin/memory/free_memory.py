@@ -1,10 +1,10 @@
-"""How much memory a program may still use, as far as the system says. Needs no package."""
+"""How much memory a program may still use, as far as the system says: by psutil, which PEFT brings along."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,49 +23,18 @@ def free_memory() -> int | None:
 
 
 def _of_the_system() -> int | None:
-    if sys.platform == "win32":
-        return _of_windows()
-    try:
+    with suppress(ImportError):
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError, IndexError):
         for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 return 1024 * int(value.split()[0])
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no such function, and macOS does not say
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):  # macOS does not say
-        return None
-
-
-def _of_windows() -> int | None:
-    import ctypes
-
-    class Status(ctypes.Structure):
-        """MEMORYSTATUSEX of the Windows API."""
-
-        _fields_ = (
-            ("dwLength", ctypes.c_ulong),
-            ("dwMemoryLoad", ctypes.c_ulong),
-            *(
-                (name, ctypes.c_ulonglong)
-                for name in (
-                    "ullTotalPhys",
-                    "ullAvailPhys",
-                    "ullTotalPageFile",
-                    "ullAvailPageFile",
-                    "ullTotalVirtual",
-                    "ullAvailVirtual",
-                    "ullAvailExtendedVirtual",
-                )
-            ),
-        )
-
-    status = Status(ctypes.sizeof(Status))
-    windows = getattr(ctypes, "windll", None)
-    if windows is None or not windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None
-    return int(status.ullAvailPhys)
+    return None
 
 
 def _of_the_job() -> Iterator[int]:

@@ -1,11 +1,15 @@
 """Gradient checkpointing: less memory for activations, and one more forward pass of the decoder in every step.
 
-An adapter in fp32 is the same with and without it, bit for bit. Most versions of ACE-Step turn it on always or never;
-here it is a choice, and with ``auto`` it is switched when the estimate says so.
+A layer keeps only its input for the backward pass and computes the rest again. An adapter in fp32 is the same with and
+without it, bit for bit: the random state of the first pass is restored for the second, so dropout draws the same
+numbers. Most versions of ACE-Step turn it on always or never; here it is a choice, and with ``auto`` it is switched
+when the estimate says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -13,10 +17,10 @@ import click
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
-from .checkpointing import switch_checkpointing
-from .estimate import shown
-from .frozen_weights import kept_weights
+from .base_weights import kept_weights
+from .estimate import Settings, shown
 from .of_training import Estimate, estimate
+from .saving import Saving
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +30,6 @@ _SWITCHED: Final = "sidestep.checkpointing"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """The choice."""
     return [
         click.Option(
             ["--gradient-checkpointing"],
@@ -53,7 +56,7 @@ def acestep_run_started(run: Run) -> None:
 @hookimpl
 def engine_model_ready(run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None) -> list[str]:
     said, was_on = run.options["gradient_checkpointing"], _is_on(decoder)
-    needed = estimate(run, decoder, kept_weights(run, decoder, network, autocast).keys(), autocast)
+    needed = estimate(run, decoder, kept_weights(run.options, decoder, network, autocast).keys(), autocast)
     if said == "auto":
         on, why = (was_on, "") if needed is None else _decided(needed, was_on)
     else:
@@ -99,3 +102,62 @@ def _word(on: bool) -> str:
 def _is_on(decoder: torch.nn.Module) -> bool:
     # The decoder itself has the attribute, too; only the layers' counts.
     return any(getattr(module, "gradient_checkpointing", False) for name, module in decoder.named_modules() if name)
+
+
+def is_checkpointed(decoder: torch.nn.Module) -> bool:
+    """Whether gradient checkpointing is on for any layer of a decoder."""
+    return any(layer.gradient_checkpointing for layer in _layers(decoder))
+
+
+def switch_checkpointing(decoder: torch.nn.Module, on: bool) -> Callable[[], None]:
+    """Switch gradient checkpointing on or off for every layer.
+
+    Upstream turns on the kind that loses the gradients of a layer none of whose inputs has one, and marks the input of
+    its training step for that. Versions that never turn it on do not mark it, so the other kind is used here.
+
+    Returns:
+        What puts it back as it was.
+
+    Raises:
+        Refusal: no layer of this model can be checkpointed.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    layers = _layers(decoder)
+    if on and not layers:
+        raise Refusal(
+            "The layers of this model's code have no gradient checkpointing. Leave --gradient-checkpointing on out."
+        )
+    before = [(layer, layer.gradient_checkpointing) for layer in layers]
+    for layer, was_on in before:
+        if on and not was_on:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = on
+
+    def put_back() -> None:
+        for layer, was_on in before:
+            layer.gradient_checkpointing = was_on
+
+    return put_back
+
+
+def _layers(decoder: torch.nn.Module) -> list[Any]:
+    """The layers of a decoder that are made for checkpointing; the model's code decides which."""
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:  # transformers before 4.53, with which no model of ACE-Step loads
+        return []
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _checkpointed(now: Settings) -> Settings | None:
+    return None if now.checkpointing else now.but(checkpointing=True)
+
+
+SAVING: Final = Saving(
+    option="gradient_checkpointing",
+    apply=_checkpointed,
+    flag=lambda then: "--gradient-checkpointing on",
+    advice=lambda now, then: "use --gradient-checkpointing on",
+    cost="same adapter, bit for bit; steps take longer",
+)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import kind_of_config
 from ..run import ModelFacts, Run
-from ..songs.dataset import songs_in
 from ..songs.lengths import longest
+from .base_weights import chosen
 from .estimate import FRAMES_A_SECOND, Needs, Settings, needs, shown
-from .savings import enough
+from .quantization import BYTES
 from .sizes import DecoderSize
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Estimate:
 
     def _advice(self, checkpointing: bool) -> str:
         """The cheapest flags with which it would fit, all together."""
+        from .savings import enough  # which lists gradient checkpointing, and that estimates
+
         now, free = self.settings.but(checkpointing=checkpointing), self.free
         assert free is not None
         found = enough(now, self.options, lambda then: needs(self.size, then).fits(free))
@@ -80,12 +83,11 @@ def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch
     import torch
 
     size = DecoderSize.from_config(ModelFacts.from_model(run.model).config)
-    frames, tokens = longest(songs_in(run.tensor_dir)) if run.tensor_dir is not None else (0, 0)
+    frames, tokens = longest(run.engine.songs)
     targets = getattr(run.adapter_config, "target_modules", None)
     if size is None or not frames or not isinstance(targets, (list, tuple)):
         return None
     device = next(decoder.parameters()).device
-    mixed = autocast is torch.bfloat16
     weights = trained = 0
     for name, weight in decoder.named_parameters():
         if weight.requires_grad:
@@ -93,21 +95,15 @@ def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch
         else:
             weights += weight.numel() * (weight.element_size() if name in kept or autocast is None else 4)
     weights += sum(buffer.numel() * buffer.element_size() for buffer in decoder.buffers())
-    quantized = run.options.get("base_weights", "off") != "off"
-    settings = Settings(
-        kind=run.adapter_type,
-        rank=_number(run.adapter_config, "r", "linear_dim"),
+    settings = settings_of(run.training_config, run.adapter_config, run.options, mixed=autocast is torch.bfloat16).but(
         targets=tuple(targets),
         dropout=bool(getattr(run.adapter_config, "dropout", 0.0)),
-        batch_size=_number(run.training_config, "batch_size"),
-        accumulation=_number(run.training_config, "gradient_accumulation_steps"),
         frames=frames,
         tokens=tokens,
-        mixed=mixed,
-        frozen="int8" if quantized else "bf16" if kept else "fp32",
-        crop_seconds=run.options.get("crop_seconds"),
         optimizer_bytes=2 if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") else 8,
     )
+    if settings.frozen not in BYTES:
+        settings = settings.but(frozen="bf16" if kept else "fp32")
     return Estimate(size, settings, weights, trained, free_memory(decoder), run.options.keys())
 
 
@@ -120,7 +116,28 @@ def free_memory(decoder: torch.nn.Module) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + own + sum(weight.numel() * weight.element_size() for weight in decoder.parameters())
+    tensors = (*decoder.parameters(), *decoder.buffers())  # quantized weights are buffers
+    return free + own + sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device == device)
+
+
+def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str, Any], *, mixed: bool) -> Settings:
+    """The settings of a training that its memory depends on, as far as configurations and options say them.
+
+    Args:
+        training_config, adapter_config: upstream's.
+        options: the values of the plugins' options.
+        mixed: whether autocast computes in bf16.
+    """
+    kind, adapter = chosen(options), kind_of_config(adapter_config)
+    return Settings(
+        kind=adapter.name,
+        rank=_number(adapter_config, adapter.fields["rank"]),
+        batch_size=_number(training_config, "batch_size"),
+        accumulation=_number(training_config, "gradient_accumulation_steps"),
+        mixed=mixed,
+        frozen=kind if kind in BYTES or kind == "fp32" else "bf16",
+        crop_seconds=options.get("crop_seconds"),
+    )
 
 
 def _number(config: Any, *names: str) -> int:

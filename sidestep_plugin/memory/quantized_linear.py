@@ -11,20 +11,19 @@ from typing import Any, Final
 
 import torch
 
-LARGEST: Final = {"int8": 127.0, "fp8": 448.0}
-"""The largest number that each type holds; fp8 is ``torch.float8_e4m3fn``."""
+LARGEST: Final = {"int8": 127.0}
+"""The largest number that each type holds."""
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """A frozen ``torch.nn.Linear`` with its weight in int8 or fp8. It has no weight that could be trained.
+    """A frozen ``torch.nn.Linear`` with its weight in one byte per value. It has no weight that could be trained.
 
     Args:
         layer: the layer to take the place of; it is left as it is. Weight [out,in], bias [out] or none.
-        kind: "int8" or "fp8".
+        kind: "int8".
 
     Attributes:
-        data: the quantized weight [out,in], int8, or the bytes of fp8 as uint8, so that no cast of a whole model to
-            another floating-point type changes them.
+        data: the quantized weight [out,in], int8, which no cast of a whole model changes.
         scale: the scale of each row [out,1], float32.
     """
 
@@ -38,8 +37,9 @@ class QuantizedLinear(torch.nn.Linear):
         # Rounded before it is used, so that its rounding when computing in bf16 is no further error.
         scale = scale.to(torch.bfloat16).float().clamp(min=2.0**-100)
         values = (weight / scale).clamp(-LARGEST[kind], LARGEST[kind])
-        data = values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn).view(torch.uint8)
-        self.register_buffer("data", data)
+        self.data: torch.Tensor
+        self.scale: torch.Tensor
+        self.register_buffer("data", values.round().to(torch.int8))
         self.register_buffer("scale", scale)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -49,13 +49,13 @@ class QuantizedLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        result: torch.Tensor = _Product.apply(input.to(dtype), self.data, self.scale)
+        product: Any = _Product.apply  # torch has no types for it
+        result: torch.Tensor = product(input.to(dtype), self.data, self.scale)
         return result if self.bias is None else result + self.bias.to(dtype)
 
 
 def _dequantized(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    values = data if data.dtype == torch.int8 else data.view(torch.float8_e4m3fn)
-    return values.to(dtype) * scale.to(dtype)
+    return data.to(dtype) * scale.to(dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -15,7 +15,6 @@ import click
 from ..engine.answers import counted, writes
 from ..hookspecs import hookimpl
 from ..run import Run
-from ..songs.dataset import songs_in
 from .free_memory import free_memory
 
 SHARE: Final = 0.5
@@ -60,10 +59,12 @@ def acestep_options() -> list[click.Option]:
 def acestep_run_started(run: Run) -> list[str]:
     """Decide how much RAM the songs may take, and say it in one line where songs are kept."""
     wanted = run.options["song_cache"]
-    songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
-    # Read once, nothing is gained by keeping them.
-    if wanted == "off" or not songs or getattr(run.training_config, "max_epochs", None) == 1:
+    songs = [] if run.engine is None else run.engine.songs
+    if wanted == "off" or not songs:
         return []
+    if getattr(run.training_config, "max_epochs", None) == 1:  # nothing is gained by keeping what is read once
+        note = f"Note: --song-cache {wanted} has no effect: in one epoch each song is read once."
+        return [] if wanted == "auto" else [note]
     if workers := getattr(run.training_config, "num_workers", 0):
         return [f"Note: songs are not kept in RAM, because {workers} processes read them (--num-workers 0 keeps them)."]
     free = free_memory()
@@ -123,15 +124,15 @@ class SongCache:
         self.room = room
         self._kept: dict[str, _Kept] = {}
 
-    def read(self, file: str, read: Callable[[], Any]) -> Any:
+    def read(self, file: str | None, read: Callable[[], Any]) -> Any:
         """A song, from RAM if it is there unchanged. Each caller has a mapping and metadata of its own.
 
         Args:
-            file: the song's file.
+            file: the song's file; None where it has none of its own.
             read: reads the song as upstream does.
         """
-        state = _state_of(file)
-        if state is None:
+        state = None if file is None else _state_of(file)
+        if file is None or state is None:
             return read()
         kept = self._kept.get(file)
         # A tensor that somebody wrote to is not what is in the file any more.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
-from ..files import read_json_object
+from ..files import at_home, read_json_object
+from ..text import sentence
 from .conditions import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ OVERLAP: Final = 64
 def find_vae(checkpoints: Path | None) -> Path | None:
     """The VAE's folder below a folder of models, else below ``$ACESTEP_CHECKPOINTS_DIR``; None if there is none."""
     said = os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip()
-    places = [place / FOLDER for place in (checkpoints, Path(said).expanduser() if said else None) if place is not None]
+    places = [place / FOLDER for place in (checkpoints, Path(at_home(said)) if said else None) if place is not None]
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
@@ -35,39 +37,60 @@ def why_not(folder: Path | None) -> str:
     """Why latents cannot be decoded, as the end of a sentence; "" when they can. Raises Refusal for another VAE."""
     if folder is None:
         return "the checkpoint folder has no vae folder"
-    check_vae(folder)
-    return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed here"
+    own = check_vae(folder)
+    return "" if own or importlib.util.find_spec("diffusers") else "diffusers is not installed here"
 
 
-def check_vae(folder: Path) -> None:
-    """Refuse a VAE that ACE-Step's latents do not fit, by its config alone. Raises Refusal."""
+def check_vae(folder: Path) -> bool:
+    """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does.
+
+    Raises:
+        Refusal: ACE-Step's latents do not fit it.
+    """
     try:
         config = read_json_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder / 'config.json'} cannot be read ({error}). Download the VAE again.") from None
     width = config.get("decoder_input_channels", LATENT_CHANNELS)
     kind = config.get("_class_name", "AutoencoderOobleck")
-    if width != LATENT_CHANNELS or kind != "AutoencoderOobleck":
+    own = isinstance(config.get("auto_map"), dict)
+    if width != LATENT_CHANNELS or (kind != "AutoencoderOobleck" and not own):
         raise Refusal(
             f"The VAE in {folder} is an {kind} with {width} channels, expected ACE-Step's AutoencoderOobleck with "
-            f"{LATENT_CHANNELS}. Download it again, or train without --preview-every."
+            f"{LATENT_CHANNELS}. Download it again, or leave previews out."
         )
+    return own
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device."""
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device.
+
+    Raises:
+        Refusal: it is a VAE of another kind, or its files cannot be read.
+    """
     import torch
 
-    check_vae(folder)
+    own = check_vae(folder)
     half = device.type == "xpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     place = device if half or device.type == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if half else torch.float16 if place.type == "cuda" else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it with torch's older weight_norm
-        from diffusers import AutoencoderOobleck
+        load: Any  # diffusers has no types for it
+        if own:
+            from transformers import AutoModel
 
-        load: Any = AutoencoderOobleck.from_pretrained  # diffusers has no types for it
-        vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
+            load = partial(AutoModel.from_pretrained, trust_remote_code=True)
+        else:
+            from diffusers import AutoencoderOobleck
+
+            load = partial(AutoencoderOobleck.from_pretrained, torch_dtype=dtype)
+        try:
+            vae = load(str(folder), local_files_only=True).to(dtype)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # diffusers and safetensors raise a dozen types for damaged files
+            raise Refusal(f"The VAE in {folder} cannot be loaded: {sentence(error)} Download it again.") from error
     return vae.to(place).eval()
 
 

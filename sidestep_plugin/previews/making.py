@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..engine.decoders import plain_decoder
+from ..errors import Refusal
 from ..run import Clip
+from .clip_files import playable, read_latents, suffix_of, write_clip
 from .conditions import Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
 from .page import write_page
 from .settings import PreviewSettings
 from .table import Row, Table, about, clip_names, read_table, set_aside
-from .undisturbed import plain_decoder
-from .wav import playable, write_wav
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def generated(
     The decoder has to be in eval mode. Random numbers come from a generator of their own.
 
     Raises:
-        ValueError: the model generated something that is not a number.
+        Refusal: the model generated something that is not a number.
     """
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
@@ -40,7 +40,10 @@ def generated(
         noise = noise_for(settings.seed + place, song.frames, device, dtype)
         latents = generate(model, decoder, conditions, settings, noise).float().cpu()
         if not bool(latents.isfinite().all()):
-            raise ValueError(f"what was generated for {song.name} holds NaN or infinity")
+            raise Refusal(
+                f"What was generated for {song.name} holds NaN or infinity: the adapter is damaged, or its "
+                "training has diverged. Choose an earlier checkpoint."
+            )
         yield latents
 
 
@@ -52,10 +55,13 @@ def heard(vae: Any, latents: Sequence[torch.Tensor]) -> list[Clip]:
 def open_table(
     folder: Path, model_name: str, songs: Sequence[Song], settings: PreviewSettings, *, goes_on: bool
 ) -> tuple[Table, Path | None]:
-    """The table of a folder, or a new one | returns it, and where clips of something else were moved to, if any.
+    """The table of a folder, or a new one.
 
     Args:
         goes_on: whether rows of trained adapters may be those of this training; if not, only the base model's are kept.
+
+    Returns:
+        The table, and where clips of something else were moved to, if any.
 
     Raises:
         Refusal: the folder holds a table that cannot be read.
@@ -80,29 +86,41 @@ def write_row(
     loss: float | None,
     content: Sequence[Clip | torch.Tensor],
 ) -> None:
-    """Write the clips of a row, sounds or latents, then the table and the page. Raises OSError."""
-    sounds = [each for each in content if isinstance(each, Clip)]
-    names = clip_names(label, table.songs, ".wav" if sounds else ".safetensors")
+    """Write the clips of a row, all sounds or all latents, then the table and the page.
+
+    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards.
+
+    Raises:
+        Refusal: the folder's table cannot be read any more.
+        OSError: the folder cannot be written.
+    """
+    names = clip_names(label, table.songs, suffix_of(content[0]))
     for name, each in zip(names, content, strict=True):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(each, Clip):
-            write_wav(file, each.samples, each.rate)
-        else:
-            _write_latents(file, each)
+        write_clip(file, each)
+    there = read_table(folder)
+    if there is not None and there.about == table.about:
+        table.rows[:] = there.rows  # another program may have added rows since the table was read
     table.put(Row(label, epoch, loss, names))
     table.write(folder)
     write_page(folder, table)
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only | returns how many. Raises OSError."""
-    from safetensors.torch import load_file
+    """Decode every clip of a table that is latents only.
 
+    Returns:
+        How many were decoded.
+
+    Raises:
+        Refusal: a clip is missing or damaged. The rows before it are decoded.
+        OSError: the folder cannot be written.
+    """
     number = 0
     for row in table.undecoded:
         old = list(row.clips)
-        sounds = heard(vae, [load_file(folder / clip)["latents"] for clip in old])
+        sounds = heard(vae, [read_latents(folder / clip) for clip in old])
         write_row(folder, table, row.label, row.epoch, row.loss, sounds)
         for clip in old:
             (folder / clip).unlink(missing_ok=True)
@@ -110,22 +128,15 @@ def decode_rest(folder: Path, table: Table, vae: Any) -> int:
     return number
 
 
-def _write_latents(file: Path, latents: torch.Tensor) -> None:
-    from safetensors.torch import save
-
-    with replacing(file) as stream:
-        stream.write(save({"latents": latents.contiguous()}))
-
-
 def _without_length(settings: PreviewSettings) -> dict[str, Any]:
     """The settings without the seconds, which every song has of its own."""
     return {name: value for name, value in asdict(settings).items() if name != "seconds"}
 
 
-def shown_path(file: Path) -> str:
-    """A path as short as it can be said."""
-    try:
-        short = os.path.relpath(file)
-    except ValueError:  # another drive
-        return str(file)
-    return short if not short.startswith("..") else str(file)
+def freed(device: torch.device) -> None:
+    """Give back memory that nothing uses any more."""
+    import torch
+
+    gc.collect()
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).empty_cache()

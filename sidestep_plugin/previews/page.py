@@ -6,13 +6,12 @@ file system and can be copied together with them.
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import quote
+from typing import Final
 
 from ..files import replacing
-from .table import Row, Table
+from .clip_files import is_sound
+from .table import Table
 
 FILE_NAME: Final = "index.html"
 
@@ -39,8 +38,49 @@ addEventListener("play", event => {
 """
 
 
+_PAGE: Final = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Previews of {{ model }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<h1>Previews of an adapter for {{ model }}</h1>
+<p>{% if settings %}{{ settings.steps }} steps, shift {{ "%g" % settings.shift }},
+{{ "CFG %g" % settings.guidance if settings.guidance > 1 else "no CFG" }}, seed {{ settings.seed }}.{% endif %}
+Every clip of a song starts from the same noise.</p>
+<div class="wide"><table>
+<thead><tr><th scope="col">epoch</th><th scope="col">loss</th>
+{%- for song in songs %}<th scope="col">{{ song.name }} <small>{{ "%.1f" % song.seconds }} s</small></th>{% endfor -%}
+</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr{% if row.epoch == 0 %} class="base"{% endif %}><th scope="row">{{ row.label }}</th>
+<td class="loss">{% if row.loss is not none %}{{ "%.4f" % row.loss }}{% endif %}</td>
+{% for clip in row.clips %}
+<td>
+{%- if is_sound(clip) -%}
+<audio controls preload="metadata" src="{{ clip|urlencode }}"
+ aria-label="{{ songs[loop.index0].name }}, {{ row.label }}"></audio>
+{%- else -%}
+<small>not decoded yet</small>
+{%- endif -%}
+</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table></div>
+<script>{{ script }}</script>
+</body>
+</html>
+"""
+
+
 def write_page(folder: Path, table: Table) -> Path:
-    """Write the page beside the clips | returns its file | raises OSError."""
+    """Write the page beside the clips. Returns its file. Raises OSError."""
     with replacing(folder / FILE_NAME) as stream:
         stream.write(page(table).encode("utf-8"))
     return folder / FILE_NAME
@@ -48,50 +88,16 @@ def write_page(folder: Path, table: Table) -> Path:
 
 def page(table: Table) -> str:
     """The page as text."""
-    heads = "".join(
-        f'<th scope="col">{escape(str(song["name"]))} <small>{float(song["seconds"]):.1f} s</small></th>'
-        for song in table.about["songs"]
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    return made.render(
+        model=table.about["model_name"] or "ACE-Step 1.5",
+        settings=table.about["settings"],
+        songs=table.about["songs"],
+        rows=table.rows,
+        is_sound=is_sound,
+        style=Markup(_STYLE),
+        script=Markup(_SCRIPT),
     )
-    rows = "\n".join(_row(row, table.songs) for row in table.rows)
-    name = escape(str(table.about["model_name"] or "ACE-Step 1.5"))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Previews of {name}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>Previews of an adapter for {name}</h1>
-<p>{escape(_settings(table.about["settings"]))}. Every clip of a song starts from the same noise.</p>
-<div class="wide"><table>
-<thead><tr><th scope="col">epoch</th><th scope="col">loss</th>{heads}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table></div>
-<script>{_SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _row(row: Row, songs: list[str]) -> str:
-    loss = "" if row.loss is None else f"{row.loss:.4f}"
-    kind = ' class="base"' if row.epoch == 0 else ""
-    cells = "".join(f"<td>{_player(clip, row, song)}</td>" for clip, song in zip(row.clips, songs, strict=True))
-    return f'<tr{kind}><th scope="row">{escape(row.label)}</th><td class="loss">{loss}</td>{cells}</tr>'
-
-
-def _player(clip: str, row: Row, song: str) -> str:
-    if not clip.endswith(".wav"):
-        return "<small>not decoded yet</small>"
-    label = escape(f"{song}, {row.label}", quote=True)
-    return f'<audio controls preload="metadata" src="{escape(quote(clip), quote=True)}" aria-label="{label}"></audio>'
-
-
-def _settings(settings: Any) -> str:
-    scale = float(settings["guidance"])
-    cfg = f"CFG {scale:g}" if scale > 1.0 else "no CFG"
-    return f"{settings['steps']} steps, shift {float(settings['shift']):g}, {cfg}, seed {settings['seed']}"

@@ -7,8 +7,12 @@ preview changes nothing of the training: random states, modes and gradients are 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,20 +20,20 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import FiniteFloat, Line, WholeNumber
+from ..options import FiniteFloat, Line, Place, WholeNumber
 from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
-from ..text import counted
+from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import find_vae, why_not
+from .page import write_page
+from .prompts import encode_prompts, read_prompts
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
-from .table import BASE, FOLDER
+from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
 
 if TYPE_CHECKING:
     import torch
-
-    from .table import Table
 
 _KEY: Final = "sidestep.previews"
 _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
@@ -37,7 +41,6 @@ _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """What can be said about previews."""
     return [
         click.Option(
             ["--preview-every"],
@@ -53,6 +56,13 @@ def acestep_options() -> list[click.Option]:
             default=SONGS,
             show_default=True,
             help="How many songs, or which ones: a,b,c.",
+        ),
+        click.Option(
+            ["--preview-prompts"],
+            type=Place(path_type=Path),
+            metavar="FILE",
+            default=None,
+            help="TOML file of prompts to hear instead of songs.",
         ),
         click.Option(
             ["--preview-seconds"],
@@ -103,6 +113,26 @@ class _Plan:
 
 
 @hookimpl
+def acestep_model_chosen(options: Mapping[str, Any]) -> None:
+    """Refuse options without effect. From a settings file they come with their defaults."""
+    defaults = {
+        "preview_songs": SONGS,
+        "preview_prompts": None,
+        "preview_seconds": SECONDS,
+        "preview_cfg": None,
+        "preview_seed": SEED,
+    }
+    for name, default in defaults.items():
+        if options[name] != default and not options["preview_every"]:
+            raise Refusal(
+                f"--{name.replace('_', '-')} says how to make previews, and none are made. Leave it out, or say how "
+                "often to make them: --preview-every N."
+            )
+    if options["preview_prompts"] is not None:
+        read_prompts(options["preview_prompts"])
+
+
+@hookimpl
 def acestep_run_started(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
     every = run.options["preview_every"]
@@ -113,14 +143,17 @@ def acestep_run_started(run: Run) -> list[str] | None:
     if guidance > 1.0 and getattr(run.model, "null_condition_emb", None) is None:
         raise Refusal("The model has no null_condition_emb, which guidance needs. Use --preview-cfg 1.")
     seconds = run.options["preview_seconds"]
-    songs = [look_at(file, seconds) for file in choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])]
     folder = Path(str(getattr(run.model.config, "_name_or_path", "") or ""))
+    lines, songs = _from_prompts(run, folder)
+    if run.options["preview_prompts"] is None or run.options["preview_songs"] != SONGS:
+        chosen = choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])
+        songs += [look_at(file, seconds) for file in chosen]
     settings = PreviewSettings(
         treatment.shift, treatment.num_inference_steps, guidance, run.options["preview_seed"], seconds
     )
     often = "every epoch" if every == 1 else f"every {every} epochs"
     names = ", ".join(song.name for song in songs)
-    lines = [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
+    lines += [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
     short = [
         f"{song.name} {song.seconds:.1f} s" for song in songs if song.seconds < seconds and song.frames == song.whole
     ]
@@ -136,6 +169,41 @@ def acestep_run_started(run: Run) -> list[str] | None:
     return lines
 
 
+def _from_prompts(run: Run, model_folder: Path) -> tuple[list[str], list[Song]]:
+    """Songs to hear from the file of prompts, which are kept until the training is over, and lines about them."""
+    file = run.options["preview_prompts"]
+    if file is None:
+        return [], []
+    prompts = read_prompts(file)
+    folder = Path(tempfile.mkdtemp(prefix="sidestep-prompts-"))
+    run.engine.at_end(partial(shutil.rmtree, folder, ignore_errors=True))
+    files = encode_prompts(prompts, run.model, model_folder, folder)
+    lines = [f"Warning: prompt {prompt.name}: {problem}" for prompt in prompts for problem in prompt.text.problems]
+    return lines, [look_at(each, prompt.seconds) for each, prompt in zip(files, prompts, strict=True)]
+
+
+@hookimpl
+def engine_training_began(run: Run) -> list[str]:
+    """Move clips aside that this training did not make, whether or not it makes any."""
+    folder = run.engine.folder / FOLDER
+    if not run.ranks.first:
+        return []
+    try:
+        table = read_table(folder)
+        if table is None or all(row.epoch == 0 for row in table.rows):
+            return []
+        if not run.resuming:
+            return [f"Note: clips of an earlier training were moved to {set_aside(folder)}."]
+        aside = leave_branch(folder, table, run.engine.epochs_before)
+        if aside is None:
+            return []
+        write_page(folder, table)
+        write_page(aside, Table(table.about, (read_table(aside) or table).rows))
+        return [f"Note: clips of epochs after the checkpoint, which an earlier run made, were moved to {aside}."]
+    except (Refusal, OSError) as error:  # a training of hours matters more than a clip
+        return [f"Warning: the clips in {folder} stay as they are: {error}"]
+
+
 @hookimpl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     plan: _Plan | None = run.state.get(_KEY)
@@ -144,19 +212,18 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     if epoch % plan.every and not run.engine.ends_after(epoch):
         return None
     from .generation import computed_in
-    from .undisturbed import freed, plain_decoder, undisturbed
+    from .making import freed
 
-    decoder = plain_decoder(run.model)
-    device = computed_in(decoder)[0]
+    device = computed_in(run.engine.decoder)[0]
     try:
-        with undisturbed(decoder, device):
-            news = _preview(run, plan, decoder, device, epoch, loss, folder / FOLDER)
+        with run.engine.undisturbed():
+            news = _preview(run, plan, device, epoch, loss, folder / FOLDER)
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = sentence(str(error) or type(error).__name__)
         news = EpochNews(
             lines=(
-                f"Warning: no preview after epoch {epoch}: {reason}. The training goes on without previews. Clips of "
+                f"Warning: no preview after epoch {epoch}: {reason} The training goes on without previews. Clips of "
                 f"any saved adapter: {_LATER}",
             )
         )
@@ -164,20 +231,18 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
     return news
 
 
-def _preview(
-    run: Run, plan: _Plan, decoder: Any, device: torch.device, epoch: int, loss: float | None, folder: Path
-) -> EpochNews:
+def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: float | None, folder: Path) -> EpochNews:
     """Make the clips of an epoch, and those of the base model if there are none yet. Raises what goes wrong."""
     from .making import generated, write_row
-    from .undisturbed import adapter_off
 
     began, peak = time.monotonic(), _peak(device)
     lines: list[str] = []
     if plan.table is None:
         plan.table = _table(run, plan, folder, lines)
-    table, rows = plan.table, []
+    table = plan.table
+    rows: list[tuple[str, int, float | None, list[torch.Tensor]]] = []
     if not table.has(BASE):
-        with adapter_off(decoder, _network(run, decoder)):
+        with run.engine.without_adapter():
             rows.append((BASE, 0, None, list(generated(run.model, plan.songs, plan.silence, plan.settings))))
     if epoch > 0:
         latents = list(generated(run.model, plan.songs, plan.silence, plan.settings))
@@ -225,12 +290,6 @@ def _decoded(
             f"Warning: the previews could not be decoded ({reason}) and are saved as latents. To hear them: {_LATER}"
         )
         return [[] for _ in rows]
-
-
-def _network(run: Run, decoder: Any) -> Any:
-    """The LyCORIS network of a LoKr; None for a LoRA."""
-    module = run.module_ref() if run.module_ref else None
-    return getattr(module, "lycoris_net", None) or getattr(decoder, "_lycoris_net", None)
 
 
 def _peak(device: torch.device) -> int:

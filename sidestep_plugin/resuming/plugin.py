@@ -48,6 +48,8 @@ MAY_CHANGE: Final = {
     "cfg_ratio": "condition dropout",
     "crop_seconds": "crops in seconds",
     "base_weights": "base weights",
+    "mask_nan": "zeros for hidden NaN",
+    "compiled": "compiled blocks",
     "dropout": "dropout",
     "learning_rate": "learning rate",
     "max_epochs": "epochs",
@@ -60,7 +62,12 @@ MAY_CHANGE: Final = {
 }
 """Facts that may change from here on; the user gets a notice."""
 
-WHEN_OFF: Final = {"crop_seconds": "whole songs", "base_weights": "not quantized"}
+WHEN_OFF: Final = {
+    "crop_seconds": "whole songs",
+    "base_weights": "not quantized",
+    "mask_nan": False,
+    "compiled": False,
+}
 """Facts that are left out when the feature is off, and what they mean then."""
 
 
@@ -131,7 +138,7 @@ def engine_resume(run: Run, folder: Path) -> ResumePoint:
     point, before = dataclasses.replace(checkpoint.point, finished=finished), max(1, len(checkpoint.point.ranks))
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
-            f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
+            f"{checkpoint.folder} was saved later than that ({point.where}), and --epochs is {max_epochs}. "
             "Choose more --epochs."
         )
     divided = before > 1 or run.ranks.several

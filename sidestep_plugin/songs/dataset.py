@@ -12,13 +12,13 @@ from typing import Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file, read_json_object
+from .audio import AUDIO
+from .making import Making, making_of
 from .one_song import read_song
 from .values import hash_of
 
 FRAMES_A_SECOND: Final = 25
 """Frames per second of ACE-Step 1.5's latents."""
-
-_AUDIO: Final = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".wma"})
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Dataset:
         files: the songs' files, in the order in which they are listed.
         frames: length of all songs together, in frames of latents.
         links: songs that are links to a file outside of the folder.
+        makings: how each of `files` was made.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Dataset:
     files: tuple[Path, ...] = ()
     frames: int = 0
     links: tuple[Path, ...] = ()
+    makings: tuple[Making, ...] = ()
 
     @property
     def minutes(self) -> float:
@@ -51,32 +53,27 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:
         folder: the folder.
-        allow_duplicates: whether the same song may be there more than once.
+        allow_duplicates: whether the same song may be there more than once. None: it may not, and no option allows it.
 
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
-    if not folder.is_dir():
-        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
-    missing: list[str] = []
-    outside: list[str] = []
-    files = list(_song_files(folder, missing, outside))
-    if not files and not outside:
-        found = _instead_of_songs(folder, missing)
-        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
+    files, missing, outside = listed_in(folder)
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
     widths: dict[int, list[str]] = {}
     channels = frames = 0
+    makings: dict[Path, Making] = {}
     for file in dict.fromkeys(files):
         song, problem = read_song(file)
         if problem:
             problems.append(f"{file.name} ({problem})")
             continue
+        makings[file] = making_of(song)
         frames += song["target_latents"].shape[0] * files.count(file)
         widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
         channels = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
@@ -91,13 +88,38 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     if problems or duplicates:
         what_to_do = [
             "Preprocess them again, or take them out of the folder." if problems else "",
-            "Take the copies out, or train on them on purpose: --allow-duplicates." if duplicates else "",
+            _about_copies[allow_duplicates is None] if duplicates else "",
         ]
         found = ", ".join(problems + duplicates)
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
-    return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links)
+    made = tuple(makings[file] for file in files)
+    return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links, made)
+
+
+def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
+    """What a training in a folder would read, nothing opened yet.
+
+    Returns:
+        The files in their order, also those that are no songs; names in manifest.json that are not there; and names
+        there that lie outside of the folder.
+
+    Raises:
+        Refusal: no such folder, or no songs in it: it is said what there is instead.
+    """
+    if not folder.is_dir():
+        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
+    missing: list[str] = []
+    outside: list[str] = []
+    files = list(_song_files(folder, missing, outside))
+    if not files and not outside:
+        found = _instead_of_songs(folder, missing)
+        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
+    return files, missing, outside
+
+
+_about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
 
 
 def songs_in(folder: Path) -> list[Path]:
@@ -121,14 +143,27 @@ def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     """The end of a sentence: what a folder without songs holds instead, and what to do."""
     if missing:
         return f"; manifest.json names {len(missing)} that are not there"
-    audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    below = {inner: songs for inner in entries if inner.is_dir() and (songs := _songs_directly_in(inner))}
+    if below:
+        inner, songs = max(below.items(), key=lambda found: found[1])
+        others = f", and {len(below) - 1} more such folders" if len(below) > 1 else ""
+        return f", found {songs} in the folder {inner}{others}. Name that folder"
+    audio = Counter(file.suffix.lower() for file in entries if file.suffix.lower() in AUDIO)
     if not audio:
-        return ""
+        return "" if entries else ", and the folder is empty"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(audio.items()))
     return (
         f", found audio ({kinds}). Preprocess it first: in ACE-Step's LoRA training tab, scan the folder under Dataset "
         "Builder, press Preprocess, and train on the folder of .pt files that this writes"
     )
+
+
+def _songs_directly_in(folder: Path) -> int:
+    try:
+        return sum(file.suffix == ".pt" and not is_companion(file.name) for file in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def _duplicates(files: list[Path]) -> list[str]:

@@ -6,10 +6,13 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..files import not_a_file
+from ..text import counted
+from .audio import is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,16 @@ def load_song(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def caption_of(file: Path) -> str:
+    """The caption that a song was preprocessed with; "" for a file without one, or that cannot be read."""
+    try:
+        metadata = load_song(file)["metadata"]
+        caption = metadata["caption"]
+    except Exception:  # torch raises a dozen types for a damaged file
+        return ""
+    return caption if isinstance(caption, str) else ""
+
+
 def frames_in(file: Path) -> int:
     """Number of the last frame that a song's mask shows; 0 for a file that is no song."""
     song, problem = read_song(file)
@@ -63,11 +76,27 @@ def read_song(file: Path) -> tuple[dict[str, Any], str]:
     try:
         song = load_song(file)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        return {}, f"cannot be read: {type(error).__name__}"
+        return {}, f"cannot be read: {_why(file, error)}"
     if not isinstance(song, dict):
         return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
     problem = _wrong_tensor(song) or _wrong_together(song)
     return ({}, problem) if problem else (song, "")
+
+
+def _why(file: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, in a few words."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as unreadable:
+        return unreadable.strerror or type(unreadable).__name__
+    if is_lfs_pointer(head):
+        return "it is a pointer of Git LFS and not the file itself; fetch it with git lfs pull"
+    if not head:
+        return "it is empty"
+    if isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
+        return "it holds Python objects, which are not loaded because they can run code"
+    return type(error).__name__
 
 
 def _wrong_tensor(song: dict[str, Any]) -> str:
@@ -79,7 +108,7 @@ def _wrong_tensor(song: dict[str, Any]) -> str:
         if not isinstance(tensor, torch.Tensor):
             return f"no tensor {key}"
         if tensor.dim() != dimensions:
-            return f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
+            return f"{key} has shape {list(tensor.shape)}, expected {counted(dimensions, 'dimension')}"
         if tensor.numel() == 0:
             return f"{key} is empty"
         width = _WIDTHS.get(key, tensor.shape[-1])
@@ -108,7 +137,7 @@ def _wrong_together(song: dict[str, Any]) -> str:
     """What is wrong between tensors: upstream pads the shorter one with zeros, and trains on that."""
     for one, other in _SAME_LENGTH:
         if len(song[one]) != len(song[other]):
-            return f"{one} has {len(song[one])} rows, expected {len(song[other])} as in {other}"
+            return f"{one} has {counted(len(song[one]), 'row')}, expected {len(song[other])} as in {other}"
     for mask in dict.fromkeys(MASK_OF.values()):
         if not bool((song[mask] != 0).any()):
             return f"{mask} is 0 everywhere, expected 1 where there is something to train on"

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.applied import applied, check_applicable
+from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
+from ..adapters.kinds.lora import LORA
 from ..engine import seams
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
-from ..engine.evaluation import evaluate, without_adapter
+from ..engine.decoders import without_adapter
+from ..engine.evaluation import evaluate
 from ..engine.models import (
     Handler,
     check_weights,
@@ -122,10 +124,10 @@ def compare(
     null = getattr(handler.model, "null_condition_emb", None)
     if null is not None:
         check_width(dataset, facts.name, int(null.shape[-1]))
-    layers = _layers(handler.model.decoder)
+    layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        check_applicable(report.adapter, loaded, facts.name)
+        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
     conditions = (True,) if null is None else (True, False)
     grid = validation_grid(treatment)
     with attached_to_evaluate(trainer):
@@ -154,15 +156,8 @@ def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> R
         report = inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
-    check_applicable(report.adapter, shapes, model)
+    check_applicable(report.adapter, shapes, model, decomposed=True)
     return report
-
-
-def _layers(decoder: torch.nn.Module) -> dict[str, Any]:
-    """The decoder's linear layers by name, before anything wraps them."""
-    import torch
-
-    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
 
 
 def _module(trainer: Any, handler: Handler) -> Any:
@@ -181,7 +176,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
     names = inspect.signature(trainer.LoRAConfig).parameters
     settings = {"r": 1, "alpha": 1, "dropout": 0.0}
     config = trainer.LoRAConfig(**{name: value for name, value in settings.items() if name in names})
-    module_class = getattr(trainer, seams.MODULE_CLASS["lora"])
+    module_class = getattr(trainer, LORA.module_class)
     return module_class(handler.model, config, trainer.TrainingConfig(), handler.device, handler.dtype)
 
 

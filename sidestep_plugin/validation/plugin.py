@@ -24,7 +24,7 @@ from ..adapters.staging import published, staged
 from ..errors import Refusal
 from ..files import room
 from ..hookspecs import hookimpl
-from ..options import SongsOrShare, WholeNumber
+from ..options import Place, SongsOrShare, WholeNumber
 from ..run import ModelFacts, ResumePoint, Run
 from ..songs.dataset import inspect_dataset, songs_in
 from ..songs.fit import check_songs
@@ -58,7 +58,7 @@ def acestep_options() -> list[click.Option]:
         ),
         click.Option(
             ["--validation-dir"],
-            type=click.Path(path_type=Path),
+            type=Place(path_type=Path),
             metavar="DIR",
             help="Validate on the preprocessed songs of this folder instead.",
         ),

@@ -55,7 +55,8 @@ def decoder_of(root: Path, sizes: dict[str, int]) -> tuple[Any, Any]:
 def prepared(decoder: Any, kind: str, rank: int, dropout: float, frozen: str, checkpointing: bool) -> Any:
     """The decoder with an adapter, its weights in the types in which it is trained on a GPU."""
     import torch
-    from sidestep_plugin.engine.checkpointing import switch_checkpointing
+
+    from sidestep_plugin.memory.gradient_checkpointing import switch_checkpointing
 
     adapted = set()
     if kind == "lora":

@@ -12,7 +12,7 @@ import pytest
 
 from sidestep_plugin import UpstreamMismatch, attach
 from sidestep_plugin.engine.checkout import find_root
-from sidestep_plugin.engine.seams import examine
+from sidestep_plugin.engine.seams import examine, require
 
 TRAINER = """
     {sampler}
@@ -51,7 +51,9 @@ def trainer_with(tmp_path, monkeypatch):
 
 
 def misfits(trainer):
-    return {seam.name: (seam.status, seam.reason) for seam in examine(trainer, "lora") if seam.status != "found"}
+    """What keeps a version from training: seams that it must have."""
+    looked = examine(trainer, "lora")
+    return {seam.name: (seam.status, seam.reason) for seam in looked if seam.status != "found" and not seam.optional}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,21 @@ def test_a_trainer_that_saves_elsewhere_does_not_fit(trainer_with):
 
 def test_the_checkout_fits(trainer, kinds):
     for kind in kinds:
-        assert [seam for seam in examine(trainer, kind) if seam.status != "found"] == []
+        looked = examine(trainer, kind)
+        assert [seam for seam in looked if seam.status != "found" and (seam.without or not seam.optional)] == []
+
+
+def test_everything_that_is_replaced_is_examined(trainer, kinds):
+    with attach(trainer) as attachment:
+        replaced = {replacement.name for replacement in attachment._replacements}
+    examined = {seam.name.rpartition(".")[2] for kind in kinds for seam in examine(trainer, kind)}
+    assert replaced <= examined
+
+
+def test_a_version_that_cannot_resume_is_told(trainer_with):
+    lost = require(trainer_with(), "lora", lambda hook: True)
+    assert "resuming, saving a training that is stopped" in lost
+    assert require(trainer_with(), "lora", lambda hook: hook == "acestep_sample_timesteps") == []
 
 
 def test_attach_names_the_seam_and_what_to_do(trainer_with):

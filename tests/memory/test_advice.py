@@ -33,9 +33,9 @@ def test_what_is_not_known_gets_no_guess(tmp_path):
 
 
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
-ALL = {"frozen_weights": "fp32", "gradient_checkpointing": "auto", "crop_seconds": None, "base_weights": "off"}
+ALL = {"base_weights": "fp32", "gradient_checkpointing": "auto", "crop_seconds": None}
 FLAGS = [
-    "--frozen-weights bf16",
+    "--base-weights bf16",
     "--gradient-checkpointing on",
     "--batch-size (now 4) to 1",
     "--crop-seconds 120",
@@ -60,7 +60,7 @@ def test_without_memory_the_flags_are_named_in_the_order_of_what_they_cost(tmp_p
 @pytest.mark.parametrize(
     ("left_out", "known"),
     [
-        ([0], {"options": ALL | {"frozen_weights": "auto"}}),
+        ([0], {"options": ALL | {"base_weights": "auto"}}),
         ([0, 5], {"on_gpu": False}),
         ([1], {"checkpointed": True}),
         ([3], {"frames": 59 * 25}),

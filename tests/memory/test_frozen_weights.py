@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.run import MemoryPlan
+from sidestep_plugin.memory.base_weights import chosen
+from sidestep_plugin.registry import Registry
 
 LINEAR = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
 
@@ -61,7 +62,7 @@ def needs_cast(messages_or_lines):
 @pytest.mark.parametrize("model", ["base", "turbo"])
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 1, "gradient_accumulation_steps": 4, "max_epochs": 3}])
 def test_a_lora_is_the_same_bit_for_bit(train, bf16, equal_bits, capsys, model, settings):
-    plain = train(model, handler=bf16(model), options={"frozen_weights": "fp32"}, **settings)
+    plain = train(model, handler=bf16(model), options={"base_weights": "fp32"}, **settings)
     types = Types()
     saved = train(model, handler=bf16(model), extra_plugins={"types": types}, **settings)
     needs_cast(capsys.readouterr().out.splitlines())
@@ -131,9 +132,9 @@ def _noting(hosts):
 def test_said_what_cannot_be_had_stops_the_run(trainer, train, monkeypatch):
     handles = []
     monkeypatch.setattr("sidestep_plugin.engine.host.Host.start", _noting(handles))
-    result = train("base", options={"frozen_weights": "bf16"})
+    result = train("base", options={"base_weights": "bf16"})
     assert isinstance(handles[0].refusal, Refusal), "a refusal, and not a training that failed"
-    assert "--frozen-weights bf16: no frozen weight can stay in bf16" in result.messages[-1] and not result.tensors
+    assert "--base-weights bf16: no frozen weight can stay in bf16" in result.messages[-1] and not result.tensors
 
 
 def test_afterwards_the_network_is_as_upstream_left_it(trainer, train, load, require_kind):
@@ -154,30 +155,42 @@ def test_resuming_equals_going_through(train, bf16, equal_bits, kind):
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
 
 
-def test_a_plugin_returns_a_plan(train):
-    class Planner:
-        @hookimpl
-        def engine_plan_memory(self, run):
-            return ["everything"]
-
-    result = train("base", plugins=(), extra_plugins={"planner": Planner()})
-    assert "Plugin 'planner' returned a list from engine_plan_memory, expected a MemoryPlan." in result.messages[-1]
+# -- the option and its old name -------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_applied_without_sidestep(train, bf16, capsys):
-    class Planner:
-        @hookimpl
-        def engine_plan_memory(self, decoder):
-            names = [name for name, weight in decoder.named_parameters() if name.endswith("base_layer.weight")]
-            return MemoryPlan(kept=frozenset(names), lines=("planned",), outcome=lambda saved: [f"saved {saved}"])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "auto"),
+        ({"base_weights": "off"}, "auto"),
+        ({"frozen_weights": "fp32"}, "fp32"),
+        ({"base_weights": "off", "frozen_weights": "bf16"}, "bf16"),
+        ({"base_weights": "int8", "frozen_weights": "auto"}, "int8"),
+        ({"base_weights": "int8", "frozen_weights": "fp32"}, "int8"),
+        ({"base_weights": "bf16", "frozen_weights": "bf16"}, "bf16"),
+    ],
+)
+def test_options_of_earlier_versions_are_understood(given, expected):
+    assert chosen(Registry.load(("sidestep",)).resolve_options(given)) == expected
 
-    types = Types()
-    train("base", handler=bf16(), plugins=(), extra_plugins={"planner": Planner(), "types": types}, max_epochs=1)
-    out = capsys.readouterr().out
-    assert "planned" in out
-    if "saved None" not in out:
-        kept = [name for name, (_, dtype) in types.frozen.items() if dtype is torch.bfloat16]
-        assert kept and all(name.endswith("base_layer.weight") for name in kept)
+
+def test_two_types_for_the_same_weights_are_refused(train):
+    done = train("base", options={"base_weights": "bf16", "frozen_weights": "fp32"})
+    assert "--base-weights bf16 and --frozen-weights fp32 are two types" in done.messages[-1] and not done.losses
+
+
+def test_what_was_cut_is_refused_with_what_to_use(trainer):
+    with pytest.raises(Refusal, match="fp8 is no longer offered.*Use int8"):
+        attach(trainer, options={"base_weights": "fp8"})
+
+
+@pytest.mark.parametrize("options", [{"base_weights": "bf16"}, {"base_weights": "fp32"}, {"frozen_weights": "bf16"}])
+def test_a_type_without_effect_is_refused(trainer, train, monkeypatch, options):
+    if not hasattr(trainer, "LIGHTNING_AVAILABLE"):
+        pytest.skip("this version of ACE-Step has no such switch")
+    monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
+    done = train("base", options=options)
+    assert f"--base-weights {next(iter(options.values()))} needs Lightning" in done.messages[-1] and not done.losses
 
 
 # -- gradients that are not finite -----------------------------------------------------------------------------------

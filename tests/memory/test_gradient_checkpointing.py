@@ -114,7 +114,7 @@ def test_afterwards_the_model_is_as_upstream_left_it(trainer, train, load):
 
 
 def test_a_model_without_it_refuses_on():
-    from sidestep_plugin.engine.checkpointing import switch_checkpointing
+    from sidestep_plugin.memory.gradient_checkpointing import switch_checkpointing
 
     switch_checkpointing(torch.nn.Linear(1, 1), False)()
     with pytest.raises(Refusal, match="have no gradient checkpointing. Leave --gradient-checkpointing on out"):

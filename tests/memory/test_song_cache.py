@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.engine.wrappers.song_reading import SongCache
+from sidestep_plugin import Refusal, attach
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.memory import free_memory, song_cache
+from sidestep_plugin.memory.song_cache import SongCache
 
 
 @pytest.fixture
@@ -48,6 +49,8 @@ def test_each_song_is_read_once_and_nothing_else_changes(
     if not lightning:
         if not hasattr(trainer, "LIGHTNING_AVAILABLE"):
             pytest.skip("this version of ACE-Step has no such switch")
+        if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+            pytest.skip("this version of ACE-Step needs a model in bf16 without Lightning")
         monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     plain = train("base", kind, max_epochs=3, options={"song_cache": "off"})
     assert len(reads) == 18
@@ -71,6 +74,8 @@ def test_only_as_much_as_was_allowed(train, reads, equal_bits, capsys):
 def test_one_epoch_keeps_nothing(train, reads, capsys):
     train("base", max_epochs=1)
     assert len(reads) == 6 and "kept in RAM" not in capsys.readouterr().out
+    train("base", max_epochs=1, options={"song_cache": "4GB"})
+    assert "Note: --song-cache 4GB has no effect: in one epoch each song is read once." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -87,21 +92,28 @@ def test_where_nothing_can_be_kept_it_is_said(monkeypatch, checkout, free, worke
         tensor_dir=checkout.tensors,
         training_config=SimpleNamespace(num_workers=workers, max_epochs=2),
         state={},
+        engine=SimpleNamespace(songs=sorted(checkout.tensors.glob("*.pt"))),
     )
-    (line,) = song_cache.decide_cache(run)
-    assert said in line and song_cache.engine_song_cache(run) == 0
+    (line,) = song_cache.acestep_run_started(run)
+    assert said in line and not run.state
 
 
 def test_half_of_the_free_memory_and_a_warning_above_it(monkeypatch, checkout):
     monkeypatch.setattr(song_cache, "free_memory", lambda: 60_000)
     run = SimpleNamespace(
-        options={"song_cache": "auto"}, tensor_dir=checkout.tensors, training_config=SimpleNamespace(), state={}
+        options={"song_cache": "auto"},
+        tensor_dir=checkout.tensors,
+        training_config=SimpleNamespace(),
+        state={},
+        engine=SimpleNamespace(at_end=lambda undo: None, songs=sorted(checkout.tensors.glob("*.pt"))),
     )
-    song_cache.decide_cache(run)
-    assert song_cache.engine_song_cache(run) == 30_000
+    song_cache.acestep_run_started(run)
+    (cache,) = run.state.values()
+    assert cache.room == 30_000
     run.options["song_cache"] = "4GB"
-    assert "more than the free memory" in song_cache.decide_cache(run)[0]
-    assert song_cache.engine_song_cache(run) == 4_000_000_000
+    assert "more than the free memory" in song_cache.acestep_run_started(run)[0]
+    (cache,) = run.state.values()
+    assert cache.room == 4_000_000_000
 
 
 @pytest.mark.parametrize("text, size", [("4GB", 4e9), ("1.5 GiB", 1.5 * 2**30), ("300mb", 3e8), ("2g", 2**31)])
@@ -113,19 +125,6 @@ def test_a_size_has_a_unit(text, size):
 def test_anything_else_is_refused(trainer, value):
     with pytest.raises(Refusal, match="Option song_cache: .*expected auto, off or a size such as 4GB"):
         attach(trainer, options={"song_cache": value})
-
-
-@pytest.mark.parametrize(
-    "answer, found", [("much", "a str"), (-1, "-1"), (1.5, "a float"), (True, "True")], ids=lambda value: str(value)
-)
-def test_a_plugin_returns_a_number_of_bytes(train, answer, found):
-    class Cache:
-        @hookimpl
-        def engine_song_cache(self):
-            return answer
-
-    done = train("base", plugins=(), extra_plugins={"culprit": Cache()})
-    assert f"'culprit' returned {found} from engine_song_cache, expected a number of bytes" in done.messages[-1]
 
 
 # -- the cache itself ------------------------------------------------------------------------------------------------
@@ -237,9 +236,16 @@ def test_the_limit_of_a_job_counts(tmp_path, monkeypatch):
     assert free_memory.free_memory() == 1_500_000
 
 
+def test_without_psutil_the_system_is_asked(monkeypatch):
+    known = free_memory.free_memory()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    if sys.platform == "linux":
+        assert free_memory.free_memory() == pytest.approx(known, rel=0.5)
+
+
 def test_unknown_is_unknown(tmp_path, monkeypatch):
     for name in ("_MEMINFO", "_MEMBERSHIP"):
         monkeypatch.setattr(free_memory, name, tmp_path / "nothing")
-    monkeypatch.setattr(free_memory.sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(free_memory.os, "sysconf", lambda name: int("no such name"), raising=False)
     assert free_memory.free_memory() is None

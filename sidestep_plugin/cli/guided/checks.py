@@ -8,7 +8,10 @@ from pathlib import Path
 import click
 
 from sidestep_plugin import recommended
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import at_home
+from sidestep_plugin.text import counted
 
 from .answers import Answers
 
@@ -71,7 +74,7 @@ def model(answers: Answers, text: str) -> list[str]:
         if not 1 <= int(text) <= len(answers.models):
             raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
         text = answers.models[int(text) - 1]
-    text = str(_place(text)) if text.startswith("~") else text
+    text = at_home(text)
     folder = find_model(text, checkpoints(answers))
     _say_that_torch_is_imported()
     check_weights(folder, ModelFacts.from_folder(folder))
@@ -115,7 +118,7 @@ def songs(answers: Answers, text: str) -> list[str]:
     check_songs(dataset, ModelFacts.from_folder(model_folder(answers)))
     answers.dataset = dataset
     answers.set(dataset_dir=folder)
-    return [f"{dataset.songs} {'song' if dataset.songs == 1 else 'songs'}, {dataset.minutes:.1f} minutes"]
+    return [f"{counted(dataset.songs, 'song')}, {dataset.minutes:.1f} minutes"]
 
 
 def output(answers: Answers, text: str) -> list[str]:
@@ -162,7 +165,7 @@ def resume(answers: Answers) -> list[str]:
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
-    answers.set(resume_from=said, adapter_type="lokr" if kind_of_adapter == "lokr" else "lora")
+    answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
     named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
     for name, fact in named.items():
         if name in answers.asked and facts.get(fact) is not None:
@@ -173,12 +176,9 @@ def resume(answers: Answers) -> list[str]:
 
 def kind(answers: Answers, text: str) -> list[str]:
     """The kind of adapter."""
-    import importlib.util
-
-    if text not in ("lora", "lokr"):
-        raise Refusal("Expected lora or lokr.")
-    if text == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed: pip install lycoris-lora")
+    if text not in NAMES:
+        raise Refusal(f"Expected {' or '.join(NAMES)}.")
+    check_installed(text)
     answers.set(adapter_type=text)
     return []
 
@@ -225,10 +225,7 @@ def _place(text: str) -> Path:
     """A folder or file as it was typed."""
     if not text:
         raise Refusal("Nothing was typed. Expected the name of a folder.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise Refusal(f"There is no home folder for {text.split('/')[0]}. Type the whole path.") from None
+    return Path(at_home(text))
 
 
 def _whole(text: str, what: str) -> int:

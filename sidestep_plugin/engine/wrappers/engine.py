@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Final
 
+from ...adapters.kinds import network_of
 from ...errors import Refusal
 from ..current import Training, running_training
 from ..devices import on_all_devices, seed_apart
 from ..epochs import EPOCH_LOSS, ended
+from ..loggers import tolerate_failures
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -32,6 +34,7 @@ def wrap_engine(host: Host, original: Any) -> Any:
             if training is not None and training.run.ranks.several:
                 call.arguments.update(on_all_devices(original, call.arguments, training.run.ranks))
             super().__init__(*call.args[1:], **call.kwargs)
+            tolerate_failures(host, self)
             self._acestep_types_are_final = training is None
             if training is not None:
                 _tell(host, "engine_model_ready", **_model(training, str(call.arguments.get("precision"))))
@@ -72,7 +75,7 @@ def _model(training: Training, precision: str) -> dict[str, Any]:
     return {
         "run": training.run,
         "decoder": module.model.decoder,
-        "network": getattr(module, "lycoris_net", None),
+        "network": network_of(module),
         "autocast": None if name is None else getattr(torch, name),
     }
 

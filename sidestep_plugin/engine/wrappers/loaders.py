@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
+from ...signals import ignored_in_worker
 from ..current import running_training
 from ..devices import share_of_songs
 
@@ -65,4 +66,5 @@ def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], I
 
     Watched.__name__, Watched.__qualname__, Watched.__module__ = own.__name__, own.__qualname__, own.__module__
     loader.__class__ = Watched
+    loader.worker_init_fn = ignored_in_worker(loader.worker_init_fn)  # whoever signals all processes means this one
     return loader

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...adapters.foreign import check_holds_tensors
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
 from ...files import room
@@ -58,6 +59,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                     result = original(*call.args, **call.kwargs)
                 finally:
                     saving.reset(token)
+                check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
                     saved = SavedAdapter(

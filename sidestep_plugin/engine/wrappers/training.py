@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial, wraps
@@ -14,6 +13,7 @@ from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ..answers import described
 from ..current import Training, command_line, running_training
+from ..ending import saved_after, summed_up
 from ..epochs import began, ended
 from ..holding_out import held_out
 from ..journal import Journal
@@ -28,8 +28,15 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
+from ..sameness import (
+    of_the_loaded_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..services import Services
-from .ending import saved_after, summed_up
 
 if TYPE_CHECKING:
     import torch
@@ -92,11 +99,12 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
 def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> ResumePoint | None:
     """Decide everything that is decided before upstream begins. Returns where to resume from. Raises Refusal."""
     run, trainer = training.run, training.trainer
-    training.plan = plan_of(host.registry, host.options)
+    line = command_line.get()
+    training.plan = plan_of(host.registry, host.options) if line is None else line.plan
     check_started(training.plan)
     if run.ranks.several:
         check_engine(host.trainer)
-        join(_device_of(trainer).type)
+        join(_device_of(trainer).type, host.announce)
         run.exchange = gather
         training.state = SharedState({} if training.state is None else training.state, host.announce)
     elif training.state is None and host.keeps_journal:
@@ -111,7 +119,7 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     if point is None or not point.finished:
         host.ask_and_announce("engine_planned", run=run)
     if run.ranks.several:
-        check_agreement(_same_everywhere(run, point, training.plan))
+        check_agreement(_same_everywhere(host, run, point, training.plan))
     return point
 
 
@@ -123,19 +131,18 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
     return held_out(host.registry, songs, host.options, run.training_config)
 
 
-def _same_everywhere(run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
+def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    songs = [] if run.tensor_dir is None else [(song.name, song.stat().st_size) for song in songs_in(run.tensor_dir)]
-    settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
-    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
-        "number of songs": len(songs),
-        "list of songs": hashlib.sha256(repr(songs).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        **of_the_trainer(host.trainer),
+        **of_the_loaded_model(run.model),
+        **of_the_songs(run.tensor_dir),
+        **of_the_plugins(host.registry),
         "list of held-out songs": sorted(song.name for song in run.held_out),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
-        **{f"value of {name}": repr(value) for name, value in settings.items()},
-        **{f"--{name.replace('_', '-')}": repr(value) for name, value in run.options.items() if name not in plan.own},
+        **of_the_settings(run.training_config),
+        **of_the_options(run.options, plan.own),
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 

@@ -34,7 +34,7 @@ class PreprocessedTensorDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"no such folder: {tensor_dir}")
         manifest = os.path.join(self.tensor_dir, "manifest.json")
         if os.path.exists(manifest):
-            with open(manifest, encoding="utf-8") as file:
+            with open(manifest) as file:  # in the system's code page, as upstream does
                 found = [self._find(name) for name in json.load(file).get("samples", [])]
             self.sample_paths = [path for path in found if path is not None]
         else:
