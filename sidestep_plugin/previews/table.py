@@ -87,7 +87,14 @@ def about(model_name: str, songs: Sequence[Mapping[str, Any]], settings: Mapping
 
 
 def read_table(folder: Path) -> Table | None:
-    """The table in a folder; None if there is none. Raises Refusal for a file that is none."""
+    """The table in a folder.
+
+    Returns:
+        The table, as :meth:`Table.write` writes it; None if there is none.
+
+    Raises:
+        Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
+    """
     try:
         content = read_json_object(folder / FILE_NAME)
         rows = [Row(row["label"], row["epoch"], row["loss"], list(row["clips"])) for row in content["rows"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -76,7 +77,6 @@ def test_what_cannot_be_estimated(estimate, words, says):
 
 def test_a_damaged_song_is_left_out_and_named(estimate, checkout, tmp_path):
     """The longest one, cut off in the middle: the estimate would be too small without a word."""
-    import shutil
 
     shutil.copytree(checkout.tensors, tmp_path / "songs")
     file = max((tmp_path / "songs").glob("*.pt"), key=lambda file: file.stat().st_size)
