@@ -112,9 +112,10 @@ def memory(root: Path) -> list[str]:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = count(Qwen3Model(Qwen3Config(**QWEN3)))
-        model = modeling.AceStepConditionGenerationModel(modeling.AceStepConfig())
-        encoder, decoder = count(model.encoder), count(model.decoder)
-        whole = count(model)
+        config = modeling.AceStepConfig()
+        config._attn_implementation = "sdpa"
+        encoder = count(modeling.AceStepConditionEncoder(config))
+        decoder = count(modeling.AceStepDiTModel(config))
     from diffusers import AutoencoderOobleck
 
     with torch.device("meta"), warnings.catch_warnings():
@@ -123,7 +124,7 @@ def memory(root: Path) -> list[str]:
     window = 15 * 48000 * 128 * 2 * 5  # the widest activations, 128 channels at 48 kHz, about 5 of them at once
     lines = [
         f"parameters in millions: text encoder {text / 1e6:.0f}, condition encoder {encoder / 1e6:.0f}, VAE "
-        f"{vae / 1e6:.0f}, decoder {decoder / 1e6:.0f} (never on the GPU), whole model {whole / 1e6:.0f}"
+        f"{vae / 1e6:.0f}, decoder {decoder / 1e6:.0f} (never on the GPU)"
     ]
     sizes = {name: 2 * number / GIB for name, number in (("text", text), ("encoder", encoder), ("vae", vae))}
     together = sum(sizes.values())
@@ -136,7 +137,7 @@ def memory(root: Path) -> list[str]:
         lines.append(
             f"  {name:22} weights {weights:.1f} GiB, activations about {more:.1f}, together {weights + more:.1f}"
         )
-    lines.append(f"  main memory while loading: {2 * (whole + text) / GIB:.1f} GiB")
+    lines.append(f"  main memory while loading: {2 * (encoder + decoder + text) / GIB:.1f} GiB")
     return lines
 
 
