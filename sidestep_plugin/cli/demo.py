@@ -92,7 +92,7 @@ def demo(
             model=model,
             dataset_dir=songs,
             output_dir=output,
-            adapter_type="lokr" if adapter_type == "lokr" else "lora",
+            adapter_type=adapter_type,
             acestep_root=miniature.root,
             settings=_SETTINGS | settings_from(settings),
             plugins=plugins,

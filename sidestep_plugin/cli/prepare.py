@@ -137,7 +137,9 @@ def _request(
     if (audio_dir is None) == (renew is None):
         raise click.UsageError("Name the folder of audio, or finished songs with --renew DIR: one of the two.")
     if asked["texts"] is not None and renew is None:
-        raise click.UsageError("--texts belongs to --renew. Texts of audio are read from the audio's own folder.")
+        raise click.UsageError(
+            "--texts belongs to --renew. Leave it out: texts of audio are read from the audio's own folder."
+        )
     source = audio_dir or renew
     assert source is not None
     if output is None:
@@ -203,4 +205,6 @@ def _sum_up(request: PrepareRequest, done: Done) -> None:
         say(f"{', '.join(filter(None, parts))}: {request.output}")
     if done.failed:
         names = "; ".join(f"{shown(name, 80)} ({shown(reason, 500)})" for name, reason in done.failed)
-        raise Unusable(f"{counted(len(done.failed), 'song')} could not be prepared: {names}")
+        raise Unusable(
+            f"{counted(len(done.failed), 'song')} could not be prepared: {names}. Correct that, and run it again."
+        )

@@ -13,7 +13,15 @@ from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.layers import Adapter
 from ..engine.checkout import find_root, import_trainer
-from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from ..engine.models import (
+    check_weights,
+    checkpoint_folder,
+    checkpoints_of,
+    find_model,
+    load_model,
+    pick_device,
+    restrict_gpus,
+)
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
@@ -113,7 +121,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
         return _from_prompt(request, request.prompt, report, root, model_folder, settings, output, label, epoch, say)
     assert request.dataset_dir is not None
     dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)
-    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted)]
+    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
     table = _table(output, before, model_folder.name, songs, settings)
     silence, vae_folder = read_silence(model_folder), _vae(request, model_folder)
     restrict_gpus(request.device)
@@ -236,7 +244,7 @@ def _settings(
     settings = PreviewSettings(
         shift=there.get("shift", shift),
         steps=there.get("steps", steps),
-        guidance=guidance_for(treatment.variant, request.cfg)
+        guidance=guidance_for(treatment.variant, request.cfg, "--cfg")
         if request.cfg is not None or not there
         else there["guidance"],
         seed=there.get("seed", SEED) if request.seed is None else request.seed,
@@ -268,7 +276,7 @@ def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path
     if request.checkpoint_dir is not None:
         return request.checkpoint_dir
     try:
-        return checkpoint_folder(None, find_root(request.acestep_root))
+        return checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 

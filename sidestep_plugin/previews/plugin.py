@@ -23,7 +23,7 @@ from ..hookspecs import hookimpl
 from ..options import FiniteFloat, Line, Place, WholeNumber
 from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
-from ..text import counted
+from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import find_vae, why_not
@@ -135,7 +135,6 @@ def acestep_model_chosen(options: Mapping[str, Any]) -> None:
 @hookimpl
 def acestep_run_started(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
-    acestep_model_chosen(run.options)
     every = run.options["preview_every"]
     if not every or run.tensor_dir is None:
         return None
@@ -221,10 +220,10 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
             news = _preview(run, plan, device, epoch, loss, folder / FOLDER)
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = sentence(str(error) or type(error).__name__)
         news = EpochNews(
             lines=(
-                f"Warning: no preview after epoch {epoch}: {reason}. The training goes on without previews. Clips of "
+                f"Warning: no preview after epoch {epoch}: {reason} The training goes on without previews. Clips of "
                 f"any saved adapter: {_LATER}",
             )
         )

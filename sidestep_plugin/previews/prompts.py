@@ -111,7 +111,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise Refusal(f"The prompts {file} cannot be read ({error.strerror or error}).") from None
+        raise Refusal(f"The prompts {file} cannot be read ({error.strerror or error}). Name a file that can.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refusal(f"{file} is not TOML in UTF-8 ({error}). Correct it.") from None
     entries = content.get("prompt")
@@ -139,7 +139,7 @@ def read_lyrics(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
-        raise Refusal(f"The lyrics {file} cannot be read ({error.strerror or error}).") from None
+        raise Refusal(f"The lyrics {file} cannot be read ({error.strerror or error}). Name a file that can.") from None
     except UnicodeDecodeError:
         raise Refusal(f"The lyrics {file} are not UTF-8. Save them as UTF-8 in your editor.") from None
 

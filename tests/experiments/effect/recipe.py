@@ -13,10 +13,9 @@ with ACE-Step. Repeat it with a style near to what the model plays anyway and on
 recordings (Musopen, the Open Goldberg Variations, CC0 works on the Free Music Archive) may be published with the
 result. Time: 4 trainings a seed.
 
-Does it matter how songs are encoded? Prepare the same audio twice, with ``acestep-train prepare --conditions
-generated`` for --dataset-dir and ``--conditions upstream`` for --upstream-conditions-dir. The plugin's way is then
-trained on both, and both are compared on the held-out songs, whose conditions are as generated (in the lines "padded −
-as generated").
+Does it matter how songs are encoded? Prepare the same audio twice: ``acestep-train prepare --conditions generated`` for
+--dataset-dir, and ``--conditions upstream`` for ``--upstream-conditions-dir``. The plugin trains on both, and both are
+compared on the held-out songs, whose conditions are as generated (line "padded - as generated").
 
 With ``--kad-reference DIR``, a folder with WAV files of the held-out songs, the clips are compared with them by KAD
 (Kernel Audio Distance) with two public encoders, because one encoder's taste is not evidence. It needs kadtk
