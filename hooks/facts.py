@@ -80,9 +80,8 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     }
     versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
     # Facts win: a future setting of upstream's may have the same name.
-    finite: dict[str, Any] = without_nan(facts)
     return (
-        finite
+        dict(without_nan(facts))
         | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
         | versions
     )

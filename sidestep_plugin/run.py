@@ -343,6 +343,8 @@ class SavedAdapter:
             nothing follows the training.
         global_step: number of optimizer steps, if upstream's save function was told.
         resume_point: what resuming from here needs; None for a finished adapter, and if it is not available.
+        copy_of: the folder of the saved weights that these were read back from, when patience has ended a training and
+            the best adapter is the finished one. It was perhaps trained with other settings than the run's.
     """
 
     weights: Path
@@ -352,3 +354,4 @@ class SavedAdapter:
     epoch: int | None
     global_step: int | None
     resume_point: ResumePoint | None = None
+    copy_of: Path | None = None

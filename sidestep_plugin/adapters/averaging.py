@@ -89,7 +89,7 @@ def _kind_of(adapters: Sequence[Adapter]) -> Kind:
         raise Refusal(f"There are {titles} among these adapters. Expected adapters of one kind.")
     (name,) = names
     if name not in BY_NAME:
-        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {_known()} can be averaged.")
+        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {_known()} can be averaged. Leave it out.")
     return BY_NAME[name]
 
 

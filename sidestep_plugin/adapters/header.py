@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ..errors import Refusal
 from ..files import without_nan
+from ..text import counted
 from ..variants import guidance, member_of
 from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
@@ -73,7 +74,7 @@ def usage_hint(facts: Mapping[str, Any]) -> str:
     trigger = f"; trigger: {facts['trigger']}" if facts.get("trigger") else ""
     model = member_of(str(variant), str(facts.get("model_name", "")))
     return (
-        f"ACE-Step 1.5 {size}{model}: shift {facts.get('shift')}, {facts.get('num_inference_steps')} steps, "
+        f"ACE-Step 1.5 {size}{model}: shift {facts.get('shift')}, {counted(facts.get('num_inference_steps'), 'step')}, "
         f"CFG {guidance(variant)}{trigger}"
     )
 
@@ -81,7 +82,7 @@ def usage_hint(facts: Mapping[str, Any]) -> str:
 def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): the required keys, then keys that tools show."""
     kind = title_of(facts.get("adapter_type"))
-    songs = f" on {facts['songs']} songs" if facts.get("songs") else ""
+    songs = f" on {counted(facts['songs'], 'song')}" if facts.get("songs") else ""
     entries = {
         "sai_model_spec": "1.0.1",
         # No id is registered for ACE-Step. XL layers have other widths, so XL is a different architecture.
@@ -89,7 +90,7 @@ def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
         "implementation": "https://github.com/ace-step/ACE-Step-1.5",
         "title": facts.get("title"),
         "description": f"{kind} for {facts.get('model_name') or 'ACE-Step 1.5'}, rank {facts.get('rank')}, alpha "
-        f"{facts.get('alpha')}, trained{songs} for {facts.get('training_steps')} steps; timesteps: "
+        f"{facts.get('alpha')}, trained{songs} for {counted(facts.get('training_steps'), 'step')}; timesteps: "
         f"{facts.get('timestep_law')}; condition dropout: {facts.get('cfg_ratio')}.",
         "author": facts.get("author"),
         "license": facts.get("license"),

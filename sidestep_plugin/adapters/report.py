@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..text import shown
+from ..text import counted, shown
 from ..variants import member_of
 from .inspection import Report
 from .kinds import title_of
@@ -80,7 +80,10 @@ def as_text(report: Report) -> list[str]:
     else:
         guess = f" (a guess: {generate.because})" if generate.guess else ""
         guidance = f", CFG {generate.cfg}" if generate.cfg else ""
-        add("Generate", f"shift {shown(generate.shift)}, {shown(generate.num_inference_steps)} steps{guidance}{guess}")
+        add(
+            "Generate",
+            f"shift {shown(generate.shift)}, {counted(shown(generate.num_inference_steps), 'step')}{guidance}{guess}",
+        )
     add("Strength", _strength(report))
     add("Weights", _weights(report))
     if trained := _trained(facts):
@@ -123,7 +126,7 @@ def _weights(report: Report) -> str:
     whole = ", unchanged since saving" if report.intact else ""
     rest = f"; {idle} more layers {left}" if 0 < idle < len(adapter.layers) else ""
     return (
-        f"{trained} layers ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
+        f"{counted(trained, 'layer')} ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
         f"{_size(tensor_bytes(adapter))}{whole}{rest}"
     )
 
@@ -143,11 +146,13 @@ def _trained(facts: Any) -> str:
     parts = []
     if "songs" in facts:
         out = facts.get("held_out_songs")
-        parts.append(f"on {shown(facts['songs'])} songs" + (f" ({shown(out)} of them held out)" if out else ""))
+        parts.append(
+            f"on {counted(shown(facts['songs']), 'song')}" + (f" ({shown(out)} of them held out)" if out else "")
+        )
     if isinstance(facts.get("validation_change"), int | float):
         parts.append(f"validation loss {100 * facts['validation_change']:+.2f} % vs. no adapter")
     if "training_steps" in facts:
-        parts.append(f"{shown(facts['training_steps'])} steps")
+        parts.append(f"{counted(shown(facts['training_steps']), 'step')}")
     if "timestep_law" in facts or "timestep_mode" in facts:
         parts.append(f"timesteps: {shown(facts.get('timestep_law', facts.get('timestep_mode')))}")
     if isinstance(facts.get("cfg_ratio"), int | float):

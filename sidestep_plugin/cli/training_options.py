@@ -72,6 +72,9 @@ GROUPS: Final = {
 }
 """The options of train and demo as their help shows them."""
 
+GUIDED_PLUGIN: Final = "sidestep"
+"""The plugin of the guided start when none is named."""
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 ACESTEP_ROOT: Final[Decorator] = click.option(

@@ -20,7 +20,7 @@ from ..registry import Registry
 from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
-from .seams import EVALUATE, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
+from .seams import EVALUATE, FOLDERS, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 
@@ -344,6 +344,8 @@ class Attachment:
             yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)
 
     def _uses(self, hook: str) -> bool:
+        if hook == FOLDERS:
+            return bool(self.allowed_folders)
         return self.evaluates if hook == EVALUATE else self.registry.implements(hook)
 
 

@@ -45,7 +45,7 @@ def undisturbed(root: torch.nn.Module, device: torch.device) -> Iterator[None]:
     states = random_states(device)
     modes = [(module, module.training) for module in root.modules()]
     flags = [(weight, weight.requires_grad) for weight in root.parameters()]
-    compiled = [(module, call) for module, _ in modes if (call := module._compiled_call_impl) is not None]
+    compiled = [(module, call) for module, _ in modes if (call := getattr(module, "_compiled_call_impl", None))]
     try:
         root.eval()
         for module, _ in compiled:

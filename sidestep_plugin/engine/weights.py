@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from ..text import counted
 from .decoders import plain_decoder
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def check_finite(run: Run) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             rate = getattr(run.training_config, "learning_rate", None)
             raise Refusal(
-                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}). It was not saved, "
+                f"The adapter holds numbers that are not finite after {counted(run.steps, 'step')} ({name}). It "
+                "was not saved, "
                 f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier "
                 "checkpoint."
             )

@@ -171,6 +171,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         max_epochs=2,
         save_every_n_epochs=9,
         num_workers=0,
+        pin_memory=job.device == "cuda",
         seed=1,
     )
     lines: list[str] = []

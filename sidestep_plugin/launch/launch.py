@@ -48,7 +48,14 @@ from ..engine.processes import (
     told_by_first,
     use_own_gpu,
 )
-from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
+from ..engine.sameness import (
+    of_the_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -60,7 +67,7 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
-from ..text import sentence
+from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
 from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
@@ -219,7 +226,13 @@ def _prepared(
     dataset = in_all(lambda: _check_songs(request, model))
     upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
     if ranks().several:
-        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
+        check_agreement(
+            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
+            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
+            | of_the_trainer(upstream.module)
+            | of_the_model(model.folder)
+            | of_the_songs(dataset.folder)
+        )
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
@@ -443,12 +456,13 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
         raise _misread(dataset.folder, page, "finds other songs than it names")
     if found not in (0, dataset.songs):
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but ACE-Step would train on {found}: it "
             "leaves out links and manifest entries that lead out of the folder. Put the songs themselves into it."
         )
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: "
+            "it reads the "
             "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
         )
     return found

@@ -50,7 +50,7 @@ def acestep_options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help="Base model's weights: auto, bf16, fp32 (same result), int8 (LoRA only, other result).",
+            help=f"Base model's weights: auto, bf16, fp32 (same result), {', '.join(BYTES)} (LoRA only, other result).",
         ),
         # Of earlier versions, as are settings files with both.
         click.Option(["--frozen-weights"], type=WeightType(("auto", "bf16", "fp32")), default=None, hidden=True),
@@ -75,6 +75,11 @@ def chosen(options: Mapping[str, Any]) -> str:
         f"--base-weights {said} and --frozen-weights {old} are two types for the same weights. Leave --frozen-weights "
         "out: it is the old name of --base-weights."
     )
+
+
+@hookimpl
+def acestep_model_chosen(options: Mapping[str, Any]) -> None:
+    chosen(options)
 
 
 @hookimpl

@@ -11,6 +11,7 @@ from sidestep_plugin import recommended
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
+from sidestep_plugin.text import counted
 
 from .answers import Answers
 
@@ -117,7 +118,7 @@ def songs(answers: Answers, text: str) -> list[str]:
     check_songs(dataset, ModelFacts.from_folder(model_folder(answers)))
     answers.dataset = dataset
     answers.set(dataset_dir=folder)
-    return [f"{dataset.songs} {'song' if dataset.songs == 1 else 'songs'}, {dataset.minutes:.1f} minutes"]
+    return [f"{counted(dataset.songs, 'song')}, {dataset.minutes:.1f} minutes"]
 
 
 def output(answers: Answers, text: str) -> list[str]:

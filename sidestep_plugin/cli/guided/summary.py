@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from sidestep_plugin.adapters.kinds import BY_NAME
+from sidestep_plugin.text import counted
 
 from .answers import Answers
 from .checks import in_bytes, model_folder
@@ -44,8 +45,9 @@ def _amounts(answers: Answers) -> list[str]:
     lines = []
     if answers.dataset is not None:
         lines.append(
-            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; {epochs * batches} training steps, "
-            f"{epochs * batches // accumulation} optimizer steps"
+            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; "
+            f"{counted(epochs * batches, 'training step')}, "
+            f"{counted(epochs * batches // accumulation, 'optimizer step')}"
         )
         if told := _time(answers, epochs):
             lines.append(f"Time: {told}")
@@ -60,7 +62,7 @@ def _amounts(answers: Answers) -> list[str]:
         each = size * (1 + _STATES)
         lines.append(
             f"On disk: about {in_bytes(size + checkpoints * each)} (the finished adapter {in_bytes(size)}, "
-            f"{checkpoints} {'checkpoint' if checkpoints == 1 else 'checkpoints'} of {in_bytes(each)})"
+            f"{counted(checkpoints, 'checkpoint')} of {in_bytes(each)})"
         )
     return lines
 
