@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "inspect": "Show what an adapter is and what to generate with.",
     "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
+    "average": "Average adapters or checkpoints, or bring one to another rank.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",
     "schedule": "Print the timesteps of a generation.",
