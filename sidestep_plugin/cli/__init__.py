@@ -11,7 +11,6 @@ import click
 from sidestep_plugin import __version__
 
 from .groups import DefaultGroup
-from .surroundings import settle
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
@@ -59,6 +58,8 @@ def cli(ctx: click.Context) -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    from .surroundings import settle
+
     settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 

@@ -45,6 +45,7 @@ def check(
     from sidestep_plugin.trainer.seams import MODULE_CLASS
 
     from . import quiet
+    from .torch_here import require_torch
 
     if not debug:
         logging.disable(logging.INFO)
@@ -52,6 +53,7 @@ def check(
         quiet.quiet_upstream()
     try:
         root = find_root(acestep_root)
+        require_torch()
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
     kinds: list[AdapterType] = [kind for kind in MODULE_CLASS if kind == adapter_type]

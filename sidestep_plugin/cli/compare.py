@@ -17,6 +17,7 @@ from . import quiet
 from .commands import RefusingCommand, echo_json
 from .plotting import check_plot
 from .terminal import say
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def compare(
     """
     if plot is not None:
         check_plot(plot)
+    require_torch()
     if not click.get_current_context().meta["debug"]:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()

@@ -14,6 +14,7 @@ from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
 
 from .commands import Command, Unusable, echo_json
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def estimate(
     from sidestep_plugin.registry import Registry
 
     try:
+        require_torch()
         size, notes = _size(model, acestep_root, checkpoint_dir)
         frames, tokens, unread = _length(dataset_dir, seconds)
         notes += unread

@@ -13,6 +13,7 @@ from sidestep_plugin.text import shown
 
 from .commands import Command, Unusable
 from .quiet import quiet_third_parties, quiet_upstream
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 
@@ -59,6 +60,7 @@ def preview(path: Path, **asked: Any) -> None:
     quiet_upstream()
     request = ClipRequest(path, **asked)
     try:
+        require_torch()
         page = decode_saved(request, click.echo) or make_clips(request, click.echo)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None

@@ -17,6 +17,7 @@ from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible, terminated_like_ctrl_c
 from .terminal import say
+from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
@@ -98,9 +99,10 @@ def _train(request: Request) -> None:
 
 
 def say_that_torch_is_imported() -> None:
-    """Print what takes the next seconds, unless it is imported already."""
+    """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
+    require_torch()
 
 
 def notes_on_settings(launch: Launch) -> list[str]:

@@ -62,6 +62,8 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Da
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
+    if folder.is_file():
+        raise Refusal(f"{folder} is a file. Name the folder of .pt files that ACE-Step's preprocessing wrote.")
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
     missing: list[str] = []
@@ -124,7 +126,11 @@ def made_for(folder: Path) -> str | None:
 def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     """The end of a sentence: what a folder without songs holds instead, and what to do."""
     if missing:
-        return f"; manifest.json names {len(missing)} that are not there"
+        there = counted(sum(1 for file in folder.glob("*.pt")), "file")
+        names = (
+            f"; manifest.json names {counted(len(missing), 'file')}, such as {missing[0]}, and none of them is there"
+        )
+        return f"{names}. The folder has {there}: delete manifest.json to use every .pt file"
     audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
     if not audio:
         return _in_subfolders(folder)
