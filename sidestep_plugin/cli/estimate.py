@@ -251,7 +251,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     frames, tokens = longest(file for file in files if file not in damaged)
     if not frames:
         if dataset_dir.is_dir():
-            inspect_dataset(dataset_dir)  # says what is there instead of songs
+            inspect_dataset(dataset_dir, allow_duplicates=None)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     names = ", ".join(sorted(file.name for file in damaged))
     return frames, tokens, [f"left out, because a training refuses them: {names}."] if damaged else []

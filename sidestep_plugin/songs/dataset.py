@@ -52,7 +52,7 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:
@@ -63,7 +63,7 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Da
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
     if folder.is_file():
-        raise Refusal(f"{folder} is a file. Name the folder of .pt files that ACE-Step's preprocessing wrote.")
+        raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
     missing: list[str] = []
@@ -126,10 +126,8 @@ def made_for(folder: Path) -> str | None:
 def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     """The end of a sentence: what a folder without songs holds instead, and what to do."""
     if missing:
-        there = counted(sum(1 for file in folder.glob("*.pt")), "file")
-        names = (
-            f"; manifest.json names {counted(len(missing), 'file')}, such as {missing[0]}, and none of them is there"
-        )
+        names = f"; manifest.json names {len(missing)} that are not there, such as {missing[0]}"
+        there = counted(sum(1 for _ in folder.glob("*.pt")), "file")
         return f"{names}. The folder has {there}: delete manifest.json to use every .pt file"
     audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
     if not audio:
