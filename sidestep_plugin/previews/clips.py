@@ -1,4 +1,4 @@
-"""Clips from a saved adapter: finds the model, the songs and the table, generates, decodes, and writes the page."""
+"""Clips from a saved adapter: finds the model, the songs and the table, generates and decodes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ClipRequest:
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
-    """Decode what a training has saved as latents. Returns the page; None if there is nothing of the kind.
+    """Decode what a training has saved as latents. Returns their folder; None if there is nothing of the kind.
 
     Raises:
         Refusal: there is no VAE.
@@ -74,11 +74,11 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
     restrict_gpus(request.device)
     number = decode_rest(folder, table, load_vae(vae, pick_device(request.device)))
     say(f"Decoded {counted(number, 'clip')}.")
-    return folder / "index.html"
+    return folder
 
 
 def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
-    """Generate clips from a saved adapter and from the model without it. Returns the page.
+    """Generate clips from a saved adapter and from the model without it. Returns their folder.
 
     Raises:
         Refusal: no adapter, no songs, no model, or they do not belong together.
@@ -120,7 +120,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
         write_row(output, table, name, number, _loss(before, name), latents if vae is None else heard(vae, latents))
     if vae is None:
         say(f"Note: the clips are saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
-    return output / "index.html"
+    return output
 
 
 def _rows(
