@@ -86,6 +86,7 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> str:
         "xtick.labelcolor": _TEXT,
         "ytick.labelcolor": _TEXT,
         "grid.color": _GRID,
+        "grid.linewidth": 0.5,
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -120,6 +121,11 @@ def _for_html(text: str, name: str) -> str:
 
 def _marker(points: Sequence[Any]) -> str:
     return "o" if len(points) <= _FEW else ""
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    """Above the curves, where it hides none."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 def _whole_epochs(axes: Axes) -> None:
@@ -173,7 +179,7 @@ def _validation(validation: Mapping[str, Any], axes: Axes) -> None:
         axes.axvline(validation["best_epoch"], color=_LOSS, lw=1.2, ls="--", label=f"best: {validation['best_epoch']}")
     axes.axhline(0.0, color=_TEXT, lw=0.8, alpha=0.5)
     axes.set_ylabel("change, %")
-    axes.legend(ncols=2)
+    _legend(axes, 4)
     _whole_epochs(axes)
 
 
@@ -193,4 +199,4 @@ def _validation_by_t(validation: Mapping[str, Any], axes: Axes) -> None:
                 axes.plot(validation["timesteps"], changes, dots, color=color, lw=1.6, ms=3.5, label=label)
     axes.axhline(0.0, color=_TEXT, lw=0.8, alpha=0.5)
     axes.set(xlabel="t   (0: the song, 1: pure noise)", ylabel="change, %", xlim=(0.0, 1.0))
-    axes.legend()
+    _legend(axes, 2)

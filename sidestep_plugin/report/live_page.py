@@ -114,6 +114,7 @@ class LivePage:
             "told": [line for line in engine.told if line.strip()],
             "memory": _memory(run),
             "folder": str(engine.folder),
+            "final": str(engine.folder / "final"),
             "saved": str(saved) if saved is not None and state in ("stopped", "failed") else None,
             "commands": [list(pair) for pair in commands(state)] if commands is not None else [],
         }

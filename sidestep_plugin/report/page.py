@@ -65,7 +65,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 _TOP: Final = (
     *("state", "reason", "written", "seconds", "seconds_left", "seconds_per_epoch", "epochs_done", "epochs"),
-    *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "saved", "commands", "clips"),
+    *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "final", "saved", "commands", "clips"),
 )
 
 

@@ -176,7 +176,7 @@ def test_with_a_vae_there_are_wav_files_and_tensorboard_has_them(train, trainer,
         assert (clip.getframerate(), clip.getnchannels(), clip.getsampwidth()) == (48000, 2, 2)
         assert clip.getnframes() == 10 * HOP, "0.4 s are 10 frames"
         assert len(set(clip.readframes(1000))) > 2, "not silence"
-    assert re.search(r"Previews: 1 clips? in \d+\.\d s: .*index\.html", out), out
+    assert re.search(r"Previews: 1 clips? in \d+\.\d s, in .*previews\n", out), out
     assert out.count("Previews: 1 clip") == 1 and "Note: " not in out
     assert logged in ([], [("preview/song_03", (1, 10 * HOP), epoch, 48000) for epoch in (0, 1)])
     assert logged or not getattr(trainer, "LIGHTNING_AVAILABLE", False)
