@@ -1,4 +1,4 @@
-"""The curves of a training as SVG, for the page: they take the page's colors and fonts, and equal curves are equal text.
+"""The curves of a training as SVG, for the page: in the page's colors and fonts, and equal curves are equal text.
 
 Drawn by matplotlib, which need not be installed. No random number is drawn, and matplotlib's settings are as before.
 """

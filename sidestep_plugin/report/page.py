@@ -47,8 +47,7 @@ def page(data: Mapping[str, Any]) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_printable
     )
-    environment.filters |= {"duration": duration, "size": _size, "percent": _percent, "number": _number}
-    environment.filters |= {"moment": _moment}
+    environment.filters.update(duration=duration, size=_size, percent=_percent, number=_number, moment=_moment)
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     report = data.get("report")
     drawn = {name: Markup(svg) for name, svg in charts(report).items()} if report else {}  # our own numbers alone
@@ -65,7 +64,8 @@ def page(data: Mapping[str, Any]) -> str:
 
 _TOP: Final = (
     *("state", "reason", "written", "seconds", "seconds_left", "seconds_per_epoch", "epochs_done", "epochs"),
-    *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "final", "saved", "commands", "clips"),
+    *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "final", "saved"),
+    *("commands", "clips"),
 )
 
 

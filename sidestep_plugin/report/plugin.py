@@ -232,4 +232,3 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         if band["loss"] is not None
     ]
     return ["; ".join(parts), *([f"Loss by t: mean at {', '.join(bands)}"] if bands else [])]
-

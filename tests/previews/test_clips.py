@@ -20,6 +20,7 @@ from sidestep_plugin.previews.making import open_table, write_row
 from sidestep_plugin.previews.settings import PreviewSettings
 from sidestep_plugin.previews.table import Row, Table, clip_names, read_table
 
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     pytest.importorskip("diffusers", reason="decoding needs diffusers")
