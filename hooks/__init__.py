@@ -26,6 +26,7 @@ PLUGINS: Final = (
     ("crops", "sidestep_plugin.hooks.crops"),  # a random window of each song: less is left to do for the next ones
     ("nan_masking", "sidestep_plugin.hooks.nan_masking"),  # NaN behind a song's mask becomes zero
     ("condition_dropout", "sidestep_plugin.hooks.condition_dropout"),  # rows without their prompt, for base and sft
+    ("pad_masking", "sidestep_plugin.hooks.pad_masking"),  # a song in a batch is told the same as alone
     # what looks at a training and changes nothing
     ("validation", "sidestep_plugin.validation.plugin"),  # the loss on held-out songs
     ("previews", "sidestep_plugin.previews.plugin"),  # clips to listen to

@@ -16,6 +16,7 @@ from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.run import FRAMES, Run, Step
 from sidestep_plugin.songs.dataset import FRAMES_A_SECOND
 from sidestep_plugin.songs.one_song import frames_in
+from sidestep_plugin.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,9 @@ def acestep_run_started(run: Run) -> list[str]:
         return [f"Note: --crop-seconds {seconds:g} changes nothing, the longest song has {longest:.1f} s."]
     run.facts.append(lambda: {"crop_seconds": seconds})
     longer = sum(length > window for length in lengths)
-    how_many = f" ({longer} of {len(lengths)} songs are longer)" if lengths else ""
+    how_many = (
+        f" ({longer} of {counted(len(lengths), 'song')} {'is' if longer == 1 else 'are'} longer)" if lengths else ""
+    )
     return [
         f"Crops: a random window of {seconds:g} s, a new one each time a song is seen{how_many}",
         "Note: prompt and lyrics stay those of the whole song, also where a window sings only a part of them.",

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION, TEXT_SETTINGS
+from sidestep_plugin.adapters.kinds import BY_NAME
 from sidestep_plugin.adapters.layers import read_adapter
+from sidestep_plugin.adapters.targets import trained_shapes
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.files import without_nan
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
@@ -44,14 +47,14 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     adapter, options = run.adapter_config, run.options
     # A folder's name may contain bytes that are not UTF-8.
     model_name = treatment.model_name.encode("utf-8", "replace").decode("utf-8")
-    kind = "LoRA" if run.adapter_type == "lora" else "LoKr"
+    kind = BY_NAME[run.adapter_type]
     told: dict[str, Any] = {}
     for tell in run.facts:
         # JSON has neither NaN nor infinity, and a number that is none says nothing: it is left out.
         told |= {name: value for name, value in tell().items() if not isinstance(value, float) or math.isfinite(value)}
     facts = {
         "schema_version": SCHEMA_VERSION,
-        "title": options.get("title") or f"{kind} for {model_name or 'ACE-Step 1.5'}",
+        "title": options.get("title") or f"{kind.title} for {model_name or 'ACE-Step 1.5'}",
         "author": options.get("author"),
         "trigger": options.get("trigger"),
         "license": options.get("license"),
@@ -65,8 +68,8 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "cfg_ratio": treatment.cfg_ratio,
         **told,
         "adapter_type": run.adapter_type,
-        "rank": _first(adapter, "r", "linear_dim"),
-        "alpha": _first(adapter, "alpha", "lora_alpha", "linear_alpha"),
+        "rank": getattr(adapter, kind.fields["rank"], None),
+        "alpha": kind.effective_alpha(adapter, trained_shapes(run.model, kind.name, adapter)),
         "dropout": _first(adapter, "dropout", "lora_dropout"),
         "target_modules": _names(getattr(adapter, "target_modules", None)),
         "trained_layers": None,
@@ -78,7 +81,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
     # Facts win: a future setting of upstream's may have the same name.
     return (
-        facts
+        dict(without_nan(facts))
         | {name: value for name, value in _training_settings(run.training_config).items() if name not in facts}
         | versions
     )
@@ -109,7 +112,7 @@ def _trained_layers(weights: Path) -> int | None:
     """Number of trained layers in a weights file. None if unknown, for example of a pickle."""
     try:
         adapter = read_adapter(weights)
-        return len(adapter.layers) - len(adapter.idle)
+        return len(adapter.layers) - len(adapter.untrained)
     except (Refusal, OSError):
         return None
 

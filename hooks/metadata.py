@@ -12,8 +12,9 @@ from functools import partial
 import click
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.adapters.base_weights import weights_of_model
 from sidestep_plugin.adapters.comfyui import FILE_NAMES, write_comfyui_copy
-from sidestep_plugin.adapters.facts import write_training_config
+from sidestep_plugin.adapters.facts import read_training_config, write_training_config
 from sidestep_plugin.adapters.header import write_header
 from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.paths import forget_folders
@@ -50,6 +51,9 @@ def acestep_run_started(run: Run) -> None:
 @hookimpl
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
     facts = describe_adapter(run, saved, treatment_of(run), other_sampler(run))
+    if saved.copy_of is not None and (known := read_training_config(saved.copy_of)) is not None:
+        # How it was trained is in the checkpoint: a resumed run may have other settings.
+        facts = known | {name: facts[name] for name in ("title", "author", "trigger", "license", "created")}
     folder = saved.weights.parent
     try:
         write_training_config(folder, facts)
@@ -57,7 +61,8 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
         if saved.weights.suffix == ".safetensors":  # early versions of upstream may save a pickle
             write_header(saved.weights, facts)
             if run.options["export"] == "comfyui":
-                write_comfyui_copy(read_adapter(saved.weights), folder / FILE_NAMES[saved.adapter_type], facts)
+                copy = folder / FILE_NAMES[saved.adapter_type]
+                write_comfyui_copy(read_adapter(saved.weights), copy, facts, weights_of_model(run.model))
     except Refusal as refusal:
         told = str(refusal).replace(str(saved.weights), str(saved.destination))
         return [f"Warning: no copy for ComfyUI was written. {told}"]

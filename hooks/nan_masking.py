@@ -16,6 +16,7 @@ from sidestep_plugin.run import Run, Step
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.one_song import MASK_OF
 from sidestep_plugin.songs.values import check_values
+from sidestep_plugin.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ def acestep_run_started(run: Run) -> list[str]:
     if not hidden:
         return ["Note: --mask-nan changes nothing, all values of all songs are finite."]
     run.facts.append(lambda: {"mask_nan": True})
-    return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {len(songs)} songs (--mask-nan)"]
+    return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {counted(len(songs), 'song')} (--mask-nan)"]
 
 
 @hookimpl

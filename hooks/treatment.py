@@ -11,6 +11,7 @@ import click
 from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.run import ModelFacts, Run
+from sidestep_plugin.text import counted
 from sidestep_plugin.timesteps.treatment import CFG_RATIO, PLUGIN, Treatment, decide_treatment, other_sampler
 from sidestep_plugin.variants import VARIANTS, guidance
 
@@ -126,7 +127,7 @@ def _statements(treatment: Treatment, options: Mapping[str, Any], sampler: str |
     else:
         lines.append("Condition dropout: none (--cfg-ratio 0)")
     lines.append(
-        f"To generate: shift {treatment.shift}, {treatment.num_inference_steps} steps, "
+        f"To generate: shift {treatment.shift}, {counted(treatment.num_inference_steps, 'step')}, "
         f"CFG {guidance(treatment.variant)} (saved with the adapter; does not change training)"
     )
     return lines

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import Refusal
 from .files import not_a_file, stand_in
@@ -17,7 +17,8 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     import torch
 
-AdapterType = Literal["lora", "lokr"]
+AdapterType = str
+"""Name of a kind of adapter, such as "lora": one of ``sidestep_plugin.adapters.kinds.NAMES``."""
 
 ROWS_WITHOUT_CONDITION: Final = "sidestep.rows_without_condition"
 """Key of ``Run.state`` under which condition dropout keeps which rows it dropped, a bool tensor [B] a step, until the
@@ -100,7 +101,7 @@ class Run:
     """One training, from its start to the saved adapter.
 
     Attributes:
-        adapter_type: "lora" or "lokr".
+        adapter_type: name of the kind of adapter, such as "lora".
         adapter_config: upstream's LoRAConfig or LoKRConfig.
         training_config: upstream's TrainingConfig.
         options: the values of all plugin options by name, as given or at their defaults.
@@ -341,11 +342,13 @@ class SavedAdapter:
             place as a whole: whatever a plugin writes beside the weights appears together with them, or not at all.
         destination: the path that the weights file will have then.
         folder: the temporary folder that upstream saved into; the weights are in it or in a folder below it.
-        adapter_type: "lora" or "lokr".
+        adapter_type: name of the kind of adapter, such as "lora".
         epoch: number of finished epochs; None within an epoch if upstream's save function was not told, and where
             nothing follows the training.
         global_step: number of optimizer steps, if upstream's save function was told.
         resume_point: what resuming from here needs; None for a finished adapter, and if it is not available.
+        copy_of: the folder of the saved weights that these were read back from, when patience has ended a training and
+            the best adapter is the finished one. It was perhaps trained with other settings than the run's.
     """
 
     weights: Path
@@ -355,3 +358,4 @@ class SavedAdapter:
     epoch: int | None
     global_step: int | None
     resume_point: ResumePoint | None = None
+    copy_of: Path | None = None

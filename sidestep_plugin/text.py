@@ -14,9 +14,15 @@ def is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
 
-def counted(number: int, noun: str) -> str:
-    """Such as "1 clip" and "2 clips"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: object, noun: str) -> str:
+    """Such as "1 clip" and "2 clips", "1 process" and "2 processes".
+
+    Args:
+        number: a number, or the text of one.
+        noun: one of them; a word in front, as in "training step", stays as it is.
+    """
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if str(number) == '1' else plural}"
 
 
 def sentence(text: object) -> str:

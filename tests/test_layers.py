@@ -22,6 +22,7 @@ OURS = {
     "answers",
     "attached",
     "attachment",
+    "history",
     "host",
     "journal",
     "layer",
@@ -50,6 +51,7 @@ ALLOWED = {
     ("sidestep_plugin/engine/models.py", "model.null_condition_emb"): "a model that we load ourselves",
     ("sidestep_plugin/engine/programs.py", "sys.argv"): "the command line of the program that we run",
     ("sidestep_plugin/engine/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
@@ -61,10 +63,6 @@ ALLOWED = {
     ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
     ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer._gradient_checkpointing_func"): "transformers' own "
-    "place for it, read only while checkpointing is on",
-    ("sidestep_plugin/memory/gradient_checkpointing.py", "layer.gradient_checkpointing"): "transformers' own switch, "
-    "put back when the training ends",
     ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
     ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
     ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",

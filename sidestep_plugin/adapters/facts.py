@@ -37,8 +37,9 @@ FACTS: Final = {
     "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
     "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
     "crop_seconds": "seconds of the random window of each song (--crop-seconds); left out for whole songs",
+    "mask_padding": "true if padding of shorter prompts in a batch was masked (--mask-padding); else left out",
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
-    "base_weights": "int8 if the base model was quantized for the training (--base-weights); else left out",
+    "base_weights": "what the base model was quantized to for the training, as int8 (--base-weights); else left out",
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "compiled": "true if the decoder's blocks were compiled for the training (--compile); else left out",
@@ -68,7 +69,7 @@ TEXT_FACTS: Final = frozenset(
 )
 """Those of them that are strings."""
 
-SWITCHES: Final = frozenset({"mask_nan", "compiled"})
+SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})
 """Those of them that are true or left out."""
 
 # Upstream's settings that are strings and known not to be paths. Unknown strings are left out.

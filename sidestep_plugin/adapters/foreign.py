@@ -7,7 +7,6 @@ that is still applied becomes part of what the new adapter is trained on.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,10 @@ from typing import Any, Final
 from ..errors import Refusal
 from ..run import AdapterType
 from ..text import shown
-from .targets import is_target
+from .kinds import title_of
+from .kinds.lokr import LOKR
+from .kinds.lora import LORA
+from .targets import is_target, own_name
 from .weights_file import read_weights_file
 
 TRAINED: Final = "default"
@@ -52,11 +54,11 @@ def foreign_adapters(model: Any, kind: AdapterType, targets: Sequence[str] | str
     found: dict[tuple[str, str], int] = {}
     for layer, module in model.decoder.named_modules():
         for name in _in_peft(module):
-            if not (kind == "lora" and name == TRAINED and is_target(_own_name(layer), targets)):
+            if not (kind == LORA.name and name == TRAINED and is_target(own_name(layer), targets)):
                 key = (name, _kind(module))
                 found[key] = found.get(key, 0) + 1
         if _is_wrapped_by_lycoris(module):
-            found["", "LoKr"] = found.get(("", "LoKr"), 0) + 1
+            found["", LOKR.title] = found.get(("", LOKR.title), 0) + 1
     return [Foreign(name, named, layers) for (name, named), layers in sorted(found.items())]
 
 
@@ -129,15 +131,10 @@ def _in_peft(module: Any) -> Iterator[str]:
 
 def _kind(module: Any) -> str:
     prefix = str(module.adapter_layer_names[0]).partition("_")[0]
-    return {"lora": "LoRA", "lokr": "LoKr", "hada": "LoHa"}.get(prefix, prefix)
+    return title_of({"hada": "loha"}.get(prefix, prefix))
 
 
 def _is_wrapped_by_lycoris(module: Any) -> bool:
     """Whether LyCORIS stands in for a module's forward. Its ``restore`` puts the module's own function back."""
     owner = getattr(vars(module).get("forward"), "__self__", None)
     return type(owner).__module__.partition(".")[0] == "lycoris"
-
-
-def _own_name(layer: str) -> str:
-    """A layer's name in the decoder, from its name in PEFT's model and in Fabric's."""
-    return re.sub(r"^((base_model\.model|_forward_module|module)\.)+", "", layer)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ..text import shown
 from .facts import FACTS, SCHEMA_VERSION, SWITCHES, TEXT_FACTS
+from .kinds import BY_NAME
 from .layers import Adapter
 
 _HUGE: Final = 1e15
@@ -84,7 +85,7 @@ def check_schema(facts: Mapping[str, Any], notes: list[str]) -> None:
 def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]) -> None:
     """Add a note if the files beside the weights give another strength than the header."""
     rank, alpha = facts.get("rank"), facts.get("alpha")
-    plain = adapter.kind == "lora" and len(adapter.strengths) == 1
+    plain = adapter.kind in BY_NAME and len(adapter.strengths) == 1
     if not plain or not isinstance(rank, int | float) or not isinstance(alpha, int | float) or not rank:
         return
     (strength,) = adapter.strengths

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..text import shown
+from ..text import counted, shown
 from ..variants import member_of
 from .inspection import Report
+from .kinds import title_of
+from .kinds.lora import LORA
 from .layer_names import some
 from .layers import Adapter
 
@@ -28,8 +30,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "because": report.generate.because,
         },
         "layers": len(adapter.layers),
-        "trained_layers": len(adapter.layers) - len(adapter.idle),
-        "untrained_layers": len(adapter.idle),
+        "trained_layers": len(adapter.layers) - len(adapter.untrained),
+        "untrained_layers": len(adapter.untrained),
         "targets": adapter.targets,
         "ranks": dict(sorted(adapter.ranks.items())),
         "strengths": dict(sorted(adapter.strengths.items())),
@@ -56,7 +58,7 @@ def tensor_bytes(adapter: Adapter) -> int:
 def as_text(report: Report) -> list[str]:
     """A report as lines for people. Everything from the files is escaped for the terminal."""
     adapter, facts, generate = report.adapter, report.facts, report.generate
-    kind = {"lora": "DoRA" if adapter.is_dora else "LoRA", "lokr": "LoKr", "loha": "LoHA", "oft": "OFT"}[adapter.kind]
+    kind = "DoRA" if adapter.is_dora and adapter.kind == LORA.name else title_of(adapter.kind)
     size = "XL " if facts.get("model_size") == "XL" else ""
     model = member_of(str(facts.get("model_variant", "of unknown variant")), str(facts.get("model_name", "")))
     name = f" ({shown(facts['model_name'])})" if "model_name" in facts else ""
@@ -76,7 +78,10 @@ def as_text(report: Report) -> list[str]:
     else:
         guess = f" (a guess: {generate.because})" if generate.guess else ""
         guidance = f", CFG {generate.cfg}" if generate.cfg else ""
-        add("Generate", f"shift {shown(generate.shift)}, {shown(generate.num_inference_steps)} steps{guidance}{guess}")
+        add(
+            "Generate",
+            f"shift {shown(generate.shift)}, {counted(shown(generate.num_inference_steps), 'step')}{guidance}{guess}",
+        )
     add("Strength", _strength(report))
     add("Weights", _weights(report))
     if trained := _trained(facts):
@@ -91,8 +96,8 @@ def as_text(report: Report) -> list[str]:
 def _strength(report: Report) -> str:
     adapter, facts = report.adapter, report.facts
     ranks, strengths = adapter.ranks, adapter.strengths
-    if adapter.kind != "lora" and "rank" in facts:
-        return f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    if adapter.kind != LORA.name and "rank" in facts:
+        return _strength_of_lokr(adapter, facts)
     rank = _span(ranks, "rank ", "ranks ") or "rank unknown"
     if not strengths:
         return f"{rank}, alpha unknown: programs without an alpha use strength 1"
@@ -100,14 +105,26 @@ def _strength(report: Report) -> str:
     return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
 
 
+def _strength_of_lokr(adapter: Adapter, facts: Any) -> str:
+    trained = [layer for name, layer in adapter.layers.items() if name not in adapter.untrained]
+    whole = sum(layer.rank is None for layer in trained)
+    settings = f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    if whole == len(trained) > 0:
+        return f"1 ({settings}, without effect: these are full matrices)"
+    some_whole = f"; full matrices at strength 1 in {whole} of {len(trained)} layers" if whole else ""
+    strength = _span(adapter.strengths, "", "")
+    return f"{strength} ({settings}{some_whole})" if strength else settings
+
+
 def _weights(report: Report) -> str:
     adapter = report.adapter
-    idle = len(adapter.idle)
+    idle = len(adapter.untrained)
     trained = len(adapter.layers) - idle or len(adapter.layers)
+    left = "were not trained" if len(adapter.idle) < idle else "hold only zeros and change nothing"
     whole = ", unchanged since saving" if report.intact else ""
-    rest = f"; {idle} more layers hold only zeros and change nothing" if 0 < idle < len(adapter.layers) else ""
+    rest = f"; {idle} more layers {left}" if 0 < idle < len(adapter.layers) else ""
     return (
-        f"{trained} layers ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
+        f"{counted(trained, 'layer')} ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
         f"{_size(tensor_bytes(adapter))}{whole}{rest}"
     )
 
@@ -127,11 +144,13 @@ def _trained(facts: Any) -> str:
     parts = []
     if "songs" in facts:
         out = facts.get("held_out_songs")
-        parts.append(f"on {shown(facts['songs'])} songs" + (f" ({shown(out)} of them held out)" if out else ""))
+        parts.append(
+            f"on {counted(shown(facts['songs']), 'song')}" + (f" ({shown(out)} of them held out)" if out else "")
+        )
     if isinstance(facts.get("validation_change"), int | float):
         parts.append(f"validation loss {100 * facts['validation_change']:+.2f} % vs. no adapter")
     if "training_steps" in facts:
-        parts.append(f"{shown(facts['training_steps'])} steps")
+        parts.append(f"{counted(shown(facts['training_steps']), 'step')}")
     if "timestep_law" in facts or "timestep_mode" in facts:
         parts.append(f"timesteps: {shown(facts.get('timestep_law', facts.get('timestep_mode')))}")
     if isinstance(facts.get("cfg_ratio"), int | float):

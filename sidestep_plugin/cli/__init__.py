@@ -41,7 +41,7 @@ COMMANDS: Final = {
     cls=DefaultGroup,
     lazy=COMMANDS,
     default="train",
-    bare=("train", "--plugin", "sidestep"),
+    bare=("train",),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="acestep-train")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sidestep_plugin.adapters.kinds import NAMES
 from sidestep_plugin.errors import Refusal
 
 from .commands import FAILED, Command, Unusable, echo_json
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @CHECKPOINT_DIR
 @click.option(
     "--adapter-type",
-    type=click.Choice(["lora", "lokr"]),
+    type=click.Choice(NAMES),
     help="Check this kind of adapter only.  [default: all that this ACE-Step trains]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -45,11 +45,34 @@ class Command(click.Command):
         _write_options(ctx, formatter, "Options", own.values())
 
 
-class PluginCommand(Command):
+class RefusingCommand(Command):
+    """A command that unusable input ends with one message and exit code 2; ``--debug`` shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.meta["debug"] = ctx.params.pop("debug", False)
+        try:
+            return super().invoke(ctx)
+        except Refusal as refusal:
+            if debug:
+                import traceback
+
+                traceback.print_exc()
+            raise Unusable(str(refusal)) from refusal
+        except BrokenPipeError:  # whoever read has read enough; click ends without a word
+            raise
+        except OSError as error:  # a name that is too long, a folder that is a file, a disk that is full
+            if debug:
+                raise
+            raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted before the training began; nothing was saved.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+class PluginCommand(RefusingCommand):
     """A command with ``--plugin NAME ...``, to which the named plugins add their options.
 
-    Unusable input ends it with one message and exit code 2; ``--debug`` shows where it came from. The command's
-    function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
+    The command's function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
 
     A parameter named ``config`` names a settings file, whose values are used for options that the command line leaves
     out.
@@ -113,22 +136,10 @@ class PluginCommand(Command):
                 formatter.write_dl([(f"--plugin {name} --help", f"shows those of {name}") for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
-        debug = ctx.meta["debug"] = ctx.params.pop("debug", False)
         ctx.params.pop("config", None)
         ctx.params["plugins"] = ctx.params.pop("plugin") or self.default_plugins
         ctx.params["options"] = {str(option.name): ctx.params.pop(str(option.name)) for option in self._declared}
-        try:
-            return super().invoke(ctx)
-        except Refusal as refusal:
-            if debug:
-                import traceback
-
-                traceback.print_exc()
-            raise Unusable(str(refusal)) from refusal
-        except OSError as error:  # a name that is too long, a folder that is a file, a disk that is full
-            if debug:
-                raise
-            raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
+        return super().invoke(ctx)
 
 
 def owner_of(option: str) -> str | None:
@@ -179,7 +190,9 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
+    """Print a value as JSON, in ASCII so that any console and pipe can carry it. NaN and infinity become null."""
     import json
 
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    from sidestep_plugin.files import without_nan
+
+    click.echo(json.dumps(without_nan(value), indent=2, allow_nan=False))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidestep_plugin.options import Place, SongsOrShare
-from sidestep_plugin.text import shown
+from sidestep_plugin.text import counted, shown
 from sidestep_plugin.variants import VARIANTS
 
 from . import quiet
-from .commands import PluginCommand, echo_json
+from .commands import RefusingCommand, echo_json
 from .plotting import check_plot
 from .terminal import say
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
     from sidestep_plugin.validation.comparing import Comparison
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _LONGEST = 40  # characters of an adapter's name in the table
 
 
-@click.command(cls=PluginCommand)
+@click.command(cls=RefusingCommand)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=Place(path_type=Path))
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @click.option("--dataset-dir", required=True, type=FOLDER, metavar="DIR", help="Folder of preprocessed songs.")
@@ -48,7 +50,6 @@ _LONGEST = 40  # characters of an adapter's name in the table
 )
 @click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("--plugin", multiple=True, hidden=True)
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def compare(
     adapters: tuple[Path, ...],
@@ -61,8 +62,6 @@ def compare(
     device: str,
     plot: Path | None,
     as_json: bool,
-    plugins: tuple[str, ...],
-    options: dict[str, Any],
 ) -> None:
     """Compare adapters by their loss on the same songs, at the same timesteps and with the same noise.
 
@@ -121,7 +120,7 @@ class _Progress:
         elif self._lively and done == songs:
             click.echo(f"\r{' ' * 30}\r", nl=False, err=self._err)
         elif done == 0:
-            say(f"Evaluating {shown(name, 200)} on {songs} {'song' if songs == 1 else 'songs'} ...", err=self._err)
+            say(f"Evaluating {shown(name, 200)} on {counted(songs, 'song')} ...", err=self._err)
 
 
 def _changes(done: Comparison, condition: int) -> list[list[float]]:
@@ -134,7 +133,7 @@ def _changes(done: Comparison, condition: int) -> list[list[float]]:
 
 
 def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
-    songs = f"{len(done.songs)} {'song' if len(done.songs) == 1 else 'songs'}"
+    songs = counted(len(done.songs), "song")
     lines = [
         f"Loss on {songs} relative to {done.model} without adapter, by t (1 is pure noise). Lower is better.",
         *_notes(done, names),
@@ -149,10 +148,13 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
         then = sum(done.by_t(done.before, place)) / len(done.timesteps)
         for name, (_, losses), changes in zip(short, done.after, _changes(done, place), strict=True):
             mean = sum(done.by_t(losses, place)) / len(done.timesteps) / then - 1.0
-            cells = " ".join(f"{100 * change:>+6.2f}%" for change in changes)
-            lines.append(f"{name:<{width}}  {100 * mean:>+7.2f}%  {cells}")
+            cells = " ".join(_percent(change, 6) for change in changes)
+            lines.append(f"{name:<{width}}  {_percent(mean, 7)}  {cells}")
     lines.append("")
-    best, (_, losses) = min(zip(short, done.after, strict=True), key=lambda entry: done.mean(entry[1][1]))
+    finite = [(name, losses) for name, (_, losses) in zip(short, done.after, strict=True) if _finite(done, losses)]
+    if not finite:
+        return [*lines, "None of them has a finite loss on these songs."]
+    best, losses = min(finite, key=lambda entry: done.mean(entry[1]))
     change = done.mean(losses) / before - 1.0
     weights = ""
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
@@ -166,10 +168,21 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     return lines
 
 
+def _finite(done: Comparison, losses: torch.Tensor) -> bool:
+    """Whether an adapter's losses can be compared: NaN is neither larger nor smaller than any number."""
+    return math.isfinite(done.mean(losses)) and bool(losses.isfinite().all())
+
+
+def _percent(change: float, width: int) -> str:
+    return f"{100 * change:>+{width}.2f}%" if math.isfinite(change) else f"{'NaN':>{width + 1}}"
+
+
 def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
     """What makes a comparison doubtful."""
     notes = []
-    for name, (report, _) in zip(names, done.after, strict=True):
+    for name, (report, losses) in zip(names, done.after, strict=True):
+        if not _finite(done, losses):
+            notes.append(f"Warning: the loss of {name} is NaN or infinite: it cannot be compared, and is of no use.")
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:
             notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")
@@ -181,11 +194,11 @@ def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
 def _as_json(done: Comparison, names: Sequence[str]) -> dict[str, Any]:
     before = done.mean(done.before)
 
-    def losses_of(losses: Any) -> Mapping[str, Any]:
-        entries = {"loss": done.mean(losses), "loss_by_t": done.by_t(losses, 0)}
+    def losses_of(losses: Any) -> Any:
+        entries: dict[str, Any] = {"loss": done.mean(losses), "loss_by_t": done.by_t(losses, 0)}
         if len(done.conditions) > 1:
             entries["loss_by_t_without_condition"] = done.by_t(losses, 1)
-        return entries | {"loss_by_song": losses[:, :, 0].mean(dim=1).tolist()}
+        return _for_json(entries | {"loss_by_song": losses[:, :, 0].mean(dim=1).tolist()})
 
     return {
         "model": done.model,
@@ -199,12 +212,21 @@ def _as_json(done: Comparison, names: Sequence[str]) -> dict[str, Any]:
                 "name": name,
                 "adapter_type": report.adapter.kind,
                 "written_by": report.written_by,
-                "change": done.mean(losses) / before - 1.0,
+                "change": _for_json(done.mean(losses) / before - 1.0),
                 **losses_of(losses),
             }
             for name, (report, losses) in zip(names, done.after, strict=True)
         ],
     }
+
+
+def _for_json(value: Any) -> Any:
+    """Numbers as JSON has them: null for NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _for_json(entry) for key, entry in value.items()}
+    return [_for_json(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _picture(done: Comparison, names: Sequence[str]) -> Figure:

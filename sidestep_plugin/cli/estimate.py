@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidestep_plugin.adapters.kinds import BY_NAME, DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
+from sidestep_plugin.text import counted
 
 from .commands import Command, Unusable, echo_json
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
@@ -36,6 +38,9 @@ class MemorySize(click.ParamType[int]):
         return size
 
 
+_RANKS = ", ".join(f"{kind.title} {kind.default_rank}" for kind in KINDS)
+
+
 @click.command(cls=Command)
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Preprocessed songs; the longest one counts.")
@@ -43,8 +48,8 @@ class MemorySize(click.ParamType[int]):
     "--seconds", type=FiniteFloat(0.0, 86_400.0, min_open=True), metavar="S", help="Longest song, without a dataset."
 )
 @click.option("--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU: 12GB.  [default: what is free]")
-@click.option("--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Adapter.")
-@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help="Its size.  [default: LoRA 8, LoKr 64]")
+@click.option("--adapter-type", type=click.Choice(NAMES), default=DEFAULT.name, show_default=True, help="Adapter.")
+@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help=f"Its size.  [default: {_RANKS}]")
 @click.option(
     "--target-modules",
     default="q_proj,k_proj,v_proj,o_proj",
@@ -99,8 +104,8 @@ def estimate(
         frames, tokens, left_out = _length(dataset_dir, seconds)
         notes += left_out
         settings = Settings(
-            kind="lokr" if adapter_type == "lokr" else "lora",
-            rank=rank or (64 if adapter_type == "lokr" else 8),
+            kind=adapter_type,
+            rank=rank or BY_NAME[adapter_type].default_rank,
             targets=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
             dropout=dropout > 0.0,
             batch_size=batch_size,
@@ -145,12 +150,12 @@ class _Answer:
 
         settings = self.settings
         trained = adapter_parameters(self.size, settings.kind, settings.rank, settings.targets)
-        kind = "LoRA" if settings.kind == "lora" else "LoKr"
-        songs = "song" if settings.batch_size == 1 else "songs"
+        kind = BY_NAME[settings.kind].title
         return [
             f"Model: {self.model}, {self.size.parameters:,} parameters in the decoder",
             f"Adapter: {kind} of rank {settings.rank} on {', '.join(settings.targets)}, {trained:,} parameters",
-            f"Batch: {settings.batch_size} {songs} of {settings.frames / FRAMES_A_SECOND:.0f} s, conditions of "
+            f"Batch: {counted(settings.batch_size, 'song')} of {settings.frames / FRAMES_A_SECOND:.0f} s, "
+            "conditions of "
             f"{settings.tokens} tokens",
             *(f"Note: {note}" for note in self.notes),
             "",
@@ -211,14 +216,13 @@ class _Answer:
 
 def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[DecoderSize, list[str]]:
     """The decoder's size, and notes about where it comes from. Raises Refusal."""
-    from sidestep_plugin.engine.checkout import find_root
-    from sidestep_plugin.engine.models import checkpoint_folder, find_model
+    from sidestep_plugin.engine.models import checkpoints_of, find_model
     from sidestep_plugin.memory.known import GUESSED, XL, known_size
     from sidestep_plugin.memory.sizes import DecoderSize
     from sidestep_plugin.run import ModelFacts
 
     try:
-        folder = find_model(model, checkpoint_folder(checkpoints, find_root(root)))
+        folder = find_model(model, checkpoints_of(checkpoints, root))
     except Refusal:
         size = known_size(model)
         if size is None:
@@ -248,7 +252,8 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     damaged = {song: problem for song in songs if (problem := read_song(song)[1])}
     frames, tokens = longest(song for song in songs if song not in damaged)
     if not frames:
-        inspect_dataset(dataset_dir, allow_duplicates=True)  # says what is there instead of songs
+        if dataset_dir.is_dir():
+            inspect_dataset(dataset_dir)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     refused = "It is left out here, a training refuses it"
     notes = [f"{song.name} {problem}. {refused}." for song, problem in damaged.items()]

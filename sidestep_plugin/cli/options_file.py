@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin.hookspecs import hookimpl
@@ -43,6 +44,8 @@ class OptionsFile:
 
         text = options_of(self._request, run)
         try:
+            if saved.copy_of is not None and (own := saved.copy_of / FILE_NAME).is_file():
+                text = own.read_text(encoding="utf-8", errors="replace")  # of the run that has trained it
             # The last room on a disk belongs to what a training resumes from.
             if shutil.disk_usage(saved.weights.parent).free < _ROOM:
                 return [f"Warning: no {FILE_NAME} was written, because the disk is nearly full. Make room on the disk."]
@@ -59,7 +62,7 @@ def options_of(request: Request, run: Run) -> str:
 
     comments = [
         "The options of this training. To repeat it:",
-        f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR",
+        f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR{_folders(run)}",
     ]
     values: dict[str, Any] = {"plugin": list(request.plugins), "wins": request.wins}
     # A path says where things are on this machine.
@@ -77,6 +80,12 @@ def options_of(request: Request, run: Run) -> str:
     values["allow_duplicates"] = request.allow_duplicates or None
     values |= {name: _plain(value) for name, value in run.options.items() if name not in _OF_A_MACHINE}
     return write(values, comments)
+
+
+def _folders(run: Run) -> str:
+    """The plugins' options that are folders of this machine: without them, other options would mean nothing."""
+    names = sorted(name for name, value in run.options.items() if isinstance(value, Path))
+    return "".join(f" --{name.replace('_', '-')} DIR" for name in names)
 
 
 def _plain(value: Any) -> Any:

@@ -102,7 +102,10 @@ def prepare(
         quiet_upstream()
     try:
         request = _request(audio_dir, output, renew, trigger, trigger_position, dry_run, longest=max_seconds, **asked)
-        _run(request, dry_run)
+        if dry_run:
+            _show(request)
+        else:
+            run_prepare(request)
     except Refusal as refusal:
         if debug:
             raise
@@ -134,7 +137,9 @@ def _request(
     if (audio_dir is None) == (renew is None):
         raise click.UsageError("Name the folder of audio, or finished songs with --renew DIR: one of the two.")
     if asked["texts"] is not None and renew is None:
-        raise click.UsageError("--texts belongs to --renew. Texts of audio are read from the audio's own folder.")
+        raise click.UsageError(
+            "--texts belongs to --renew. Leave it out: texts of audio are read from the audio's own folder."
+        )
     source = audio_dir or renew
     assert source is not None
     if output is None:
@@ -151,13 +156,20 @@ def _request(
     )
 
 
-def _run(request: PrepareRequest, dry: bool) -> None:
-    if dry:
-        from sidestep_plugin.preparing.showing import dry_run
+def _show(request: PrepareRequest) -> None:
+    from sidestep_plugin.preparing.showing import dry_run
 
-        for line in dry_run(request):
-            say(line)
-        return
+    for line in dry_run(request):
+        say(line)
+
+
+def run_prepare(request: PrepareRequest) -> None:
+    """Prepare songs and tell about it.
+
+    Raises:
+        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
+        Unusable: some songs could not be prepared.
+    """
     from sidestep_plugin.preparing.job import prepare as prepare_songs
 
     done = prepare_songs(request, say, _tell)
@@ -193,4 +205,6 @@ def _sum_up(request: PrepareRequest, done: Done) -> None:
         say(f"{', '.join(filter(None, parts))}: {request.output}")
     if done.failed:
         names = "; ".join(f"{shown(name, 80)} ({shown(reason, 500)})" for name, reason in done.failed)
-        raise Unusable(f"{counted(len(done.failed), 'song')} could not be prepared: {names}")
+        raise Unusable(
+            f"{counted(len(done.failed), 'song')} could not be prepared: {names}. Correct that, and run it again."
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sidestep_plugin.hookspecs import hookimpl
+from sidestep_plugin.text import counted
 
 from .terminal import say, unread
 
@@ -81,7 +82,7 @@ class Progress:
             self._bar = None
         if self.began:
             steps = self.step - self._first_step + 1
-            say(f"Total time: {_duration(time.monotonic() - self._began)} for {steps} training steps")
+            say(f"Total time: {_duration(time.monotonic() - self._began)} for {counted(steps, 'training step')}")
 
     @hookimpl
     def acestep_step_finished(self, step: Step) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
-
 import click
 
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES
 from sidestep_plugin.options import WholeNumber
 
 from .commands import Command, echo_json
@@ -19,7 +18,7 @@ _USUAL_SECONDS = 180
     "--songs", type=WholeNumber(1, 10**6), metavar="N", default=15, show_default=True, help="Number of songs."
 )
 @click.option(
-    "--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Kind of adapter."
+    "--adapter-type", type=click.Choice(NAMES), default=DEFAULT.name, show_default=True, help="Kind of adapter."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def recommended(songs: int, adapter_type: str, as_json: bool) -> None:
@@ -33,7 +32,7 @@ def recommended(songs: int, adapter_type: str, as_json: bool) -> None:
     """
     from sidestep_plugin.recommended import recommended as recommend
 
-    settings = recommend(songs, cast(Literal["lora", "lokr"], adapter_type))
+    settings = recommend(songs, adapter_type)
     if as_json:
         echo_json({name: {"value": setting.value, "reason": setting.reason} for name, setting in settings.items()})
         return

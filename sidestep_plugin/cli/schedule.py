@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sidestep_plugin.options import FiniteFloat, WholeNumber
+from sidestep_plugin.text import counted
 
 from .commands import Command, echo_json
 
@@ -38,7 +39,7 @@ def schedule(shift: float, steps: int, as_json: bool) -> None:
     if as_json:
         echo_json({"shift": shift, "steps": steps, "timesteps": list(values)})
         return
-    click.echo(f"Shift {shift:g}, {steps} {'step' if steps == 1 else 'steps'}, from pure noise to the last step:")
+    click.echo(f"Shift {shift:g}, {counted(steps, 'step')}, from pure noise to the last step:")
     shown = [f"{t:.4g}" for t in values]
     for start in range(0, len(shown), 10):
         click.echo("  " + "  ".join(f"{text:<6}" for text in shown[start : start + 10]).rstrip())

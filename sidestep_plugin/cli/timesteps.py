@@ -64,8 +64,7 @@ def timesteps(
     """
     import torch
 
-    from sidestep_plugin.engine.checkout import find_root
-    from sidestep_plugin.engine.models import checkpoint_folder, find_model
+    from sidestep_plugin.engine.models import checkpoints_of, find_model
     from sidestep_plugin.engine.rehearsal import rehearse
     from sidestep_plugin.registry import Registry
     from sidestep_plugin.run import ModelFacts
@@ -77,7 +76,7 @@ def timesteps(
     if plot is not None:
         check_plot(plot)
     registry = Registry.load(plugins, wins)
-    folder = find_model(model, checkpoint_folder(checkpoint_dir, find_root(acestep_root)))
+    folder = find_model(model, checkpoints_of(checkpoint_dir, acestep_root))
     rehearsal = rehearse(registry, folder, registry.resolve_options(options))
     schedule = inference_timesteps(TURBO_SHIFT, TURBO_STEPS)
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from .training_options import (
     CHECKPOINT_DIR,
     FOLDER,
     GROUPS,
+    GUIDED_PLUGIN,
     adapter_and_training_options,
     check_device,
     settings_from,
@@ -68,7 +69,8 @@ def train(
     Example:
         acestep-train --plugin sidestep --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
 
-    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing.
+    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing, and trains with the plugin
+    sidestep unless another one is named.
 
     Before the first step it prints how the model is trained, and why. Ctrl-C stops the training after the current
     step, saves it, and prints the command that resumes it as if it had never stopped.
@@ -85,11 +87,17 @@ def train(
     asks = bool(missing) and not yes and terminal.on_a_terminal()
     if missing and not asks:
         raise click.MissingParameter(ctx=context, param=missing[0])
+    if asks and context.get_parameter_source("plugin") is ParameterSource.DEFAULT:
+        # The same questions mean the same training, whatever the command line says besides.
+        from sidestep_plugin.registry import Registry
+
+        plugins = (GUIDED_PLUGIN,)
+        options = Registry.load(plugins, wins).resolve_options({})
     request = Request(
         model=model or "",
         dataset_dir=dataset_dir or Path(),
         output_dir=output_dir or Path(),
-        adapter_type="lokr" if adapter_type == "lokr" else "lora",
+        adapter_type=adapter_type,
         acestep_root=acestep_root,
         checkpoint_dir=checkpoint_dir,
         settings=settings_from(settings),

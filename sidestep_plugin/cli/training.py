@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sidestep_plugin.ranks import ranks
+from sidestep_plugin.text import counted
 
 from . import quiet
 from .command_line import resuming_line
@@ -72,6 +73,9 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
     """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
     finished = False
+    told_otherwise: tuple[str, ...] = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
+    if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
+        told_otherwise += ("Note: --overwrite:", "Note: removed")
     with launch.lock, launch.attachment:
         for line in notes_on_settings(launch):
             progress.say(line)
@@ -81,7 +85,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
                 finished = finished or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
-                elif not message.startswith(("Epoch", "✅ Epoch", "⏹")):  # the progress display tells that
+                elif not message.startswith(told_otherwise):
                     progress.say(message)
         finally:
             progress.end()
@@ -124,16 +128,13 @@ def say_that_torch_is_imported() -> None:
 def notes_on_settings(launch: Launch) -> list[str]:
     """Lines about settings that are allowed and hardly meant."""
     config = launch.trainer.training_config
-    warmup = getattr(config, "warmup_steps", 0)
-    total = launch.total_steps // max(1, getattr(config, "gradient_accumulation_steps", 1))
-    if 4 * warmup <= total:
+    warmup, each = getattr(config, "warmup_steps", 0), max(1, getattr(config, "gradient_accumulation_steps", 1))
+    total = launch.epochs * math.ceil(launch.steps_per_epoch / each)
+    if warmup <= (most := max(1, total // 10)):  # as every known version of ACE-Step computes it
         return []
     return [
-        f"Note: warm-up takes {warmup} of the {total} optimizer steps; the learning rate is below its full value until "
-        "then. For a training this short, use a lower --warmup-steps."
-        if warmup < total
-        else f"Note: warm-up takes {warmup} optimizer steps, and this training has {total}: it never reaches its full "
-        "learning rate. Use a lower --warmup-steps."
+        f"Note: ACE-Step lets warm-up take at most a tenth of the optimizer steps, here {most} of {total}. It shortens "
+        f"--warmup-steps {warmup} to that."
     ]
 
 
@@ -142,7 +143,7 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
     resumable = saved is not None
     if not resumable and progress.began and not launch.request.plugins:
         saved = launch.save_interrupted()
-    say(f"Interrupted after {progress.step} of {launch.total_steps} steps.")
+    say(f"Interrupted after {progress.step} of {counted(launch.total_steps, 'step')}.")
     say(f"Adapter so far: {saved}" if saved else "No step was finished, so nothing was saved.")
     if resumable:
         say(f"To resume:\n  {resuming_line(launch.request)}")
@@ -164,7 +165,7 @@ def _say_how_to_use(adapter: Path, request: Request) -> None:
     if facts is not None:
         say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
-            f"{facts.get('num_inference_steps')} steps, CFG {guidance(facts.get('model_variant'))}."
+            f"{counted(facts.get('num_inference_steps'), 'step')}, CFG {guidance(facts.get('model_variant'))}."
         )
     if (page := page_in(output)) is not None:
         say(f"Page: {page}")

@@ -212,7 +212,7 @@ def one_voice() -> Iterator[None]:
         tell_failure(str(refusal), elsewhere=isinstance(refusal, SaidElsewhere))
         sys.exit(UNUSABLE)
     except KeyboardInterrupt:
-        if here.first:
+        if here.local_rank == 0:
             say("Interrupted before the training began; nothing was saved.", err=True)
         _leave(INTERRUPTED)
     from sidestep_plugin.engine.processes import leave
@@ -249,7 +249,8 @@ def tell_failure(text: str, *, asked_to_end: bool = False, elsewhere: bool = Fal
         if lost and LOST not in text:
             text = f"{LOST}, and nothing is known of it: {text}"
         if not elsewhere:
-            say(f"Error: {text}" if here.first else f"Error in {here} on {socket.gethostname()}: {text}", err=True)
+            named = here.first or text.startswith(("Process ", "Two processes "))
+            say(f"Error: {text}" if named else f"Error in {here} on {socket.gethostname()}: {text}", err=True)
 
 
 def watch_launcher() -> None:

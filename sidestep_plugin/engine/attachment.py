@@ -20,7 +20,7 @@ from ..registry import Registry
 from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
-from .seams import EVALUATE, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
+from .seams import EVALUATE, FOLDERS, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 
@@ -67,9 +67,19 @@ def attach(
     registry = Registry.load([plugins] if isinstance(plugins, str) else plugins, wins, later=extra_plugins or ())
     for name, plugin in (extra_plugins or {}).items():
         registry.register(plugin, name)
-    resolved = registry.resolve_options(options or {})
-    allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
+    return attach_registry(trainer, registry, registry.resolve_options(options or {}), allowed_folders, announce)
 
+
+def attach_registry(
+    trainer: Any,
+    registry: Registry,
+    options: Mapping[str, Any],
+    allowed_folders: Iterable[Path] = (),
+    announce: Callable[[str], None] | None = None,
+) -> Attachment:
+    """The same with plugins that are loaded and options that are resolved already; see :func:`attach`."""
+    resolved, wins = dict(options), registry.wins
+    allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
     with _lock:
         automatic = None
         for attached in [attached for attached in _attached if attached.trainer is trainer]:
@@ -334,6 +344,8 @@ class Attachment:
             yield module, "safe_path", partial(wrap_path_guard, self.allowed_folders)
 
     def _uses(self, hook: str) -> bool:
+        if hook == FOLDERS:
+            return bool(self.allowed_folders)
         return self.evaluates if hook == EVALUATE else self.registry.implements(hook)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..adapters.kinds import BY_NAME, DEFAULT, title_of
 from ..errors import Refusal, UpstreamMismatch
 from ..registry import Listing, list_plugins
 from ..run import AdapterType, ModelFacts
@@ -17,7 +18,7 @@ from ..variants import member_of
 from .checkout import import_trainer
 from .injection import injection_problem
 from .models import download_command, models_in
-from .seams import SHOWN, Found, adapter_types, examine
+from .seams import Found, adapter_types, examine
 
 _VERSIONS: Final = (
     "sidestep-plugin",
@@ -82,7 +83,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
     fitting = ""
     try:
         trainer = import_trainer(root)
-        judged = list(kinds) or adapter_types(trainer) or ["lora"]
+        judged = list(kinds) or adapter_types(trainer) or [DEFAULT.name]
         verdicts = []
         for kind in judged:
             looked = examine(trainer, kind)
@@ -90,8 +91,8 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             misfits = [seam for seam in looked if seam.status != "found" and not seam.optional]
             problem = f"{misfits[0].name}: {misfits[0].reason}" if misfits else ""
             verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
-        problems = [f"{SHOWN[kind]} does not fit: {problem}" for kind, problem in verdicts if problem]
-        fitting = " and ".join(SHOWN[kind] for kind, problem in verdicts if not problem)
+        problems = [f"{title_of(kind)} does not fit: {problem}" for kind, problem in verdicts if problem]
+        fitting = " and ".join(title_of(kind) for kind, problem in verdicts if not problem)
         good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
         lost = dict.fromkeys(seam.without for seam in seams if seam.status != "found" and seam.without)
         limits = [f"This version of ACE-Step cannot do: {', '.join(lost)}"] if lost and fitting else []
@@ -128,7 +129,7 @@ def examine_model(folder: Path) -> FoundModel:
 
 def _uninstalled(kind: AdapterType) -> str:
     """What this kind of adapter needs and is not installed, "" when nothing is missing."""
-    needed = {"lora": "peft", "lokr": "lycoris-lora"}[kind]
+    needed = BY_NAME[kind].package
     return f"{needed} is not installed (pip install {needed})" if _version(needed) is None else ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import BY_NAME, KINDS
 from ..errors import Refusal
 from ..run import AdapterType, ModelFacts
 from .shapes import CONFIG_CLASS
@@ -29,10 +30,7 @@ TRAINING_FIELDS: Final = {
     "num_workers": "num_workers",
     "log_every": "log_every_n_steps",
 }
-ADAPTER_FIELDS: Final[dict[AdapterType, dict[str, str]]] = {
-    "lora": {"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
-    "lokr": {"rank": "linear_dim", "alpha": "linear_alpha", "dropout": "dropout", "target_modules": "target_modules"},
-}
+ADAPTER_FIELDS: Final[dict[AdapterType, Mapping[str, str]]] = {kind.name: kind.fields for kind in KINDS}
 
 
 def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts) -> None:
@@ -46,11 +44,8 @@ def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts
         Refusal: the rank, the width and what to choose.
     """
     rank, width = settings.get("rank"), facts.config.get("hidden_size")
-    if kind == "lora" and isinstance(rank, int) and isinstance(width, int) and 0 < width < rank:
-        raise Refusal(
-            f"--rank {rank} is higher than {facts.name} is wide ({width}), which adds nothing to what an adapter can "
-            "learn. Choose a lower one; 8 to 128 are usual."
-        )
+    if isinstance(rank, int) and isinstance(width, int):
+        BY_NAME[kind].check_rank(rank, width, facts.name)
 
 
 def build_configs(
@@ -62,6 +57,12 @@ def build_configs(
         Refusal: this version has no field for a setting, or refuses its value.
     """
     fields = ADAPTER_FIELDS[kind]
+    for other in KINDS:
+        if foreign := [name for name in other.options if settings.get(name) is not None and name not in fields]:
+            raise Refusal(
+                f"--{foreign[0].replace('_', '-')} is an option of a {other.title}. Leave it out, or train one: "
+                f"--adapter-type {other.name}."
+            )
     adapter = {fields[name]: settings[name] for name in fields if name in settings}
     training = {known: settings[name] for name, known in TRAINING_FIELDS.items() if name in settings}
     workers = training.get("num_workers", 0)

@@ -55,14 +55,16 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class CommandLine:
-    """What the command line did before it called upstream's trainer: it holds the lock of the output folder.
+    """What the command line decided before it called upstream's trainer; it holds the lock of the output folder.
 
     Attributes:
         latest: whether the checkpoint to resume from is the newest one, chosen for the user.
+        plan: in how many processes to train.
         held_out: the songs that are not trained on.
     """
 
     latest: bool
+    plan: ProcessPlan
     held_out: tuple[Path, ...] = ()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from .random_states import random_states, set_random_states
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def undisturbed(root: torch.nn.Module, device: torch.device) -> Iterator[None]:
     states = random_states(device)
     modes = [(module, module.training) for module in root.modules()]
     flags = [(weight, weight.requires_grad) for weight in root.parameters()]
-    compiled = [(module, call) for module, _ in modes if (call := module._compiled_call_impl) is not None]
+    compiled = [(module, call) for module, _ in modes if (call := getattr(module, "_compiled_call_impl", None))]
     try:
         root.eval()
         for module, _ in compiled:
@@ -95,7 +96,7 @@ def without_adapter(module: Any) -> Iterator[None]:
             if callable(getattr(layer, "enable_adapters", None)) and not getattr(layer, "disable_adapters", False):
                 layer.enable_adapters(False)
                 after.callback(layer.enable_adapters, True)
-        applied = [lora for lora in getattr(getattr(module, "lycoris_net", None), "loras", ()) if _is_applied(lora)]
+        applied = [lora for lora in getattr(network_of(module), "loras", ()) if _is_applied(lora)]
         for lora in reversed(applied):
             layer = lora.org_module[0]
             after.callback(_put_back, layer, {name: vars(layer)[name] for name in _OF_LYCORIS if name in vars(layer)})

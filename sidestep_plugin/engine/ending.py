@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..files import room
 from .answers import checked_lines
@@ -52,7 +53,7 @@ def save_checkpoint(host: Host, training: Training, name: str, kept: ResumePoint
     """Save a checkpoint in a folder of the output folder, with upstream's own function.
 
     Args:
-        kept: what :func:`in_ram` returned for an earlier place of the training; None for the training as it is.
+        kept: what :func:`in_ram` returned at an earlier place of the training; None for the training as it is.
 
     Returns:
         Whether it was saved: a full disk is announced, and the training goes on. In other processes than the first,
@@ -65,7 +66,7 @@ def save_checkpoint(host: Host, training: Training, name: str, kept: ResumePoint
     assert journal is not None
     folder = Path(training.run.training_config.output_dir) / name
     before = journal.unsaved  # that is about the checkpoint that upstream saves
-    journal.unsaved, journal.not_saved = False, None
+    journal.unsaved = False
     if kept is None:
         _save(host, training, folder, journal.here(training.run))
     else:
@@ -75,19 +76,19 @@ def save_checkpoint(host: Host, training: Training, name: str, kept: ResumePoint
     return saved
 
 
-def in_ram(training: Training) -> ResumePoint | None:
-    """A copy of the checkpoint that could not be saved just now, weights included, on the CPU; None without one."""
+def in_ram(training: Training) -> ResumePoint:
+    """The training as it is, weights included, with copies on the CPU. In every process."""
     run, journal = training.run, training.journal
-    if journal is None or journal.not_saved is None:
-        return None
-    point, journal.not_saved = journal.not_saved, None
+    assert journal is not None
+    point = journal.here(run)
+    assert point is not None
     fields = {field.name: _copied(getattr(point, field.name)) for field in dataclasses.fields(point)}
     kept = {name: tell() for name, tell in run.keeps.items()}
     return dataclasses.replace(point, **fields | {"weights": _copied(live_weights(run)), "kept": kept})
 
 
-def put(training: Training, point: ResumePoint) -> None:
-    """Put the weights of a checkpoint into the adapter. Raises Refusal where they do not fit."""
+def put(training: Training, point: ResumePoint, folder: Path | None = None) -> None:
+    """Put the weights of a checkpoint into the adapter; its folder if it has one. Raises Refusal if they do not fit."""
     run, journal = training.run, training.journal
     assert journal is not None
     if journal.catching_up:  # what comes then would replace them
@@ -95,6 +96,8 @@ def put(training: Training, point: ResumePoint) -> None:
     put_weights(run, point)
     put_parameters(trained_tensors(journal.scheduler), point)
     journal.holds = point
+    weights = () if folder is None else sorted(folder.rglob("*.safetensors"))
+    journal.copy_of = weights[0].parent if weights else None
 
 
 @contextmanager
@@ -105,14 +108,14 @@ def _in_the_adapter(training: Training, point: ResumePoint) -> Iterator[None]:
     trained = [weight.detach() for weight in trained_tensors(journal.scheduler)]
     now = _copied(trained)
     before = dataclasses.replace(point, weights=_copied(live_weights(run)), parameters=now)
-    steps, holds = run.steps, journal.holds
+    steps, holds, copy_of = run.steps, journal.holds, journal.copy_of
     try:
         put(training, point)
         run.steps = point.steps_done or steps
         yield
     finally:
         put(training, before)
-        run.steps, journal.holds = steps, holds
+        run.steps, journal.holds, journal.copy_of = steps, holds, copy_of
 
 
 def _copied(value: Any) -> Any:
@@ -154,7 +157,7 @@ def _save(host: Host, training: Training, folder: Path, point: ResumePoint | Non
         optimizer, scheduler = _State(point.optimizer), _State(point.scheduler)
     known = {
         "model": module.model,
-        "lycoris_net": getattr(module, "lycoris_net", None),
+        "lycoris_net": network_of(module),
         "epoch": 0 if point is None else point.epochs,
         "global_step": 0 if point is None else int(scheduler.state_dict()["last_epoch"]),
         "output_dir": str(folder),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..ranks import ranks
 from ..run import AdapterType, ModelFacts, Run
@@ -121,7 +122,7 @@ class Host:
         """The run of a model or a LyCORIS network; None if it was not trained with these plugins."""
         for run in list(self._runs.values()):
             module = run.module_ref() if run.module_ref else None
-            if saved is run.model_ref() or (module is not None and saved is getattr(module, "lycoris_net", None)):
+            if saved is run.model_ref() or (module is not None and saved is network_of(module)):
                 return run
         return None
 

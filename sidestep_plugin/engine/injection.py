@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from ..adapters.kinds import BY_NAME
 from ..run import AdapterType
 from ..text import sentence
 
-_PACKAGES: Final[dict[AdapterType, str]] = {"lora": "peft", "lokr": "lycoris-lora"}
 _WIDTH: Final = 8
 
 _TOO_OLD: Final = re.compile(r"incompatible version of (\w+).*?only versions above (\d[\w.]*\w)", re.DOTALL)
@@ -30,26 +30,14 @@ def injection_problem(kind: AdapterType) -> str:
         layer = torch.nn.Sequential()
         layer.add_module("q_proj", torch.nn.Linear(_WIDTH, _WIDTH))
         try:
-            (_inject_lora if kind == "lora" else _inject_lokr)(layer)
+            BY_NAME[kind].try_on(layer)
         except (Exception, SystemExit) as error:  # whatever an import may raise
             return f"{sentence(f'{type(error).__name__}: {error}')} {_way_out(kind, str(error))}"
     return ""
-
-
-def _inject_lora(layer: object) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    get_peft_model(layer, LoraConfig(r=1, target_modules=["q_proj"]))
-
-
-def _inject_lokr(layer: object) -> None:
-    from lycoris import create_lycoris
-
-    create_lycoris(layer, 1.0, algo="lokr", linear_dim=1, linear_alpha=1)
 
 
 def _way_out(kind: AdapterType, reason: str) -> str:
     if found := _TOO_OLD.search(reason):
         name, oldest = found.groups()
         return f'Install a newer one: pip install --upgrade "{name}>={oldest}"; or remove it: pip uninstall {name}'
-    return f"Install it again: pip install --upgrade {_PACKAGES[kind]}"
+    return f"Install it again: pip install --upgrade {BY_NAME[kind].package}"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from itertools import repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..adapters.kinds import BY_NAME
 from ..run import ResumePoint, Run
 from .losses import Losses
 from .random_states import random_states
@@ -40,7 +42,7 @@ class Journal:
         epoch_to_end: number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
         ends: called before the next epoch begins.
         holds: the checkpoint that was put into the adapter in place of what the run has trained; None: nothing was.
-        not_saved: the newest checkpoint that could not be saved, with the run's own tensors; None when it could.
+        copy_of: the folder of its weights; None if it was kept in RAM.
         lines: messages for the user since the last look, unless :attr:`say` takes them.
         say: takes each message for the user as soon as there is one.
         mean: the mean of a tensor over the processes of the training; None for a single process.
@@ -55,7 +57,7 @@ class Journal:
         self.ends: Callable[[], None] | None = None
         self.epoch_to_end: tuple[int, float] | None = None
         self.holds: ResumePoint | None = None
-        self.not_saved: ResumePoint | None = None
+        self.copy_of: Path | None = None
         self.lines: list[str] = []
         self.say: Callable[[str], None] = self.lines.append
         self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -94,8 +96,11 @@ class Journal:
         """After how many epochs the adapter is what it is now; None within an epoch."""
         if self.holds is not None:
             return None if self.holds.steps else self.holds.epochs
-        if self._in_epoch not in (0, self._steps_per_epoch):
-            return None
+        return self.whole_epochs if self._in_epoch in (0, self._steps_per_epoch) else None
+
+    @property
+    def whole_epochs(self) -> int:
+        """Epochs that upstream's loop has gone through, including those of earlier runs."""
         return self._epochs_begun - (self._in_epoch != self._steps_per_epoch and self._epochs_begun > 0)
 
     @property
@@ -154,7 +159,7 @@ class Journal:
             optimizer=self.scheduler.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             optimizer_class=type(self.scheduler.optimizer).__name__,
-            parameters=[weight.detach() for weight in trained] if run.adapter_type == "lokr" else None,
+            parameters=None if BY_NAME[run.adapter_type].network is None else [weight.detach() for weight in trained],
             save_number=run.saves,
         )
 

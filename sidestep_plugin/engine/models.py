@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import Refusal
 from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
-from ..text import sentence
+from ..text import counted, sentence
 from ..variants import MODEL_ALIASES
+from .checkout import find_root
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,17 @@ def checkpoint_folder(said: Path | None, root: Path) -> Path:
         return Path(at_home(from_environment)) if from_environment else root / "checkpoints"
     except Refusal as refusal:
         raise Refusal(f"Correct $ACESTEP_CHECKPOINTS_DIR, which is {from_environment}: {refusal}") from None
+
+
+def checkpoints_of(said: Path | None, acestep_root: Path | None) -> Path:
+    """The folder of models, for what needs no checkout: it is looked for only if nothing else says where they are.
+
+    Raises:
+        Refusal: nothing says where they are, and there is no checkout.
+    """
+    if said is not None or os.environ.get("ACESTEP_CHECKPOINTS_DIR", "").strip():
+        return checkpoint_folder(said, Path())
+    return checkpoint_folder(None, find_root(acestep_root))
 
 
 def models_in(checkpoints: Path) -> list[str]:
@@ -170,7 +182,8 @@ def restrict_gpus(said: str) -> None:
         index = int(said.partition(":")[2])
         if visible and index >= len(visible):
             raise Refusal(
-                f"No {said}: CUDA_VISIBLE_DEVICES shows {len(visible)} GPUs, counted from cuda:0. Choose one."
+                f"No {said}: CUDA_VISIBLE_DEVICES shows {counted(len(visible), 'GPU')}, counted from cuda:0. "
+                "Choose one."
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
 
@@ -221,7 +234,8 @@ def load_model(folder: Path, device: torch.device) -> Handler:
     lost = [key for key in missing if key.startswith("decoder.")]
     if lost:
         raise Refusal(
-            f"The weights of {folder.name} lack {len(lost)} tensors of the decoder ({lost[0]}, ...). Download it again."
+            f"The weights of {folder.name} lack {counted(len(lost), 'tensor')} of the decoder ({lost[0]}, ...). "
+            "Download it again."
         )
     if "null_condition_emb" in missing:
         # transformers has filled it with random numbers, which must not be trained on.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from ..errors import PluginError, Refusal
 from ..ranks import ranks
 from ..run import ProcessPlan
+from ..text import counted
 from .answers import described
 from .meeting import SaidElsewhere as SaidElsewhere
 from .meeting import meet
@@ -177,7 +178,8 @@ def use_own_gpu(device: torch.device) -> None:
         raise Refusal(f"Several processes cannot share {device}. Use NVIDIA or AMD GPUs, --device cpu, or one process.")
     if here.local_world_size > (count := torch.cuda.device_count()):
         raise Refusal(
-            f"{here.local_world_size} processes were started on this machine, and torch sees {count} GPUs. Start "
+            f"{here.local_world_size} processes were started on this machine, and torch sees "
+            f"{counted(count, 'GPU')}. Start "
             "as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
         )
     torch.cuda.set_device(here.local_rank)
@@ -301,11 +303,11 @@ def _difference(its: Any, value: Any) -> str:
     if not isinstance(its, Mapping) or not isinstance(value, Mapping):
         return f"{its} and not {value}"
     kinds = {
-        "others": [name for name in value if name in its and its[name] != value[name]],
-        "missing": [name for name in value if name not in its],
-        "more": [name for name in its if name not in value],
+        "other contents in": [name for name in value if name in its and its[name] != value[name]],
+        "it lacks": [name for name in value if name not in its],
+        "it also has": [name for name in its if name not in value],
     }
-    return "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def _some(names: list[str], most: int = 5) -> str:

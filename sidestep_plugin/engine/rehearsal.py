@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import DEFAULT
 from ..registry import Registry
 from ..run import AdapterType, ModelFacts, Run, Step
 
@@ -57,7 +58,7 @@ def rehearse(
     registry: Registry,
     folder: Path,
     options: dict[str, Any],
-    adapter_type: AdapterType = "lora",
+    adapter_type: AdapterType = DEFAULT.name,
     training_config: Any = None,
 ) -> Rehearsal:
     """Let plugins decide on a model folder. Raises Refusal where they would refuse a training."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from ..text import counted
 from .random_states import set_random_states
 from .weights import check_weights, put_weights
 
@@ -53,7 +54,8 @@ class Replay:
         """
         if self.point.steps_per_epoch not in (None, length):
             raise Refusal(
-                f"The checkpoint's training has {self.point.steps_per_epoch} steps per epoch, this one has {length}. "
+                f"The checkpoint's training has {counted(self.point.steps_per_epoch, 'step')} per epoch, this "
+                f"one has {length}. "
                 "Resume with the same songs and the same validation split."
             )
         return min(length, self.remaining(length))
@@ -126,7 +128,7 @@ class Replay:
         if point.random is not None:
             set_random_states(point.random, self.device)
         count = len(point.weights)
-        where = f"{point.where}, {self.walked} training steps done"
+        where = f"{point.where}, {counted(self.walked, 'training step')} done"
         return [*lines, f"✅ Resumed: {count} of {count} tensors of the adapter, {where}"]
 
 

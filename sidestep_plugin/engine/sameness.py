@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -59,6 +59,18 @@ def of_the_plugins(registry: Registry) -> dict[str, Any]:
     """The plugins that take part, with their versions."""
     versions: Mapping[str, str] = {plugin.name: plugin.version for plugin in installed_plugins()}
     return {"list of plugins": [f"{name} {versions.get(name, '')}".rstrip() for name in registry.names]}
+
+
+def of_the_settings(training_config: Any) -> dict[str, Any]:
+    """Upstream's settings, one by one."""
+    settings = dict(vars(training_config)) if hasattr(training_config, "__dict__") else {}
+    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
+    return {f"the setting {name}": repr(value) for name, value in settings.items()}
+
+
+def of_the_options(options: Mapping[str, Any], own: Set[str]) -> dict[str, Any]:
+    """The plugins' options, but those that may be others on each machine."""
+    return {f"--{name.replace('_', '-')}": repr(value) for name, value in options.items() if name not in own}
 
 
 def _variant(facts: ModelFacts) -> str:

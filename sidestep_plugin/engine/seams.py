@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from ..adapters.kinds import KINDS
 from ..errors import UpstreamMismatch
 from ..run import AdapterType
 from .checkout import TRAINER
@@ -36,6 +37,7 @@ from .wrappers.engine import wrap_engine
 from .wrappers.gradient_check import wrap_gradient_check
 from .wrappers.held_out_songs import wrap_setup
 from .wrappers.loaders import wrap_loader, wrap_training_loader
+from .wrappers.preprocessing import builder_of, wrap_preprocessing
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
 from .wrappers.scheduler import wrap_scheduler
@@ -67,6 +69,9 @@ __all__ = [
 
 EVALUATE: Final = "evaluate"
 """Stands among the hooks of a seam for an attachment that evaluates songs."""
+
+FOLDERS: Final = "folders"
+"""Stands among them for an attachment that is allowed folders by name, as every one from the command line."""
 
 Status = Literal["found", "missing", "wrong shape"]
 
@@ -169,8 +174,7 @@ SEAMS: Final[tuple[Seam, ...]] = (
         also=("acestep_step_finished",),  # plugins that look at finished steps receive the timesteps
         problem=lambda trainer, kind: sampler_problem(trainer, MODULE_CLASS[kind]),
     ),
-    *_of_kind("lora"),
-    *_of_kind("lokr"),
+    *(seam for kind in KINDS for seam in _of_kind(kind.name)),
     Seam(
         "Fabric",
         wrap_engine,
@@ -222,7 +226,7 @@ SEAMS: Final[tuple[Seam, ...]] = (
     Seam(
         "PreprocessedTensorDataset.__init__",
         lambda _, original: wrap_song_list(original),
-        hooks=NEED_A_JOURNAL,
+        hooks=(FOLDERS, *NEED_A_JOURNAL),
         optional=True,
         without="leaving out macOS's companion files (._song.pt)",
         owner=_song_list,
@@ -234,6 +238,14 @@ SEAMS: Final[tuple[Seam, ...]] = (
         optional=True,
         without="keeping songs in RAM",
         owner=_song_list,
+    ),
+    Seam(
+        "DatasetBuilder.preprocess_to_tensors",
+        wrap_preprocessing,
+        hooks=("acestep_run_started",),  # whoever has a plugin
+        optional=True,
+        without="conditions as generated in ACE-Step's own preprocessing",
+        owner=builder_of,
     ),
 )
 """Every seam, in the order in which it is replaced. The path guard is no row: it is in every module that uses it."""
@@ -273,7 +285,7 @@ def examine(trainer: Any, adapter_type: AdapterType) -> list[Found]:
 
 
 def _look(trainer: Any, seam: Seam, kind: AdapterType) -> Found:
-    hook = next((hook for hook in seam.hooks if hook != EVALUATE), None)
+    hook = next((hook for hook in seam.hooks if hook not in (EVALUATE, FOLDERS)), None)
     status: Status = "found"
     reason = ""
     if seam.owner_in(trainer) is None:

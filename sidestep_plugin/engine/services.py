@@ -153,7 +153,7 @@ class Services:
         """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.
 
         Args:
-            kept: an earlier place of the training, from :meth:`unsaved`; None for the training as it is.
+            kept: an earlier place of the training, from :meth:`in_ram`; None for the training as it is.
 
         Returns:
             Whether it was saved: a full disk is announced, and the training goes on. True in the other processes.
@@ -163,8 +163,8 @@ class Services:
         """
         return save_checkpoint(self._host, self._training, name, kept)
 
-    def unsaved(self) -> ResumePoint | None:
-        """A copy in RAM of the checkpoint that could not be saved just now, to save it later; None without one."""
+    def in_ram(self) -> ResumePoint:
+        """The training as it is, copied to RAM, to be saved later. Every process has to ask."""
         return in_ram(self._training)
 
     def save_weights(self, name: str) -> None:
@@ -178,9 +178,14 @@ class Services:
             return found
         raise Refusal(f"No plugin reads the checkpoint {self.folder / name}. Use --plugin sidestep.")
 
-    def put(self, point: ResumePoint) -> None:
-        """Put the weights of a checkpoint into the adapter. Raises Refusal where they do not fit."""
-        put(self._training, point)
+    def put(self, point: ResumePoint, folder: Path | None) -> None:
+        """Put the weights of a checkpoint into the adapter, to be saved as the finished one. Raises Refusal.
+
+        Args:
+            point: the checkpoint.
+            folder: where it was read from; None for one that was kept in RAM.
+        """
+        put(self._training, point, folder)
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.

@@ -14,31 +14,19 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, Final, Literal
 
+from ..adapters.kinds import KINDS
 from ..run import AdapterType
 
 SAMPLER = "sample_discrete_timestep"
 
-SHOWN: Final[dict[AdapterType, str]] = {"lora": "LoRA", "lokr": "LoKr"}
+SHOWN: Final[dict[AdapterType, str]] = {kind.name: kind.title for kind in KINDS}
 """What a kind of adapter is called in messages."""
 
-MODULE_CLASS: dict[AdapterType, str] = {"lora": "PreprocessedLoRAModule", "lokr": "PreprocessedLoKRModule"}
-TRAINER_CLASS: dict[AdapterType, str] = {"lora": "LoRATrainer", "lokr": "LoKRTrainer"}
-CONFIG_CLASS: dict[AdapterType, str] = {"lora": "LoRAConfig", "lokr": "LoKRConfig"}
-SAVE_FUNCTIONS: dict[AdapterType, tuple[str, ...]] = {
-    "lora": ("save_lora_weights", "save_training_checkpoint"),
-    "lokr": ("save_lokr_weights", "save_lokr_training_checkpoint"),
-}
-
-WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {
-    "lora": (
-        "adapter/adapter_model.safetensors",
-        "adapter/adapter_model.bin",
-        "adapter_model.safetensors",
-        "lora_weights.pt",
-        "model.pt",
-    ),
-    "lokr": ("lokr_weights.safetensors",),
-}
+MODULE_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.module_class for kind in KINDS}
+TRAINER_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.trainer_class for kind in KINDS}
+CONFIG_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.config_class for kind in KINDS}
+SAVE_FUNCTIONS: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.save_functions for kind in KINDS}
+WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.weight_files for kind in KINDS}
 """Where upstream's save functions put the weights, in the folder that they are told."""
 
 FINAL: Final = "final"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..run import ResumePoint, Run
+from ..text import counted
 from .decoders import plain_decoder
 
 if TYPE_CHECKING:
@@ -17,17 +19,7 @@ def live_weights(run: Run) -> dict[str, torch.Tensor]:
     module = run.module_ref() if run.module_ref else None
     if module is None:
         raise Refusal("The training module of this run was freed while the run went on. Start it again.")
-    if run.adapter_type == "lokr":
-        return dict(module.lycoris_net.state_dict())
-    decoder = plain_decoder(module.model)
-    if not hasattr(decoder, "peft_config"):
-        raise Refusal(
-            "This ACE-Step trains without PEFT here, and such an adapter cannot be resumed. Start again without "
-            "--resume-from."
-        )
-    from peft import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(decoder, save_embedding_layers=False))
+    return BY_NAME[run.adapter_type].live(module, plain_decoder(module.model))
 
 
 def check_finite(run: Run) -> None:
@@ -36,7 +28,8 @@ def check_finite(run: Run) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             rate = getattr(run.training_config, "learning_rate", None)
             raise Refusal(
-                f"The adapter holds numbers that are not finite after {run.steps} steps ({name}). It was not saved, "
+                f"The adapter holds numbers that are not finite after {counted(run.steps, 'step')} ({name}). It "
+                "was not saved, "
                 f"and the training was stopped. Lower --learning-rate (now {rate}) and resume from an earlier "
                 "checkpoint."
             )
@@ -47,14 +40,9 @@ def put_weights(run: Run, point: ResumePoint) -> None:
     import torch
 
     live = check_weights(run, point)
-    if run.adapter_type == "lokr":  # its state_dict is computed, so it has to be loaded the same way
-        module = run.module_ref() if run.module_ref else None
-        assert module is not None
-        module.lycoris_net.load_state_dict(dict(point.weights), strict=False)
-    else:
-        with torch.no_grad():
-            for name, tensor in live.items():
-                tensor.copy_(point.weights[name])
+    module = run.module_ref() if run.module_ref else None
+    assert module is not None
+    BY_NAME[run.adapter_type].load(module, live, point.weights)
     for name, tensor in live_weights(run).items():
         if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
             raise Refusal(

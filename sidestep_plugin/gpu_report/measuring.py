@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import attach
+from ..adapters.kinds import BY_NAME
 from ..engine import seams
 from ..engine.checkout import import_trainer
 from ..errors import Refusal
@@ -170,6 +171,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         max_epochs=2,
         save_every_n_epochs=9,
         num_workers=0,
+        pin_memory=job.device == "cuda",
         seed=1,
     )
     lines: list[str] = []
@@ -199,8 +201,8 @@ def _adapter_config(trainer: Any, job: Job) -> Any:
     made = getattr(trainer, seams.CONFIG_CLASS[job.adapter], None)
     if made is None:
         raise Refusal(f"This version of ACE-Step trains no {job.adapter}. Use a newer one.")
-    names = ("r", "alpha") if job.adapter == "lora" else ("linear_dim", "linear_alpha")
-    return _known(made, **dict(zip(names, (job.rank, 2 * job.rank), strict=True)))
+    fields = BY_NAME[job.adapter].fields
+    return _known(made, **{fields["rank"]: job.rank, fields["alpha"]: 2 * job.rank})
 
 
 def _known(config_class: Any, **values: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import importlib.util
 import inspect
 import locale
 import math
@@ -19,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
-from ..engine.attachment import Attachment, attach
+from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import build_configs, check_rank
 from ..engine.current import CommandLine, command_line
@@ -48,7 +48,14 @@ from ..engine.processes import (
     told_by_first,
     use_own_gpu,
 )
-from ..engine.sameness import of_the_model, of_the_songs, of_the_trainer
+from ..engine.sameness import (
+    of_the_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
@@ -60,7 +67,7 @@ from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
-from ..text import sentence
+from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
 from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
@@ -91,7 +98,7 @@ class Request:
     model: str
     dataset_dir: Path
     output_dir: Path
-    adapter_type: AdapterType = "lora"
+    adapter_type: AdapterType = DEFAULT.name
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -112,8 +119,7 @@ class Launch:
         attachment: the attached plugins; detached when the training is over.
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
-        latest: whether the checkpoint to resume from was chosen as the newest one.
-        held_out: the songs that are not trained on.
+        decided: what was decided before the model was loaded, for the training that begins.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -127,8 +133,7 @@ class Launch:
     steps_per_epoch: int
     epochs: int
     state: dict[str, Any]
-    latest: bool
-    held_out: tuple[Path, ...]
+    decided: CommandLine
 
     @property
     def total_steps(self) -> int:
@@ -147,7 +152,7 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(CommandLine(self.latest, self.held_out))
+                token = command_line.set(self.decided)
                 try:
                     report = next(running, None)
                 finally:
@@ -176,12 +181,7 @@ class Launch:
             return None
         folder = self.request.output_dir.absolute() / INTERRUPTED
         source = self.attachment.trainer
-        if self.request.adapter_type == "lora":
-            source.save_lora_weights(module.model, str(folder))
-            return folder / "adapter" if (folder / "adapter").is_dir() else folder
-        config = {"lokr_config": module.lokr_config.to_dict()}  # upstream reads it back when it loads the file
-        source.save_lokr_weights(module.lycoris_net, str(folder), metadata=config)
-        return folder
+        return BY_NAME[self.request.adapter_type].save(source, module, folder)
 
 
 def prepare(
@@ -215,7 +215,8 @@ def _prepared(
     latest = request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
-    check_started(plan_of(registry, options))
+    plan = plan_of(registry, options)
+    check_started(plan)
     _meet(request, say)
     root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
@@ -225,12 +226,22 @@ def _prepared(
     dataset = in_all(lambda: _check_songs(request, model))
     upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
     if ranks().several:
-        check_agreement(of_the_trainer(upstream.module) | of_the_model(model.folder) | of_the_songs(dataset.folder))
+        check_agreement(
+            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
+            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
+            | of_the_trainer(upstream.module)
+            | of_the_model(model.folder)
+            | of_the_songs(dataset.folder)
+        )
     out = held_out(registry, dataset.files, options, upstream.training_config)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
     handler = in_turns(lambda: _load(model, device, dataset))
-    return _attach(request, lock, upstream, handler, dataset, say, extra_plugins, latest=latest, held_out=out)
+    for name, plugin in extra_plugins().items():
+        registry.register(plugin, name)
+    folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
+    attachment = attach_registry(upstream.module, registry, options, folders, say)
+    return _made(request, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -287,8 +298,7 @@ def _check_output(request: Request, lock: OutputLock, registry: Registry, say: C
         say(lock.warning)
     if not registry.implements("acestep_adapter_saved"):
         check_undescribed(output)
-    if request.adapter_type == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed here: pip install lycoris-lora")
+    check_installed(request.adapter_type)
     by_plugin = registry.implements("engine_resume")
     resumed = checkpoint_to_resume(request.resume_from, output, by_plugin=by_plugin, say=say)
     if not request.overwrite:
@@ -330,7 +340,7 @@ def _check_upstream(
         raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
-        kind == "lokr" or not getattr(module, "LIGHTNING_AVAILABLE", True)
+        not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
     ):
         raise Refusal(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "
@@ -391,31 +401,19 @@ def _load(model: _Model, device: torch.device, dataset: Dataset) -> Handler:
     return handler
 
 
-def _attach(
+def _made(
     request: Request,
     lock: OutputLock,
+    attachment: Attachment,
     upstream: _Upstream,
     handler: Handler,
     dataset: Dataset,
     say: Callable[[str], None],
-    extra_plugins: Callable[[], Mapping[str, object]],
-    *,
-    latest: bool,
-    held_out: tuple[Path, ...],
+    decided: CommandLine,
 ) -> Launch:
-    """Attach the plugins and make upstream's trainer. Raises Refusal; nothing stays attached then."""
+    """Make upstream's trainer. Raises Refusal; nothing stays attached then."""
     import torch
 
-    folders = [dataset.folder, request.output_dir.absolute()]
-    attachment = attach(
-        upstream.module,
-        plugins=request.plugins,
-        options=request.options,
-        extra_plugins=extra_plugins(),
-        allowed_folders=[*folders, *([request.resume_from] if request.resume_from else [])],
-        announce=say,
-        wins=request.wins,
-    )
     config = upstream.training_config
     try:
         songs = _songs_upstream_sees(upstream.module, dataset)
@@ -427,7 +425,7 @@ def _attach(
     except BaseException:
         attachment.detach()
         raise
-    left = songs - len(held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
+    left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     return Launch(
         request=request,
         attachment=attachment,
@@ -437,8 +435,7 @@ def _attach(
         steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
         epochs=config.max_epochs,
         state={"should_stop": False},
-        latest=latest,
-        held_out=held_out,
+        decided=decided,
     )
 
 
@@ -459,12 +456,13 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
         raise _misread(dataset.folder, page, "finds other songs than it names")
     if found not in (0, dataset.songs):
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but ACE-Step would train on {found}: it "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but ACE-Step would train on {found}: it "
             "leaves out links and manifest entries that lead out of the folder. Put the songs themselves into it."
         )
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {dataset.songs} songs, but this version of ACE-Step finds none: it reads the "
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: "
+            "it reads the "
             "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
         )
     return found

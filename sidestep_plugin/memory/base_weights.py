@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
@@ -49,7 +50,7 @@ def acestep_options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help="Base model's weights: auto, bf16, fp32 (same result), int8 (LoRA only, other result).",
+            help=f"Base model's weights: auto, bf16, fp32 (same result), {', '.join(BYTES)} (LoRA only, other result).",
         ),
         # Of earlier versions, as are settings files with both.
         click.Option(["--frozen-weights"], type=WeightType(("auto", "bf16", "fp32")), default=None, hidden=True),
@@ -77,12 +78,17 @@ def chosen(options: Mapping[str, Any]) -> str:
 
 
 @hookimpl
+def acestep_model_chosen(options: Mapping[str, Any]) -> None:
+    chosen(options)
+
+
+@hookimpl
 def acestep_run_started(run: Run) -> None:
     """Refuse what would be without effect, or wrong."""
     kind = chosen(run.options)
     if kind == "auto":
         return
-    if kind in BYTES and run.adapter_type == "lokr":
+    if kind in BYTES and not BY_NAME[run.adapter_type].quantizable:
         raise Refusal(
             f"--base-weights {kind} works for a LoRA only: LyCORIS computes a LoKr from the base model's own weights. "
             "Leave it out, or train with --adapter-type lora."
@@ -219,7 +225,7 @@ def _kept(now: Settings) -> Settings | None:
 
 
 def _quantized(now: Settings) -> Settings | None:
-    return now.but(frozen="int8") if now.mixed and now.kind == "lora" and now.frozen not in BYTES else None
+    return now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen not in BYTES else None
 
 
 BF16: Final = Saving(

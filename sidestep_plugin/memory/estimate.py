@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
+from ..adapters.kinds import BY_NAME, DEFAULT
 from ..measured.reading import too_low
 from ..run import AdapterType
 from .activations import Batch, Forward, activation_bytes, working_bytes
@@ -45,7 +46,7 @@ class Settings:
         optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
     """
 
-    kind: AdapterType = "lora"
+    kind: AdapterType = DEFAULT.name
     rank: int = 64
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     dropout: bool = True
@@ -129,7 +130,7 @@ def activations(size: DecoderSize, settings: Settings) -> int:
         kind=settings.kind,
         rank=settings.rank,
         targets=settings.targets,
-        dropout=settings.dropout and settings.kind == "lora",
+        dropout=settings.dropout and BY_NAME[settings.kind].dropout,
         mixed=settings.mixed,
         fp32_weights=settings.frozen == "fp32",
         checkpointing=settings.checkpointing,
@@ -142,6 +143,6 @@ def weight_bytes(size: DecoderSize, settings: Settings) -> int:
     """Bytes of the decoder's weights. Norms and tables are fp32, and so is what a LoKr adapts."""
     each = _BYTES[settings.frozen] if settings.mixed else 4
     adapted = 0
-    if settings.kind == "lokr":
+    if BY_NAME[settings.kind].whole_difference:
         adapted = size.layers * sum(one * other for one, other in size.targets(settings.targets).values())
     return each * (size.cast_parameters - adapted) + 4 * (size.other_parameters + adapted)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.kinds import kind_of_config
 from ..run import ModelFacts, Run
 from ..songs.lengths import longest
 from .base_weights import chosen
@@ -127,10 +128,10 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
         options: the values of the plugins' options.
         mixed: whether autocast computes in bf16.
     """
-    kind = chosen(options)
+    kind, adapter = chosen(options), kind_of_config(adapter_config)
     return Settings(
-        kind="lokr" if hasattr(adapter_config, "linear_dim") else "lora",
-        rank=_number(adapter_config, "r", "linear_dim"),
+        kind=adapter.name,
+        rank=_number(adapter_config, adapter.fields["rank"]),
         batch_size=_number(training_config, "batch_size"),
         accumulation=_number(training_config, "gradient_accumulation_steps"),
         mixed=mixed,

@@ -5,7 +5,6 @@ They lie beside the miniature's models as the official ones do, under the same n
 
 from __future__ import annotations
 
-import array
 import json
 import math
 import shutil
@@ -53,22 +52,22 @@ def write_audio(folder: Path, *, seconds: float = 12.0) -> Path:
 
 def _write_wav(file: Path, number: int, seconds: float, bpm: int) -> None:
     """A melody of plain tones, which no two songs share."""
-    scale = (0, 2, 4, 7, 9, 12)
+    import torch
+
+    scale = torch.tensor([0, 2, 4, 7, 9, 12], dtype=torch.float64)
     beat = 60.0 / bpm
-    samples = array.array("h")
-    for frame in range(int(seconds * _RATE)):
-        at = frame / _RATE
-        note = int(at / beat)
-        within = at - note * beat
-        step = scale[(3 * note + note // 4 + number) % len(scale)]
-        pitch = 220.0 * 2.0 ** ((step - 2 * number) / 12.0)
-        loudness = 0.5 * math.exp(-2.0 * within) * min(1.0, 100.0 * within)
-        samples.append(round(32767 * loudness * math.sin(2.0 * math.pi * pitch * within)))
+    at = torch.arange(int(seconds * _RATE), dtype=torch.float64) / _RATE
+    note = (at / beat).floor()
+    within = at - note * beat
+    step = scale[((3 * note + (note / 4).floor() + number) % len(scale)).long()]
+    pitch = 220.0 * 2.0 ** ((step - 2 * number) / 12.0)
+    loudness = 0.5 * torch.exp(-2.0 * within) * (100.0 * within).clamp(max=1.0)
+    samples = (32767 * loudness * torch.sin(2.0 * math.pi * pitch * within)).round().to(torch.int16)
     with wave.open(str(file), "wb") as stream:
-        stream.setnchannels(1)
+        stream.setnchannels(2)
         stream.setsampwidth(2)
         stream.setframerate(_RATE)
-        stream.writeframes(samples.tobytes())
+        stream.writeframes(bytes(samples.repeat_interleave(2).untyped_storage()))
 
 
 def _write_vae(folder: Path) -> None:

@@ -8,8 +8,11 @@ import wave
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ..files import replacing
+from ..errors import Refusal
+from ..files import not_a_file, replacing
 from ..run import Clip
+from ..text import sentence
+from .conditions import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +43,27 @@ def write_clip(file: Path, content: Clip | torch.Tensor) -> None:
 
 
 def read_latents(file: Path) -> torch.Tensor:
-    """The latents in a file, shape [1,T,64]. Raises OSError, SafetensorError or KeyError."""
+    """The latents in a file, shape [1,T,64]. Raises Refusal where they are missing, damaged or not finite."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(file)["latents"]
+    try:
+        latents = load_file(file)["latents"]
+        expected = f"expected finite numbers of shape [1,T,{LATENT_CHANNELS}]"
+        problem = "" if _is_clip(latents) else f"it holds {list(latents.shape)}, {expected}"
+    except (SafetensorError, OSError, KeyError) as error:
+        problem = not_a_file(file) or sentence(error).removesuffix(".")
+    if problem:
+        raise Refusal(
+            f"The clip {file} cannot be decoded: {problem}. Make it again from the checkpoint, with --dataset-dir, or "
+            f"delete the folder {file.parent.parent}."
+        )
+    return latents
+
+
+def _is_clip(latents: torch.Tensor) -> bool:
+    well = latents.dim() == 3 and latents.shape[0] == 1 and latents.shape[1] > 0 and latents.shape[2] == LATENT_CHANNELS
+    return well and latents.is_floating_point() and bool(latents.isfinite().all())
 
 
 def playable(samples: torch.Tensor) -> torch.Tensor:

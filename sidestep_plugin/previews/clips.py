@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,27 @@ from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.layers import Adapter
 from ..engine.checkout import find_root, import_trainer
-from ..engine.models import check_weights, checkpoint_folder, find_model, load_model, pick_device, restrict_gpus
+from ..engine.models import (
+    check_weights,
+    checkpoint_folder,
+    checkpoints_of,
+    find_model,
+    load_model,
+    pick_device,
+    restrict_gpus,
+)
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_width
-from ..text import counted
+from ..songs.song_text import holds
+from ..text import counted, shown
 from ..timesteps.treatment import Treatment, decide_treatment
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
-from .making import decode_rest, generated, heard, open_table, write_row
+from .making import decode_rest, freed, generated, heard, open_table, write_row
+from .prompts import Prompt, encode_prompts, plain_name
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FILE_NAME, FOLDER, Table, read_table
 
@@ -38,6 +49,8 @@ class ClipRequest:
         path: an adapter, or a folder whose clips are still latents.
         model: alias, folder name or path; None for the model that the adapter says it is for.
         output: folder for the clips; None for those of the adapter's training.
+        prompt: a prompt to generate from, instead of songs.
+        without: with `prompt`, whether the model without the adapter is heard beside it.
     """
 
     path: Path
@@ -51,6 +64,8 @@ class ClipRequest:
     cfg: float | None = None
     seed: int | None = None
     device: str = "auto"
+    prompt: Prompt | None = None
+    without: bool = False
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
@@ -89,8 +104,11 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     report = inspect_adapter(request.path)
     if report.problems:
         raise Refusal(f"Cannot read {report.adapter.file.path} for generating: {report.problems[0]}")
-    if request.dataset_dir is None:
-        raise Refusal("Clips are generated from preprocessed songs. Say where they are: --dataset-dir DIR.")
+    if request.dataset_dir is None and request.prompt is None:
+        raise Refusal(
+            "Clips are generated from preprocessed songs, or from a prompt. Say which: --dataset-dir DIR, or --prompt "
+            "TEXT with what it is to sound like."
+        )
     root = find_root(request.acestep_root)
     model_folder = find_model(_model_named(request, report), checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(model_folder)
@@ -99,8 +117,11 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     check_writable(output)
     before = read_table(output)
     settings, wanted = _settings(request, report, decide_treatment(facts), before)
+    if request.prompt is not None:
+        return _from_prompt(request, request.prompt, report, root, model_folder, settings, output, label, epoch, say)
+    assert request.dataset_dir is not None
     dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)
-    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted)]
+    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
     table = _table(output, before, model_folder.name, songs, settings)
     silence, vae_folder = read_silence(model_folder), _vae(request, model_folder)
     restrict_gpus(request.device)
@@ -113,7 +134,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
     check_applicable(report.adapter, shapes, facts.name, decomposed=True)
     say(f"Generating {counted(len(songs), 'song')}: {settings.in_words} ...")
-    rows = _rows(model, report.adapter, layers, songs, silence, settings, table, label, epoch)
+    rows = _rows(model, report.adapter, layers, songs, silence, settings, label, epoch, base=not table.has(BASE))
     del model, layers
     vae = None if vae_folder is None else load_vae(vae_folder, device)
     for name, number, latents in rows:
@@ -130,17 +151,66 @@ def _rows(
     songs: list[Song],
     silence: torch.Tensor,
     settings: PreviewSettings,
-    table: Table,
     label: str,
     epoch: int | None,
+    *,
+    base: bool,
 ) -> list[tuple[str, int | None, list[torch.Tensor]]]:
-    """The latents of the adapter, and those of the model without it if the table has none."""
+    """The latents of the adapter, and with `base` those of the model without it before them."""
     rows: list[tuple[str, int | None, list[torch.Tensor]]] = []
-    if not table.has(BASE):
+    if base:
         rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
     with applied(adapter, layers):
         rows.append((label, epoch, list(generated(model, songs, silence, settings))))
     return rows
+
+
+def _from_prompt(
+    request: ClipRequest,
+    prompt: Prompt,
+    report: Report,
+    root: Path,
+    model_folder: Path,
+    settings: PreviewSettings,
+    output: Path,
+    label: str,
+    epoch: int | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Generate a clip from a prompt, in a folder of its own. Returns that folder."""
+    for line in (*prompt.text.changes, *prompt.text.problems):
+        say(f"Note: {line}")
+    trigger = report.facts.get("trigger")
+    if isinstance(trigger, str) and trigger and not holds(prompt.text.caption, trigger):
+        say(f"Note: the adapter's trigger word, {shown(trigger, 60)}, is not in the prompt.")
+    settings = replace(settings, seconds=prompt.seconds)
+    if request.output is None:
+        output = output.with_name("prompts") / f"{plain_name(prompt.name)}-{prompt.key}"
+    vae_folder = _vae(request, model_folder)
+    restrict_gpus(request.device)
+    device = pick_device(request.device)
+    import_trainer(root)
+    say(f"Loading {model_folder.name} on {device} ...")
+    model = load_model(model_folder, device).model
+    layers = linear_layers(model.decoder)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    check_applicable(report.adapter, shapes, model_folder.name, decomposed=True)
+    with tempfile.TemporaryDirectory(prefix="sidestep-prompts-") as folder:
+        files = encode_prompts([prompt], model, model_folder, Path(folder), root)
+        songs = [look_at(file, prompt.seconds) for file in files]
+        table = _table(output, read_table(output), model_folder.name, songs, settings)
+        say(f"Generating {prompt.seconds:g} s: {settings.in_words} ...")
+        base = request.without and not table.has(BASE)
+        silence = read_silence(model_folder)
+        rows = _rows(model, report.adapter, layers, songs, silence, settings, label, epoch, base=base)
+    del model, layers
+    freed(device)
+    vae = None if vae_folder is None else load_vae(vae_folder, device)
+    for name, number, latents in rows:
+        write_row(output, table, name, number, None, latents if vae is None else heard(vae, latents))
+    if vae is None:
+        say(f"Note: the clip is saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
+    return output
 
 
 def _model_named(request: ClipRequest, report: Report) -> str:
@@ -174,7 +244,7 @@ def _settings(
     settings = PreviewSettings(
         shift=there.get("shift", shift),
         steps=there.get("steps", steps),
-        guidance=guidance_for(treatment.variant, request.cfg)
+        guidance=guidance_for(treatment.variant, request.cfg, "--cfg")
         if request.cfg is not None or not there
         else there["guidance"],
         seed=there.get("seed", SEED) if request.seed is None else request.seed,
@@ -206,7 +276,7 @@ def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path
     if request.checkpoint_dir is not None:
         return request.checkpoint_dir
     try:
-        return checkpoint_folder(None, find_root(request.acestep_root))
+        return checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 

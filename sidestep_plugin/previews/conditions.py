@@ -16,6 +16,7 @@ from ..errors import Refusal
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.one_song import read_song
 from ..songs.triggers import metadata_of
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +71,22 @@ class Conditions:
     attention_mask: torch.Tensor
 
 
-def choose_songs(files: Sequence[Path], wanted: str) -> list[Path]:
-    """Pick the songs to hear | wanted: a number, evenly chosen, or names with commas between | raises Refusal."""
+def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-songs") -> list[Path]:
+    """Pick the songs to hear.
+
+    Args:
+        files: all songs.
+        wanted: a number, for songs that are evenly chosen, or names with commas between.
+        option: what the command calls the option, for messages.
+
+    Raises:
+        Refusal: there are not so many, or none of that name.
+    """
     if wanted.strip().isdecimal():
         number = int(wanted)
         if not 1 <= number <= len(files):
             raise Refusal(
-                f"--preview-songs {number}: there are {len(files)} songs. Expected 1 to {len(files)}, or "
+                f"{option} {number}: the folder has {counted(len(files), 'song')}. Expected 1 to {len(files)}, or "
                 "names with commas between."
             )
         return [files[(2 * place + 1) * len(files) // (2 * number)] for place in range(number)]
@@ -84,10 +94,10 @@ def choose_songs(files: Sequence[Path], wanted: str) -> list[Path]:
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in by_name]
     if unknown or not names:
-        listed = ", ".join(file.stem for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        listed = ", ".join(file.stem for file in files[:5]) + (", ..." if len(files) > 5 else ".")
         raise Refusal(
-            f"--preview-songs: no song is named {unknown[0] if unknown else wanted!r}. Expected a number, or names "
-            f"with commas between: {listed}."
+            f"{option}: no song is named {unknown[0] if unknown else wanted!r}. Expected a number, or names "
+            f"with commas between: {listed}"
         )
     return list(dict.fromkeys(by_name[name] for name in names))
 
@@ -111,7 +121,7 @@ def read_silence(model_folder: Path) -> torch.Tensor:
     except FileNotFoundError:
         raise Refusal(
             f"Previews are generated from silence, and {model_folder} has no {SILENCE}. Download the model again, or "
-            "train without --preview-every."
+            "leave previews out."
         ) from None
     except Exception as error:  # torch raises a dozen types for a damaged file
         raise Refusal(f"{file} cannot be read ({type(error).__name__}). Download the model again.") from None

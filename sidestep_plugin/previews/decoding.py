@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import at_home, read_json_object
+from ..text import sentence
 from .conditions import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -56,13 +57,17 @@ def check_vae(folder: Path) -> bool:
     if width != LATENT_CHANNELS or (kind != "AutoencoderOobleck" and not own):
         raise Refusal(
             f"The VAE in {folder} is an {kind} with {width} channels, expected ACE-Step's AutoencoderOobleck with "
-            f"{LATENT_CHANNELS}. Download it again, or train without --preview-every."
+            f"{LATENT_CHANNELS}. Download it again, or leave previews out."
         )
     return own
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device."""
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device.
+
+    Raises:
+        Refusal: it is a VAE of another kind, or its files cannot be read.
+    """
     import torch
 
     own = check_vae(folder)
@@ -80,7 +85,12 @@ def load_vae(folder: Path, device: torch.device) -> Any:
             from diffusers import AutoencoderOobleck
 
             load = partial(AutoencoderOobleck.from_pretrained, torch_dtype=dtype)
-        vae = load(str(folder), local_files_only=True).to(dtype)
+        try:
+            vae = load(str(folder), local_files_only=True).to(dtype)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # diffusers and safetensors raise a dozen types for damaged files
+            raise Refusal(f"The VAE in {folder} cannot be loaded: {sentence(error)} Download it again.") from error
     return vae.to(place).eval()
 
 

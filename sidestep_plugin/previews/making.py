@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.decoders import plain_decoder
+from ..errors import Refusal
 from ..run import Clip
 from .clip_files import playable, read_latents, suffix_of, write_clip
 from .conditions import Song, read_conditions
@@ -29,7 +30,7 @@ def generated(
     The decoder has to be in eval mode. Random numbers come from a generator of their own.
 
     Raises:
-        ValueError: the model generated something that is not a number.
+        Refusal: the model generated something that is not a number.
     """
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
@@ -38,7 +39,10 @@ def generated(
         noise = noise_for(settings.seed + place, song.frames, device, dtype)
         latents = generate(model, decoder, conditions, settings, noise).float().cpu()
         if not bool(latents.isfinite().all()):
-            raise ValueError(f"what was generated for {song.name} holds NaN or infinity")
+            raise Refusal(
+                f"What was generated for {song.name} holds NaN or infinity: the adapter is damaged, or its "
+                "training has diverged. Choose an earlier checkpoint."
+            )
         yield latents
 
 
@@ -101,7 +105,15 @@ def write_row(
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only. Returns how many. Raises OSError."""
+    """Decode every clip of a table that is latents only.
+
+    Returns:
+        How many were decoded.
+
+    Raises:
+        Refusal: a clip is missing or damaged. The rows before it are decoded.
+        OSError: the folder cannot be written.
+    """
     number = 0
     for row in table.undecoded:
         old = list(row.clips)

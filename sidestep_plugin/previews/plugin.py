@@ -8,6 +8,8 @@ preview changes nothing of the training: random states, modes and gradients are 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +21,14 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import FiniteFloat, Line, WholeNumber
+from ..options import FiniteFloat, Line, Place, WholeNumber
 from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
-from ..text import counted
+from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import find_vae, why_not
+from .prompts import encode_prompts, read_prompts
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
 
@@ -53,6 +56,13 @@ def acestep_options() -> list[click.Option]:
             default=SONGS,
             show_default=True,
             help="How many songs, or which ones: a,b,c.",
+        ),
+        click.Option(
+            ["--preview-prompts"],
+            type=Place(path_type=Path),
+            metavar="FILE",
+            default=None,
+            help="TOML file of prompts to hear instead of songs.",
         ),
         click.Option(
             ["--preview-seconds"],
@@ -105,19 +115,26 @@ class _Plan:
 @hookimpl
 def acestep_model_chosen(options: Mapping[str, Any]) -> None:
     """Refuse options without effect. From a settings file they come with their defaults."""
-    defaults = {"preview_songs": SONGS, "preview_seconds": SECONDS, "preview_cfg": None, "preview_seed": SEED}
+    defaults = {
+        "preview_songs": SONGS,
+        "preview_prompts": None,
+        "preview_seconds": SECONDS,
+        "preview_cfg": None,
+        "preview_seed": SEED,
+    }
     for name, default in defaults.items():
         if options[name] != default and not options["preview_every"]:
             raise Refusal(
                 f"--{name.replace('_', '-')} says how to make previews, and none are made. Leave it out, or say how "
                 "often to make them: --preview-every N."
             )
+    if options["preview_prompts"] is not None:
+        read_prompts(options["preview_prompts"])
 
 
 @hookimpl
 def acestep_run_started(run: Run) -> list[str] | None:
     """Decide what will be heard, and refuse what cannot be."""
-    acestep_model_chosen(run.options)
     every = run.options["preview_every"]
     if not every or run.tensor_dir is None:
         return None
@@ -126,14 +143,17 @@ def acestep_run_started(run: Run) -> list[str] | None:
     if guidance > 1.0 and getattr(run.model, "null_condition_emb", None) is None:
         raise Refusal("The model has no null_condition_emb, which guidance needs. Use --preview-cfg 1.")
     seconds = run.options["preview_seconds"]
-    songs = [look_at(file, seconds) for file in choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])]
     folder = Path(str(getattr(run.model.config, "_name_or_path", "") or ""))
+    lines, songs = _from_prompts(run, folder)
+    if run.options["preview_prompts"] is None or run.options["preview_songs"] != SONGS:
+        chosen = choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])
+        songs += [look_at(file, seconds) for file in chosen]
     settings = PreviewSettings(
         treatment.shift, treatment.num_inference_steps, guidance, run.options["preview_seed"], seconds
     )
     often = "every epoch" if every == 1 else f"every {every} epochs"
     names = ", ".join(song.name for song in songs)
-    lines = [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
+    lines += [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
     short = [
         f"{song.name} {song.seconds:.1f} s" for song in songs if song.seconds < seconds and song.frames == song.whole
     ]
@@ -147,6 +167,19 @@ def acestep_run_started(run: Run) -> list[str] | None:
             lines.append(f"Note: previews are saved as latents, because {reason}. To hear them later: {_LATER}")
     run.state[_KEY] = _Plan(every, songs, settings, read_silence(folder), vae)
     return lines
+
+
+def _from_prompts(run: Run, model_folder: Path) -> tuple[list[str], list[Song]]:
+    """Songs to hear from the file of prompts, which are kept until the training is over, and lines about them."""
+    file = run.options["preview_prompts"]
+    if file is None:
+        return [], []
+    prompts = read_prompts(file)
+    folder = Path(tempfile.mkdtemp(prefix="sidestep-prompts-"))
+    run.engine.at_end(partial(shutil.rmtree, folder, ignore_errors=True))
+    files = encode_prompts(prompts, run.model, model_folder, folder)
+    lines = [f"Warning: prompt {prompt.name}: {problem}" for prompt in prompts for problem in prompt.text.problems]
+    return lines, [look_at(each, prompt.seconds) for each, prompt in zip(files, prompts, strict=True)]
 
 
 @hookimpl
@@ -203,10 +236,10 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
             news = _preview(run, plan, device, epoch, loss, folder / FOLDER)
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = sentence(str(error) or type(error).__name__)
         news = EpochNews(
             lines=(
-                f"Warning: no preview after epoch {epoch}: {reason}. The training goes on without previews. Clips of "
+                f"Warning: no preview after epoch {epoch}: {reason} The training goes on without previews. Clips of "
                 f"any saved adapter: {_LATER}",
             )
         )

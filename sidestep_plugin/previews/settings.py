@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import Refusal
+from ..text import counted
 from ..variants import Variant
 
 GUIDANCE_SCALE: Final = 7.0
@@ -38,16 +39,25 @@ class PreviewSettings:
     def in_words(self) -> str:
         """Such as "50 steps, shift 1.0, CFG 7.0, seed 42"."""
         cfg = f"CFG {self.guidance:g}" if self.guidance > 1.0 else "no CFG"
-        return f"{self.steps} steps, shift {self.shift:g}, {cfg}, seed {self.seed}"
+        return f"{counted(self.steps, 'step')}, shift {self.shift:g}, {cfg}, seed {self.seed}"
 
 
-def guidance_for(variant: Variant, said: float | None) -> float:
-    """The guidance scale of a variant | said: the user's, None for the default | raises Refusal for turbo."""
+def guidance_for(variant: Variant, said: float | None, option: str = "--preview-cfg") -> float:
+    """The guidance scale of a variant.
+
+    Args:
+        variant: turbo, base or sft.
+        said: the user's scale; None for the default.
+        option: what the command calls the option, for messages.
+
+    Raises:
+        Refusal: a scale for turbo.
+    """
     if variant != "turbo":
         return GUIDANCE_SCALE if said is None else said
     if said is not None and said != 1.0:
         raise Refusal(
-            f"--preview-cfg {said:g}: turbo models are generated without guidance, and their own code has none. "
-            "Leave --preview-cfg out."
+            f"{option} {said:g}: turbo models are generated without guidance, and their own code has none. "
+            f"Leave {option} out."
         )
     return 1.0

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -91,7 +92,14 @@ def about(model_name: str, songs: Sequence[Mapping[str, Any]], settings: Mapping
 
 
 def read_table(folder: Path) -> Table | None:
-    """The table in a folder; None if there is none. Raises Refusal for a file that is none."""
+    """The table in a folder.
+
+    Returns:
+        The table, as :meth:`Table.write` writes it; None if there is none.
+
+    Raises:
+        Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
+    """
     try:
         content = read_json_object(folder / FILE_NAME)
         rows = [Row(row["label"], row["epoch"], row["loss"], list(row["clips"])) for row in content["rows"]]
@@ -160,6 +168,8 @@ def leave_branch(folder: Path, table: Table, epoch: int) -> Path | None:
             if (folder / clip).is_file():
                 (place / clip).parent.mkdir(parents=True, exist_ok=True)
                 move(folder / clip, place / clip)
+                with suppress(OSError):  # other clips are left in it
+                    (folder / clip).parent.rmdir()
     place.mkdir(parents=True, exist_ok=True)
     Table(table.about, later).write(place)
     table.rows[:] = [row for row in table.rows if row not in later]

@@ -10,13 +10,17 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import replacing
 from ..text import shown
 from .charts import can_draw, charts
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FILE_NAME: Final = "index.html"
 CLIPS: Final = "previews"
@@ -41,18 +45,12 @@ def page(data: Mapping[str, Any]) -> str:
     Raises:
         Exception: the data is of another version, or matplotlib cannot draw.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_printable
-    )
-    environment.filters.update(duration=duration, size=_size, percent=_percent, number=_number, moment=_moment)
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     report = data.get("report")
     drawn = {name: Markup(svg) for name, svg in charts(report).items()} if report else {}  # our own numbers alone
     embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return environment.from_string(source).render(
+    return _template().render(
         **{name: data.get(name) for name in _TOP},
         charts=drawn,
         can_draw=can_draw(),
@@ -60,6 +58,17 @@ def page(data: Mapping[str, Any]) -> str:
         refresh=REFRESH,
         embedded=Markup(embedded),
     )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_printable
+    )
+    environment.filters.update(duration=duration, size=_size, percent=_percent, number=_number, moment=_moment)
+    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 _TOP: Final = (

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..files import replacing
 from ..hookspecs import hookimpl
 from ..run import ROWS_WITHOUT_CONDITION, Run, Step
+from ..text import counted
 from ..timesteps.shares import band_of
 from ..timesteps.treatment import treatment_of
 from .live_page import LivePage
@@ -223,7 +224,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}, mean of epoch {last} {losses[-1]:.4f}")
     if report["cfg_ratio"] > 0.0 and report["rows"]:
         share = 100 * report["rows_without_condition"] / report["rows"]
-        parts.append(f"{share:.1f} % of {report['rows']} rows without their prompt")
+        parts.append(f"{share:.1f} % of {counted(report['rows'], 'row')} without their prompt")
     if report["seconds_per_step"] is not None:
         parts.append(f"{report['seconds_per_step']:.3g} s per step")
     bands = [

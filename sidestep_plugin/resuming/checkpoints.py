@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.facts import read_training_config
+from ..adapters.kinds import KINDS
 from ..adapters.weights_file import read_weights_file
 from ..engine.random_states import are_random_states
 from ..errors import Refusal
@@ -30,7 +31,7 @@ STATE_FILE: Final = "resume_state.pt"
 UPSTREAMS_FILE: Final = "training_state.pt"
 SCHEMA_VERSION: Final = 1
 
-_WEIGHTS: Final = ("adapter/adapter_model.safetensors", "adapter_model.safetensors", "lokr_weights.safetensors")
+_WEIGHTS: Final = tuple(file for kind in KINDS for file in kind.weight_files if file.endswith(".safetensors"))
 ASIDE: Final = "overwritten"
 """Folder below the output folder into which the checkpoints of an overwritten training are moved."""
 

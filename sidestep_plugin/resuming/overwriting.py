@@ -14,6 +14,7 @@ from typing import Final
 
 from ..adapters.staging import remove_save
 from ..files import move
+from ..text import counted
 from .checkpoints import ASIDE, BEGAN, FINISHED, is_checkpoint
 
 _CHECKPOINTS: Final = "checkpoints"
@@ -44,8 +45,8 @@ class Overwriting:
         if number == 0:
             return []
         return [
-            f"Note: --overwrite: {number} checkpoints of the earlier training were moved to {self._output / ASIDE}. "
-            "They are removed once this training has saved one."
+            f"Note: --overwrite: moved {counted(number, 'checkpoint')} of the earlier training to "
+            f"{self._output / ASIDE}, until this training has saved one."
         ]
 
     def saved(self) -> list[str]:
@@ -60,7 +61,8 @@ class Overwriting:
         (aside / FINISHED).unlink(missing_ok=True)
         self._moved.clear()
         _remove_empty(aside)
-        return [f"Note: removed {number} checkpoints of the training that --overwrite replaced."] if number else []
+        removed = counted(number, "checkpoint")
+        return [f"Note: removed {removed} of the training that --overwrite replaced."] if number else []
 
     def end(self) -> list[str]:
         """Put back what was set aside if the new training has saved nothing | returns lines for the user."""

@@ -138,7 +138,7 @@ def engine_resume(run: Run, folder: Path) -> ResumePoint:
     point, before = dataclasses.replace(checkpoint.point, finished=finished), max(1, len(checkpoint.point.ranks))
     if isinstance(max_epochs, int) and (point.epochs, point.steps) > (max_epochs, 0):
         raise Refusal(
-            f"{checkpoint.folder} was saved later than that ({point.where}), and {max_epochs} epochs were asked for. "
+            f"{checkpoint.folder} was saved later than that ({point.where}), and --epochs is {max_epochs}. "
             "Choose more --epochs."
         )
     divided = before > 1 or run.ranks.several

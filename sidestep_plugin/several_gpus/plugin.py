@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import click
 
+from sidestep_plugin.text import counted
+
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..options import WholeNumber
@@ -100,11 +102,11 @@ def _outcome(run: Run, songs: int, steps: int) -> list[str]:
         f"Devices: {count} ({where}one process each); batch {batch} x accumulation {accumulation} x {count} devices = "
         f"{batch * accumulation * count} songs for each optimizer step",
         f"Steps: {steps} per epoch on each device, where one device takes {alone}; the schedule of the learning rate "
-        f"has {updates * int(getattr(config, 'max_epochs', 1))} optimizer steps ({updates} per epoch)",
+        f"has {counted(updates * int(getattr(config, 'max_epochs', 1)), 'optimizer step')} ({updates} per epoch)",
     ]
     if twice := -songs % count:
         lines.append(
-            f"Note: {songs} songs cannot be divided by {count}, so {twice} of them are trained twice in each epoch "
+            f"Note: {songs} songs cannot be divided by {count}, so each epoch trains {twice} of them twice "
             "(others each time)."
         )
     return lines

@@ -53,12 +53,12 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:
         folder: the folder.
-        allow_duplicates: whether the same song may be there more than once.
+        allow_duplicates: whether the same song may be there more than once. None: it may not, and no option allows it.
 
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
@@ -88,7 +88,7 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool = False) -> Dataset:
     if problems or duplicates:
         what_to_do = [
             "Preprocess them again, or take them out of the folder." if problems else "",
-            "Take the copies out, or train on them on purpose: --allow-duplicates." if duplicates else "",
+            _about_copies[allow_duplicates is None] if duplicates else "",
         ]
         found = ", ".join(problems + duplicates)
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
@@ -117,6 +117,9 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
         found = _instead_of_songs(folder, missing)
         raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
     return files, missing, outside
+
+
+_about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
 
 
 def songs_in(folder: Path) -> list[Path]:

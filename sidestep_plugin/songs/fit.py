@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import Refusal
 from ..run import ModelFacts
-from ..variants import words_of
+from ..variants import VARIANTS, words_of
 from .dataset import Dataset, made_for
 from .making import check_making, renew_command
 
@@ -46,7 +46,7 @@ def _check_made_for(dataset: Dataset, facts: ModelFacts) -> None:
         return
     turbo = facts.config.get("is_turbo", "turbo" in words_of(facts.name))
     then, now = words_of(said), words_of(facts.name)
-    if not {"turbo", "base", "sft"} & set(then):
+    if not set(VARIANTS) & set(then):
         return
     if ("turbo" in then) != turbo or ("xl" in then) != ("xl" in now):
         raise Refusal(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..files import not_a_file
+from ..text import counted
 from .audio import is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -50,6 +51,16 @@ def load_song(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # only torch's zip format can be mapped
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def caption_of(file: Path) -> str:
+    """The caption that a song was preprocessed with; "" for a file without one, or that cannot be read."""
+    try:
+        metadata = load_song(file)["metadata"]
+        caption = metadata["caption"]
+    except Exception:  # torch raises a dozen types for a damaged file
+        return ""
+    return caption if isinstance(caption, str) else ""
 
 
 def frames_in(file: Path) -> int:
@@ -97,7 +108,7 @@ def _wrong_tensor(song: dict[str, Any]) -> str:
         if not isinstance(tensor, torch.Tensor):
             return f"no tensor {key}"
         if tensor.dim() != dimensions:
-            return f"{key} has shape {list(tensor.shape)}, expected {dimensions} dimensions"
+            return f"{key} has shape {list(tensor.shape)}, expected {counted(dimensions, 'dimension')}"
         if tensor.numel() == 0:
             return f"{key} is empty"
         width = _WIDTHS.get(key, tensor.shape[-1])
@@ -126,7 +137,7 @@ def _wrong_together(song: dict[str, Any]) -> str:
     """What is wrong between tensors: upstream pads the shorter one with zeros, and trains on that."""
     for one, other in _SAME_LENGTH:
         if len(song[one]) != len(song[other]):
-            return f"{one} has {len(song[one])} rows, expected {len(song[other])} as in {other}"
+            return f"{one} has {counted(len(song[one]), 'row')}, expected {len(song[other])} as in {other}"
     for mask in dict.fromkeys(MASK_OF.values()):
         if not bool((song[mask] != 0).any()):
             return f"{mask} is 0 everywhere, expected 1 where there is something to train on"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
+from ..adapters.kinds.lora import LORA
 from ..engine import seams
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
@@ -126,7 +127,7 @@ def compare(
     layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        check_applicable(report.adapter, loaded, facts.name)
+        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
     conditions = (True,) if null is None else (True, False)
     grid = validation_grid(treatment)
     with attached_to_evaluate(trainer):
@@ -155,7 +156,7 @@ def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> R
         report = inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
-    check_applicable(report.adapter, shapes, model)
+    check_applicable(report.adapter, shapes, model, decomposed=True)
     return report
 
 
@@ -175,7 +176,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
     names = inspect.signature(trainer.LoRAConfig).parameters
     settings = {"r": 1, "alpha": 1, "dropout": 0.0}
     config = trainer.LoRAConfig(**{name: value for name, value in settings.items() if name in names})
-    module_class = getattr(trainer, seams.MODULE_CLASS["lora"])
+    module_class = getattr(trainer, LORA.module_class)
     return module_class(handler.model, config, trainer.TrainingConfig(), handler.device, handler.dtype)
 
 

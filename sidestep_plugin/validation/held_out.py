@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import Refusal
 from ..songs.one_song import load_song
 from ..songs.values import Key, key_of
+from ..text import counted
 
 _latents: dict[Key, str] = {}
 
@@ -37,7 +38,7 @@ def number_of(said: float, songs: int) -> int:
     if count >= songs:
         asked = f"--validate {said:g}"
         raise Refusal(
-            f"{asked} would hold out {count} of {songs} {'song' if songs == 1 else 'songs'}, and none would be left to "
+            f"{asked} would hold out {count} of {counted(songs, 'song')}, and none would be left to "
             "train on. Choose fewer, or validate on songs of another folder: --validation-dir DIR."
         )
     return count

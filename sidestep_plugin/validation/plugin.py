@@ -256,7 +256,8 @@ class _Validator:
         run.engine.log(verdict.log, epoch)
         if verdict.best:
             run.best_epoch = epoch
-            self._unsaved = None if run.engine.save_checkpoint(BEST) else run.engine.unsaved()
+            saved = run.engine.save_checkpoint(BEST) and self._holds(run.engine.folder / BEST, epoch)
+            self._unsaved = None if run.gather(saved)[0] else run.engine.in_ram()
         lines = list(verdict.lines)
         if verdict.stop and not run.engine.ends_after(epoch):
             lines.append(self.finish())
@@ -284,10 +285,10 @@ class _Validator:
     def save_again(self) -> None:
         """Save the best adapter if it could not be saved when it was measured. In the first process."""
         kept, engine = self._unsaved, self._run.engine
-        if kept is None:
+        if kept is None or not self._run.ranks.first:
             return
         try:
-            if engine.save_checkpoint(BEST, kept):
+            if engine.save_checkpoint(BEST, kept) and self._holds(engine.folder / BEST, kept.epochs):
                 self._unsaved = None
                 engine.announce(f"Validation: the best adapter so far, of epoch {kept.epochs}, is in {BEST} now")
         except Exception as error:  # the training goes on, or has ended in another way
@@ -377,7 +378,7 @@ class _Validator:
             place = None if best is None or self._unsaved is not None else self._place_of(best)
             if (point := self._unsaved) is not None or place is not None:
                 point = run.engine.read(place) if point is None else point
-                run.engine.put(point)
+                run.engine.put(point, place)
                 which = f"the best adapter, of epoch {point.epochs}"
                 run.steps = point.steps_done or steps
             else:

@@ -24,10 +24,10 @@ from typing import Any
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "upstream alone": None,
-    "plugin, fp32 weights": {"frozen_weights": "fp32"},
-    "--frozen-weights auto": {"frozen_weights": "auto"},
-    "--gradient-checkpointing off": {"frozen_weights": "fp32", "gradient_checkpointing": "off"},
-    "both (the same bits)": {"frozen_weights": "auto", "gradient_checkpointing": "off"},
+    "plugin, fp32 weights": {"base_weights": "fp32"},
+    "--base-weights auto": {"base_weights": "auto"},
+    "--gradient-checkpointing off": {"base_weights": "fp32", "gradient_checkpointing": "off"},
+    "both (the same bits)": {"base_weights": "auto", "gradient_checkpointing": "off"},
     "--base-weights int8": {"base_weights": "int8"},
     "--compile": {"compile": True},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -63,7 +64,23 @@ def test_free_memory_of_a_gpu_is_asked_for(estimate, monkeypatch):
         (("--model", "base", "--dataset-dir", "nowhere"), "No songs in nowhere"),
         (("--model", "base", "--seconds", "9", "--memory", "12 apples"), "Expected one such as 12GB."),
         (("--model", "base", "--seconds", "9", "--target-modules", "x"), "Choose from down_proj, gate_proj, k_proj"),
+        (
+            ("--model", "base", "--seconds", "9", "--target-modules", "q_proj,x,y"),
+            "--target-modules: x, y names no layer",
+        ),
+        (("--model", "my-xl-turbo-thing", "--seconds", "9"), "No model 'my-xl-turbo-thing'"),
     ],
 )
 def test_what_cannot_be_estimated(estimate, words, says):
     assert says in " ".join(estimate(*words, fails=True).split())
+
+
+def test_a_damaged_song_is_left_out_and_named(estimate, checkout, tmp_path):
+    """The longest one, cut off in the middle: the estimate would be too small without a word."""
+
+    shutil.copytree(checkout.tensors, tmp_path / "songs")
+    file = max((tmp_path / "songs").glob("*.pt"), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-400])
+    words = ("--model", "base", "--dataset-dir", str(tmp_path / "songs"), "--memory", "8GB", "--json")
+    (note,) = json.loads(estimate(*words))["notes"]
+    assert note.startswith(f"{file.name} cannot be read") and note.endswith("a training refuses it.")

@@ -53,12 +53,12 @@ def answer_in_a_terminal(place):
 def answer(place, checkout, trainer, monkeypatch):
     """The same in this process, which takes a tenth of the time; what is asked has to be asked in this order."""
 
-    def run(*typed, more=()):
+    def run(*typed, more=(), named=("--plugin", "sidestep")):
         monkeypatch.chdir(place)
         monkeypatch.setattr("sidestep_plugin.cli.terminal.on_a_terminal", lambda: True)
         # It would change the log of the tests after this one.
         monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
-        words = ["--plugin", "sidestep", "--device", "cpu", *more]
+        words = [*named, "--device", "cpu", *more]
         # The checkout that this process has imported, not the copy of it in the current folder.
         words += ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(place / "checkpoints")]
         lines = "".join(f"{text}\n" for _, text in typed)
@@ -289,8 +289,9 @@ def test_ctrl_c_leaves_everything_as_it_was(answer_in_a_terminal, place):
 
     before = sorted(place.rglob("*"))
     seen = answer_in_a_terminal((MODEL, ""), (SONGS, CTRL_C))
-    assert seen.code == 1 and seen.text.rstrip().endswith("Aborted!"), seen.text
-    assert "Traceback" not in seen.text
+    assert seen.code == 130, seen.text
+    assert seen.text.rstrip().endswith("Interrupted before the training began; nothing was saved."), seen.text
+    assert "Traceback" not in seen.text and "Aborted" not in seen.text
     assert sorted(place.rglob("*")) == before
 
 
@@ -303,3 +304,24 @@ def test_nobody_is_asked_with_yes_or_without_a_terminal(checkout, tmp_path, more
 def test_yes_on_a_terminal_asks_nothing(answer_in_a_terminal):
     seen = answer_in_a_terminal(more=["--yes"])
     assert seen.code == 2 and "Missing option '--model'" in seen.text
+
+
+def test_the_same_questions_mean_the_same_training(answer, place):
+    """Whatever the command line says besides: the plugin takes part, unless somebody has chosen another way."""
+    answers = ((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (KIND, ""), (EPOCHS, "2"), (RANK, "4"), (START, ""))
+    seen = answer(*answers, named=())
+    assert seen.code == 0, seen.text
+    assert "Training with the plugin sidestep." in seen.text and "Timesteps: continuous" in seen.text
+    (command,) = re.findall(r"^  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
+    assert command.startswith("--plugin sidestep ")
+    assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 2
+
+    seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (AGAIN, "resume"), (EPOCHS, "3"), (START, ""), named=())
+    assert seen.code == 0, seen.text
+    assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 3
+
+
+def test_without_a_plugin_on_purpose_is_said_above_the_questions(answer, place):
+    (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")
+    seen = answer((MODEL, ""), more=["--config", "plain.toml"], named=())
+    assert "Training without a plugin, as ACE-Step trains." in seen.text

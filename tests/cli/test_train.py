@@ -276,7 +276,7 @@ def test_dataset_of_something_else(refused, tmp_path):
 def test_unreadable_config(refused, model_folder, content):
     folder = model_folder("acestep-v15-base")
     (folder / "config.json").write_bytes(content)
-    refused("--model", folder, says="config.json (is not JSON|holds a)")
+    refused("--model", folder, says="config.json (is not JSON|holds a|is empty)")
 
 
 def test_config_missing(refused, model_folder):
@@ -354,7 +354,7 @@ def test_lost_decoder_weights(refused, model_folder):
     weights = load_file(folder / "model.safetensors")
     del weights[next(key for key in weights if key.startswith("decoder."))]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused("--model", folder, says="lack 1 tensors of the decoder")
+    refused("--model", folder, says="lack 1 tensor of the decoder")
 
 
 def test_songs_of_another_model(refused, checkout):
@@ -704,17 +704,28 @@ def test_torch_is_imported_after_that_was_said():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--epochs", 4, "--warmup-steps", 6), r"Note: warm-up takes 6 of the 12 optimizer steps; .*--warmup-steps"),
-        (("--epochs", 4), r"Note: warm-up takes 100 optimizer steps, and this training has 12: it never reaches"),
-        (("--epochs", 4, "--warmup-steps", 3), None),
+        (("--epochs", 4, "--warmup-steps", 6), r"at most a tenth .*, here 1 of 12\. It shortens --warmup-steps 6 to"),
+        (("--epochs", 4), r"at most a tenth of the optimizer steps, here 1 of 12\. It shortens --warmup-steps 100 to"),
+        (("--epochs", 4, "--warmup-steps", 3), r"It shortens --warmup-steps 3 to that"),
+        (("--epochs", 4, "--warmup-steps", 1), None),
         (("--epochs", 4, "--warmup-steps", 0), None),
     ],
 )
-def test_a_warm_up_that_is_most_of_the_training_is_said(run, more, says):
+def test_a_warm_up_that_ace_step_shortens_is_said(run, trainer, monkeypatch, more, says):
+    """And it is so: the learning rate is at its full value when the warm-up that was said is over."""
+    made, rates = trainer.SequentialLR, []
+
+    class Watched(made):
+        def step(self, *args, **kwargs):
+            super().step(*args, **kwargs)
+            rates.append(self.get_last_lr()[0])
+
+    monkeypatch.setattr(trainer, "SequentialLR", Watched)
     done = run("--model", "base", "--batch-size", "2", "--gradient-accumulation", "1", *more)
     assert done.exit_code == 0, done.output
-    assert re.search(says or "^", done.output) and ("Note: warm-up" in done.output) == (says is not None)
-    assert done.output.find("Note: warm-up") < done.output.index("step 3/12")
+    assert re.search(says or "^", done.output) and ("Note: ACE-Step lets warm-up" in done.output) == (says is not None)
+    assert done.output.find("Note: ACE-Step lets warm-up") < done.output.index("step 3/12")
+    assert rates[1] == max(rates), "after one step, which is a tenth of twelve"
 
 
 # -- looks -----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import COMMAND, without_training_packages
-from sidestep_plugin.trainer.injection import injection_problem
 
 from sidestep_plugin import miniature
 from sidestep_plugin.cli import cli
+from sidestep_plugin.engine.injection import injection_problem
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import inspect
 import json
 import multiprocessing
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,7 @@ class Waits:
     """Notes, on a GPU, where Python waits for it in a step: from the batch until plugins have seen the loss.
 
     The first step is left out: its values are checked. What upstream waits for is its own: the loss that it shows.
-    Plugins are called in the order of their names here, so one stands before the product's and one behind.
+    Plugins are called in the order in which they are given, so one stands before the product's parts and two behind.
     """
 
     def __init__(self, device):
@@ -195,7 +196,8 @@ class Waits:
                 watch.order.append("after")
                 watch.mode("default")
 
-        self.plugins = {"1": Before(), "sidestep": sidestep_plugin.hooks, "2": Between(), "3": After()}
+        parts = {f"sidestep.{name}": import_module(place) for name, place in sidestep_plugin.hooks.PLUGINS}
+        self.plugins = {"1": Before(), **parts, "2": Between(), "3": After()}
 
 
 OURS = [Path(sidestep_plugin.__file__).parent, Path(sidestep_plugin.hooks.__file__).parent]

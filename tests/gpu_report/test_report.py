@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from measured_table import tables
 
 from sidestep_plugin import Refusal
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.gpu_report import __main__ as report
 from sidestep_plugin.gpu_report.jobs import SIZES, WAYS, Job, jobs
 from sidestep_plugin.gpu_report.models import model_code, size_of
@@ -203,6 +204,30 @@ def test_models_of_a_real_checkout_are_as_large_as_said(checkout, trainer, size,
     assert sum(weight.numel() for weight in decoder.parameters()) == SIZES[size].parameters
     assert config._attn_implementation == "sdpa" and config.name_or_path == str(tmp_path)
     assert not config.is_turbo
+
+
+@pytest.mark.parametrize("kind", ["training", "validation", "previews", "hooks"])
+def test_each_kind_is_measured(trainer, load, tmp_path, monkeypatch, kind):
+    """In this process, on the miniature's model and four short songs."""
+    from sidestep_plugin.gpu_report import measuring
+    from sidestep_plugin.gpu_report.models import write_songs
+
+    job = Job(kind, "tiny", PLUGIN, "lora", 0.8, rank=4, songs=4, device="cpu")
+    handler = load("base")
+    if kind == "hooks":
+        if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+            pytest.skip("this version steps in bf16 on every device")
+        monkeypatch.setattr(measuring, "_ROUNDS", 2)
+        assert measuring._hooks(trainer, handler, job)["microseconds_without"] > 0
+        return
+    songs = write_songs(tmp_path / "songs", job, handler.model.null_condition_emb.shape[-1])
+    found = measuring._training(trainer, handler, songs, tmp_path / "output", job)
+    if kind == "training":
+        assert found["seconds_per_step"] > 0 and found["estimate_bytes"] > found["frozen_bytes"] > 0
+        assert found["trained_parameters"] > 0 and found["first_loss"] > 0
+    else:
+        assert found["what"] == kind and found["seconds"] > 0
+        assert found.get("losses") == 32 or found.get("forward_passes", 0) >= 2 * 50
 
 
 # -- really ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from sidestep_plugin import PluginError, Refusal, attach, hookimpl
 from sidestep_plugin.adapters.inspection import inspect_adapter
 from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.run import Run, Step
+from sidestep_plugin.validation.held_out import choose
 
 WINDOW = 20  # frames, 0.8 s; the miniature's songs have 16 to 32
 
@@ -247,3 +249,19 @@ def test_the_window_is_whole_frames():
     assert crops.window_of(run) == 5
     run.options["crop_seconds"] = 30
     assert crops.window_of(run) == 750
+
+
+def test_songs_that_are_held_out_are_not_counted(train, checkout, tmp_path, capsys):
+    """Only the song that is held out is longer than the window: nothing is cut, and nothing says so."""
+    shutil.copytree(checkout.tensors, tmp_path / "songs")
+    songs = sorted((tmp_path / "songs").glob("*.pt"))
+    (held_out,) = choose(songs, 1)
+    for file in songs:
+        song = torch.load(file, weights_only=True)
+        cut = {name: song[name][:20].clone() for name in ("target_latents", "attention_mask", "context_latents")}
+        torch.save(song if file == held_out else song | cut, file)
+    options = {"crop_seconds": 0.8, "validate": 1}
+    done = train("base", max_epochs=1, options=options, tensors=tmp_path / "songs")
+    assert "Note: --crop-seconds 0.8 changes nothing, the longest song has 0.8 s." in capsys.readouterr().out
+    weights = next(done.output.glob("final/**/*.safetensors"))
+    assert "crop_seconds" not in inspect_adapter(weights).facts

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal, attach, hookimpl
+from sidestep_plugin.memory.base_weights import chosen
+from sidestep_plugin.registry import Registry
 
 LINEAR = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
 
@@ -151,6 +153,44 @@ def test_resuming_equals_going_through(train, bf16, equal_bits, kind):
     rest = train("base", kind, handler=bf16(), max_epochs=4, resume_from=str(checkpoint))
     assert whole.tensors.keys() == rest.tensors.keys()
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
+
+
+# -- the option and its old name -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "auto"),
+        ({"base_weights": "off"}, "auto"),
+        ({"frozen_weights": "fp32"}, "fp32"),
+        ({"base_weights": "off", "frozen_weights": "bf16"}, "bf16"),
+        ({"base_weights": "int8", "frozen_weights": "auto"}, "int8"),
+        ({"base_weights": "int8", "frozen_weights": "fp32"}, "int8"),
+        ({"base_weights": "bf16", "frozen_weights": "bf16"}, "bf16"),
+    ],
+)
+def test_options_of_earlier_versions_are_understood(given, expected):
+    assert chosen(Registry.load(("sidestep",)).resolve_options(given)) == expected
+
+
+def test_two_types_for_the_same_weights_are_refused(train):
+    done = train("base", options={"base_weights": "bf16", "frozen_weights": "fp32"})
+    assert "--base-weights bf16 and --frozen-weights fp32 are two types" in done.messages[-1] and not done.losses
+
+
+def test_what_was_cut_is_refused_with_what_to_use(trainer):
+    with pytest.raises(Refusal, match="fp8 is no longer offered.*Use int8"):
+        attach(trainer, options={"base_weights": "fp8"})
+
+
+@pytest.mark.parametrize("options", [{"base_weights": "bf16"}, {"base_weights": "fp32"}, {"frozen_weights": "bf16"}])
+def test_a_type_without_effect_is_refused(trainer, train, monkeypatch, options):
+    if not hasattr(trainer, "LIGHTNING_AVAILABLE"):
+        pytest.skip("this version of ACE-Step has no such switch")
+    monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
+    done = train("base", options=options)
+    assert f"--base-weights {next(iter(options.values()))} needs Lightning" in done.messages[-1] and not done.losses
 
 
 # -- gradients that are not finite -----------------------------------------------------------------------------------

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+
 import pytest
 import torch
 
@@ -139,9 +143,52 @@ def test_resuming_equals_going_through(train, capsys):
     rest = train("base", max_epochs=3, options=options, resume_from=str(checkpoint))
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
     assert list(whole.output.glob("final/**/*comfyui*"))
-    capsys.readouterr()
+    assert "changed since the checkpoint" not in capsys.readouterr().out
     train("base", max_epochs=3, resume_from=str(checkpoint))
     assert "base weights (was int8, now not quantized)" in capsys.readouterr().out
+
+
+def test_resuming_says_that_quantizing_began(train, capsys):
+    whole = train("base", max_epochs=2)
+    (checkpoint,) = (whole.output / "checkpoints").glob("epoch_1*")
+    capsys.readouterr()
+    done = train("base", max_epochs=2, options={"base_weights": "int8"}, resume_from=str(checkpoint))
+    assert "base weights (was not quantized, now int8)" in capsys.readouterr().out
+    facts = inspect_adapter(next(done.output.glob("final/**/*.safetensors"))).facts
+    assert facts["base_weights"] == "int8" and "base_weights_loss_change" in facts
+
+
+def test_a_mask_hides_nan_from_the_measuring_too(train, checkout, tmp_path, capsys):
+    """The first song has NaN in rows that its masks hide. No number becomes NaN, and every save carries its facts."""
+    shutil.copytree(checkout.tensors, tmp_path / "songs")
+    song = torch.load(tmp_path / "songs" / "song_01.pt", weights_only=True)
+    for name, mask in (("encoder_hidden_states", "encoder_attention_mask"), ("target_latents", "attention_mask")):
+        song[mask][-2:] = 0
+        song[name][-2:] = float("nan")
+    torch.save(song, tmp_path / "songs" / "song_01.pt")
+    options = {"base_weights": "int8", "mask_nan": True}
+    done = train("base", max_epochs=1, options=options, tensors=tmp_path / "songs")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Base weights")]
+    assert "loss of the base model on one song" in line and "nan" not in line.lower()
+    assert done.losses and all(map(math.isfinite, done.losses))
+    folders = [file.parent for file in done.output.rglob("*.safetensors")]
+    assert len(folders) >= 2
+    for folder in folders:
+        facts = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
+        assert facts["base_weights"] == "int8" and math.isfinite(facts["base_weights_loss_change"])
+
+
+def test_a_fact_that_is_no_number_is_left_out(train):
+    """JSON has no NaN; an adapter is saved all the same."""
+
+    class Telling:
+        @hookimpl
+        def acestep_run_started(self, run):
+            run.facts.append(lambda: {"base_weights_loss_change": float("nan"), "compiled": True})
+
+    done = train("base", max_epochs=1, extra_plugins={"telling": Telling()})
+    facts = inspect_adapter(next(done.output.glob("final/**/*.safetensors"))).facts
+    assert facts["compiled"] is True and "base_weights_loss_change" not in facts
 
 
 def test_measuring_draws_no_random_number(train, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sidestep_plugin import Refusal, attach
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.memory import free_memory, song_cache
 from sidestep_plugin.memory.song_cache import SongCache
 
@@ -48,6 +49,8 @@ def test_each_song_is_read_once_and_nothing_else_changes(
     if not lightning:
         if not hasattr(trainer, "LIGHTNING_AVAILABLE"):
             pytest.skip("this version of ACE-Step has no such switch")
+        if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+            pytest.skip("this version of ACE-Step needs a model in bf16 without Lightning")
         monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     plain = train("base", kind, max_epochs=3, options={"song_cache": "off"})
     assert len(reads) == 18
@@ -71,6 +74,8 @@ def test_only_as_much_as_was_allowed(train, reads, equal_bits, capsys):
 def test_one_epoch_keeps_nothing(train, reads, capsys):
     train("base", max_epochs=1)
     assert len(reads) == 6 and "kept in RAM" not in capsys.readouterr().out
+    train("base", max_epochs=1, options={"song_cache": "4GB"})
+    assert "Note: --song-cache 4GB has no effect: in one epoch each song is read once." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -229,6 +234,13 @@ def test_the_limit_of_a_job_counts(tmp_path, monkeypatch):
         (folder / "memory.current").write_text("4000000\n", encoding="ascii")
         (folder / "memory.stat").write_text("anon 1\ninactive_file 500000\n", encoding="ascii")
     assert free_memory.free_memory() == 1_500_000
+
+
+def test_without_psutil_the_system_is_asked(monkeypatch):
+    known = free_memory.free_memory()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    if sys.platform == "linux":
+        assert free_memory.free_memory() == pytest.approx(known, rel=0.5)
 
 
 def test_unknown_is_unknown(tmp_path, monkeypatch):

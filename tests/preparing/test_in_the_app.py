@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 from preparing.parts import handed_to_the_decoder
 
-from sidestep_plugin.engine.wrappers.preprocessing import CONDITIONS, preprocessing_seam
+from sidestep_plugin import attach
+from sidestep_plugin.engine.wrappers.preprocessing import CONDITIONS
 
 
 class Log:
@@ -30,18 +30,8 @@ def log(monkeypatch):
     return log
 
 
-@contextmanager
 def attached(trainer):
-    """Put the wrapper in place as the attachment does, and take it out again."""
-    put = []
-    for owner, name, make in preprocessing_seam(trainer):
-        put.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, make(getattr(owner, name)))
-    try:
-        yield put
-    finally:
-        for owner, name, original in put:
-            delattr(owner, name) if original is None else setattr(owner, name, original)
+    return attach(trainer, announce=print)
 
 
 @pytest.fixture
@@ -86,8 +76,7 @@ def test_without_the_variable_upstreams_files_are_its_own_byte_for_byte(
     monkeypatch.delenv(CONDITIONS, raising=False)
     handler = app()
     theirs = preprocessed(builder, handler, tmp_path / "songs")
-    with attached(trainer) as put:
-        assert len(put) == 1
+    with attached(trainer):
         ours = preprocessed(builder, handler, tmp_path / "songs")
     assert ours == theirs and len(ours[0]) == 2
     assert len(log.lines) == 1 and "SIDESTEP_CONDITIONS=generated" in log.lines[0] and "--renew" in log.lines[0]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
+from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.previews.clip_files import playable, write_wav
 from sidestep_plugin.previews.decoding import decode, load_vae, rate_of
 from sidestep_plugin.previews.making import open_table, write_row
@@ -71,6 +72,12 @@ def test_files_stay_in_their_folder():
         "{",
         '{"rows": 1}',
         json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": 1, "clips": ["../a"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": "1", "loss": 1, "clips": ["a.wav"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": "1", "clips": ["a.wav"] * 3}]}),
+        json.dumps({**ABOUT, "rows": [{"label": "x", "epoch": 1, "loss": 1, "clips": ["a.wav"]}]}),
+        json.dumps({**ABOUT, "rows": [], "songs": [{"name": "x", "seconds": "long"}]}),
+        json.dumps({**ABOUT, "rows": [], "settings": {"shift": 1.0}}),
+        json.dumps({**ABOUT, "rows": [], "settings": {**ABOUT["settings"], "guidance": None}}),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path, content):
@@ -92,6 +99,17 @@ def test_other_settings_begin_another_table(tmp_path):
     assert not table.rows and aside == tmp_path / "previews-1" and (aside / "previews.json").is_file()
 
 
+def test_a_loss_that_is_no_number_is_unknown(tmp_path):
+    """JSON has no NaN, and no page should show one."""
+    table = Table({**ABOUT, "songs": ABOUT["songs"][:1]})
+    write_row(tmp_path, table, "epoch 1", 1, float("nan"), [torch.zeros(1, 5, 64)])
+    text = (tmp_path / "previews.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["rows"][0]["loss"] is None
+    (tmp_path / "previews.json").write_text(text.replace('"loss": null', '"loss": NaN'), encoding="utf-8")
+    assert read_table(tmp_path).rows[0].loss is None
+    assert read_table(tmp_path).as_report()["rows"][0]["loss"] is None
+
+
 # -- acestep-train preview -------------------------------------------------------------------------------------------
 
 
@@ -110,8 +128,10 @@ def heard(train):
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, kind):
+def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, kind):
     """What the training generated with the adapter in memory, and what the file gives."""
+    if sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+        pytest.skip("this version of ACE-Step trains in bf16 on a CPU, where a saved adapter is heard in fp32")
     output = heard(kind)
     made = load_file(output / "previews" / "epoch_2" / "01_song_04.safetensors")["latents"]
     base = load_file(output / "previews" / "base_model" / "01_song_04.safetensors")["latents"]

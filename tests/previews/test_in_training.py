@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sidestep_plugin import hookimpl
 from sidestep_plugin.previews.table import Row, Table, read_table
 from sidestep_plugin.registry import Registry
+from sidestep_plugin.report.page import read_page
 
 ON = {"preview_every": 1, "num_inference_steps": 3}
 UNEVEN = {"batch_size": 1, "gradient_accumulation_steps": 4}  # 6 songs: a rest is left at the end of an epoch
@@ -263,3 +264,87 @@ def test_a_vae_of_another_width_is_refused(train, tmp_path, monkeypatch):
     done = train("base", options=ON)
     assert "AutoencoderOobleck with 32 channels, expected ACE-Step's AutoencoderOobleck with 64" in done.messages[-1]
     assert not done.losses
+
+
+@pytest.mark.parametrize(
+    "options", [{"preview_songs": "3"}, {"preview_seconds": 5.0}, {"preview_cfg": 3.0}, {"preview_seed": 1}]
+)
+def test_an_option_about_previews_without_previews_is_refused(train, options):
+    done = train("base", options=options)
+    (name,) = options
+    assert f"--{name.replace('_', '-')} says how to make previews, and none are made." in done.messages[-1]
+    assert not done.losses
+
+
+def test_defaults_from_an_earlier_settings_file_are_no_mistake(train):
+    assert train(
+        "base", max_epochs=1, options={"preview_songs": "2", "preview_seconds": 20.0, "preview_seed": 42}
+    ).losses
+
+
+# -- what is on the page -------------------------------------------------------------------------------------------
+
+
+ONE = ON | {"preview_songs": "1", "preview_seconds": 0.4}
+
+
+def test_a_new_training_moves_the_clips_of_the_one_before_aside_even_without_previews(train, capsys, tmp_path):
+    train("base", options=ONE, max_epochs=1, output_dir=str(tmp_path))
+    capsys.readouterr()
+    train("base", max_epochs=1, output_dir=str(tmp_path))
+    assert capsys.readouterr().out.count("clips of an earlier training were moved to") == 1
+    assert not (tmp_path / "previews").exists()
+    assert [row.label for row in read_table(tmp_path / "previews-1").rows] == ["base model", "epoch 1"]
+
+
+@pytest.mark.parametrize("options", [ONE | {"preview_every": 2}, {"num_inference_steps": 3}])
+def test_an_abandoned_branch_leaves_the_page(train, capsys, tmp_path, options):
+    """Resuming from an earlier checkpoint: what was made after it belongs to another adapter."""
+    settings = {"batch_size": 6, "output_dir": str(tmp_path)}
+    train("base", options=ONE, max_epochs=3, **settings)
+    old = clips(tmp_path, "epoch_3")
+    table = read_table(tmp_path / "previews")
+    table.put(Row("final", None, None, table.rows[-1].clips))
+    table.write(tmp_path / "previews")
+    (checkpoint,) = (tmp_path / "checkpoints").glob("epoch_1*")
+    capsys.readouterr()
+    train("base", options=options, max_epochs=2, learning_rate=0.05, resume_from=str(checkpoint), **settings)
+    assert capsys.readouterr().out.count("clips of epochs after the checkpoint") == 1
+    kept = ["base model", "epoch 1"] + ["epoch 2"] * ("preview_every" in options)
+    assert [row["label"] for row in rows(tmp_path)] == kept
+    assert [row["label"] for row in read_page(tmp_path / "index.html")["report"]["previews"]["rows"]] == kept
+    page = (tmp_path / "index.html").read_text(encoding="utf-8").split("<h2>Listen</h2>")[1].split("<h2>")[0]
+    assert "epoch 1" in page and "epoch 3" not in page and "final" not in page
+    aside = tmp_path / "previews" / "abandoned-1"
+    assert [row.label for row in read_table(aside).rows] == ["epoch 2", "epoch 3", "final"]
+    moved = load_file(aside / "epoch_3" / f"{next(iter(old))}.safetensors")["latents"]
+    assert torch.equal(moved, next(iter(old.values()))) and not (tmp_path / "previews" / "epoch_3").exists()
+
+
+def test_a_row_that_another_program_adds_meanwhile_stays(train, tmp_path):
+    """``acestep-train preview`` of a checkpoint, while the training goes on."""
+
+    class Adding:
+        @hookimpl
+        def acestep_epoch_finished(self, epoch):
+            if epoch == 2:
+                table = read_table(tmp_path / "previews")
+                table.put(Row("best", None, None, table.rows[0].clips))
+                table.write(tmp_path / "previews")
+
+    train("base", options=ONE, batch_size=6, output_dir=str(tmp_path), extra_plugins={"adding": Adding()})
+    assert [row["label"] for row in rows(tmp_path)] == ["base model", "epoch 1", "epoch 2", "best"]
+
+
+def test_the_last_epoch_is_heard_when_patience_ends_the_training(train):
+    options = ONE | {"preview_every": 100, "validate": 1, "validate_every": 1, "patience": 1}
+    done = train("base", options=options, max_epochs=6, batch_size=6, learning_rate=0.0)
+    assert [row["label"] for row in rows(done.output)] == ["base model", "epoch 2"]
+
+
+def test_a_damaged_table_is_a_warning(train, capsys, tmp_path):
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / "previews.json").write_text("{", encoding="utf-8")
+    done = train("base", max_epochs=1, output_dir=str(tmp_path))
+    out = capsys.readouterr().out
+    assert "Warning: the clips in" in out and "Delete the folder" in out and "complete" in done.messages[-1]

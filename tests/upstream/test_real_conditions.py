@@ -202,3 +202,50 @@ def test_a_frame_is_lost_where_the_file_ends_just_behind_a_seam(vae):
     whole = song_encoding.encode_audio(vae, torch.randn(2, 33 * 48000 + 960), torch.float32, 1)
     short = song_encoding.encode_audio(vae, torch.randn(2, 33 * 48000 + 961), torch.float32, 1)
     assert (len(whole), len(short)) == (825, 824)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_song_in_a_padded_batch_is_the_song_alone(handler, family, attention):
+    """With --mask-padding; without it the decoder attends to the rows that fill up the shorter song."""
+    from sidestep_plugin.hooks.pad_masking import Masking
+
+    made, frames = handler(family, attention=attention), 40
+    encoded = [encode(made, words_of(SONGS[name]), frames) for name in ("instrumental", "german")]
+    rows = [len(one.encoder_hidden_states) for one in encoded]
+    states = torch.nn.utils.rnn.pad_sequence([one.encoder_hidden_states for one in encoded], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([one.encoder_attention_mask for one in encoded], batch_first=True)
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "hidden_states": torch.randn(2, frames, 64, generator=generator),
+        "timestep": torch.full((2,), 0.6),
+        "timestep_r": torch.full((2,), 0.6),
+        "attention_mask": torch.ones(2, frames),
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask,
+        "context_latents": torch.stack([one.context_latents for one in encoded]),
+    }
+    decoder = made.model.decoder
+    with torch.no_grad():
+        padded = decoder(**batch)[0]
+        masking = Masking(decoder)
+        masked = decoder(**batch)[0]
+        for row in range(2):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            one |= {name: one[name][:, : rows[row]] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+            with_hooks = decoder(**one)[0][0]
+            masking.remove()
+            alone = decoder(**one)[0][0]
+            assert torch.equal(with_hooks, alone), "a batch of one is left alone, bit for bit"
+            masking = Masking(decoder)
+            difference = float((masked[row] - alone).norm() / alone.norm())
+            print(f"\n{family} {attention} row {row}: masked {difference:.1e}")
+            assert difference < 1e-6
+            if row == 0:
+                before = float((padded[0] - alone).norm() / alone.norm())
+                print(f"padded {before:.3f}")
+                assert before > 1e-3, "the comparison can fail"
+        masking.remove()

@@ -89,6 +89,22 @@ def test_the_table_and_an_adapter_that_changes_nothing(compare, tmp_path):
     assert "None is better than the model without adapter" in done.stdout
 
 
+def test_an_adapter_of_nan_is_no_candidate(compare, tmp_path):
+    """Whichever comes first: NaN is below no number and above none."""
+    nan, noise = lora(tmp_path / "nan", value=float("nan")), lora(tmp_path / "noise", value=0.5)
+    for adapters in ((nan, noise), (noise, nan)):
+        done = compare(*adapters, "--validate", 1)
+        assert done.exit_code == 0, done.output
+        assert "noise is nearest" in done.stdout and "nan%" not in done.stdout
+        assert "Note: " in done.stdout and "nan gives NaN or infinity: its weights hold some" in done.stdout
+        (row, _) = [line for line in done.stdout.splitlines() if "nan  " in line]
+        assert row.count("NaN") == 9
+    found = json.loads(compare(nan, noise, "--validate", 1, "--json").stdout)["adapters"]
+    assert found[0]["loss"] is None and found[0]["change"] is None and found[1]["change"] > 0
+    done = compare(nan, "--validate", 1)
+    assert done.exit_code == 0 and "No adapter gives a loss that is a number" in done.stdout
+
+
 @pytest.mark.parametrize(
     "made, told",
     [

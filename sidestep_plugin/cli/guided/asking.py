@@ -34,8 +34,8 @@ def ask(request: Request, missing: set[str]) -> Request:
     """
     answers = Answers(request, missing)
     click.echo(f"A few questions. Enter takes the answer in brackets, {BACK} goes back, Ctrl-C leaves.")
-    if request.plugins:
-        click.echo(f"Training with the plugin {', '.join(request.plugins)}. For everything else: acestep-train --help")
+    how = f"with the plugin {', '.join(request.plugins)}" if request.plugins else "without a plugin, as ACE-Step trains"
+    click.echo(f"Training {how}. For everything else: acestep-train --help")
     questions = [question for question in QUESTIONS if question.name in missing]
     number, checked = 0, False
     before: list[tuple[int, Answers]] = []

@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 
 from sidestep_plugin import recommended
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
+from sidestep_plugin.text import counted
 
 from .answers import Answers
 
@@ -116,7 +118,7 @@ def songs(answers: Answers, text: str) -> list[str]:
     check_songs(dataset, ModelFacts.from_folder(model_folder(answers)))
     answers.dataset = dataset
     answers.set(dataset_dir=folder)
-    return [f"{dataset.songs} {'song' if dataset.songs == 1 else 'songs'}, {dataset.minutes:.1f} minutes"]
+    return [f"{counted(dataset.songs, 'song')}, {dataset.minutes:.1f} minutes"]
 
 
 def output(answers: Answers, text: str) -> list[str]:
@@ -163,7 +165,7 @@ def resume(answers: Answers) -> list[str]:
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
-    answers.set(resume_from=said, adapter_type="lokr" if kind_of_adapter == "lokr" else "lora")
+    answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
     named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
     for name, fact in named.items():
         if name in answers.asked and facts.get(fact) is not None:
@@ -174,12 +176,9 @@ def resume(answers: Answers) -> list[str]:
 
 def kind(answers: Answers, text: str) -> list[str]:
     """The kind of adapter."""
-    import importlib.util
-
-    if text not in ("lora", "lokr"):
-        raise Refusal("Expected lora or lokr.")
-    if text == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed: pip install lycoris-lora")
+    if text not in NAMES:
+        raise Refusal(f"Expected {' or '.join(NAMES)}.")
+    check_installed(text)
     answers.set(adapter_type=text)
     return []
 

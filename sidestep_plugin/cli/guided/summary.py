@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
+from sidestep_plugin.adapters.kinds import BY_NAME
+from sidestep_plugin.text import counted
+
 from .answers import Answers
 from .checks import in_bytes, model_folder
 
@@ -42,15 +45,16 @@ def _amounts(answers: Answers) -> list[str]:
     lines = []
     if answers.dataset is not None:
         lines.append(
-            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; {epochs * batches} training steps, "
-            f"{epochs * batches // accumulation} optimizer steps"
+            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; "
+            f"{counted(epochs * batches, 'training step')}, "
+            f"{counted(epochs * batches // accumulation, 'optimizer step')}"
         )
         if told := _time(answers, epochs):
             lines.append(f"Time: {told}")
     size = adapter_size(
         model_folder(answers),
         answers.request.adapter_type,
-        int(settings.get("rank") or (8 if answers.request.adapter_type == "lora" else 64)),
+        int(settings.get("rank") or BY_NAME[answers.request.adapter_type].default_rank),
         settings.get("target_modules") or _LORA_TARGETS,
     )
     checkpoints = epochs // (settings.get("save_every") or 10)
@@ -58,7 +62,7 @@ def _amounts(answers: Answers) -> list[str]:
         each = size * (1 + _STATES)
         lines.append(
             f"On disk: about {in_bytes(size + checkpoints * each)} (the finished adapter {in_bytes(size)}, "
-            f"{checkpoints} {'checkpoint' if checkpoints == 1 else 'checkpoints'} of {in_bytes(each)})"
+            f"{counted(checkpoints, 'checkpoint')} of {in_bytes(each)})"
         )
     return lines
 
@@ -101,12 +105,13 @@ def adapter_size(model: Path, kind: str, rank: int, targets: Collection[str]) ->
 
     LyCORIS makes a LoKr for every linear layer, PEFT a LoRA for those that are named.
     """
+    known = BY_NAME[kind]
     layers = [
         shape
         for name, shape in _linear_layers(model)
-        if kind == "lokr" or any(name == target or name.endswith(f".{target}") for target in targets)
+        if known.saves_untargeted() or any(known.matches(name, target) for target in targets)
     ]
-    return _BYTES * sum(_lokr_numbers(*shape, rank) if kind == "lokr" else rank * sum(shape) for shape in layers)
+    return _BYTES * sum(known.parameters(shape, rank) for shape in layers)
 
 
 def _linear_layers(model: Path) -> Iterable[tuple[str, tuple[int, int]]]:
@@ -122,16 +127,3 @@ def _linear_layers(model: Path) -> Iterable[tuple[str, tuple[int, int]]]:
         for name, tensor in tensors.items():
             if name.startswith("decoder.") and name.endswith(".weight") and len(tensor.shape) == 2:
                 yield name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1])
-
-
-def _lokr_numbers(rows: int, columns: int, rank: int) -> int:
-    """Numbers of a Kronecker product of two matrices whose sizes are as near to each other as they can be."""
-    one, other = _factors(rows), _factors(columns)
-    large = (one[1], other[1])
-    whole = rank >= max(large) / 2
-    return one[0] * other[0] + (large[0] * large[1] if whole else rank * sum(large))
-
-
-def _factors(size: int) -> tuple[int, int]:
-    small = next(each for each in range(math.isqrt(size), 0, -1) if size % each == 0)
-    return small, size // small

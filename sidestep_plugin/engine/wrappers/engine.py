@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Final
 
+from ...adapters.kinds import network_of
 from ...errors import Refusal
 from ..current import Training, running_training
 from ..devices import on_all_devices, seed_apart
@@ -74,7 +75,7 @@ def _model(training: Training, precision: str) -> dict[str, Any]:
     return {
         "run": training.run,
         "decoder": module.model.decoder,
-        "network": getattr(module, "lycoris_net", None),
+        "network": network_of(module),
         "autocast": None if name is None else getattr(torch, name),
     }
 

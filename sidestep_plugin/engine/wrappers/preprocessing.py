@@ -10,41 +10,32 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 from ...errors import Refusal
 from ...songs.one_song import frames_in, load_song
 from ...songs.song_text import text_of_song
 from ...text import counted
-from ..host import log_of
+from ..host import Host, log_of
 from ..song_encoding import TEXT_ENCODER, encode
 from ..song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
 
 CONDITIONS: Final = "SIDESTEP_CONDITIONS"
 """Environment variable: ``generated`` for conditions as generated; anything else leaves upstream's."""
 
-_BUILDER: Final = "dataset_builder"
 
-Log = Callable[[str], None]
-
-
-def preprocessing_seam(trainer: ModuleType) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
-    """The name to replace, as the attachment lists its seams: owner, name, and what makes the wrapper.
-
-    Nothing in a version without this class, or where it cannot be imported; that version trains all the same.
-    """
+def builder_of(trainer: Any) -> Any:
+    """Upstream's class ``DatasetBuilder``, which its training package has imported; None in a version without it."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    owner = getattr(sys.modules.get(f"{package}.{_BUILDER}"), "DatasetBuilder", None)
-    if callable(getattr(owner, "preprocess_to_tensors", None)):
-        yield owner, "preprocess_to_tensors", partial(wrap_preprocessing, log_of(trainer))
+    return getattr(sys.modules.get(f"{package}.dataset_builder"), "DatasetBuilder", None)
 
 
-def wrap_preprocessing(log: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
     """Upstream's ``preprocess_to_tensors(self, dit_handler, output_dir, ...)``, which returns (paths, message)."""
+    log = log_of(host.trainer)
 
     @wraps(original)
     def preprocess_to_tensors(self: Any, dit_handler: Any, output_dir: str, *args: Any, **kwargs: Any) -> Any:

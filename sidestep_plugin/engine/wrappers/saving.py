@@ -70,6 +70,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                         epoch=_epoch(call.arguments, journal),
                         global_step=call.arguments.get("global_step"),
                         resume_point=point,
+                        copy_of=None if journal is None else journal.copy_of,
                     )
                     host.ask_and_announce("acestep_adapter_saved", run=run, saved=saved)
         except Refusal as refusal:
@@ -79,7 +80,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             if journal is None or journal.ending or final:
                 raise
             # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
-            journal.unsaved, journal.not_saved = True, point
+            journal.unsaved = True
             host.announce(
                 f"Warning: {folder} could not be saved: {sentence(error)} {room(folder)} The training goes on."
             )
@@ -87,7 +88,7 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
             # Fewer epochs than were asked for, when a plugin has ended the training.
-            epochs = journal.epochs_begun or getattr(run.training_config, "max_epochs", None)
+            epochs = journal.whole_epochs or getattr(run.training_config, "max_epochs", None)
             if final and isinstance(epochs, int):
                 limits = {} if training is None or training.ending is None else training.limits
                 host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)

@@ -28,7 +28,14 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
-from ..sameness import of_the_loaded_model, of_the_plugins, of_the_songs, of_the_trainer
+from ..sameness import (
+    of_the_loaded_model,
+    of_the_options,
+    of_the_plugins,
+    of_the_settings,
+    of_the_songs,
+    of_the_trainer,
+)
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -93,7 +100,8 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
 def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> ResumePoint | None:
     """Decide everything that is decided before upstream begins. Returns where to resume from. Raises Refusal."""
     run, trainer = training.run, training.trainer
-    training.plan = plan_of(host.registry, host.options)
+    line = command_line.get()
+    training.plan = plan_of(host.registry, host.options) if line is None else line.plan
     check_started(training.plan)
     if run.ranks.several:
         check_engine(host.trainer)
@@ -126,8 +134,6 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
-    settings = dict(vars(run.training_config)) if hasattr(run.training_config, "__dict__") else {}
-    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
     return {
         **of_the_trainer(host.trainer),
         **of_the_loaded_model(run.model),
@@ -136,8 +142,8 @@ def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: Proc
         "list of held-out songs": sorted(song.name for song in run.held_out),
         "adapter type": run.adapter_type,
         "adapter's settings": repr(run.adapter_config),
-        **{f"value of {name}": repr(value) for name, value in settings.items()},
-        **{f"--{name.replace('_', '-')}": repr(value) for name, value in run.options.items() if name not in plan.own},
+        **of_the_settings(run.training_config),
+        **of_the_options(run.options, plan.own),
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 
@@ -205,7 +211,8 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         if training.ending is not None:
-            for line in _noted(host, training, [*training.ending(), *summed_up(host, training, "finished")]):
+            lines = [*_finished(training, training.ending), *summed_up(host, training, "finished")]
+            for line in _noted(host, training, lines):
                 yield step, loss, line
         elif _stopped(training.state):
             lines = [*summed_up(host, training, "stopped"), *saved_after(host, training)]
@@ -222,8 +229,17 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
         running.close()
         if training.state is not None and training.ending is not None:
             training.state["should_stop"] = False  # in the app it says that somebody has pressed stop
-        if journal is not None:  # these reference the optimizer and so every trained tensor
-            journal.scheduler = journal.holds = journal.not_saved = None
+        if journal is not None:
+            journal.scheduler = journal.holds = None  # they reference the optimizer and so every trained tensor
+
+
+def _finished(training: Training, ending: Callable[[], Sequence[str]]) -> Sequence[str]:
+    """Save the finished adapter of a training that a plugin has ended. Returns lines for the user."""
+    token = running_training.set(training)
+    try:
+        return ending()
+    finally:
+        running_training.reset(token)
 
 
 def _noted(host: Host, training: Training, lines: Sequence[str]) -> Sequence[str]:

@@ -59,12 +59,15 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, source: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Attend from [B, T, width] to [B, L, width]; the mask is added to the scores."""
+
         def split(y: Tensor) -> Tensor:
             return y.reshape(*y.shape[:-1], self.heads, -1).transpose(1, 2)
 
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        q = split(self.q_proj(hidden_states))
+        k, v = split(self.k_proj(encoder_hidden_states)), split(self.v_proj(encoder_hidden_states))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.to(q.dtype))
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -109,7 +112,9 @@ class _Layer(GradientCheckpointingLayer):
         shift, scale, gate = (self.modulation + time).unsqueeze(2).unbind(1)
         modulated = self.norm(x) * (1.0 + scale) + shift
         x = x + gate * self.self_attn(modulated, modulated, bias)
-        x = x + self.cross_attn(self.norm(x), condition, condition_bias)
+        x = x + self.cross_attn(
+            hidden_states=self.norm(x), encoder_hidden_states=condition, attention_mask=condition_bias
+        )
         out: Tensor = x + self.mlp(self.norm(x))
         return out
 
@@ -150,7 +155,8 @@ class AceStepDiTModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         condition = self.condition_embedder(encoder_hidden_states)
         time = self.time_embed(timestep) + self.time_embed_r(timestep - timestep_r)
         bias = _score_bias(attention_mask, x.dtype)
-        condition_bias = _score_bias(encoder_attention_mask, x.dtype)
+        # As in ACE-Step, the mask of the conditions is ignored: rows that are padding are attended to.
+        condition_bias = torch.zeros_like(encoder_attention_mask, dtype=x.dtype)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, time, bias, condition, condition_bias)
         return (self.proj_out(self.norm_out(x)),)

@@ -116,7 +116,8 @@ def train(
     """
     assert cell.arm is not None
     shutil.rmtree(work, ignore_errors=True)
-    data.write_songs(work / "songs", songs)
+    told = data.as_preprocessed(songs.conditions) if cell.arm.padded else songs.conditions
+    data.write_songs(work / "songs", data.Songs(songs.latents, told))
     seed = 100 * cell.seed + cell.arm.stream
     per_epoch = math.ceil(len(songs) / preset.batch)
     settings = {
