@@ -24,6 +24,10 @@ ROWS_WITHOUT_CONDITION: Final = "sidestep.rows_without_condition"
 """Key of ``Run.state`` under which condition dropout keeps which rows it dropped, a bool tensor [B] a step, until the
 training's report takes them."""
 
+NEXT_COMMANDS: Final = "sidestep.next_commands"
+"""Key of ``Run.state`` under which the command line keeps a function that returns what to type next: it takes the
+training's state ("training", "finished", "stopped" or "failed") and returns pairs of a purpose and a command."""
+
 FRAMES: Final = ("target_latents", "attention_mask", "context_latents")
 """Entries of a batch with one row per frame of latents, [B,T,...]. A plugin may shorten T in all of them at once."""
 

@@ -29,7 +29,7 @@ class Row:
     """The clips of one state of the adapter.
 
     Attributes:
-        label: what the page calls it, such as "epoch 3".
+        label: what it is called, such as "epoch 3".
         epoch: number of finished epochs, 0 for the base model, None if unknown.
         loss: mean loss of that epoch, None if unknown or not finite.
         clips: a file for each song, relative to the folder.
@@ -50,8 +50,8 @@ class Table:
     """All clips of a training.
 
     Attributes:
-        about: what all clips share: the model's name, songs and their lengths, and the settings.
-        rows: in the order in which the page shows them.
+        about: what all clips share: the model's name, the songs with their lengths and prompts, and the settings.
+        rows: sorted by epoch.
     """
 
     about: dict[str, Any]
@@ -73,6 +73,11 @@ class Table:
     def undecoded(self) -> list[Row]:
         """Rows with latents that nobody has decoded yet."""
         return [row for row in self.rows if not all(map(is_sound, row.clips))]
+
+    def as_report(self) -> dict[str, Any]:
+        """For the page that plays the clips: "decoded" tells the rows that a browser plays."""
+        rows = [{**asdict(row), "decoded": all(map(is_sound, row.clips))} for row in self.rows]
+        return {**self.about, "rows": rows}
 
     def write(self, folder: Path) -> None:
         """Write ``previews.json``. Raises OSError."""
