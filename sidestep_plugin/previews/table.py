@@ -108,7 +108,7 @@ def read_table(folder: Path) -> Table | None:
             raise ValueError(problem)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise Refusal(
             f"{folder / FILE_NAME} cannot be read ({error or type(error).__name__}). Delete the folder {folder}."
         ) from None
@@ -117,6 +117,7 @@ def read_table(folder: Path) -> Table | None:
 
 def _problem(table: Table) -> str:
     """What is wrong with a table that was read; "" when nothing is. Raises TypeError, ValueError or LookupError."""
+    json.dumps(table.about, allow_nan=False)  # what could not be written is not there either
     for song in table.about["songs"]:
         float(song["seconds"])
     settings = table.about["settings"]

@@ -16,7 +16,7 @@ from sidestep_plugin.launch.launch import Request
 from sidestep_plugin.report.ending import best_line
 from sidestep_plugin.report.page import read_page
 
-QUICK = [
+QUICK = ["--epochs=2", "--batch-size=2", "--save-every=1", "--rank=4", "--alpha=8", "--gradient-accumulation=1"]
     "--epochs",
     "2",
     "--batch-size",
@@ -47,7 +47,7 @@ def trained(checkout, trainer, tmp_path, monkeypatch):
     def train(*more):
         places = ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
         songs = ["--dataset-dir", checkout.tensors, "--output-dir", "my output"]
-        return invoke("--plugin", "sidestep", "--model", "base", *places, *songs, *QUICK, *more)
+        return invoke("--plugin=sidestep", "--model=base", "--device=cpu", *places, *songs, *QUICK, *more)
 
     return train
 
@@ -118,7 +118,6 @@ def test_the_best_epoch_is_told_beside_the_finished_adapter(tmp_path):
     assert best_line(tmp_path, {}) == f"{told}; final was not validated"
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
     assert f", in {tmp_path / 'checkpoints' / 'best'}; final" in str(best_line(tmp_path, {}))
-    (tmp_path / "training_report.json").write_text(
-        '{"validation": {"best_epoch": null, "epochs": []}}', encoding="utf-8"
-    )
+    report["validation"]["best_epoch"] = None
+    (tmp_path / "training_report.json").write_text(json.dumps(report), encoding="utf-8")
     assert best_line(tmp_path, {}) is None
