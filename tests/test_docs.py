@@ -36,7 +36,7 @@ GOING_ON = [command for command in COMMANDS if "--resume-from latest" in command
 def output(checkout, trainer, tmp_path_factory):
     """The folder of a training, made by the page's own training command."""
     folder = tmp_path_factory.mktemp("output") / "jazz"
-    (training,) = [command for command in COMMANDS if "--output-dir" in command and command not in GOING_ON]
+    (training,) = [command for command in COMMANDS if "--output-dir" in command and "--export comfyui" in command]
     place = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints)]
     settings = ["--rank", "4", "--alpha", "16", "--save-every", "1"]
     done = run(training, checkout, folder, *place, *settings, "--epochs", "1")
@@ -57,6 +57,8 @@ def run(command, checkout, output, *more):
 ELSEWHERE = {
     "acestep-train run --plugin sidestep -- acestep",  # trainer/test_programs.py, upstream/test_app.py
     "acestep-train preview OUTPUT --checkpoint-dir DIR",  # previews/test_clips.py
+    # preparing/test_command.py, previews/test_prompts.py
+    *(command for command in COMMANDS if command.startswith("acestep-train prepare ") or " --prompt " in command),
     "acestep-train patch apply",  # trainer/test_checkout_patch.py
 }
 

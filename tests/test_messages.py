@@ -20,7 +20,7 @@ FRAGMENTS = re.compile(
 TO_DO = re.compile(
     r"\b([Ee]xpected|Choose|Say|Name|Put|Copy|Download|Use|[Ii]nstall|Installed|Uninstall|Delete|Leave|Preprocess"
     r"|Resume|Train|Start|Lower|Correct|Take|Make|Call|Undo|Mend|Return|Type|Complete|Save|Did you mean"
-    r"|Give|Remove|[Rr]estore|Keep|return new|Initialize|Wait|Write|Prepare|Check|Hold|See|Move|Read"
+    r"|Give|Remove|[Rr]estore|Keep|return new|Initialize|Wait|Write|Prepare|Check|Hold|See|Move|Read|Rename"
     r"|Known hooks|ACE-Step's own error|Lower|name it|Mark|Stopped|a newer version|Try)\b"
 )
 # What the system or somebody else's code says is put into these, and says enough.

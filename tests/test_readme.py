@@ -59,6 +59,7 @@ def test_every_command_in_the_text_has_a_test():
     assert {command for command in found if re.match(r"(\S*/)?(acestep|pip|python|git)", command)} == {
         ".venv/bin/acestep-train inspect acestep-demo/output/base-lora",  # .ci/run, after the first command
         "acestep-train --plugin sidestep --help",  # cli/test_train.py
+        "acestep-train prepare music --model base --output songs",  # preparing/test_command.py
         "acestep-train timesteps --model base --plot timesteps.png",  # test_docs.py
     }
 
@@ -104,7 +105,7 @@ def test_pages_that_a_reader_needs_are_linked(page):
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 
-    done = cli("check", cwd=miniature.build(tmp_path, songs=0).root, trains=False)
+    done = cli("check", cwd=miniature.build(tmp_path, songs=0).root)
     assert done.returncode == 0, done.stderr
     assert "acestep-v15-base: base" in done.stdout and "Verdict: Compatible: LoRA" in done.stdout
 

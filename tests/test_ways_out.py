@@ -106,7 +106,7 @@ def test_songs_in_a_subfolder_are_named(invoke, training, checkout, tmp_path):
         ["estimate", "--model", "base", "--dataset-dir", tmp_path / "above", "--acestep-root", checkout.root],
     ):
         said = invoke(*line)
-        assert f"found some only in subfolders: jazz ({number} files). Name one of these" in said, said
+        assert f"found {number} in the folder {songs}. Name that folder" in said, said
 
 
 # -- settings files --------------------------------------------------------------------------------------------------

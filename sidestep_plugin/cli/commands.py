@@ -85,9 +85,6 @@ class RefusingCommand(Command):
             if debug:
                 raise
             raise Unusable(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted before the training began; nothing was saved.", err=True)
-            ctx.exit(INTERRUPTED)
 
 
 class PluginCommand(RefusingCommand):

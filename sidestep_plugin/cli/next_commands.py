@@ -43,7 +43,7 @@ def next_commands(request: Request, state: str) -> list[tuple[str, str]]:
         commands.append(("Compare it with the best epoch, on songs that it has not seen:", compare))
     else:
         commands.append(overview)
-    if request.adapter_type == "lora" and request.options.get("export") != "comfyui":
+    if request.options.get("export") != "comfyui":
         commands.append(("Make a copy for ComfyUI:", _line("export", final, "--to", "comfyui")))
     else:
         commands.append(("See what it says about itself:", _line("inspect", final)))

@@ -50,7 +50,7 @@ def acestep_options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help=f"Base model's weights: auto, bf16, fp32 (same result), {', '.join(BYTES)} (LoRA only, other result).",
+            help=f"Type of the base model's weights: auto, bf16, fp32 or {', '.join(BYTES)}.",
         ),
         # Of earlier versions, as are settings files with both.
         click.Option(["--frozen-weights"], type=WeightType(("auto", "bf16", "fp32")), default=None, hidden=True),

@@ -54,7 +54,7 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:

@@ -10,9 +10,8 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..files import not_a_file
+from ..files import not_a_file, stand_in
 from ..text import counted
-from .audio import is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -84,18 +83,18 @@ def read_song(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _why(file: Path, error: Exception) -> str:
-    """Why a file cannot be loaded, in a few words."""
+    """Why a file cannot be loaded, in words that say what it is if that is known."""
+    if what := stand_in(file):
+        return f"it {what}"
     try:
         with file.open("rb") as stream:
-            head = stream.read(64)
+            start = stream.read(4)
     except OSError as unreadable:
         return unreadable.strerror or type(unreadable).__name__
-    if is_lfs_pointer(head):
-        return "it is a pointer of Git LFS and not the file itself; fetch it with git lfs pull"
-    if not head:
-        return "it is empty"
-    if isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
-        return "it holds Python objects, which are not loaded because they can run code"
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip format, and the older one
+        return "it is not a file of tensors as torch.save writes them"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds Python objects beside tensors, which could run code; expected only tensors"
     return type(error).__name__
 
 

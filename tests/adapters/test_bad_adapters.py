@@ -209,7 +209,7 @@ REFUSED = {
     "a folder called like one": (lambda f: (f / "adapter_model.safetensors").mkdir(parents=True) or f, ""),
     "a folder of that name": (lambda f: (f / "x.safetensors").mkdir(parents=True) or f, ""),
     "two of them": (lambda f: adapter(f, name="a.safetensors") and adapter(f, name="b.safetensors").parent, "Name one"),
-    "0 bytes": (lambda f: raw(f, b""), f"{NO_FILE}: it has 0 bytes"),
+    "0 bytes": (lambda f: raw(f, b""), "is empty, as an interrupted download leaves it"),
     "7 bytes": (lambda f: raw(f, GOOD[:7]), f"{NO_FILE}: it has 7 bytes"),
     "cut in the header": (lambda f: raw(f, GOOD[:100]), NO_FILE),
     "cut in the tensors": (lambda f: raw(f, GOOD[:-1]), f"{NO_FILE}: it is truncated"),

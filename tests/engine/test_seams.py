@@ -154,7 +154,7 @@ def test_find_root(tmp_path, monkeypatch):
     assert find_root(tmp_path) == tmp_path
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UpstreamMismatch, match=r"No ACE-Step 1.5 found.*--acestep-root DIR"):
+    with pytest.raises(UpstreamMismatch, match=r"No ACE-Step 1.5 (found|in ).*--acestep-root"):
         find_root(empty)
     with pytest.raises(UpstreamMismatch):
         find_root(tmp_path / "absent")

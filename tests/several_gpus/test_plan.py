@@ -130,7 +130,7 @@ def test_songs_that_cannot_be_divided_are_announced(planned):
     run = SimpleNamespace(training_config=config, ranks=ranks())
     devices, steps, note = plan.outcome(run, 7, 3)
     assert "3 devices = 6 songs" in devices and "3 per epoch on each device, where one device takes 7" in steps
-    assert "20 optimizer steps (2 per epoch)" in steps and "2 of them are trained twice" in note
+    assert "20 optimizer steps (2 per epoch)" in steps and "each epoch trains 2 of them twice" in note
     assert len(plan.outcome(run, 9, 3)) == 2
 
 
