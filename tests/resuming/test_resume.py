@@ -411,7 +411,7 @@ def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
     ("change", "says"),
     [
         ({"model": "sft"}, "model (was acestep-v15-base, now acestep-v15-sft)"),
-        ({"max_epochs": 2}, "saved later than that (after epoch 3), and 2 epochs were asked for"),
+        ({"max_epochs": 2}, "saved later than that (after epoch 3), and --epochs is 2"),
     ],
 )
 def test_another_training_is_refused(job, change, says):

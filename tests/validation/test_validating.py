@@ -113,7 +113,7 @@ def test_nothing_is_different_after_an_evaluation(trainer, checkout, load, modul
     """Random states, modes, recorded losses, gradients, and which tensors are trained."""
     import random
 
-    from sidestep_plugin.engine.evaluation import without_adapter
+    from sidestep_plugin.engine.decoders import without_adapter
 
     numpy = pytest.importorskip("numpy")
     module = module_for(load("base"))
