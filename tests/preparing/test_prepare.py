@@ -236,8 +236,8 @@ def test_upstreams_conditions_can_be_made_for_comparison(prepare, music, app, ch
     result = prepare(music, conditions="upstream")
     builder = import_module("acestep.training.dataset_builder").DatasetBuilder()
     sample_class = import_module("acestep.training.dataset_builder_modules.models").AudioSample
-    about = songs_of(result.folder)
-    for name, song in about.items():
+    handler = app()
+    for name, song in songs_of(result.folder).items():
         words = song["metadata"]["prepared"]["words"]
         audio = music / song["metadata"]["audio_path"]
         builder.samples = [
@@ -255,7 +255,7 @@ def test_upstreams_conditions_can_be_made_for_comparison(prepare, music, app, ch
             )
         ]
         torch.manual_seed(int(song["metadata"]["prepared"]["sound"]["audio"][:15], 16))
-        paths, status = builder.preprocess_to_tensors(app(), str(result.folder.parent / "theirs"))
+        paths, status = builder.preprocess_to_tensors(handler, str(result.folder.parent / "theirs"))
         assert len(paths) == 1, status
         theirs = torch.load(paths[0], weights_only=True)
         for tensor in ("target_latents", "encoder_hidden_states", "encoder_attention_mask", "context_latents"):
