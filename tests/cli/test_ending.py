@@ -17,21 +17,6 @@ from sidestep_plugin.report.ending import best_line
 from sidestep_plugin.report.page import read_page
 
 QUICK = ["--epochs=2", "--batch-size=2", "--save-every=1", "--rank=4", "--alpha=8", "--gradient-accumulation=1"]
-    "--epochs",
-    "2",
-    "--batch-size",
-    "2",
-    "--save-every",
-    "1",
-    "--rank",
-    "4",
-    "--alpha",
-    "8",
-    "--gradient-accumulation",
-    "1",
-    "--device",
-    "cpu",
-]
 
 
 def invoke(*words):
