@@ -84,7 +84,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise Refusal(f"Cannot read {file}: {error.strerror or error}. Make it readable, or copy it again.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, far too long or too deeply nested
         if what := stand_in(file):
-            raise Refusal(f"{file} {what}. Complete the model's folder, or copy it again.") from None
+            raise Refusal(f"{file} is not JSON: it {what}. Complete the model's folder, or copy it again.") from None
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
         raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")

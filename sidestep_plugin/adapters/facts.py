@@ -49,6 +49,8 @@ FACTS: Final = {
     "dropout": "dropout of the adapter's layers",
     "target_modules": "target modules, as set for the training",
     "trained_layers": "number of trained layers; any other layers in the file hold zeros and change nothing",
+    "average_of": "what it is the mean of (acestep-train average); else left out, as is the next",
+    "average_energy": "share of the exact mean's energy that it holds after it was cut back to its rank, from 0 to 1",
     "songs": "number of preprocessed songs in the dataset folder",
     "held_out_songs": "number of those that were not trained on (--validate); left out without",
     "validation_songs": "number of songs that were validated on; left out without validation, as are the next four",
@@ -65,7 +67,7 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "frozen_weights", "base_weights"}
+    | {"timestep_law", "adapter_type", "average_of", "frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
 

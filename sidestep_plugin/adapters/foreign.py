@@ -77,8 +77,8 @@ def check_no_foreign_adapters(model: Any, kind: AdapterType, adapter_config: Any
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise Refusal(
             f"The model carries {named} already (in {one.layers} layers){more}: it was loaded in the app, or trained "
-            f"before. It would change what is trained, or be saved with it. {stays}Initialize the model again, load no "
-            "adapter, and start the training."
+            f"before. It would change what is trained, or be saved with it. {stays}Initialize the model again. "
+            "Start the training without loading an adapter."
         )
 
 
@@ -116,7 +116,7 @@ def check_holds_tensors(folder: Path) -> None:
         if not read_weights_file(file).tensors:
             raise Refusal(
                 f"ACE-Step saved an adapter without a single tensor ({file.name}). This version does so when a model "
-                "is trained a second time. Initialize the model again and repeat the training."
+                "is trained a second time. Initialize the model again. Start the training then."
             )
 
 

@@ -95,7 +95,7 @@ def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
         "author": facts.get("author"),
         "license": facts.get("license"),
         "date": facts.get("created"),
-        "usage_hint": usage_hint(facts),
+        "usage_hint": usage_hint(facts) if facts.get("shift") is not None else None,
         "trigger_phrase": facts.get("trigger"),
     }
     texts = {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}

@@ -23,6 +23,7 @@ _RANGES: Final = {
     "alpha": (1e-9, _HUGE),
     "dropout": (0.0, 1.0),
     "crop_seconds": (1e-6, _HUGE),
+    "average_energy": (0.0, 1.0),
     **dict.fromkeys(_COUNTS, (0, _HUGE)),
 }
 

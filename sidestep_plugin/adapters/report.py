@@ -73,6 +73,8 @@ def as_text(report: Report) -> list[str]:
     for key in ("title", "author", "trigger", "license", "created"):
         if key in facts:
             add(key.capitalize(), shown(facts[key], 1000))
+    if "average_of" in facts:
+        add("Mean of", shown(facts["average_of"], 1000))
     if generate.shift is None or generate.num_inference_steps is None:
         add("Generate", f"unknown: {generate.because}")
     else:

@@ -12,7 +12,6 @@ import click
 from sidestep_plugin import __version__, signals
 
 from .groups import DefaultGroup
-from .surroundings import settle
 from .terminal import unread
 
 COMMANDS: Final = {
@@ -27,6 +26,7 @@ COMMANDS: Final = {
     "inspect": "Show what an adapter is and what to generate with.",
     "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
+    "average": "Average adapters or checkpoints, or bring one to another rank.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",
     "schedule": "Print the timesteps of a generation.",
@@ -63,6 +63,8 @@ def cli(ctx: click.Context) -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    from .surroundings import settle
+
     settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 

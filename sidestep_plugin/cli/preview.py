@@ -13,6 +13,7 @@ from sidestep_plugin.text import shown
 
 from .commands import Command, Unusable
 from .quiet import quiet_third_parties, quiet_upstream
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def preview(
     quiet_upstream()
     said = {"language": language, "bpm": bpm, "key": key, "time_signature": time_signature}
     try:
+        require_torch()
         request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
         folder = decode_saved(request, click.echo) or make_clips(request, click.echo)
         page = _on_a_page(folder)

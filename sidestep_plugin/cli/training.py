@@ -20,6 +20,7 @@ from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible
 from .next_commands import next_commands
 from .terminal import say
+from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
@@ -120,9 +121,10 @@ def _say_how_it_ended(launch: Launch, progress: Progress, failure: str | None) -
 
 
 def say_that_torch_is_imported() -> None:
-    """Print what takes the next seconds, unless it is imported already."""
+    """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
+    require_torch()
 
 
 def notes_on_settings(launch: Launch) -> list[str]:

@@ -140,7 +140,7 @@ def adapter_and_training_options(
         setting("--alpha", positive, "N", "Its strength is alpha / rank."),
         setting("--dropout", FiniteFloat(0.0, 1.0, max_open=True), "X", "LoRA dropout, from 0 to below 1."),
         setting("--target-modules", None, "NAMES", "Layers to adapt."),
-        *(own_option(name, *said) for kind in KINDS for name, said in kind.options.items()),
+        *(own_option(name, metavar, text) for kind in KINDS for name, (metavar, text) in kind.options.items()),
         setting("--epochs", positive, "N", "Passes over all songs."),
         setting("--batch-size", positive, "N", "Songs per batch."),
         setting("--gradient-accumulation", positive, "N", "Batches per optimizer step."),

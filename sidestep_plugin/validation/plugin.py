@@ -133,7 +133,7 @@ def _wanted(options: Mapping[str, Any]) -> bool:
 
 
 def _check_folder(folder: Path, facts: ModelFacts, *, mask_nan: bool) -> None:
-    dataset = inspect_dataset(folder.absolute())
+    dataset = inspect_dataset(folder.absolute(), allow_duplicates=None)
     check_songs(dataset, facts)
     check_values(dataset.files, mask_nan=mask_nan)
 

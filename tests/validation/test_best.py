@@ -213,6 +213,10 @@ def test_resuming_a_training_that_patience_has_ended_changes_nothing(run, tmp_pa
         assert re.search(rf"--patience {patience} has ended this training after \d+ of 30 epochs", again.output)
         assert "nothing was changed" in again.output and "more than --patience 2, or leave it out" in again.output
         assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    texts = [
+        next((output / place).rglob("training_options.toml")).read_text() for place in ("final", "checkpoints/best")
+    ]
+    assert texts[0] == texts[1] and "patience = 2" in texts[0]
     epochs = int(re.search(r"after (\d+) of 30", again.output)[1])
     on = run("--patience=3", "--save-every=1", "--resume-from=latest")
     assert on.exit_code == 0 and f"Validation after epoch {epochs + 1}" in on.output, on.output

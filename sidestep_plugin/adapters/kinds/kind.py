@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,24 @@ Hook = Callable[[Any, tuple[Any, ...], Any], Any]
 """A forward hook of a module: module, inputs, output; returns the new output."""
 Shape = tuple[int, int]
 """Rows and columns of a layer's weight: outputs and inputs."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of what a layer does in several adapters.
+
+    Attributes:
+        tensors: its tensors by the names in ``Layer.parts``, of one dtype; "alpha" is not among them.
+        rank: its rank; None if no factor is decomposed.
+        alpha: its alpha.
+        exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    rank: int | None
+    alpha: float
+    exact: float
+    kept: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,7 @@ class Kind(ABC):
         rank_parts: tensors whose first size is the rank.
         alpha_in_config: whether the alpha is in PEFT's configuration where no tensor has it.
         copy_name: file name of a copy for ComfyUI beside an adapter.
+        made_alike: what else has to be equal in adapters that are averaged, as the end of a sentence.
         network_module, network_args: what kohya's headers call it.
     """
 
@@ -76,6 +95,7 @@ class Kind(ABC):
     rank_parts: tuple[str, ...]
     alpha_in_config: bool
     copy_name: str
+    made_alike: str
     network_module: str
     network_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,6 +173,23 @@ class Kind(ABC):
         Raises:
             Exception: whatever the library raises where it does not.
         """
+
+    @abstractmethod
+    def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
+        """The weighted sum of what a layer does in several adapters, cut back to a rank.
+
+        Args:
+            layers: for each adapter its weight, the layer with a known strength, and its tensors on the CPU.
+            rank: the rank; None: the highest among them.
+        """
+
+    @abstractmethod
+    def same_sizes(self, sizes: Mapping[str, Sequence[int]]) -> object:
+        """What has to be equal in layers that are averaged, by the sizes of one's tensors."""
+
+    @abstractmethod
+    def saved_name(self, layer: str, part: str) -> str:
+        """The name of a tensor in the files that ACE-Step reads, by the layer's name and the name in its parts."""
 
     # -- ComfyUI -------------------------------------------------------------------------------------------------------
 
@@ -245,3 +282,41 @@ def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     norm = weight.norm(dim=1 if of_rows else 0, keepdim=True)
     scaled: torch.Tensor = weight * (wanted / norm.clamp(min=1e-12))
     return scaled
+
+
+def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """The product of two factors, cut back to a rank.
+
+    The singular values come from the small matrix between the factors' QR decompositions, so that the product itself is
+    never made. Values below the rounding of the factors' own sizes are zero.
+
+    Args:
+        left: ``[rows, inner]``, float64.
+        right: ``[inner, columns]``, float64.
+        rank: the highest rank of the result.
+
+    Returns:
+        The two factors, ``[rows, r]`` and ``[r, columns]`` with r at most `rank`, and the energy of the product and of
+        the result.
+    """
+    import torch
+
+    rows, columns = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(rows.R @ columns.R.T, full_matrices=False)
+    noise = left.norm() * right.norm() * 1e-13
+    values = torch.where(values > noise, values, 0.0)
+    exact, values, rank = float(values.square().sum()), values[:rank], min(rank, len(values))
+    root = values.sqrt()
+    one, other = (rows.Q @ u[:, :rank]) * root, root[:, None] * (v[:rank] @ columns.Q.T)
+    return one, other, exact, float(values.square().sum())
+
+
+def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype that holds the numbers of all these tensors."""
+    import torch
+
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    found = dtypes[0]
+    for dtype in dtypes[1:]:
+        found = torch.promote_types(found, dtype)
+    return found

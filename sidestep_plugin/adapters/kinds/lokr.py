@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
-from .kind import Hook, Kind, Shape, adding, decomposed
+from .kind import Hook, Kind, Mean, Shape, adding, cut, decomposed, widest
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,50 @@ class _Lokr(Kind):
         base = module.weight.detach().float()
         changed = base + self.change(layer, tensors).to(base.device).reshape(base.shape)
         return adding((decomposed(changed, tensors["magnitude"]) if "magnitude" in tensors else changed) - base)
+
+    def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
+        """The Kronecker product that is nearest to the sum of several, with the first one's alpha and decompositions.
+
+        With the numbers of w1 as rows and those of w2 as columns, a Kronecker product is a matrix of rank 1, so the
+        nearest one is given by the largest singular value (Van Loan and Pitsianis, 1993).
+        """
+        import torch
+
+        _, first, given = layers[0]
+        strength = self.strength(first)
+        assert strength is not None
+        dtype = widest(tensor for _, _, tensors in layers for part, tensor in tensors.items() if part != "alpha")
+        ones, others = [], []
+        for share, layer, tensors in layers:
+            own = self.strength(layer)
+            assert own is not None
+            ones.append(share * own / strength * factor_of(tensors, "lokr_w1").double())
+            others.append(factor_of(tensors, "lokr_w2").double())
+        one, other, exact, kept = cut(
+            torch.stack([w.flatten() for w in ones], dim=1), torch.stack([w.flatten() for w in others]), 1
+        )
+        made: dict[str, torch.Tensor] = {}
+        for name, w, size in (("lokr_w1", one, ones[0].shape), ("lokr_w2", other, others[0].shape)):
+            whole = w.reshape(size)
+            if name in given:
+                made[name] = whole.to(dtype).contiguous()
+                continue
+            inner = given[f"{name}_b"].shape[0]
+            left, right, all_of_it, rest = cut(whole, torch.eye(size[1], dtype=torch.float64), inner)
+            made |= {f"{name}_a": left.to(dtype).contiguous(), f"{name}_b": right.to(dtype).contiguous()}
+            kept *= rest / all_of_it if all_of_it else 1.0
+        alpha = float(first.rank or 1) if first.alpha is None else first.alpha
+        return Mean(made, first.rank, alpha, strength**2 * exact, strength**2 * kept)
+
+    def same_sizes(self, sizes: Mapping[str, Sequence[int]]) -> object:
+        found = []
+        for name in ("lokr_w1", "lokr_w2"):
+            whole = tuple(sizes.get(name, ()))
+            found.append(whole or (sizes[f"{name}_a"][0], sizes[f"{name}_b"][1]))
+        return tuple(found)
+
+    def saved_name(self, layer: str, part: str) -> str:
+        return f"lycoris_{layer.replace('.', '_')}.{part}"
 
     def try_on(self, module: torch.nn.Module) -> None:
         from lycoris import create_lycoris
@@ -204,6 +248,7 @@ LOKR: Final = _Lokr(
     rank_parts=("lokr_w1_b", "lokr_w2_b"),
     alpha_in_config=False,
     copy_name="comfyui_lokr.safetensors",
+    made_alike=", with the same factors",
     network_module="lycoris",
     network_args=MappingProxyType({"algo": "lokr"}),
 )

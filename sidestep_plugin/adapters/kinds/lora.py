@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
 from ...text import shown
-from .kind import Hook, Kind, Shape, adding, decomposed
+from .kind import Hook, Kind, Mean, Shape, adding, cut, decomposed, widest
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,28 @@ class _Lora(Kind):
             return (output + added).to(output.dtype)
 
         return add
+
+    def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
+        """The factors side by side, cut back: alpha is the rank, so that the strength is 1 in every program."""
+        import torch
+
+        dtype = widest(tensors[part] for _, _, tensors in layers for part in ("A", "B"))
+        ups, downs = [], []
+        for share, layer, tensors in layers:
+            strength = self.strength(layer)
+            assert strength is not None
+            ups.append(share * strength * tensors["B"].double().flatten(1))
+            downs.append(tensors["A"].double().flatten(1))
+        wanted = max(tensor.shape[0] for tensor in downs) if rank is None else rank
+        up, down, exact, kept = cut(torch.cat(ups, dim=1), torch.cat(downs), wanted)
+        tensors = {"A": down.to(dtype).contiguous(), "B": up.to(dtype).contiguous()}
+        return Mean(tensors, len(down), float(len(down)), exact, kept)
+
+    def same_sizes(self, sizes: Mapping[str, Sequence[int]]) -> object:
+        return self.shape(sizes)
+
+    def saved_name(self, layer: str, part: str) -> str:
+        return f"base_model.model.{layer}.lora_{part}.weight"
 
     def try_on(self, module: torch.nn.Module) -> None:
         from peft import LoraConfig, get_peft_model
@@ -175,5 +197,6 @@ LORA: Final = _Lora(
     rank_parts=("A",),
     alpha_in_config=True,
     copy_name="comfyui_lora.safetensors",
+    made_alike="",
     network_module="peft.tuners.lora",
 )

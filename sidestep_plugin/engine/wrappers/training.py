@@ -129,7 +129,7 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
     if (line := command_line.get()) is not None:
         return line.held_out
     songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
-    return held_out(host.registry, songs, host.options, run.training_config) if songs else ()
+    return held_out(host.registry, songs, host.options, run.training_config)
 
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
