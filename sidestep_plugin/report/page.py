@@ -91,7 +91,7 @@ def write_page(folder: Path, data: Mapping[str, Any]) -> Path:
     """
     file = folder / FILE_NAME
     if not is_ours(file):
-        raise Refusal(f"{file} is not the page of a training, so it was left as it is. Rename it to get one.")
+        raise Refusal(f"{file} is not the page of a training, so it was left as it is. Move it away to get one.")
     text = page(data)
     with replacing(file) as stream:
         stream.write(text.encode("utf-8"))

@@ -278,7 +278,7 @@ def test_somebody_elses_page_is_left_alone(train, tmp_path, capsys):
     done = train("base", max_epochs=1, output_dir=str(tmp_path))
     assert (tmp_path / FILE_NAME).read_text(encoding="utf-8") == "<html>my site</html>"
     assert done.messages[-1].startswith("✅ Training complete")
-    assert "is not the page of a training, so it was left as it is. Rename it" in capsys.readouterr().out
+    assert "is not the page of a training, so it was left as it is. Move it away" in capsys.readouterr().out
 
 
 # -- safe, and on its own --------------------------------------------------------------------------------------------
