@@ -137,7 +137,7 @@ def _hot_step(facts: Mapping[str, Any]) -> dict[str, str]:
     """The keys from which HOT-Step puts the trigger into prompts by itself (scragnog/HOT-Step-CPP, stMetadata.ts)."""
     if not facts.get("trigger"):
         return {}
-    position = {"after": "append", "instead": "replace"}.get(str(facts.get("trigger_position")), "prepend")
+    position = "append" if facts.get("trigger_position") == "after" else "prepend"  # it knows these two
     return {"hot_step_trigger": str(facts["trigger"]), "hot_step_trigger_position": position}
 
 

@@ -2,8 +2,8 @@
 
 Programs differ in where they look for alpha: in ``adapter_config.json`` (PEFT, ACE-Step's app), in a tensor beside
 each layer (ComfyUI, Wan2GP), in the header (diffusers), in the first two (acestep.cpp, HOT-Step), or nowhere (DEMON).
-Without one they divide nothing: the strength is 1. So here ``alpha / rank`` is multiplied into lora_B, and alpha is the rank.
-Ranks that differ from layer to layer are filled up with zeros, because acestep.cpp takes one alpha for all layers.
+Without one they divide nothing: the strength is 1. So here ``alpha / rank`` is multiplied into lora_B, and alpha is the
+rank. Ranks that differ from layer to layer are filled up with zeros, because acestep.cpp takes one alpha for all.
 
 What each program does is in ``tests/adapters/readers.py``, with the commit that it was read from.
 """
@@ -37,7 +37,7 @@ def check_universal(adapter: Adapter) -> None:
     path = adapter.file.path
     if adapter.kind != LORA.name:
         raise Refusal(
-            f"{path} is a {title_of(adapter.kind)}, which diffusers, Wan2GP and DEMON do not play. Use it in "
+            f"{path} is a {title_of(adapter.kind)}, which diffusers and DEMON do not play. Use it in "
             "ACE-Step's app, or export it with --to comfyui."
         )
     LORA.check_comfyui(adapter, list(adapter.layers.values()), None)
