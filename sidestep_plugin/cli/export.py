@@ -94,7 +94,7 @@ def export(
         if program == "universal":
             lines = _universal(report, output, strength, overwrite)
         else:
-            base = None if model is None else weights_in_folder(_model_folder(model, acestep_root, checkpoint_dir))
+            base = None if model is None else weights_in_folder(model_folder(model, acestep_root, checkpoint_dir))
             lines = _comfyui(report, output, strength, base, overwrite)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
@@ -169,7 +169,7 @@ def _check_file(target: Path, source: Path, overwrite: bool) -> None:
         raise Refusal(f"{target} already exists. Choose another --output, or use --overwrite.")
 
 
-def _model_folder(model: str, root: Path | None, checkpoints: Path | None) -> Path:
+def model_folder(model: str, root: Path | None, checkpoints: Path | None) -> Path:
     """The folder of a base model. Raises Refusal."""
     from sidestep_plugin.engine.checkout import find_root
     from sidestep_plugin.engine.models import checkpoint_folder, find_model

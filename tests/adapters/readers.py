@@ -72,7 +72,7 @@ def comfyui(path, before):
 
 
 def hot_step_trigger(path):
-    """Trigger and position by scragnog/HOT-Step-CPP, server/src/services/adapters/stMetadata.ts ``readAdapterTrigger``."""
+    """Trigger and position by scragnog/HOT-Step-CPP, server/src/services/adapters/stMetadata.ts, readAdapterTrigger."""
     from safetensors import safe_open
 
     with safe_open(weights_in(Path(path)), framework="pt") as opened:
