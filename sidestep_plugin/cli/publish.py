@@ -86,7 +86,7 @@ def publish(
 
 
 def _name_of(title: str, adapter: Path) -> str:
-    """A name for the files: from the title, unless it is the default one, else from the file or the training's folder."""
+    """A name for the files: from the title, unless it is the default one, else of the file or the training's folder."""
     usual = ("final", "adapter", "checkpoints", "best", adapter.absolute().anchor)
     names = [name for name in adapter.absolute().parts if name not in usual]
     words = names[-1].removesuffix(".safetensors") if not title or re.match(r"(LoRA|LoKr) for ", title) else title
