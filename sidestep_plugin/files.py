@@ -185,8 +185,10 @@ _STAND_INS: Final = (
 def stand_in(file: Path) -> str:
     """What a file holds in place of the one that belongs there, and how to get that; "" if neither is known.
 
-    Call it for a regular file that could not be read: its beginning is enough.
+    Its beginning is enough. What is no regular file holds nothing: a named pipe would be waited for.
     """
+    if not_a_file(file):
+        return ""
     try:
         with file.open("rb") as stream:
             start = stream.read(64)

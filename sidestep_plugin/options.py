@@ -26,6 +26,10 @@ class Place(click.Path):
             self.fail(f"{value!r} is not the name of a file or folder. Expected text.", param, ctx)
         if str(value) == "":
             self.fail("The file's or folder's name is empty.", param, ctx)
+        if os.name == "nt" and '"' in str(value):  # Windows takes \" for a part of the name
+            self.fail(
+                f'{value!r} holds a quotation mark. Leave out the \\ before the closing one: "D:\\songs"', param, ctx
+            )
         try:
             return super().convert(at_home(os.fspath(value)), param, ctx)
         except Refusal as refusal:
@@ -41,6 +45,8 @@ class FiniteFloat(click.FloatRange):
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
+            if "," in str(value):
+                self.fail(f"{value!r} is not a number. Type fractions with a point, as in 0.0001.", param, ctx)
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return float(super().convert(number, param, ctx))
 

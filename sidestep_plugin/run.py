@@ -24,6 +24,10 @@ ROWS_WITHOUT_CONDITION: Final = "sidestep.rows_without_condition"
 """Key of ``Run.state`` under which condition dropout keeps which rows it dropped, a bool tensor [B] a step, until the
 training's report takes them."""
 
+NEXT_COMMANDS: Final = "sidestep.next_commands"
+"""Key of ``Run.state`` under which the command line keeps a function that returns what to type next: it takes the
+training's state ("training", "finished", "stopped" or "failed") and returns pairs of a purpose and a command."""
+
 FRAMES: Final = ("target_latents", "attention_mask", "context_latents")
 """Entries of a batch with one row per frame of latents, [B,T,...]. A plugin may shorten T in all of them at once."""
 
@@ -80,7 +84,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise Refusal(f"Cannot read {file}: {error.strerror or error}. Make it readable, or copy it again.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, far too long or too deeply nested
         if what := stand_in(file):
-            raise Refusal(f"{file} {what}. Complete the model's folder, or copy it again.") from None
+            raise Refusal(f"{file} is not JSON: it {what}. Complete the model's folder, or copy it again.") from None
         raise Refusal(f"{file} is not JSON ({error}). Copy it again from the model's download page.") from None
     if not isinstance(config, dict):
         raise Refusal(f"{file} holds a {type(config).__name__}, expected a JSON object. Copy it again.")

@@ -193,3 +193,15 @@ def used_names(tree: ast.Module) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.alias):
             yield node.name
+
+
+def test_every_package_is_in_the_wheel():
+    """Packages are listed by name, so a new one could be left out."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    there = {file.parent.relative_to(ROOT) for file in (ROOT / "sidestep_plugin").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in there} <= listed
+    data = project["tool"]["setuptools"]["package-data"]
+    assert "page.html" in data["sidestep_plugin.report"] and (ROOT / "sidestep_plugin/report/page.html").is_file()

@@ -174,5 +174,5 @@ def test_a_manifest_of_names_that_are_not_there_is_not_about_subfolders(tmp_path
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "song.pt").write_bytes(b"x")
     (tmp_path / "manifest.json").write_text(json.dumps({"samples": ["gone.pt"]}), encoding="utf-8")
-    with pytest.raises(Refusal, match="manifest.json names 1 that are not there|manifest.json names 1"):
+    with pytest.raises(Refusal, match="manifest.json names 1 that are not there"):
         inspect_dataset(tmp_path)

@@ -77,8 +77,8 @@ def check_no_foreign_adapters(model: Any, kind: AdapterType, adapter_config: Any
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise Refusal(
             f"The model carries {named} already (in {one.layers} layers){more}: it was loaded in the app, or trained "
-            f"before. It would change what is trained, or be saved with it. {stays}Initialize the model again. Start "
-            "the training without loading an adapter."
+            f"before. It would change what is trained, or be saved with it. {stays}Initialize the model again. "
+            "Start the training without loading an adapter."
         )
 
 

@@ -12,7 +12,6 @@ import click
 from sidestep_plugin import __version__, signals
 
 from .groups import DefaultGroup
-from .surroundings import settle
 from .terminal import unread
 
 COMMANDS: Final = {
@@ -65,6 +64,8 @@ def cli(ctx: click.Context) -> None:
 
     "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
     """
+    from .surroundings import settle
+
     settle(draws_only_files=ctx.invoked_subcommand != "run")
 
 

@@ -46,6 +46,7 @@ def check(
     from sidestep_plugin.engine.seams import MODULE_CLASS
 
     from . import quiet
+    from .torch_here import require_torch
 
     if not debug:
         logging.disable(logging.INFO)
@@ -53,6 +54,7 @@ def check(
         quiet.quiet_upstream()
     try:
         root = find_root(acestep_root)
+        require_torch()
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
     kinds: list[AdapterType] = [kind for kind in MODULE_CLASS if kind == adapter_type]

@@ -26,6 +26,20 @@ class Unusable(click.ClickException):
     exit_code = UNUSABLE
 
 
+def with_hint(error: click.UsageError, typed: Sequence[str]) -> click.UsageError:
+    """An error of a command line, which says so if signs of other shells or of a word processor are in it."""
+    if any(word in ("\\", "^", "`") for word in typed):
+        hint = "A line goes on after \\ in bash, ` in PowerShell and ^ in cmd. Use the one of your shell, or one line."
+    elif dashed := [word for word in typed if word and word[0] in _DASHES[1:]]:
+        hint = f"{dashed[0]} begins with another sign than -. Type it again: --{dashed[0].lstrip(_DASHES)}"
+    else:
+        return error
+    return click.UsageError(f"{error.format_message().rstrip('.')}. {hint}", error.ctx)
+
+
+_DASHES: Final = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+
+
 class Command(click.Command):
     """A command whose help has its options in groups, and no ranges of numbers.
 
@@ -37,6 +51,13 @@ class Command(click.Command):
     def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.groups = groups or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        typed = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise with_hint(error, typed) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = {str(param.name): param for param in super().get_params(ctx) if isinstance(param, click.Option)}

@@ -18,6 +18,7 @@ from . import quiet
 from .commands import RefusingCommand, echo_json
 from .plotting import check_plot
 from .terminal import say
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def compare(
     """
     if plot is not None:
         check_plot(plot)
+    require_torch()
     if not click.get_current_context().meta["debug"]:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
@@ -153,7 +155,10 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     lines.append("")
     finite = [(name, losses) for name, (_, losses) in zip(short, done.after, strict=True) if _finite(done, losses)]
     if not finite:
-        return [*lines, "None of them has a finite loss on these songs."]
+        return [
+            *lines,
+            "No adapter gives a loss that is a number, so none is better than the model without adapter.",
+        ]
     best, losses = min(finite, key=lambda entry: done.mean(entry[1]))
     change = done.mean(losses) / before - 1.0
     weights = ""
@@ -182,7 +187,9 @@ def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
     notes = []
     for name, (report, losses) in zip(names, done.after, strict=True):
         if not _finite(done, losses):
-            notes.append(f"Warning: the loss of {name} is NaN or infinite: it cannot be compared, and is of no use.")
+            notes.append(
+                f"Note: {name} gives NaN or infinity: its weights hold some, or become too large for the model."
+            )
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:
             notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")

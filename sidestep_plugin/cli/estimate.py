@@ -15,6 +15,7 @@ from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
 
 from .commands import Command, Unusable, echo_json
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def estimate(
     from sidestep_plugin.registry import Registry
 
     try:
+        require_torch()
         size, notes = _size(model, acestep_root, checkpoint_dir)
         frames, tokens, left_out = _length(dataset_dir, seconds)
         notes += left_out
@@ -253,7 +255,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     frames, tokens = longest(song for song in songs if song not in damaged)
     if not frames:
         if dataset_dir.is_dir():
-            inspect_dataset(dataset_dir)  # says what is there instead of songs
+            inspect_dataset(dataset_dir, allow_duplicates=None)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
     refused = "It is left out here, a training refuses it"
     notes = [f"{song.name} {problem}. {refused}." for song, problem in damaged.items()]

@@ -62,6 +62,16 @@ class DefaultGroup(LazyGroup):
         with ended_by_signals(ctx):
             return super().invoke(ctx)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from .commands import with_hint
+
+            raise with_hint(error, args) from None
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands, and the options of the default command, which may be left out."""
         found = super().shell_complete(ctx, incomplete)

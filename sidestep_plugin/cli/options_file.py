@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin.hookspecs import hookimpl
+from sidestep_plugin.run import NEXT_COMMANDS
 
+from .next_commands import next_commands
 from .settings_file import FILE_NAME, write
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ class OptionsFile:
 
     def __init__(self, request: Request) -> None:
         self._request = request
+
+    @hookimpl
+    def engine_planned(self, run: Run) -> None:
+        run.state[NEXT_COMMANDS] = partial(next_commands, self._request)  # for the page of the training
 
     @hookimpl
     def acestep_adapter_saved(self, run: Run, saved: SavedAdapter) -> list[str] | None:

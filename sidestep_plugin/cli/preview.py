@@ -13,6 +13,7 @@ from sidestep_plugin.text import shown
 
 from .commands import Command, Unusable
 from .quiet import quiet_third_parties, quiet_upstream
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
@@ -79,13 +80,25 @@ def preview(
     quiet_upstream()
     said = {"language": language, "bpm": bpm, "key": key, "time_signature": time_signature}
     try:
+        require_torch()
         request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
-        page = decode_saved(request, click.echo) or make_clips(request, click.echo)
+        folder = decode_saved(request, click.echo) or make_clips(request, click.echo)
+        page = _on_a_page(folder)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the clips: {error.strerror or error}: {error.filename or path}.") from None
     click.echo(f"Listen: {page}")
+
+
+def _on_a_page(folder: Path) -> Path:
+    """Put the clips of a folder on the page that plays them. Returns the page. Raises Refusal or OSError."""
+    from sidestep_plugin.previews.table import read_table
+    from sidestep_plugin.report.page import show_clips
+
+    table = read_table(folder)
+    assert table is not None  # it was written just now
+    return show_clips(folder, table.as_report())
 
 
 def _prompt(caption: str | None, lyrics: Path | None, said: dict[str, Any], asked: dict[str, Any]) -> Prompt | None:

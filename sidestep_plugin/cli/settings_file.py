@@ -105,6 +105,8 @@ class SettingsFile:
         for name in self.values:
             if name not in options:
                 unknown = f"{self.file}: there is no option {_written(name)}."
+                if isinstance(self.values[name], dict):
+                    raise Refusal(f"{unknown} Expected options without sections: leave [{name}] out.")
                 if (owner := owner_of(name)) is not None and owner not in self.plugins:
                     raise Refusal(
                         f"{self.file}: {_written(name)} is an option of the plugin {owner}. Name that as well: "

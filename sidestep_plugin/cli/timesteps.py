@@ -12,6 +12,7 @@ from sidestep_plugin.options import Place, WholeNumber
 
 from .commands import PluginCommand, echo_json
 from .plotting import check_plot
+from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 
 
@@ -62,6 +63,7 @@ def timesteps(
     Example:
         acestep-train timesteps --model base --plot timesteps.png
     """
+    require_torch()
     import torch
 
     from sidestep_plugin.engine.models import checkpoints_of, find_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible
+from .next_commands import next_commands
 from .terminal import say
+from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
@@ -114,13 +117,14 @@ def _say_how_it_ended(launch: Launch, progress: Progress, failure: str | None) -
     assert adapter is not None
     say(f"Adapter: {adapter}")
     if launch.request.plugins:
-        _say_how_to_use(adapter, launch.request.adapter_type)
+        _say_how_to_use(adapter, launch.request)
 
 
 def say_that_torch_is_imported() -> None:
-    """Print what takes the next seconds, unless it is imported already."""
+    """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
+    require_torch()
 
 
 def notes_on_settings(launch: Launch) -> list[str]:
@@ -147,16 +151,26 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
         say(f"To resume:\n  {resuming_line(launch.request)}")
 
 
-def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
+def _say_how_to_use(adapter: Path, request: Request) -> None:
+    """The end of a finished training as a block: the best epoch, how to generate, the page, and what to type next."""
     from sidestep_plugin.adapters.comfyui import FILE_NAMES
     from sidestep_plugin.adapters.facts import read_training_config
+    from sidestep_plugin.report.ending import best_line, page_in
     from sidestep_plugin.variants import guidance
 
-    if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
-        say(f"For ComfyUI: {copy}")
     facts = read_training_config(adapter)
+    output = Path(os.path.normpath(request.output_dir.absolute()))
+    if (best := best_line(output, facts or {})) is not None:
+        say(best)
+    if (copy := adapter / FILE_NAMES[request.adapter_type]).is_file():
+        say(f"For ComfyUI: {copy}")
     if facts is not None:
         say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
             f"{counted(facts.get('num_inference_steps'), 'step')}, CFG {guidance(facts.get('model_variant'))}."
         )
+    if (page := page_in(output)) is not None:
+        say(f"Page: {page}")
+    say("Next:")
+    for purpose, command in next_commands(request, "finished"):
+        say(f"  {purpose}\n    {command}")

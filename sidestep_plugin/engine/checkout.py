@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from ..errors import UpstreamMismatch
+from ..text import sentence
 
 TRAINER: Final = "acestep.training.trainer"
 """The module that plugins are attached to."""
@@ -27,13 +28,30 @@ def find_root(said: Path | None) -> Path:
     """
     looked: list[str] = []
     for candidate, origin in _candidates(said):
-        if (candidate / "acestep" / "training" / "trainer.py").is_file():
+        if _is_checkout(candidate):
             return candidate.absolute()
         looked.append(f"{candidate} ({origin})")
+    if said is not None and (near := _checkout_near(said)) is not None:
+        raise UpstreamMismatch(
+            f"No ACE-Step 1.5 in {said}: no acestep/training/trainer.py. Did you mean --acestep-root {near}?"
+        )
     raise UpstreamMismatch(
         f"No ACE-Step 1.5 found: no acestep/training/trainer.py in {', '.join(looked)}. "
         "Give your checkout's folder with --acestep-root DIR."
     )
+
+
+def _is_checkout(folder: Path) -> bool:
+    return (folder / "acestep" / "training" / "trainer.py").is_file()
+
+
+def _checkout_near(said: Path) -> Path | None:
+    """A checkout that a folder belongs to, or one level below it."""
+    try:
+        places = [*said.absolute().parents[:3], *(place for place in said.iterdir() if place.is_dir())]
+    except OSError:
+        return None
+    return next((place for place in places if _is_checkout(place)), None)
 
 
 def _candidates(said: Path | None) -> Iterator[tuple[Path, str]]:
@@ -65,7 +83,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     except Exception as error:  # upstream's code may raise anything at import
         missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
         raise UpstreamMismatch(
-            f"{TRAINER} cannot be imported. ACE-Step's own error: {type(error).__name__}: {error}. "
+            f"{TRAINER} cannot be imported. ACE-Step's own error: {sentence(f'{type(error).__name__}: {error}')} "
             + (
                 "Use the Python environment in which ACE-Step runs, or install its requirements there."
                 if missing

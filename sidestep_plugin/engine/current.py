@@ -31,6 +31,7 @@ class Training:
         resumed_from: the checkpoint's folder; None for a training from the start.
         ending: saves the finished adapter of a training that a plugin has ended; None otherwise.
         limits: the plugin's options that ended it, and up to which value each of them would have.
+        failure: why it failed, as upstream or the engine reports it; "" while it has not.
     """
 
     run: Run
@@ -43,6 +44,7 @@ class Training:
     resumed_from: Path | None = None
     ending: Callable[[], Sequence[str]] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+    failure: str = ""
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """Stop upstream's loop after this step; the training counts as finished."""

@@ -28,7 +28,7 @@ def began(host: Host, training: Training) -> None:
     """Before the first batch that this run computes. Raises Refusal."""
     run = training.run
     _ask(host, training, "engine_training_began", run=run)
-    if not run.resumed_at and training.journal is not None and not training.journal.steps:
+    if not run.resuming and training.journal is not None and not training.journal.steps:
         _between(host, training, 0, None)
 
 

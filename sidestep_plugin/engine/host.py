@@ -43,6 +43,7 @@ class Host:
         attached: whether the wrappers are in place.
         refusal: the refusal that stopped the newest run, or None.
         interrupted: where the newest run was saved if it was stopped or failed, else None.
+        told: the lines that were announced since the newest run began.
         journals: the progress of each run.
     """
 
@@ -61,11 +62,13 @@ class Host:
         self.attached = False
         self.refusal: Refusal | None = None
         self.interrupted: Path | None = None
+        self.told: list[str] = []
         self.journals: weakref.WeakKeyDictionary[Run, Journal] = weakref.WeakKeyDictionary()
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
 
     def announce(self, line: str) -> None:
         """Tell the user a line. Of several processes, the first one speaks."""
+        self.told.append(line)
         if ranks().first:
             self._say(line)
 

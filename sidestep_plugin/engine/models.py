@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from ..errors import Refusal
 from ..files import at_home, is_companion, not_a_file, stand_in
 from ..run import ModelFacts
 from ..text import counted, sentence
-from ..variants import MODEL_ALIASES
+from ..variants import MODEL_ALIASES, words_of
 from .checkout import find_root
 
 if TYPE_CHECKING:
@@ -83,13 +84,28 @@ def find_model(name: str, checkpoints: Path) -> Path:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate.absolute()
+    if _is_model(checkpoints):
+        raise Refusal(
+            f"--checkpoint-dir {checkpoints} is a model itself. Name the folder above it: {checkpoints.parent}"
+        )
+    if candidates[-1].is_file() and _is_model(candidates[-1].parent):
+        raise Refusal(f"--model {name} is a file of a model. Name its folder: {candidates[-1].parent}")
     found = ", ".join(models_in(checkpoints)) or "none"
+    last = re.split(r"[\\/]", name.lower())[-1]
+    alias = "-".join(word for word in words_of(last) if word not in _IN_EVERY_NAME)
+    near = [alias] if alias in MODEL_ALIASES else []
+    near += difflib.get_close_matches(last, [*MODEL_ALIASES, *MODEL_ALIASES.values(), *models_in(checkpoints)], n=1)
+    meant = f" Did you mean {near[0]}?" if near and near[0] != name else ""
     tried = " or ".join(str(candidate) for candidate in candidates)
     raise Refusal(
-        f"No model {name!r}: expected the folder {tried}. Models in {checkpoints}: {found}. "
+        f"No model {name!r}: expected the folder {tried}.{meant} Models in {checkpoints}: {found}. "
         "Name one of them with --model, say where they are (--checkpoint-dir DIR), or get one with ACE-Step's own "
         f"command: {download_command(name)}"
     )
+
+
+_IN_EVERY_NAME: Final = frozenset({"ace", "step", "acestep", "v1", "5", "v15", "1"})
+"""Words of a model's name that all of them have, in one spelling or another."""
 
 
 def download_command(name: str = "base") -> str:

@@ -58,6 +58,21 @@ class Services:
         return self._training.resumed_from
 
     @property
+    def told(self) -> Sequence[str]:
+        """What the user was told since the training began: lines that were announced, upstream's warnings, the end."""
+        return tuple(self._host.told)
+
+    @property
+    def failure(self) -> str:
+        """Why the training failed; "" while it has not."""
+        return self._training.failure
+
+    @property
+    def interrupted(self) -> Path | None:
+        """Where a training that was stopped or failed was saved; None if it was not, or not yet."""
+        return self._host.interrupted
+
+    @property
     def epochs_done(self) -> int | None:
         """After how many epochs the adapter is what it is now; None within an epoch."""
         journal = self._training.journal

@@ -37,7 +37,7 @@ class WeightType(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "fp8":
-            self.fail("fp8 is no longer offered: it was slower than int8 and less exact. Use int8.", param, ctx)
+            self.fail("fp8 is no longer offered: it was less exact than int8 at the same size. Use int8.", param, ctx)
         return str(super().convert("auto" if value == "off" else value, param, ctx))
 
 

@@ -117,10 +117,10 @@ def decide(songs: Sequence[Song], request: PrepareRequest, encoders: Encoders, v
             sound = song.sound
             same = (sound.get("audio"), sound.get("vae"), sound.get("longest")) == (song.digest, vae, request.longest)
         words = asdict(words_of(song.text, int(before.get("frames", 0))))
-        told = (before.get("form"), before.get("encoders"), before.get("words"), before.get("trigger"))
+        told = tuple(before.get(key) for key in ("form", "model", "encoders", "words", "trigger"))
         if not same:
             song.make = ALL
-        elif told != (request.conditions, encoders.hash, words, song.text.trigger):
+        elif told != (request.conditions, encoders.model, encoders.hash, words, song.text.trigger):
             song.make = CONDITIONS
         else:
             song.make = NOTHING

@@ -1,4 +1,4 @@
-"""Clips from a saved adapter: finds the model, the songs and the table, generates, decodes, and writes the page."""
+"""Clips from a saved adapter: finds the model, the songs and the table, generates and decodes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ClipRequest:
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
-    """Decode what a training has saved as latents. Returns the page; None if there is nothing of the kind.
+    """Decode what a training has saved as latents. Returns their folder; None if there is nothing of the kind.
 
     Raises:
         Refusal: there is no VAE.
@@ -89,11 +89,11 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
     restrict_gpus(request.device)
     number = decode_rest(folder, table, load_vae(vae, pick_device(request.device)))
     say(f"Decoded {counted(number, 'clip')}.")
-    return folder / "index.html"
+    return folder
 
 
 def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
-    """Generate clips from a saved adapter and from the model without it. Returns the page.
+    """Generate clips from a saved adapter and from the model without it. Returns their folder.
 
     Raises:
         Refusal: no adapter, no songs, no model, or they do not belong together.
@@ -141,7 +141,7 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
         write_row(output, table, name, number, _loss(before, name), latents if vae is None else heard(vae, latents))
     if vae is None:
         say(f"Note: the clips are saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
-    return output / "index.html"
+    return output
 
 
 def _rows(
@@ -177,7 +177,7 @@ def _from_prompt(
     epoch: int | None,
     say: Callable[[str], None],
 ) -> Path:
-    """Generate a clip from a prompt, in a folder of its own. Returns the page."""
+    """Generate a clip from a prompt, in a folder of its own. Returns that folder."""
     for line in (*prompt.text.changes, *prompt.text.problems):
         say(f"Note: {line}")
     trigger = report.facts.get("trigger")
@@ -210,7 +210,7 @@ def _from_prompt(
         write_row(output, table, name, number, None, latents if vae is None else heard(vae, latents))
     if vae is None:
         say(f"Note: the clip is saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
-    return output / "index.html"
+    return output
 
 
 def _model_named(request: ClipRequest, report: Report) -> str:

@@ -1,4 +1,4 @@
-"""Makes the clips of one state of the adapter, and keeps the table and the page of a folder up to date."""
+"""Makes the clips of one state of the adapter, and keeps the table of a folder up to date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .clip_files import playable, read_latents, suffix_of, write_clip
 from .conditions import Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
-from .page import write_page
 from .settings import PreviewSettings
 from .table import Row, Table, about, clip_names, read_table, set_aside
 
@@ -67,9 +66,8 @@ def open_table(
         Refusal: the folder holds a table that cannot be read.
         OSError: the folder cannot be renamed.
     """
-    shared = about(
-        model_name, [{"name": song.name, "seconds": song.seconds} for song in songs], _without_length(settings)
-    )
+    described = [{"name": song.name, "seconds": song.seconds, "prompt": song.prompt} for song in songs]
+    shared = about(model_name, described, _without_length(settings))
     table = read_table(folder)
     if table is None:
         return Table(shared), None
@@ -86,7 +84,7 @@ def write_row(
     loss: float | None,
     content: Sequence[Clip | torch.Tensor],
 ) -> None:
-    """Write the clips of a row, all sounds or all latents, then the table and the page.
+    """Write the clips of a row, all sounds or all latents, then the table.
 
     Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards.
 
@@ -104,7 +102,6 @@ def write_row(
         table.rows[:] = there.rows  # another program may have added rows since the table was read
     table.put(Row(label, epoch, loss, names))
     table.write(folder)
-    write_page(folder, table)
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:

@@ -1,7 +1,8 @@
 """Clips while it trains (``--preview-every``): some songs are generated with the adapter at the end of an epoch.
 
 They are generated from the songs' own conditions, silence as context and the same noise each time, with the steps,
-the shift and the guidance that the model is meant for. The first row of the page is the model without the adapter. A
+the shift and the guidance that the model is meant for, and once by the model without the adapter. The page of the
+training plays them: what is on it about them are the report's entries "previews". A
 preview changes nothing of the training: random states, modes and gradients are as before, bit for bit.
 """
 
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,6 @@ from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import find_vae, why_not
-from .page import write_page
 from .prompts import encode_prompts, read_prompts
 from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
@@ -183,6 +183,24 @@ def _from_prompts(run: Run, model_folder: Path) -> tuple[list[str], list[Song]]:
 
 
 @hookimpl
+def engine_planned(run: Run) -> None:
+    if run.ranks.first:
+        run.reports.append(partial(_for_the_report, run))
+
+
+def _for_the_report(run: Run) -> dict[str, Any]:
+    """The clips that are in the output folder now, whoever has made them, with addresses relative to that folder."""
+    try:
+        table = read_table(run.engine.folder / FOLDER)
+    except Refusal:  # a warning has told it
+        return {}
+    if table is None or (_KEY not in run.state and all(row.epoch == 0 for row in table.rows)):
+        return {}
+    rows = [replace(row, clips=[f"{FOLDER}/{clip}" for clip in row.clips]) for row in table.rows]
+    return {"previews": Table(table.about, rows).as_report()}
+
+
+@hookimpl
 def engine_training_began(run: Run) -> list[str]:
     """Move clips aside that this training did not make, whether or not it makes any."""
     folder = run.engine.folder / FOLDER
@@ -197,8 +215,6 @@ def engine_training_began(run: Run) -> list[str]:
         aside = leave_branch(folder, table, run.engine.epochs_before)
         if aside is None:
             return []
-        write_page(folder, table)
-        write_page(aside, Table(table.about, (read_table(aside) or table).rows))
         return [f"Note: clips of epochs after the checkpoint, which an earlier run made, were moved to {aside}."]
     except (Refusal, OSError) as error:  # a training of hours matters more than a clip
         return [f"Warning: the clips in {folder} stay as they are: {error}"]
@@ -308,4 +324,4 @@ def _costs(clips: int, seconds: float, before: int, device: torch.device, folder
             if now > before
             else ", no more GPU memory than the training"
         )
-    return f"{line}: {folder / 'index.html'}"
+    return f"{line}, in {folder}"

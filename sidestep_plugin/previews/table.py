@@ -29,7 +29,7 @@ class Row:
     """The clips of one state of the adapter.
 
     Attributes:
-        label: what the page calls it, such as "epoch 3".
+        label: what it is called, such as "epoch 3".
         epoch: number of finished epochs, 0 for the base model, None if unknown.
         loss: mean loss of that epoch, None if unknown or not finite.
         clips: a file for each song, relative to the folder.
@@ -50,8 +50,8 @@ class Table:
     """All clips of a training.
 
     Attributes:
-        about: what all clips share: the model's name, songs and their lengths, and the settings.
-        rows: in the order in which the page shows them.
+        about: what all clips share: the model's name, the songs with their lengths and prompts, and the settings.
+        rows: sorted by epoch.
     """
 
     about: dict[str, Any]
@@ -73,6 +73,11 @@ class Table:
     def undecoded(self) -> list[Row]:
         """Rows with latents that nobody has decoded yet."""
         return [row for row in self.rows if not all(map(is_sound, row.clips))]
+
+    def as_report(self) -> dict[str, Any]:
+        """For the page that plays the clips: "decoded" tells the rows that a browser plays."""
+        rows = [{**asdict(row), "decoded": all(map(is_sound, row.clips))} for row in self.rows]
+        return {**self.about, "rows": rows}
 
     def write(self, folder: Path) -> None:
         """Write ``previews.json``. Raises OSError."""
@@ -103,7 +108,7 @@ def read_table(folder: Path) -> Table | None:
             raise ValueError(problem)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise Refusal(
             f"{folder / FILE_NAME} cannot be read ({error or type(error).__name__}). Delete the folder {folder}."
         ) from None
@@ -112,6 +117,7 @@ def read_table(folder: Path) -> Table | None:
 
 def _problem(table: Table) -> str:
     """What is wrong with a table that was read; "" when nothing is. Raises TypeError, ValueError or LookupError."""
+    json.dumps(table.about, allow_nan=False)  # what could not be written is not there either
     for song in table.about["songs"]:
         float(song["seconds"])
     settings = table.about["settings"]

@@ -1,13 +1,12 @@
 """Summarizes a training: loss by epoch and by band of t, sampled timesteps, rows without prompt, time per step.
 
-TensorBoard gets the same once per epoch. At the end it is written to ``training_report.json`` in the output folder,
-with a picture if matplotlib is installed. Steps are only noted: values are fetched from the device once per epoch. A
-step has one loss, so with a batch of several songs it counts for the band of each of its rows.
+TensorBoard gets the same once per epoch, and so does ``index.html`` in the output folder, the page of the training. At
+the end it is written to ``training_report.json``. Steps are only noted: values are fetched from the device once per
+epoch. A step has one loss, so with a batch of several songs it counts for the band of each of its rows.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import time
@@ -21,19 +20,20 @@ from ..files import replacing
 from ..hookspecs import hookimpl
 from ..run import ROWS_WITHOUT_CONDITION, Run, Step
 from ..text import counted
-from ..timesteps.shares import band_of, save_picture
+from ..timesteps.shares import band_of
 from ..timesteps.treatment import treatment_of
+from .live_page import LivePage
+from .page import FILE_NAME as PAGE
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
 
 FILE_NAME: Final = "training_report.json"
-PICTURE_NAME: Final = "training_report.png"
 SCHEMA_VERSION: Final = 1
 BANDS: Final = 10
 
 _KEY: Final = "sidestep.report"
+_PAGE: Final = "sidestep.page"
 
 _KEPT: Final = "report"
 """Name under which a checkpoint keeps what was counted, so that a resumed training reports on all of it."""
@@ -58,6 +58,23 @@ def engine_planned(run: Run) -> None:
     notes = run.state[_KEY] = _noted_before(run.kept.get(_KEPT))
     run.before_run_ended.append(partial(_count, run, notes))
     run.keeps[_KEPT] = partial(_to_keep, run, notes)
+    if run.ranks.first:
+        page = run.state[_PAGE] = LivePage(run, partial(_report, run, notes))
+        run.engine.at_end(page.close)
+
+
+@hookimpl
+def engine_training_began(run: Run) -> list[str]:
+    page: LivePage | None = run.state.get(_PAGE)
+    return [] if page is None else page.begin()
+
+
+@hookimpl
+def acestep_between_epochs(run: Run, epoch: int) -> None:
+    """Write the page anew: the last part that is asked between two epochs, behind validation and previews."""
+    page: LivePage | None = run.state.get(_PAGE)
+    if page is not None:
+        page.epoch_over(epoch)
 
 
 def _noted_before(kept: Any) -> _Notes:
@@ -113,15 +130,15 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     if notes is None:
         return None
     _count(run, notes)
+    page: LivePage | None = run.state.get(_PAGE)
+    if page is not None:
+        page.ended(ending)
     report = _report(run, notes, ending)
     lines = _lines(report)
     try:
         with replacing(folder / FILE_NAME) as stream:
             stream.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode("utf-8"))
-        lines.append(f"Report: {folder / FILE_NAME}")
-        if importlib.util.find_spec("matplotlib") is not None and len(report["loss_by_epoch"]) > 1:
-            save_picture(_picture(report), folder / PICTURE_NAME)
-            lines[-1] += f", picture: {PICTURE_NAME}"
+        lines.append(f"Report: {folder / FILE_NAME}" + (f", page: {PAGE}" if page is not None and page.written else ""))
     except OSError as error:
         lines.append(f"Warning: no report could be written to {folder}: {error.strerror or error}.")
     return [line for line in lines if line] if ending == "finished" else None
@@ -216,24 +233,3 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         if band["loss"] is not None
     ]
     return ["; ".join(parts), *([f"Loss by t: mean at {', '.join(bands)}"] if bands else [])]
-
-
-def _picture(report: Mapping[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.6), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    known = [entry for entry in report["loss_by_epoch"] if entry["loss"] is not None]
-    left.plot([entry["epoch"] for entry in known], [entry["loss"] for entry in known], color="tab:blue")
-    left.set(title="mean loss of each epoch", xlabel="epoch")
-    bands = report["loss_by_t"]
-    middles = [(band["from"] + band["to"]) / 2.0 for band in bands]
-    most = max(max(band["rows"] for band in bands), 1)
-    seen = [(t, band["loss"]) for t, band in zip(middles, bands, strict=True) if band["loss"] is not None]
-    top = max((loss for _, loss in seen), default=1.0)
-    heights = [top * band["rows"] / most for band in bands]
-    right.bar(middles, heights, width=0.9 / BANDS, color="0.88", label="how often t was sampled")
-    right.plot([t for t, _ in seen], [loss for _, loss in seen], "o-", color="tab:blue", label="mean loss")
-    right.set(title="by t   (0: the song, 1: pure noise)", xlabel="t", xlim=(0.0, 1.0), ylim=(0.0, 1.3 * top))
-    right.legend(frameon=False, fontsize=8, loc="upper left")
-    return figure

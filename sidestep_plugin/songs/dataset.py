@@ -12,6 +12,7 @@ from typing import Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file, read_json_object
+from ..text import counted
 from .audio import AUDIO
 from .making import Making, making_of
 from .one_song import read_song
@@ -108,6 +109,8 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     Raises:
         Refusal: no such folder, or no songs in it: it is said what there is instead.
     """
+    if folder.is_file():
+        raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
     missing: list[str] = []
@@ -142,7 +145,9 @@ def made_for(folder: Path) -> str | None:
 def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     """The end of a sentence: what a folder without songs holds instead, and what to do."""
     if missing:
-        return f"; manifest.json names {len(missing)} that are not there"
+        there = counted(sum(1 for _ in folder.glob("*.pt")), "file")
+        names = f"; manifest.json names {len(missing)} that are not there, such as {missing[0]}"
+        return f"{names}. The folder has {there}: delete manifest.json to use every .pt file"
     entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     below = {inner: songs for inner in entries if inner.is_dir() and (songs := _songs_directly_in(inner))}
     if below:

@@ -113,7 +113,7 @@ def compare(
     reports = [_checked(path, shapes, facts.name) for path in adapters]
     restrict_gpus(device)
     where = pick_device(device)
-    dataset = inspect_dataset(dataset_dir.absolute())
+    dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
     check_songs(dataset, facts)
     songs = choose(dataset.files, number_of(held_out, dataset.songs)) if held_out else dataset.files
     check_values(songs, mask_nan=False, say=say)

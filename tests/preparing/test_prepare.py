@@ -135,6 +135,17 @@ def test_another_model_makes_new_conditions_and_keeps_the_latents(prepare, music
         assert song["metadata"]["prepared"]["model"] == "acestep-v15-turbo"
 
 
+def test_the_same_model_under_another_name_is_said_in_the_songs(prepare, music, checkpoints):
+    """Training refuses songs of another model by its name, so a name that is wrong would be a dead end."""
+    prepare(music)
+    copy = checkpoints / "my-tune-of-base"
+    shutil.copytree(checkpoints / "acestep-v15-base", copy)
+    again = prepare(music, model="my-tune-of-base")
+    shutil.rmtree(copy)
+    assert again.done.renewed == 3
+    assert {song["metadata"]["prepared"]["model"] for song in songs_of(again.folder).values()} == {"my-tune-of-base"}
+
+
 def test_low_memory_writes_the_same_bytes_and_loads_one_after_the_other(prepare, music, tmp_path, monkeypatch):
     one = prepare(music, tmp_path / "a")
     loaded = []

@@ -143,12 +143,13 @@ def test_a_prompt_is_heard_from_an_adapter_with_and_without_it(train, handler, c
         device="cpu",
         without=True,
     )
-    page = make_clips(request, said.append)
-    assert page.parent.parent == done.output / "prompts" and page.is_file()
-    table = json.loads((page.parent / "previews.json").read_text(encoding="utf-8"))
+    folder = make_clips(request, said.append)
+    assert folder.parent == done.output / "prompts"
+    table = json.loads((folder / "previews.json").read_text(encoding="utf-8"))
+    assert [song["prompt"] for song in table["songs"]] == [prompt.text.caption]
     assert [row["label"] for row in table["rows"]] == ["base model", "final"]
     assert any("trigger word, zxsound, is not in the prompt" in line for line in said)
-    with wave.open(str(page.parent / table["rows"][0]["clips"][0])) as clip:
+    with wave.open(str(folder / table["rows"][0]["clips"][0])) as clip:
         assert clip.getnframes() == 96000
 
 

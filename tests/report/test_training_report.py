@@ -61,22 +61,6 @@ def test_no_line_of_it_is_a_local_path(train, tmp_path):
     assert str(tmp_path) not in text and "/" not in text
 
 
-def test_the_picture(train):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sidestep-plugin[plot]'")
-    assert (train("base").output / "training_report.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_there_is_none(train, monkeypatch):
-    import importlib.util
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
-    )
-    done = train("base")
-    assert not (done.output / "training_report.png").exists() and report_of(done)["ending"] == "finished"
-
-
 def test_tensorboard_gets_the_histogram_of_t_and_the_loss_by_band(train, trainer):
     if not getattr(trainer, "LIGHTNING_AVAILABLE", False):
         pytest.skip("ACE-Step logs with Lightning only: pip install 'sidestep-plugin[upstream]'")

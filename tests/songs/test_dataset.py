@@ -14,6 +14,7 @@ from song_files import a_song, save
 from sidestep_plugin import Refusal
 from sidestep_plugin.songs.dataset import inspect_dataset, made_for, songs_in
 from sidestep_plugin.songs.one_song import SONG_TENSORS
+from sidestep_plugin.text import counted
 
 
 def write_manifest(folder, content):
@@ -203,7 +204,7 @@ def test_a_missing_tensor_is_named(key, tmp_path):
 @pytest.mark.parametrize(("key", "dimensions"), SONG_TENSORS.items())
 def test_a_tensor_of_other_dimensions_is_shown(key, dimensions, tmp_path):
     wrong = torch.zeros([1] * (dimensions + 1))
-    with pytest.raises(Refusal, match=rf"{key} has shape \[1, .*\], expected {dimensions} dimensions"):
+    with pytest.raises(Refusal, match=rf"{key} has shape \[1, .*\], expected {counted(dimensions, 'dimension')}\)"):
         inspect_dataset(save(tmp_path, song=a_song(**{key: wrong})))
 
 

@@ -125,7 +125,7 @@ def write_model(checkpoints, family, *, attention="sdpa", silence=900):
     """Save a tiny model of a family in a folder that loads like an official one, biases included."""
     modeling = modeling_of(family)
     config = modeling.AceStepConfig(**(TINY_XL if family.startswith("xl") else TINY))
-    torch.manual_seed(1)
+    torch.manual_seed(len(family))
     model = modeling.AceStepConditionGenerationModel(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sidestep_plugin import hookimpl
 from sidestep_plugin.cli import cli, quiet
+from sidestep_plugin.report.page import read_page
 from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
 from sidestep_plugin.resuming.overview import saved_in
 from sidestep_plugin.songs.dataset import songs_in
@@ -212,6 +213,10 @@ def test_resuming_a_training_that_patience_has_ended_changes_nothing(run, tmp_pa
         assert re.search(rf"--patience {patience} has ended this training after \d+ of 30 epochs", again.output)
         assert "nothing was changed" in again.output and "more than --patience 2, or leave it out" in again.output
         assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    texts = [
+        next((output / place).rglob("training_options.toml")).read_text() for place in ("final", "checkpoints/best")
+    ]
+    assert texts[0] == texts[1] and "patience = 2" in texts[0]
     epochs = int(re.search(r"after (\d+) of 30", again.output)[1])
     on = run("--patience=3", "--save-every=1", "--resume-from=latest")
     assert on.exit_code == 0 and f"Validation after epoch {epochs + 1}" in on.output, on.output
@@ -367,16 +372,17 @@ def test_a_training_that_was_stopped_after_its_last_checkpoint_gets_its_report(t
     ]
     of_the_run = {"steps_of_this_run": 0, "seconds_per_step": None}
     assert reports[1] == reports[0] | of_the_run and reports[0]["rows"] > 0
-    pictures = {file.name for file in whole.output.glob("*.png")}
-    assert {file.name for file in rest.output.glob("*.png")} == pictures
+    on_pages = [read_page(place.output / "index.html") for place in (whole, rest)]
+    assert [(data["state"], data["epochs_done"]) for data in on_pages] == [("finished", 3)] * 2
+    assert on_pages[1]["report"] == reports[1]
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
 
 
-def test_what_a_killed_program_left_of_a_picture_is_removed(train, tmp_path):
+def test_what_a_killed_program_left_of_a_page_is_removed(train, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
-    left = [".validation.png.ab12cd_4.tmp", ".training_report.json.x1y2z3a4.tmp"]
-    kept = [".notes.tmp", "validation.png.ab12cd_4.tmp"]
+    left = [".index.html.ab12cd_4.tmp", ".training_report.json.x1y2z3a4.tmp"]
+    kept = [".notes.tmp", "index.html.ab12cd_4.tmp"]
     for name in [*left, *kept]:
         (output / name).write_text("half", encoding="utf-8")
     train("base", max_epochs=1, output_dir=str(output))

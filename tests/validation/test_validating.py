@@ -391,3 +391,9 @@ def test_a_song_without_a_loss_is_refused_before_the_first_step(train, monkeypat
     monkeypatch.setattr(validation, "evaluate", lambda *args: evaluate(*args) * float("nan"))
     result = train("base", options=TWO)
     assert "is NaN or infinite even without an adapter" in result.messages[-1] and not result.losses
+
+
+def test_a_folder_without_songs_holds_nothing_out_in_silence(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = train("base", tensors=tmp_path / "empty", options=TWO)
+    assert "--validate 2 would hold out 2 of 0 songs" in done.messages[-1] and not done.losses

@@ -13,6 +13,7 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
 from sidestep_plugin.text import counted
 
+from ..torch_here import require_torch
 from .answers import Answers
 
 
@@ -237,3 +238,4 @@ def _whole(text: str, what: str) -> int:
 def _say_that_torch_is_imported() -> None:
     if "torch" not in sys.modules:
         click.echo("  Importing torch ...")
+    require_torch()

@@ -55,6 +55,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
     @wraps(original)
     def train_from_preprocessed(trainer: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, None]:
         host.refusal = host.interrupted = None
+        host.told.clear()
         if not host.attached:
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
@@ -128,7 +129,7 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
     if (line := command_line.get()) is not None:
         return line.held_out
     songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
-    return held_out(host.registry, songs, host.options, run.training_config) if songs else ()
+    return held_out(host.registry, songs, host.options, run.training_config)
 
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
@@ -188,29 +189,34 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
                 yield report
                 continue
             while journal.lines:
-                yield step, loss, journal.lines.pop(0)
+                yield step, loss, *_noted(host, training, [journal.lines.pop(0)])
             if report is None:
                 break
             step, loss, text = report
             if journal.finished:
-                for line in summed_up(host, training, "finished"):
+                for line in _noted(host, training, summed_up(host, training, "finished")):
                     yield step, loss, line
             if text.startswith("❌"):
-                for line in [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]:
+                lines = [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]
+                lines.append(_with_advice(host, text, run))
+                for line in _noted(host, training, lines):
                     yield step, loss, line
-                yield step, loss, _with_advice(host, text, run)
             elif journal.unsaved and text.startswith("💾"):
                 journal.unsaved = False  # upstream reports a checkpoint that could not be saved
             elif not journal.walking:
+                if text.startswith("⚠"):
+                    _noted(host, training, [text])
                 yield report
         else:
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         if training.ending is not None:
-            for line in [*_finished(training, training.ending), *summed_up(host, training, "finished")]:
+            lines = [*_finished(training, training.ending), *summed_up(host, training, "finished")]
+            for line in _noted(host, training, lines):
                 yield step, loss, line
         elif _stopped(training.state):
-            for line in [*summed_up(host, training, "stopped"), *saved_after(host, training)]:
+            lines = [*summed_up(host, training, "stopped"), *saved_after(host, training)]
+            for line in _noted(host, training, lines):
                 yield step, loss, line
             if run.ranks.several:
                 wait_for_all()  # the first process saves, and must not be ended because another one has left
@@ -234,6 +240,15 @@ def _finished(training: Training, ending: Callable[[], Sequence[str]]) -> Sequen
         return ending()
     finally:
         running_training.reset(token)
+
+
+def _noted(host: Host, training: Training, lines: Sequence[str]) -> Sequence[str]:
+    """Note lines that the user is told as reports, and the failure among them. Returns the lines."""
+    host.told.extend(lines)
+    for line in lines:
+        if line.startswith("❌"):
+            training.failure = training.failure or line.removeprefix("❌").strip()
+    return lines
 
 
 def _point(host: Host, training: Training, folder: str | Path) -> ResumePoint | None:

@@ -1,0 +1,26 @@
+"""Whether torch can be imported, before anything else fails for want of it and is blamed."""
+
+from __future__ import annotations
+
+import sys
+
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.text import sentence
+
+
+def require_torch() -> None:
+    """Import torch.
+
+    Raises:
+        Refusal: it is not installed, or its libraries cannot be loaded.
+    """
+    if "torch" in sys.modules:
+        return
+    try:
+        import torch  # noqa: F401
+    except Exception as error:  # a missing library is an OSError, a bad $TORCH_LOGS a ValueError
+        first = str(error).strip().partition("\n")[0]
+        raise Refusal(
+            f"torch cannot be imported in this Python ({sys.executable}): {type(error).__name__}: {sentence(first)} "
+            "Use the Python environment in which ACE-Step runs, or install torch again there."
+        ) from error
