@@ -13,6 +13,7 @@ import click
 
 from sidestep_plugin import Refusal, hookimpl
 from sidestep_plugin.adapters.base_weights import weights_of_model
+from sidestep_plugin.adapters.card import write_card
 from sidestep_plugin.adapters.comfyui import FILE_NAMES, write_comfyui_copy
 from sidestep_plugin.adapters.facts import read_training_config, write_training_config
 from sidestep_plugin.adapters.header import write_header
@@ -58,6 +59,7 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
     try:
         write_training_config(folder, facts)
         forget_folders(folder, facts["model_name"])
+        write_card(folder, facts)
         if saved.weights.suffix == ".safetensors":  # early versions of upstream may save a pickle
             write_header(saved.weights, facts)
             if run.options["export"] == "comfyui":

@@ -35,7 +35,11 @@ FILE_NAMES: Final = {kind.name: kind.copy_name for kind in KINDS}
 
 
 def write_comfyui_copy(
-    adapter: Adapter, target: Path, facts: Mapping[str, Any] | None, base: BaseWeights | None = None
+    adapter: Adapter,
+    target: Path,
+    facts: Mapping[str, Any] | None,
+    base: BaseWeights | None = None,
+    strength: float = 1.0,
 ) -> int:
     """Write the copy, completely or not at all.
 
@@ -46,6 +50,7 @@ def write_comfyui_copy(
         target: the file to write. An existing file is replaced.
         facts: what is known about the adapter, for the header. None keeps the adapter's own header.
         base: the base model's weights, which some adapters cannot be copied without.
+        strength: what the copy is multiplied by, beside its own strength.
 
     Returns:
         Number of layers that were left out.
@@ -61,13 +66,15 @@ def write_comfyui_copy(
     left_out = len(adapter.idle)
     for layer in _trained(adapter):
         changed = {} if base is None else kind.comfyui_changes(adapter, layer, base)
+        if changed is not None and strength != 1.0:
+            changed |= kind.comfyui_scaled(adapter, layer, strength)
         if changed is None:
             left_out += 1
             continue
         name, names = kind.comfyui_names(layer)
         if "alpha" not in names:
             assert layer.alpha is not None
-            tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha))
+            tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha * strength))
         for part, suffix in names.items():
             if part in changed:
                 tensors[f"{name}.{suffix}"] = changed[part]
@@ -76,7 +83,8 @@ def write_comfyui_copy(
             flat = part == "lokr_w2" and len(entry.shape) > 2
             shape = (entry.shape[0], math.prod(entry.shape[1:])) if flat else entry.shape
             tensors[f"{name}.{suffix}"] = NewTensor(entry.dtype, shape, entry)
-    write_copy(adapter.file, target, tensors, _header(adapter.file, facts))
+    told = None if facts is None or strength == 1.0 else dict(facts) | {"copy_strength": strength}
+    write_copy(adapter.file, target, tensors, _header(adapter.file, told or facts))
     return left_out
 
 

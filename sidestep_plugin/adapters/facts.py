@@ -49,6 +49,7 @@ FACTS: Final = {
     "dropout": "dropout of the adapter's layers",
     "target_modules": "target modules, as set for the training",
     "trained_layers": "number of trained layers; any other layers in the file hold zeros and change nothing",
+    "copy_strength": "what this copy was multiplied by (export --strength); else left out",
     "average_of": "what it is the mean of (acestep-train average); else left out, as is the next",
     "average_energy": "share of the exact mean's energy that it holds after it was cut back to its rank, from 0 to 1",
     "songs": "number of preprocessed songs in the dataset folder",

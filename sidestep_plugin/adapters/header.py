@@ -54,7 +54,7 @@ def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
     with contextlib.suppress(Refusal):  # unknown layers: diffusers does not know them either
         if (config := diffusers_config(understand(file))) is not None:
             for_diffusers = {DIFFUSERS_KEY: json.dumps(config)}
-    return header | for_diffusers | _modelspec(facts) | _kohya(facts) | ours
+    return header | for_diffusers | _modelspec(facts) | _kohya(facts) | _hot_step(facts) | ours
 
 
 def facts_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -131,6 +131,14 @@ def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
         "ss_seed": facts.get("seed"),
     }
     return {key: str(value) for key, value in entries.items() if value is not None}
+
+
+def _hot_step(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The keys from which HOT-Step puts the trigger into prompts by itself (scragnog/HOT-Step-CPP, stMetadata.ts)."""
+    if not facts.get("trigger"):
+        return {}
+    position = "append" if facts.get("trigger_position") == "after" else "prepend"  # it knows these two
+    return {"hot_step_trigger": str(facts["trigger"]), "hot_step_trigger_position": position}
 
 
 def _trained_shift(facts: Mapping[str, Any]) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import without_nan
+from .card import write_card
 from .facts import write_training_config
 from .header import write_header
 from .kinds import Kind, Mean
@@ -50,6 +51,7 @@ def write_adapter(
             config = json.dumps(without_nan(_configuration(layers, told, like)), indent=2, sort_keys=True) + "\n"
             (stage / "adapter_config.json").write_text(config, encoding="utf-8")
         write_training_config(stage, without_nan(told))
+        write_card(stage, told)
         write_header(weights, told)
         with published(stage, folder):
             pass

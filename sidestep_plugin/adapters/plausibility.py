@@ -24,6 +24,7 @@ _RANGES: Final = {
     "dropout": (0.0, 1.0),
     "crop_seconds": (1e-6, _HUGE),
     "average_energy": (0.0, 1.0),
+    "copy_strength": (-100.0, 100.0),
     **dict.fromkeys(_COUNTS, (0, _HUGE)),
 }
 

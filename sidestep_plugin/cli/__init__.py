@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
     "average": "Average adapters or checkpoints, or bring one to another rank.",
+    "publish": "Make a folder of an adapter that can be shared.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",
     "schedule": "Print the timesteps of a generation.",

@@ -223,6 +223,14 @@ class Kind(ABC):
         """
         return {}
 
+    def comfyui_scaled(self, adapter: Adapter, layer: Layer, strength: float) -> dict[str, NewTensor]:
+        """Tensors that multiply a layer, where an alpha that a copy is given does not.
+
+        Raises:
+            Refusal: the layer cannot be multiplied.
+        """
+        return {}
+
     # -- trainings -----------------------------------------------------------------------------------------------------
 
     @abstractmethod

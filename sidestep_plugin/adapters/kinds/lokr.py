@@ -183,6 +183,19 @@ class _Lokr(Kind):
         size = adapter.file.tensors[layer.parts["magnitude"]].shape
         return {"magnitude": NewTensor("F32", size, scaled.numpy().tobytes())}
 
+    def comfyui_scaled(self, adapter: Adapter, layer: Layer, strength: float) -> dict[str, NewTensor]:
+        """The first factor in fp32: alpha has no effect in full matrices."""
+        from ..weights_file import NewTensor
+
+        if "magnitude" in layer.parts:
+            raise Refusal(
+                f"{adapter.file.path} has weight decomposition, which no factor scales. Leave --strength out, and "
+                "choose the strength where you use the copy."
+            )
+        part = "lokr_w1" if "lokr_w1" in layer.parts else "lokr_w1_a"
+        scaled = adapter.load(layer)[part].float() * strength
+        return {part: NewTensor("F32", tuple(scaled.shape), scaled.contiguous().numpy().tobytes())}
+
     def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         return dict(module.lycoris_net.state_dict())
 
