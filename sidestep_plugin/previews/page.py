@@ -93,6 +93,11 @@ def _player(clip: str, row: Row, song: str) -> str:
 
 
 def _settings(settings: Any) -> str:
-    scale = float(settings["guidance"])
-    cfg = f"CFG {scale:g}" if scale > 1.0 else "no CFG"
-    return f"{counted(settings['steps'], 'step')}, shift {float(settings['shift']):g}, {cfg}, seed {settings['seed']}"
+    scale = float(settings.get("guidance", 1.0))
+    parts = {
+        "steps": counted(settings.get("steps"), "step"),
+        "shift": f"shift {float(settings.get('shift', 0.0)):g}",
+        "guidance": f"CFG {scale:g}" if scale > 1.0 else "no CFG",
+        "seed": f"seed {settings.get('seed')}",
+    }
+    return ", ".join(text for name, text in parts.items() if name in settings) or "settings not known"
