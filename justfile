@@ -43,14 +43,19 @@ ci:
 
 # Write the generated pages
 docs:
-    {{python}} tests/hook_reference.py
-    {{python}} tests/api_reference.py
-    {{python}} tests/memory_table.py
+    {{python}} tests/tools/hook_reference.py
+    {{python}} tests/tools/api_reference.py
+    {{python}} tests/tools/memory_table.py
+    {{python}} tests/tools/measured_table.py
+
+# What only a GPU shows
+gpu *MORE:
+    {{python}} -m pytest -m gpu tests/gpu {{MORE}}
 
 # Break the code on purpose; every mistake must be caught by a test
 mutations:
-    {{python}} tests/mutations.py
+    {{python}} tests/tools/mutations.py
 
 # Kill trainings, fill disks, lock folders, cut files off
 faults:
-    {{python}} tests/faults.py
+    {{python}} tests/tools/faults.py

@@ -7,7 +7,6 @@ whole song. Songs that are shorter than the window stay whole, and validation al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,17 +14,16 @@ import click
 from sidestep_plugin import hookimpl
 from sidestep_plugin.options import FiniteFloat
 from sidestep_plugin.run import FRAMES, Run, Step
-from sidestep_plugin.songs.dataset import FRAMES_A_SECOND, songs_in
+from sidestep_plugin.songs.dataset import FRAMES_A_SECOND
 from sidestep_plugin.songs.one_song import frames_in
 from sidestep_plugin.text import counted
-
-from .validation import acestep_hold_out
 
 if TYPE_CHECKING:
     import torch
 
 
-def options() -> list[click.Option]:
+@hookimpl
+def acestep_options() -> list[click.Option]:
     return [
         click.Option(
             ["--crop-seconds"],
@@ -37,31 +35,26 @@ def options() -> list[click.Option]:
     ]
 
 
-@hookimpl(specname="acestep_run_started", trylast=True)
-def say_crops(run: Run) -> list[str]:
+@hookimpl
+def acestep_run_started(run: Run) -> list[str]:
     """Say what is cut, and whether anything is."""
     window = window_of(run)
     if window is None:
         return []
     seconds = run.options["crop_seconds"]
-    lengths = [] if run.tensor_dir is None else [frames_in(file) for file in _trained_songs(run, run.tensor_dir)]
+    lengths = [] if run.engine is None else [frames_in(file) for file in run.engine.songs]
     if lengths and max(lengths) <= window:
         longest = max(lengths) / FRAMES_A_SECOND
         return [f"Note: --crop-seconds {seconds:g} changes nothing, the longest song has {longest:.1f} s."]
+    run.facts.append(lambda: {"crop_seconds": seconds})
     longer = sum(length > window for length in lengths)
-    how_many = f" ({longer} of {counted(len(lengths), 'song')} {'is' if longer == 1 else 'are'} longer)"
-    how_many = how_many if lengths else ""
+    how_many = (
+        f" ({longer} of {counted(len(lengths), 'song')} {'is' if longer == 1 else 'are'} longer)" if lengths else ""
+    )
     return [
         f"Crops: a random window of {seconds:g} s, a new one each time a song is seen{how_many}",
         "Note: prompt and lyrics stay those of the whole song, also where a window sings only a part of them.",
     ]
-
-
-def _trained_songs(run: Run, folder: Path) -> list[Path]:
-    """The songs that are trained on: validation reads those that are held out as a whole."""
-    songs = songs_in(folder)
-    out = acestep_hold_out(songs, run.options, run.training_config) or ()
-    return [song for song in songs if song not in set(out)]
 
 
 def window_of(run: Run) -> int | None:
@@ -70,8 +63,9 @@ def window_of(run: Run) -> int | None:
     return None if seconds is None else max(1, round(seconds * FRAMES_A_SECOND))
 
 
-def cropped(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Latents, mask and context of a training step, cut to a window; empty when there is nothing to cut.
+@hookimpl
+def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Latents, mask and context of a training step, cut to a window; None when there is nothing to cut.
 
     Each row has its own window, within the frames that its mask shows; a row with fewer frames keeps its beginning,
     which is all of it. Nothing here waits for a GPU: the lengths stay where the step computes.
@@ -81,7 +75,7 @@ def cropped(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
     window = window_of(step.run)
     if window is None or not step.training or batch["attention_mask"].shape[1] <= window:
-        return {}
+        return None
     import torch
 
     there = {name: batch[name].to(step.device, non_blocking=True) for name in FRAMES}

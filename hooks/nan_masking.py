@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def options() -> list[click.Option]:
+@hookimpl
+def acestep_options() -> list[click.Option]:
     return [
         click.Option(
             ["--mask-nan"],
@@ -33,8 +34,8 @@ def options() -> list[click.Option]:
     ]
 
 
-@hookimpl(specname="acestep_run_started")
-def check_song_values(run: Run) -> list[str]:
+@hookimpl
+def acestep_run_started(run: Run) -> list[str]:
     """Refuse songs with values that are not finite. On the command line they have been read already."""
     mask_nan = bool(run.options.get("mask_nan"))
     songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
@@ -43,14 +44,18 @@ def check_song_values(run: Run) -> list[str]:
         return []
     if not hidden:
         return ["Note: --mask-nan changes nothing, all values of all songs are finite."]
+    run.facts.append(lambda: {"mask_nan": True})
     return [f"NaN: set to zero in rows that the mask hides, in {hidden} of {counted(len(songs), 'song')} (--mask-nan)"]
 
 
-def zeroed(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+@hookimpl
+def acestep_prepare_batch(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
     """The tensors of a batch, where the step computes, with zeros for what is not finite in hidden rows.
 
     Nothing here waits for a GPU or draws a random number.
     """
+    if not step.run.options.get("mask_nan"):
+        return None
     zeroed = {}
     for name in MASK_OF.keys() & batch.keys():
         tensor = batch[name].to(step.device, dtype=step.dtype, non_blocking=True)

@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from .engine.attachment import Attachment, attach
     from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
     from .hookspecs import hookimpl
-    from .trainer.attachment import Attachment, attach
 
 __all__ = [
     "Attachment",
@@ -33,8 +33,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES: Final = {
-    "Attachment": "trainer.attachment",
-    "attach": "trainer.attachment",
+    "Attachment": "engine.attachment",
+    "attach": "engine.attachment",
     "hookimpl": "hookspecs",
     **dict.fromkeys(("DetachError", "PluginError", "Refusal", "UpstreamMismatch"), "errors"),
 }

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .trainer.autoload import load
+from .engine.autoload import load
 
 __all__ = ["load"]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
+import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,6 +24,8 @@ from .errors import Refusal
 
 MAX_JSON: Final = 2**20
 """Size limit in bytes for a JSON file beside an adapter. Trainers write a few kilobytes there."""
+
+_UNFINISHED: Final = re.compile(r"\..+\.\w{8}\.tmp")
 
 _TRIES: Final = 20
 _PAUSE: Final = 0.05  # seconds
@@ -56,6 +60,14 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what :func:`replacing` left in a folder when the program was killed. Nobody may be writing there."""
+    for file in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(file.name) and file.is_file():
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def file_to_replace(target: Path) -> Path:
@@ -102,6 +114,15 @@ def move(source: Path, target: Path) -> None:
             if os.name != "nt" or attempt == _TRIES - 1:
                 raise
             time.sleep(_PAUSE)
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has neither NaN nor infinity: these become null, wherever they are in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return [without_nan(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -190,3 +211,13 @@ def not_a_file(path: Path) -> str:
     if kind is not None:
         return f"is a {'folder' if kind == 'directory' else kind}, not a file"
     return f"is a link to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"
+
+
+def room(folder: Path) -> str:
+    """How much free space the disk of a folder has, as a sentence."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return f"The free space on the disk of {folder} is not known."
+    return f"The disk of {folder} has {free / 2**20:,.0f} MB free."

@@ -1,9 +1,12 @@
 """The hooks: every point at which a plugin can take part in a training. These docstrings are the reference.
 
 A plugin is a module or object with functions marked by :data:`hookimpl`. It is found under the entry-point group
-``acestep.plugins`` and loaded only if the user names it. Plugins are called in the order in which they were named;
-several implementations of one hook in a single plugin are called in pluggy's order (last defined first). An
-implementation may leave out arguments that it does not need.
+``acestep.plugins`` and loaded only if the user names it. Plugins are called in the order in which they were named.
+
+A plugin of several files lists them: a module with ``PLUGINS = (("part", "package.module"), ...)`` brings each module
+as a part of the plugin, and the parts are called in that order. Give a hook one implementation in each module: several
+in one module (by ``specname``) are called in pluggy's order, which follows the functions' names backwards and not their
+place in the file. An implementation may leave out arguments that it does not need.
 
 An exception raised in a hook stops the run, with a message that names the plugin and the hook. Raise
 :class:`sidestep_plugin.Refusal` for something that the user can fix: its text is shown without any addition.
@@ -24,20 +27,7 @@ if TYPE_CHECKING:
     import click
     import torch
 
-    from .ranks import Ranks
-    from .run import (
-        EpochNews,
-        MemoryPlan,
-        ModelFacts,
-        ProcessPlan,
-        ResumePoint,
-        Run,
-        SavedAdapter,
-        Step,
-        Validation,
-        ValidationPlan,
-        Verdict,
-    )
+    from .run import EpochNews, ModelFacts, Run, SavedAdapter, Step
 
 PROJECT: Final = "acestep"
 
@@ -47,16 +37,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 SILENT: Final = frozenset({"acestep_model_chosen", "acestep_step_finished"})
 """Hooks whose implementations return nothing: returning a value would be a misunderstanding."""
 
-EXCLUSIVE: Final = frozenset(
-    {
-        "acestep_plan_processes",
-        "acestep_sample_timesteps",
-        "acestep_resume",
-        "acestep_hold_out",
-        "acestep_plan_validation",
-        "acestep_validated",
-    }
-)
+EXCLUSIVE: Final = frozenset({"acestep_sample_timesteps"})
 """Hooks that only one of the loaded plugins may implement, because two answers cannot both be used."""
 
 
@@ -75,34 +56,14 @@ def acestep_options() -> Sequence[click.Option]:  # type: ignore[empty-body]
 
 @hookspec
 def acestep_model_chosen(facts: ModelFacts, options: Mapping[str, Any]) -> None:
-    """Refuse a model before it is loaded, if its config and the options are reason enough.
+    """Refuse a model, if its config and the options are reason enough.
 
-    When: before the model's weights are read, on the command line only. In the app this hook is never called, so
-    :func:`acestep_run_started` has to refuse the same models.
+    When: on the command line before the model's weights are read. In the app, where the model is loaded already, right
+    before :func:`acestep_run_started`.
 
     Args:
         facts: the model's folder name and config.json.
         options: the values of all plugin options.
-
-    Raises:
-        Refusal: to stop. Nothing has been written yet.
-    """
-
-
-@hookspec(firstresult=True)
-def acestep_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_config: Any) -> Sequence[Path] | None:
-    """Return the songs that are not to be trained on, because they are validated on.
-
-    When: on the command line before the model is loaded, and again when upstream has listed its songs. Both answers
-    have to be the same songs, so choose by their names and draw no random number.
-
-    Args:
-        songs: the files of all preprocessed songs.
-        options: the values of all plugin options.
-        training_config: upstream's TrainingConfig.
-
-    Returns:
-        Some of `songs`, but not all. None to train on all of them.
 
     Raises:
         Refusal: to stop. Nothing has been written yet.
@@ -124,114 +85,6 @@ def acestep_run_started(run: Run) -> Sequence[str] | None:
 
     Raises:
         Refusal: to stop the run.
-    """
-
-
-@hookspec(firstresult=True)
-def acestep_resume(run: Run, folder: Path) -> ResumePoint | None:
-    """Read the checkpoint that a run resumes from, or refuse it.
-
-    When: after :func:`acestep_run_started`, if upstream's trainer was given ``resume_from``, before the adapter is
-    injected. The host then restores what is returned: weights, optimizer, learning rate and random states. Tensors
-    whose names or shapes differ from the adapter's stop the run before its first step.
-
-    If a plugin implements this hook, a training that is stopped or fails is saved in the folder ``interrupted`` inside
-    its output folder, and :func:`acestep_adapter_saved` receives with every checkpoint what resuming it needs.
-
-    Args:
-        run: the run, with upstream's configurations.
-        folder: the checkpoint's folder, as the user named it.
-
-    Returns:
-        The place to resume from, or None to leave resuming to upstream.
-
-    Raises:
-        Refusal: the folder holds no complete checkpoint, or one of another training.
-    """
-
-
-@hookspec(firstresult=True)
-def acestep_plan_validation(run: Run) -> ValidationPlan | None:
-    """Return which songs this run is validated on, at which timesteps and how often.
-
-    When: once per training, after :func:`acestep_run_started` and :func:`acestep_resume`, before the adapter is
-    injected.
-
-    The host evaluates the songs with upstream's own step, without gradients and dropout, and puts everything back:
-    the adapter, the recorded losses and the random states are the same bit for bit as without validation.
-
-    Args:
-        run: the run.
-
-    Returns:
-        A ValidationPlan, or None for a training without validation.
-
-    Raises:
-        Refusal: to stop the run before its first step.
-    """
-
-
-@hookspec
-def acestep_song_cache(run: Run) -> int | None:
-    """Return how much RAM may be used to keep songs that were read.
-
-    When: once per training, before its first song is read. Not if other processes read the songs (``num_workers``),
-    and not in a version of upstream without a dataset of its own for songs.
-
-    Args:
-        run: the run.
-
-    Returns:
-        A number of bytes, 0 to keep nothing. If several plugins answer, the smallest number counts. None to say
-        nothing; if no plugin answers, nothing is kept.
-    """
-
-
-@hookspec
-def acestep_plan_memory(
-    run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
-) -> MemoryPlan | None:
-    """Return what this training need not keep in memory or compute, or computes in another way.
-
-    When: once per training with Lightning, after the adapter was injected, before upstream casts the decoder and
-    moves it to the device. Never without Lightning.
-
-    Args:
-        run: the run.
-        decoder: the decoder with the adapter in it. Read only.
-        network: the LyCORIS network of a LoKr, None for a LoRA. Read only.
-        autocast: the type that autocast computes in, None without autocast.
-
-    Returns:
-        A MemoryPlan, or None to leave everything to upstream. What changes the adapter must be an option that the user
-        has chosen; by default the adapter stays the same bit for bit.
-
-    Raises:
-        Refusal: to stop the run before its first step.
-    """
-
-
-@hookspec(firstresult=True)
-def acestep_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPlan | None:
-    """Return in how many processes to train, one for each GPU.
-
-    When: on the command line before anything is loaded, where the processes are started if there are to be several;
-    and at the start of a training in each process, which is refused if it is one of several and no plan says so.
-
-    With several processes, a step sees the songs of its own process. ``acestep_adapter_saved`` and
-    ``acestep_run_ended`` are called in the first process only, all other hooks in every process, and lines are shown
-    by the first one. Weights are equal everywhere. ``run.ranks`` tells the processes apart, and ``run.gather``
-    exchanges values between them.
-
-    Args:
-        options: the values of all plugin options.
-        ranks: the place of this process among those that were started; process 0 of 1 before that.
-
-    Returns:
-        A ProcessPlan, or None for a single process.
-
-    Raises:
-        Refusal: the options contradict each other, or what was started.
     """
 
 
@@ -295,8 +148,8 @@ def acestep_step_finished(step: Step) -> None:
 def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, float | torch.Tensor] | None:
     """Return numbers and histograms of an epoch for upstream's log, which TensorBoard shows.
 
-    When: after the last training step of an epoch, before its validation and its checkpoint. Reading values from a GPU
-    is fine here, once per epoch. Not called for epochs that a resumed run skips.
+    When: behind the last optimizer step of an epoch, before its validation and its checkpoint. Reading values from a
+    GPU is fine here, once per epoch. Not called for epochs that a resumed run skips.
 
     Args:
         run: the run.
@@ -309,36 +162,14 @@ def acestep_epoch_finished(run: Run, epoch: int, loss: float) -> Mapping[str, fl
     """
 
 
-@hookspec(firstresult=True)
-def acestep_validated(run: Run, validation: Validation) -> Verdict | None:
-    """Judge what was measured on the songs of a :class:`ValidationPlan`.
-
-    When: before the first training step (epoch 0, the model without adapter), and after an epoch's last optimizer step
-    before its checkpoint. Without Lightning, and where the last optimizer step of an epoch has fewer batches than the
-    others, it is called before that step. Not called for epochs that a resumed run skips.
-
-    Args:
-        run: the run.
-        validation: the epoch and its losses by song, timestep and condition.
-
-    Returns:
-        Whether this is the best adapter so far, whether to stop, lines, and numbers for upstream's log. None if there
-        is nothing to say or do.
-
-    Raises:
-        Refusal: to stop the run.
-    """
-
-
 @hookspec
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     """Look at the adapter as an epoch left it, and tell what was found.
 
-    When: with `epoch` 0 before the first training step of a run from the start, and after every epoch that is computed:
-    with Lightning behind its last optimizer step and before upstream's validation and checkpoint, so the weights are
-    those that a checkpoint saves. Without Lightning it is called right after :func:`acestep_epoch_finished`, before
-    the optimizer step for the rest of an epoch that gradient accumulation does not divide. The first versions of
-    upstream carry such a rest over to the next epoch, so its gradients are still waiting.
+    When: with `epoch` 0 before the first training step of a run from the start, and right after
+    :func:`acestep_epoch_finished` of every epoch that is computed, so the weights are those that a checkpoint saves.
+    The first versions of upstream carry the rest of an epoch that gradient accumulation does not divide over to the
+    next one, so its gradients are still waiting.
 
     Nothing may be changed: random states, the decoder's modes and gradients must be what they were. Computing here
     takes the training's time.
@@ -355,23 +186,6 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
 
 @hookspec
-def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | None:
-    """Sum up a run.
-
-    When: once, after upstream's trainer has saved the finished adapter, was stopped, or has failed. Only if at least
-    one training step was computed.
-
-    Args:
-        run: the run.
-        ending: ``finished``, ``stopped`` or ``failed``.
-        folder: the output folder.
-
-    Returns:
-        Lines for the user. None to say nothing.
-    """
-
-
-@hookspec
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None:
     """Add to an adapter that upstream has just written: a checkpoint, the best one, or the finished one.
 
@@ -384,4 +198,21 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> Sequence[str] | None
 
     Returns:
         Lines for the user, such as what could not be written. None to say nothing.
+    """
+
+
+@hookspec
+def acestep_run_ended(run: Run, ending: str, folder: Path) -> Sequence[str] | None:
+    """Sum up a run.
+
+    When: once, after upstream's trainer has saved the finished adapter, was stopped, or has failed. Only if at least
+    one training step was computed, by this run or, where a resumed run had none left, by those before it.
+
+    Args:
+        run: the run.
+        ending: ``finished``, ``stopped`` or ``failed``.
+        folder: the output folder.
+
+    Returns:
+        Lines for the user. None to say nothing.
     """

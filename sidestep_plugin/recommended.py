@@ -5,9 +5,10 @@ They are what others recommend or use, not what this project has measured. Where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
+
+from .adapters.kinds import BY_NAME, DEFAULT
 
 FEW_SONGS: Final = 20
 MANY_SONGS: Final = 500
@@ -28,28 +29,21 @@ class Recommendation:
     reason: str
 
 
-def recommended(songs: int, kind: Literal["lora", "lokr"] = "lora") -> dict[str, Recommendation]:
+def recommended(songs: int, kind: str = DEFAULT.name) -> dict[str, Recommendation]:
     """The recommended settings by option name, in the order in which people ask for them.
 
     Args:
         songs: number of songs in the dataset.
-        kind: kind of adapter.
+        kind: name of the kind of adapter.
     """
     epochs = _epochs(songs, kind)
     accumulation = accumulation_for(songs, 1)
-    rates: Mapping[str, Recommendation] = {
-        "lora": Recommendation(
-            1e-4, "the default of ACE-Step's trainer and of training_v2; the app's training tab has 0.0003"
-        ),
-        "lokr": Recommendation(0.03, f"{TUTORIAL}; the app's LoKr tab has 0.001, which is slower and safer"),
-    }
+    own = {name: Recommendation(value, reason) for name, (value, reason) in BY_NAME[kind].recommended.items()}
     return {
         "epochs": epochs,
-        "rank": Recommendation(64, "the default of the app's training tab and of training_v2; the trainer's own is 8")
-        if kind == "lora"
-        else Recommendation(64, "the default of ACE-Step's trainer and of the app's LoKr tab"),
+        "rank": own["rank"],
         "alpha": Recommendation(128, "twice the rank, as in every default of ACE-Step's"),
-        "learning_rate": rates[kind],
+        "learning_rate": own["learning_rate"],
         "batch_size": Recommendation(1, f"{TUTORIAL}; raise it if the memory allows"),
         "gradient_accumulation": Recommendation(
             accumulation,
@@ -71,8 +65,8 @@ def _epochs(songs: int, kind: str) -> Recommendation:
             "the default of ACE-Step's trainer, and what one published adapter of 1,300 songs used; the tutorial says "
             "nothing about so many songs",
         )
-    if kind == "lokr":
-        return Recommendation(500, f"{TUTORIAL}, and the default of the app's LoKr tab")
+    if (usual := BY_NAME[kind].epochs) is not None:
+        return Recommendation(*usual)
     if songs > FEW_SONGS:
         return Recommendation(500, f"{TUTORIAL}, for about 100 songs; the app's training tab has 1000")
     return Recommendation(

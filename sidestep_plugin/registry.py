@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 import pluggy
 
-from . import hookspecs
+from . import engine_hookspecs, hookspecs
 from .errors import PluginError, Refusal
 from .options import resolve_options
 
@@ -28,6 +29,8 @@ GROUP = "acestep.plugins"
 
 TRACE: Final = "ACESTEP_TRACE_HOOKS"
 """Environment variable that writes every hook call to standard error."""
+
+_EXCLUSIVE: Final = hookspecs.EXCLUSIVE | engine_hookspecs.EXCLUSIVE
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,26 @@ def installed_plugins() -> list[Installed]:
 
 
 class Registry:
-    """The plugins of one attachment. Each attachment has its own; none is global."""
+    """The plugins of one attachment. Each attachment has its own; none is global.
+
+    A plugin may consist of parts: a module with ``PLUGINS``, a sequence of (name, module), brings each of them, named
+    ``PLUGIN.NAME``. Plugins are called in the order in which they were registered, parts in the order of their list.
+    Within one module or object, functions with the same ``specname`` are called in pluggy's order.
+
+    Args:
+        wins: the plugin to ask when two implement an exclusive hook.
+
+    Attributes:
+        names: names of the plugins, without their parts.
+    """
 
     def __init__(self, wins: str | None = None) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._callers: dict[str, tuple[tuple[str, Callable[..., Any]], ...]] = {}
+        self._manager.add_hookspecs(engine_hookspecs)
+        self._callers: dict[str, tuple[tuple[str, pluggy.HookCaller], ...]] = {}
         self._trace = os.environ.get(TRACE, "").strip() not in ("", "0")
+        self._parts: list[str] = []
         self.names: list[str] = []
         self.wins = wins
 
@@ -97,20 +113,24 @@ class Registry:
             _check_version(plugin)
             try:
                 loaded = plugin.entry_point.load()
+                parts = [(part, import_module(module)) for part, module in getattr(loaded, "PLUGINS", ())]
             except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"Plugin {name!r} ({plugin.distribution} {plugin.version}) could not be imported: "
                     f"{type(error).__name__}: {error}. Leave the plugin out, or reinstall {plugin.distribution}."
                 ) from error
-            registry.register(loaded, name)
+            for part, module in parts:
+                registry.register(module, f"{name}.{part}")
+            if not parts:
+                registry.register(loaded, name)
         return registry
 
     def register(self, plugin: object, name: str) -> None:
-        """Add one plugin object under a name. Raises PluginError; the plugin is not registered then."""
+        """Add one plugin object, or a part of one, under a name. Raises PluginError; it is not registered then."""
         unmarked = [
             attribute
             for attribute in dir(plugin)
-            if attribute.startswith("acestep_")
+            if attribute.startswith(("acestep_", "engine_"))
             and callable(getattr(plugin, attribute))
             and not hasattr(getattr(plugin, attribute), f"{hookspecs.PROJECT}_impl")
         ]
@@ -124,47 +144,53 @@ class Registry:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             # pluggy leaves a plugin that failed half-way registered, with its earlier hooks live.
-            if self._manager.has_plugin(name) and name not in self.names:
+            if self._manager.has_plugin(name) and name not in self._parts:
                 self._manager.unregister(name=name)
             reason = " ".join(str(error).split())
             raise PluginError(f"Plugin {name!r} does not fit the hooks: {reason}. Known hooks: {_known()}.") from error
-        hooks = self.hooks_of(name)
+        hooks, owner = self._hooks_of_part(name), owner_of(name)
         for hook in hooks:
-            rivals = {impl.plugin_name for impl in self._hook(hook).get_hookimpls()} - {name}
-            if hook in hookspecs.EXCLUSIVE and rivals and self.wins not in (name, *rivals):
+            rivals = {owner_of(impl.plugin_name) for impl in self._hook(hook).get_hookimpls()} - {owner}
+            if hook in _EXCLUSIVE and rivals and self.wins not in (owner, *rivals):
                 self._manager.unregister(name=name)
                 rival = rivals.pop()
                 raise PluginError(
-                    f"Plugins {rival!r} and {name!r} both implement {hook}, which only one plugin can. Name only one "
-                    f"of them, or choose one: --wins {rival} or --wins {name}."
+                    f"Plugins {rival!r} and {owner!r} both implement {hook}, which only one plugin can. Name only one "
+                    f"of them, or choose one: --wins {rival} or --wins {owner}."
                 )
         if not hooks:
             self._manager.unregister(name=name)
             raise PluginError(f"Plugin {name!r} implements no hook. Known hooks: {_known()}.")
-        self.names.append(name)
+        self._parts.append(name)
+        if owner not in self.names:
+            self.names.append(owner)
         self._callers.clear()
 
     def hooks_of(self, name: str) -> list[str]:
-        """Names of the hooks that a registered plugin implements, sorted."""
+        """Names of the public hooks that a registered plugin implements, with all its parts, sorted."""
+        parts = [part for part in self._parts if owner_of(part) == name]
+        return sorted({hook for part in parts for hook in self._hooks_of_part(part) if hook.startswith("acestep_")})
+
+    def _hooks_of_part(self, name: str) -> list[str]:
         callers = self._manager.get_hookcallers(self._manager.get_plugin(name)) or []
         return sorted({caller.name for caller in callers})
 
-    def callers(self, hook: str) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        """Each plugin's name and its caller for one hook, in the order in which the plugins were named."""
+    def callers(self, hook: str) -> tuple[tuple[str, pluggy.HookCaller], ...]:
+        """Each part's name and its caller for one hook, in the order in which the parts were registered."""
         if hook not in self._callers:
-            plugins = [(name, self._manager.get_plugin(name)) for name, _ in self._manager.list_name_plugin()]
-            implementing = [
-                (name, plugin)
-                for name, plugin in plugins
-                if plugin is not None and any(impl.plugin is plugin for impl in self._hook(hook).get_hookimpls())
-            ]
-            if hook in hookspecs.EXCLUSIVE and len(implementing) > 1:
-                implementing = [(name, plugin) for name, plugin in implementing if name == self.wins]
-            others = {name: [other for _, other in plugins if other is not plugin] for name, plugin in implementing}
+            plugins = {name: self._manager.get_plugin(name) for name in self._parts}
+            implementing = [name for name in self._parts if hook in self._hooks_of_part(name)]
+            if hook in _EXCLUSIVE and len({owner_of(name) for name in implementing}) > 1:
+                implementing = [name for name in implementing if owner_of(name) == self.wins]
             self._callers[hook] = tuple(
-                (name, _directly(self._manager.subset_hook_caller(hook, others[name]))) for name, _ in implementing
+                (name, self._manager.subset_hook_caller(hook, [plugins[other] for other in plugins if other != name]))
+                for name in implementing
             )
         return self._callers[hook]
+
+    def asked(self, hook: str) -> str | None:
+        """Name of the plugin that answers an exclusive hook; None if none does."""
+        return next((owner_of(name) for name, _ in self.callers(hook)), None)
 
     def implements(self, hook: str) -> bool:
         """Whether any registered plugin implements a hook."""
@@ -187,7 +213,7 @@ class Registry:
         return answers
 
     def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
-        """Call a hook of one plugin; see :meth:`call`."""
+        """Call a hook of one part of a plugin; see :meth:`call`."""
         try:
             answer = caller(**arguments)
         except Refusal:
@@ -200,7 +226,7 @@ class Registry:
         if answer is None:
             return []
         # pluggy returns the one answer of an exclusive hook, and a list of all answers of any other.
-        return [answer] if hook in hookspecs.EXCLUSIVE else list(answer)
+        return [answer] if hook in _EXCLUSIVE else list(answer)
 
     def declared_options(self) -> list[click.Option]:
         """The options of all plugins. Raises PluginError when two declare the same name."""
@@ -235,7 +261,7 @@ class Registry:
             Refusal: a variable is almost an option's: a misspelled setting would be ignored.
         """
         names = {
-            f"{plugin}_{option.name}".replace("-", "_").upper(): str(option.name)
+            f"{owner_of(plugin)}_{option.name}".replace("-", "_").upper(): str(option.name)
             for plugin, declared in self.call("acestep_options")
             for option in declared
         }
@@ -250,30 +276,6 @@ class Registry:
     def _hook(self, hook: str) -> pluggy.HookCaller:
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller
-
-
-def _directly(caller: pluggy.HookCaller) -> Callable[..., Any]:
-    """What a hook caller does, with the same answers in the same order, for a quarter of the time: a step calls three.
-
-    Implementations that wrap others are left to pluggy.
-    """
-    implementations = [impl for impl in reversed(caller.get_hookimpls())]
-    if caller.spec is None or any(impl.hookwrapper or impl.wrapper for impl in implementations):
-        return caller
-    calls = [(impl.function, impl.argnames) for impl in implementations]
-    first = bool(caller.spec.opts.get("firstresult"))
-
-    def call(**arguments: Any) -> Any:
-        answers = []
-        for function, names in calls:
-            answer = function(*[arguments[name] for name in names])
-            if answer is not None:
-                if first:
-                    return answer
-                answers.append(answer)
-        return None if first else answers
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,11 @@ def list_plugins() -> list[Listing]:
             error = str(refusal)
         listings.append(Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error))
     return listings
+
+
+def owner_of(part: str) -> str:
+    """The plugin that a part belongs to: sidestep for sidestep.timesteps."""
+    return part.partition(".")[0]
 
 
 def _find(name: str) -> Installed:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import Refusal
 from .files import not_a_file, stand_in
@@ -17,7 +17,16 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     import torch
 
-AdapterType = Literal["lora", "lokr"]
+AdapterType = str
+"""Name of a kind of adapter, such as "lora": one of ``sidestep_plugin.adapters.kinds.NAMES``."""
+
+ROWS_WITHOUT_CONDITION: Final = "sidestep.rows_without_condition"
+"""Key of ``Run.state`` under which condition dropout keeps which rows it dropped, a bool tensor [B] a step, until the
+training's report takes them."""
+
+NEXT_COMMANDS: Final = "sidestep.next_commands"
+"""Key of ``Run.state`` under which the command line keeps a function that returns what to type next: it takes the
+training's state ("training", "finished", "stopped" or "failed") and returns pairs of a purpose and a command."""
 
 FRAMES: Final = ("target_latents", "attention_mask", "context_latents")
 """Entries of a batch with one row per frame of latents, [B,T,...]. A plugin may shorten T in all of them at once."""
@@ -83,7 +92,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _no_vae() -> Any:
-    """The answer where nobody has loaded a VAE."""
+    """Default for ``Run.loaded_vae``: no VAE is loaded."""
     return None
 
 
@@ -92,21 +101,32 @@ class Run:
     """One training, from its start to the saved adapter.
 
     Attributes:
-        adapter_type: "lora" or "lokr".
+        adapter_type: name of the kind of adapter, such as "lora".
         adapter_config: upstream's LoRAConfig or LoKRConfig.
         training_config: upstream's TrainingConfig.
         options: the values of all plugin options by name, as given or at their defaults.
         tensor_dir: the folder of preprocessed songs; None if a step was run without upstream's trainer.
         sampled_by: name of the plugin that samples the timesteps; None if upstream does.
         state: a dictionary in which plugins keep what they need during the run, by convention under their own name.
+        held_out: the songs of the folder that are not trained on, decided before the run starts.
         steps: training steps started so far, without validation. A resumed run also counts the steps before it.
         resumed_at: training steps that earlier runs had finished; 0 for a run from the start.
         best_epoch: the epoch with the lowest validation loss so far, by the plugin that validates; None without one.
+        facts: functions that return facts about the adapter when it is saved; a plugin that changes what is trained
+            adds one when the run starts.
+        describe: call it for all facts about the run as they are now, {} if no plugin describes adapters.
         loaded_vae: call it for the VAE that the app has loaded, None on the command line. Never move that VAE.
-        with_lightning: whether upstream trains with Lightning; without it, :func:`acestep_plan_memory` is never called.
+        with_lightning: whether upstream trains with Lightning; without it, :func:`engine_plan_memory` is never called.
         ranks: the place of this process among those of the training; process 0 of 1 on a single GPU.
-        together: functions that are called in every process before :func:`acestep_run_ended` is called in the first
-            one, which is where a plugin exchanges what its processes have noted since the last epoch.
+        before_run_ended: functions that are called in every process before :func:`acestep_run_ended` is called in the
+            first one, which is where a plugin exchanges what its processes have noted since the last epoch.
+        paused: seconds since the first step that were spent between epochs on something else than training.
+        engine: what the engine does for the rooms of this package (private; see ``engine/services.py``).
+        reports: functions that return entries for the training's report (private).
+        keeps: by name, functions that return what a checkpoint keeps for a part of the plugin (private).
+        resuming: whether this run resumes from a checkpoint (private).
+        kept: what that checkpoint kept (private).
+        saves: number of the newest checkpoint in the output folder (private).
     """
 
     adapter_type: AdapterType
@@ -118,7 +138,8 @@ class Run:
     model_ref: weakref.ref[Any]
     module_ref: weakref.ref[Any] | None = None
     sampled_by: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[Hashable, Any] = field(default_factory=dict)
+    held_out: tuple[Path, ...] = ()
     steps: int = 0
     resumed_at: int = 0
     best_epoch: int | None = None
@@ -126,7 +147,16 @@ class Run:
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
     loaded_vae: Callable[[], Any] = _no_vae
     ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
-    together: list[Callable[[], object]] = field(default_factory=list)
+    before_run_ended: list[Callable[[], object]] = field(default_factory=list)
+    facts: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)
+    describe: Callable[[], Mapping[str, Any]] = dict
+    paused: float = 0.0
+    engine: Any = None
+    reports: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)
+    keeps: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    resuming: bool = False
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    saves: int = 0
     exchange: Callable[[Any], list[Any]] | None = None  # set by the host, for gather
 
     @property
@@ -137,8 +167,8 @@ class Run:
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank; ``[value]`` on a single GPU.
 
-        Every process has to call it equally often: in ``acestep_epoch_finished`` or from :attr:`together`. Values are
-        pickled, so tensors should be on the CPU.
+        Every process has to call it equally often: in ``acestep_epoch_finished`` or from :attr:`before_run_ended`.
+        Values are pickled, so tensors should be on the CPU.
         """
         return [value] if self.exchange is None else self.exchange(value)
 
@@ -209,12 +239,12 @@ class ResumePoint:
         parameters: the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its
             scalar into them); None if they are the same.
         songs: fingerprint of the songs, "" if unknown.
-        held_out: what a plugin keeps of the songs that are validated on and of their losses, as numbers, texts,
-            tensors, lists and dictionaries; None without validation.
+        kept: by name, what parts of the plugin keep: numbers, texts, tensors, lists and dictionaries.
         save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
             not recorded.
         ranks: of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one.
         lines: what the user should know before resuming from here.
+        finished: why there is nothing to resume; "" to train on.
     """
 
     epochs: int
@@ -231,10 +261,11 @@ class ResumePoint:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: list[torch.Tensor] | None = None
     songs: str = ""
-    held_out: Mapping[str, Any] | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
     save_number: int = 0
     ranks: Sequence[Mapping[str, Any]] = ()
     lines: tuple[str, ...] = ()
+    finished: str = ""
 
     @property
     def where(self) -> str:
@@ -247,95 +278,6 @@ class ResumePoint:
         if self.losses is not None:
             return len(self.losses)
         return None if self.steps_per_epoch is None else self.epochs * self.steps_per_epoch + self.steps
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a plugin wants to save while a training runs.
-
-    Attributes:
-        kept: names of decoder parameters that keep their type when upstream casts the decoder to fp32.
-        bypassed: names of LyCORIS modules that are taken out of the forward pass until the training ends.
-        replaced: names of the decoder's modules that are replaced until the training ends, each with a function that
-            is given the module and returns another one, which computes the same shapes and has nothing to train.
-        after_replacing: called once they are replaced; returns lines to announce.
-        checkpointing: whether the decoder's layers are computed again in the backward pass (gradient checkpointing);
-            None leaves it to upstream.
-        compiled: names of the decoder's modules that are compiled with ``torch.compile`` until the training ends.
-        not_compiled: called once with the reason where compiling fails, and the training goes on without; returns lines
-            to announce.
-        lines: lines to announce now.
-        outcome: called once before the first backward pass with the bytes that `kept` saved, or None if upstream
-            did not cast the decoder to fp32; returns lines to announce.
-    """
-
-    kept: frozenset[str] = frozenset()
-    bypassed: frozenset[str] = frozenset()
-    replaced: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    after_replacing: Callable[[], Sequence[str]] | None = None
-    checkpointing: bool | None = None
-    compiled: frozenset[str] = frozenset()
-    not_compiled: Callable[[str], Sequence[str]] | None = None
-    lines: tuple[str, ...] = ()
-    outcome: Callable[[int | None], Sequence[str]] | None = None
-
-
-@dataclass(frozen=True)
-class ValidationPlan:
-    """Which songs a plugin wants to be validated on, where and how often.
-
-    Attributes:
-        songs: files of preprocessed songs that are not trained on, evaluated one at a time.
-        timesteps: the t at which each song is evaluated, each with noise of its own that never changes.
-        conditions: whether with the song's condition (True), the model's null condition (False), or both.
-        every: epochs from one validation to the next; the last epoch is validated in any case.
-        baseline: whether the model without adapter is still to be evaluated, as epoch 0.
-        patient: whether a verdict may stop the training.
-        best_epoch: the best epoch of the runs before, for a training that is resumed.
-        lines: lines to announce now.
-    """
-
-    songs: tuple[Path, ...]
-    timesteps: tuple[float, ...]
-    conditions: tuple[bool, ...] = (True,)
-    every: int = 1
-    baseline: bool = True
-    patient: bool = False
-    best_epoch: int | None = None
-    lines: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What was measured on the songs of a plan.
-
-    Attributes:
-        epoch: epochs done; 0 for the model without adapter.
-        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the
-            CPU.
-        seconds: how long it took.
-    """
-
-    epoch: int
-    losses: torch.Tensor
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a plugin makes of a validation.
-
-    Attributes:
-        best: whether this is the best adapter so far, which the host then saves as ``checkpoints/best``.
-        stop: whether the training has gone on for long enough. ``final`` is then the best adapter.
-        lines: lines for the user.
-        log: numbers for upstream's log by name, which TensorBoard shows.
-    """
-
-    best: bool = False
-    stop: bool = False
-    lines: tuple[str, ...] = ()
-    log: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -400,10 +342,13 @@ class SavedAdapter:
             place as a whole: whatever a plugin writes beside the weights appears together with them, or not at all.
         destination: the path that the weights file will have then.
         folder: the temporary folder that upstream saved into; the weights are in it or in a folder below it.
-        adapter_type: "lora" or "lokr".
-        epoch: number of finished epochs, if upstream's save function was told.
+        adapter_type: name of the kind of adapter, such as "lora".
+        epoch: number of finished epochs; None within an epoch if upstream's save function was not told, and where
+            nothing follows the training.
         global_step: number of optimizer steps, if upstream's save function was told.
         resume_point: what resuming from here needs; None for a finished adapter, and if it is not available.
+        copy_of: the folder of the saved weights that these were read back from, when patience has ended a training and
+            the best adapter is the finished one. It was perhaps trained with other settings than the run's.
     """
 
     weights: Path
@@ -413,3 +358,4 @@ class SavedAdapter:
     epoch: int | None
     global_step: int | None
     resume_point: ResumePoint | None = None
+    copy_of: Path | None = None

@@ -25,9 +25,9 @@ def counted(number: object, noun: str) -> str:
     return f"{number} {noun if str(number) == '1' else plural}"
 
 
-def sentence(text: str) -> str:
+def sentence(text: object) -> str:
     """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
-    line = " ".join(text.split())
+    line = " ".join(str(text).split())
     return line if line.endswith(("!", "?")) else line.rstrip(".:;, ") + "."
 
 

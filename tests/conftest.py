@@ -94,7 +94,7 @@ def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def trainer(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The module ``acestep.training.trainer`` of the checkout, imported once for the session."""
-    from sidestep_plugin.trainer.checkout import import_trainer
+    from sidestep_plugin.engine.checkout import import_trainer
 
     before = Path.cwd()
     # Upstream's path guard accepts what lies under the directory that it was imported in.
@@ -110,7 +110,7 @@ def nothing_stays_attached() -> Iterator[None]:
     """A test that leaves the trainer changed would decide about the tests after it."""
     yield
     from sidestep_plugin import attach as _  # noqa: F401
-    from sidestep_plugin.trainer.attachment import _attached
+    from sidestep_plugin.engine.attachment import _attached
 
     left = list(_attached)
     for attachment in left:
@@ -120,7 +120,7 @@ def nothing_stays_attached() -> Iterator[None]:
 
 @pytest.fixture
 def kinds(trainer: Any) -> list[str]:
-    from sidestep_plugin.trainer.seams import adapter_types
+    from sidestep_plugin.engine.seams import adapter_types
 
     return list(adapter_types(trainer))
 
@@ -141,7 +141,7 @@ def load(checkout: Checkout) -> Callable[..., Any]:
     """Load one of the miniature's models: ``load("base")`` returns a handler with model, device and dtype."""
     import torch
 
-    from sidestep_plugin.trainer.models import find_model, load_model
+    from sidestep_plugin.engine.models import find_model, load_model
 
     def load(name: str) -> Any:
         return load_model(find_model(name, checkout.checkpoints), torch.device("cpu"))
@@ -179,7 +179,7 @@ def module_for(trainer: Any) -> Callable[..., Any]:
     """Upstream's training module around a handler: ``module_for(handler, "lora")``, without LoRA dropout."""
     import torch
 
-    from sidestep_plugin.trainer import seams
+    from sidestep_plugin.engine import seams
 
     def make(handler: Any, kind: str = "lora", **training: Any) -> Any:
         config_class = getattr(trainer, seams.CONFIG_CLASS[kind])
@@ -283,7 +283,7 @@ def train(
     from safetensors.torch import load_file
 
     from sidestep_plugin import attach
-    from sidestep_plugin.trainer import seams
+    from sidestep_plugin.engine import seams
 
     counter = iter(range(1000))
 

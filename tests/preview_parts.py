@@ -6,6 +6,10 @@ import warnings
 
 import torch
 
+from sidestep_plugin.previews.making import write_row
+from sidestep_plugin.previews.table import Table
+from sidestep_plugin.run import Clip
+
 HOP = 1920
 """Samples of a frame: 48,000 Hz at 25 frames per second."""
 
@@ -40,3 +44,21 @@ def moved_a_little(decoder):
                 weight.add_(0.3 * torch.randn(weight.shape, generator=generator).to(weight))
                 changed += 1
     return changed
+
+
+NAMES = ["plain", 'a "quoted" <song> & ümlaut', "../../outside"]
+ABOUT = {
+    "model_name": "acestep-v15-<base>",
+    "songs": [{"name": name, "seconds": 0.2} for name in NAMES],
+    "settings": {"shift": 1.0, "steps": 50, "guidance": 7.0, "seed": 42},
+}
+
+
+def filled(folder, rate=8000):
+    """A folder with the clips of four states of an adapter, 0.2 s of noise each. Returns their table."""
+    table = Table(dict(ABOUT))
+    generator = torch.Generator().manual_seed(0)
+    for epoch, loss in ((0, None), (1, 1.25), (10, 0.5), (2, 1.0)):
+        clips = [Clip(torch.rand(2, rate // 5, generator=generator) - 0.5, rate) for _ in NAMES]
+        write_row(folder, table, "base model" if epoch == 0 else f"epoch {epoch}", epoch, loss, clips)
+    return table

@@ -82,6 +82,47 @@ def in_a_terminal(
     return Seen(as_seen(seen), code)
 
 
+def close_a_terminal(line: Sequence[object], pattern: str, *, cwd: Path, timeout: float = 120.0) -> int:
+    """Run a command, close its terminal when a pattern is printed, and wait until it has ended | returns its exit code.
+
+    Raises AssertionError when the pattern does not come, or the command has not ended after `timeout` seconds and was
+    killed.
+    """
+    import pty
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*map(str, line)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "110", "PYTHONUTF8": "1", "TERM": "xterm"},
+        start_new_session=True,
+        preexec_fn=_as_a_shell_starts_it,
+    )
+    os.close(follower)
+    seen, deadline = "", time.monotonic() + timeout
+    try:
+        while not re.search(pattern, seen):
+            ready = select.select([leader], [], [], max(0.0, deadline - time.monotonic()))[0]
+            assert ready, f"{pattern!r} did not come in {timeout:.0f} s: {seen!r}"
+            try:
+                piece = os.read(leader, 65536)
+            except OSError:
+                piece = b""
+            assert piece, f"the command ended before {pattern!r} came: {seen!r}"
+            seen += piece.decode(errors="replace")
+        os.close(leader)
+        leader = -1
+        return process.wait(timeout=max(1.0, deadline - time.monotonic()))
+    finally:
+        if leader >= 0:
+            os.close(leader)
+        process.kill()  # does nothing to a process that has ended
+        process.wait()
+
+
 def _as_a_shell_starts_it() -> None:
     """In the new process: make the terminal its own, and let Ctrl-C reach it.
 
@@ -92,6 +133,7 @@ def _as_a_shell_starts_it() -> None:
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def as_seen(raw: str) -> str:

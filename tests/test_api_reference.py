@@ -15,7 +15,7 @@ from sidestep_plugin import hookspecs
 
 def test_the_page_is_what_the_script_writes():
     written = api_reference.PAGE.read_text(encoding="utf-8")
-    assert written == api_reference.reference(), "run: python tests/api_reference.py"
+    assert written == api_reference.reference(), "run: python tests/tools/api_reference.py"
 
 
 def test_every_exported_name_is_on_the_page():

@@ -180,7 +180,7 @@ def test_the_architecture_names_every_room_and_its_files_of_steps_and_saves():
     rooms = [folder.name for folder in (ROOT / "sidestep_plugin").iterdir() if (folder / "__init__.py").is_file()]
     assert rooms and {room for room in rooms if f"**`{room}/`**" not in text} == set()
     for file in re.findall(r"(?<!tests/)\b(?:wrappers|hooks|adapters|resuming)/\w+\.py", text):
-        places = [ROOT / file, ROOT / "sidestep_plugin" / file, ROOT / "sidestep_plugin" / "trainer" / file]
+        places = [ROOT / file, ROOT / "sidestep_plugin" / file, ROOT / "sidestep_plugin" / "engine" / file]
         assert any(place.is_file() for place in places), file
 
 

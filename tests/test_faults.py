@@ -1,4 +1,4 @@
-"""A few of the faults of tests/faults.py; all of them: ``python tests/faults.py``."""
+"""A few of the faults of tests/tools/faults.py; all of them: ``python tests/tools/faults.py``."""
 
 from __future__ import annotations
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import hook_reference
 import pytest
-import torch
 
-from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.ranks import Ranks
+from sidestep_plugin import Refusal
 from sidestep_plugin.run import ModelFacts
 
 HOOKS = hook_reference.HOOKS
@@ -28,7 +24,7 @@ def example(hook):
 
 def test_the_page_is_what_the_script_writes():
     written = hook_reference.PAGE.read_text(encoding="utf-8")
-    assert written == hook_reference.reference(), "run: python tests/hook_reference.py"
+    assert written == hook_reference.reference(), "run: python tests/tools/hook_reference.py"
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -59,47 +55,6 @@ def test_acestep_options(train, capsys):
         train("base", "lora", plugins=(), extra_plugins={"example": example("acestep_options")}, options={"noise": 2})
 
 
-def test_acestep_plan_memory(train, trainer, load, capsys, monkeypatch):
-    """As on a GPU: a model in bf16, and bf16 autocast. Early versions of upstream do not cast to fp32."""
-    for name in ("_precision", "_select_fabric_precision"):
-        if hasattr(trainer, name):
-            monkeypatch.setattr(trainer, name, lambda *_: "bf16-mixed")
-    handler = load("base")
-    handler.model.to(torch.bfloat16)
-    done, said = trained_with(train, "acestep_plan_memory", capsys, handler=handler)
-    casts = hasattr(trainer, "_precision") or hasattr(trainer, "_ensure_trainable_params_fp32")
-    assert done.tensors and ("Feed-forward weights in bf16" in said) == casts
-    monkeypatch.undo()
-    _, said = trained_with(train, "acestep_plan_memory", capsys)
-    assert "Feed-forward" not in said
-
-
-def test_acestep_song_cache(train, trainer, capsys, monkeypatch):
-    data_module = sys.modules[trainer.PreprocessedDataModule.__module__]
-    read = []
-    original = data_module.torch.load
-    monkeypatch.setattr(data_module.torch, "load", lambda *args, **more: read.append(args) or original(*args, **more))
-    train("base", plugins=())
-    without = len(read)
-    read.clear()
-    trained_with(train, "acestep_song_cache", capsys)
-    assert 0 < len(read) < without
-
-
-def test_acestep_plan_processes(train, capsys):
-    plan = example("acestep_plan_processes").acestep_plan_processes(Ranks(3, 4, 1, 2))
-    assert plan.processes == 4 and plan.outcome(None, 8, 2) == ["8 songs in 4 processes: 2 steps an epoch"]
-    done, _ = trained_with(train, "acestep_plan_processes", capsys)
-    assert done.tensors
-
-
-def test_acestep_hold_out(train, checkout, capsys):
-    hold_out = example("acestep_hold_out").acestep_hold_out
-    assert hold_out([Path("a.pt"), Path("test_b.pt")]) == [Path("test_b.pt")]
-    done, _ = trained_with(train, "acestep_hold_out", capsys, max_epochs=1)
-    assert done.tensors, "no song has such a name, so all are trained on"
-
-
 def with_a_folder_for_validation(checkout, tmp_path):
     """Copies of the songs, one of them in a folder of its own."""
     songs = tmp_path / "songs"
@@ -107,29 +62,6 @@ def with_a_folder_for_validation(checkout, tmp_path):
     (tmp_path / "validation").mkdir()
     shutil.move(songs / "song_01.pt", tmp_path / "validation")
     return songs
-
-
-def test_acestep_plan_validation(train, checkout, capsys, tmp_path):
-    songs = with_a_folder_for_validation(checkout, tmp_path)
-    measured = []
-
-    class Watching:
-        @hookimpl
-        def acestep_validated(self, validation):
-            measured.append((validation.epoch, tuple(validation.losses.shape)))
-
-    plugins = {"example": example("acestep_plan_validation"), "watching": Watching()}
-    train("base", plugins=(), extra_plugins=plugins, tensors=songs, max_epochs=3)
-    assert measured == [(0, (1, 3, 1)), (2, (1, 3, 1)), (3, (1, 3, 1))]
-
-
-def test_acestep_validated(train, checkout, capsys, tmp_path):
-    plugins = {hook: example(hook) for hook in ("acestep_plan_validation", "acestep_validated")}
-    songs = with_a_folder_for_validation(checkout, tmp_path)
-    done = train("base", plugins=(), extra_plugins=plugins, tensors=songs)
-    said = capsys.readouterr().out
-    assert "Epoch 0: " in said and "Epoch 2: " in said
-    assert [*(done.output / "checkpoints" / "best").rglob("*.safetensors")]
 
 
 def test_acestep_model_chosen():
@@ -216,24 +148,16 @@ def test_acestep_run_ended(train, capsys):
     assert f"{done.output.name}: finished after 6 steps" in done.messages
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_acestep_resume(train, trainer, load, kind, tmp_path):
-    done = train("base", kind)
-    (checkpoint,) = [place for place in (done.output / "checkpoints").iterdir() if "epoch_2" in place.name]
-    warm = train(
-        "base",
-        kind,
-        plugins=(),
-        extra_plugins={"example": example("acestep_resume")},
-        resume_from=str(checkpoint),
-        learning_rate=1e-30,  # changes nothing, so that what it began with can be seen
-    )
-    assert len(warm.losses) == len(done.losses)
-    assert all(torch.equal(warm.tensors[key], done.tensors[key]) for key in done.tensors)
-
-
 def test_acestep_adapter_saved(train, capsys):
     done, said = trained_with(train, "acestep_adapter_saved", capsys)
     (note,) = done.output.glob("final/**/NOTE.txt")
     assert re.fullmatch(r"Trained on \S+ for \d+ steps.\n", note.read_text(encoding="utf-8"))
     assert "A note lies beside adapter_model.safetensors." in said
+
+
+def test_the_hooks_stand_in_the_order_in_which_they_are_called(train, monkeypatch, capsys):
+    monkeypatch.setenv("ACESTEP_TRACE_HOOKS", "1")
+    parts = {hook: example(hook) for hook in HOOKS if hook not in ("acestep_model_chosen", "acestep_between_epochs")}
+    train("base", "lora", plugins=(), extra_plugins=parts)
+    called = re.findall(r"\.(acestep_\w+)\(", capsys.readouterr().err)
+    assert list(dict.fromkeys(called)) == [hook for hook in HOOKS if hook in parts]

@@ -57,8 +57,8 @@ def real_saves(work):
     import torch
 
     from sidestep_plugin import attach, miniature
-    from sidestep_plugin.trainer.checkout import import_trainer
-    from sidestep_plugin.trainer.models import find_model, load_model
+    from sidestep_plugin.engine.checkout import import_trainer
+    from sidestep_plugin.engine.models import find_model, load_model
 
     torch.set_num_threads(1)
     built = miniature.build(work / "miniature", models=["acestep-v15-base"], songs=1)

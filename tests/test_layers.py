@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = "sidestep_plugin/miniature/"  # a copy of upstream's shape, not code that attaches to it
-ATTACHMENT = "sidestep_plugin/trainer/attachment.py"
+ATTACHMENT = "sidestep_plugin/engine/attachment.py"
 TREES = {
     file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
     for folder in ("sidestep_plugin", "hooks", "patches")
@@ -22,6 +22,7 @@ OURS = {
     "answers",
     "attached",
     "attachment",
+    "history",
     "host",
     "journal",
     "layer",
@@ -29,6 +30,7 @@ OURS = {
     "plan",
     "run",
     "self",
+    "song",
     "step",
     "training",
     "validation",
@@ -39,39 +41,44 @@ THEIRS = {"dit_handler", "fabric", "model", "module", "trainer"}
 """Attributes of those that hold upstream's objects."""
 
 ALLOWED = {
-    ("sidestep_plugin/trainer/autoload.py", "getattr(trainer, name).train_from_preprocessed"): "_complain runs when "
+    ("sidestep_plugin/engine/autoload.py", "getattr(trainer, name).train_from_preprocessed"): "_complain runs when "
     "attachment.py itself cannot be imported, and has to stop trainings all the same",
-    ("sidestep_plugin/trainer/autoload.py", "spec.loader"): "Python's import machinery",
-    ("sidestep_plugin/trainer/autoload.py", "module.__spec__.loader"): "Python's import machinery",
-    ("sidestep_plugin/trainer/autoload.py", "module.__loader__"): "Python's import machinery",
-    ("sidestep_plugin/trainer/models.py", "model.null_condition_emb"): "a model that we load ourselves",
-    ("sidestep_plugin/trainer/programs.py", "sys.argv"): "the command line of the program that we run",
-    ("sidestep_plugin/trainer/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
-    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__name__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__module__"): "a class of ours",
-    ("sidestep_plugin/trainer/wrappers/compiled_modules.py", "module._compiled_call_impl"): "torch's own place for it, "
+    ("sidestep_plugin/engine/autoload.py", "spec.loader"): "Python's import machinery",
+    ("sidestep_plugin/engine/autoload.py", "module.__spec__.loader"): "Python's import machinery",
+    ("sidestep_plugin/engine/autoload.py", "module.__loader__"): "Python's import machinery",
+    ("sidestep_plugin/engine/song_encoding.py", "model.decoder"): "a model that we load ourselves",
+    ("sidestep_plugin/engine/song_encoding.py", "model.config._attn_implementation"): "a model that we load ourselves",
+    ("sidestep_plugin/engine/models.py", "model.null_condition_emb"): "a model that we load ourselves",
+    ("sidestep_plugin/engine/programs.py", "sys.argv"): "the command line of the program that we run",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
+    ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__name__"): "a class of ours",
+    ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
+    ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__module__"): "a class of ours",
+    ("sidestep_plugin/memory/compiling.py", "module._compiled_call_impl"): "torch's own place for it, "
     "until the training ends",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "decoder.to"): "one decoder, for one call, and taken back",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "parameter.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/trainer/wrappers/engine.py", "buffer.data"): "upstream's own cast, made in its place",
-    ("sidestep_plugin/previews/undisturbed.py", "module.training"): "every module's mode is put back as it was",
-    ("sidestep_plugin/previews/saved_adapter.py", "model.decoder"): "a model that we load ourselves",
-    ("sidestep_plugin/trainer/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
+    ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
+    ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
+    ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
+    ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
     ("sidestep_plugin/cli/quiet.py", "threading.excepthook"): "what our own program prints of its threads",
-    ("sidestep_plugin/cli/workers.py", "sys.stdout"): "the output of our own program, which has several processes",
-    ("sidestep_plugin/trainer/evaluation.py", "part.training"): "each module's mode, put back after an evaluation",
     (
-        "sidestep_plugin/trainer/evaluation.py",
+        "sidestep_plugin/cli/workers.py",
+        "sys.stdout",
+    ): "our own program's output, of several processes",
+    (
+        "sidestep_plugin/engine/decoders.py",
         "decoder._forward_module",
     ): "Lightning's wrapper, taken back",
-    ("sidestep_plugin/trainer/comparing.py", "weight.data"): "a model that we load ourselves",
+    ("sidestep_plugin/validation/comparing.py", "weight.data"): "a model that we load ourselves",
     ("sidestep_plugin/cli/commands.py", "ctx.default_map"): "click's context of our own command",
     ("sidestep_plugin/run.py", "__setattr__()"): "a step of ours, which is read only for plugins",
-    ("sidestep_plugin/resuming/replay.py", "weight.grad"): "a gradient is put back when resuming",
+    ("sidestep_plugin/engine/replay.py", "weight.grad"): "a gradient is put back when resuming",
 }
 """Attributes of other people's objects that are set outside of the attachment, each with the reason."""
 
@@ -103,16 +110,16 @@ def foreign_names_set(tree: ast.Module) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-def test_only_the_trainer_room_names_modules_of_ace_step():
+def test_only_the_engine_names_modules_of_ace_step():
     named = {
         (file, module)
         for file, tree in TREES.items()
-        if not file.startswith(("sidestep_plugin/trainer/", STAND_IN))
+        if not file.startswith(("sidestep_plugin/engine/", STAND_IN))
         for module in upstream_modules(tree)
     }
     # The entry-point group of plugins, which is not a module.
     assert named == {("sidestep_plugin/registry.py", "acestep.plugins")}
-    assert set(upstream_modules(TREES["sidestep_plugin/trainer/checkout.py"])), "the rule finds nothing any more"
+    assert set(upstream_modules(TREES["sidestep_plugin/engine/checkout.py"])), "the rule finds nothing any more"
 
 
 def test_only_the_attachment_sets_names_of_upstream():
@@ -162,7 +169,7 @@ def test_the_rule_about_modules_can_fail(code, found):
 def test_the_trainers_name_is_written_once():
     """Everything else takes it from there."""
     places = [file for file, tree in TREES.items() if "acestep.training.trainer" in upstream_modules(tree)]
-    assert [file for file in places if not file.startswith(STAND_IN)] == ["sidestep_plugin/trainer/checkout.py"]
+    assert [file for file in places if not file.startswith(STAND_IN)] == ["sidestep_plugin/engine/checkout.py"]
 
 
 def test_the_timesteps_room_draws_no_random_number():
@@ -175,7 +182,7 @@ def test_the_timesteps_room_draws_no_random_number():
         if draws.search(name)
     ]
     assert found == []
-    assert any(draws.search(name) for name in used_names(TREES["hooks/timestep_sampling.py"])), "the rule finds nothing"
+    assert any(draws.search(name) for name in used_names(TREES["hooks/timesteps.py"])), "the rule finds nothing"
 
 
 def used_names(tree: ast.Module) -> Iterator[str]:
@@ -186,3 +193,15 @@ def used_names(tree: ast.Module) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.alias):
             yield node.name
+
+
+def test_every_package_is_in_the_wheel():
+    """Packages are listed by name, so a new one could be left out."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    there = {file.parent.relative_to(ROOT) for file in (ROOT / "sidestep_plugin").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in there} <= listed
+    data = project["tool"]["setuptools"]["package-data"]
+    assert "page.html" in data["sidestep_plugin.report"] and (ROOT / "sidestep_plugin/report/page.html").is_file()

@@ -15,12 +15,12 @@ from conftest import COMMAND
 FRAGMENTS = re.compile(
     r"^(ended without calling|gave its decoder|there are no adapter weights|\{.*\} (is not what was saved|is missing)"
     r"|\{.*\} (cannot be read \(|holds a .*, expected a dictionary$)|what was saved of the training"
-    r"|.* has no version that is a number$)"
+    r"|.* has no version that is a number$|its conditions hold NaN|Process \{rank\} on \{host\}: \{text\}$)"
 )
 TO_DO = re.compile(
     r"\b([Ee]xpected|Choose|Say|Name|Put|Copy|Download|Use|[Ii]nstall|Installed|Uninstall|Delete|Leave|Preprocess"
     r"|Resume|Train|Start|Lower|Correct|Take|Make|Call|Undo|Mend|Return|Type|Complete|Save|Did you mean"
-    r"|Give|Remove|[Rr]estore|Keep|return new"
+    r"|Give|Remove|[Rr]estore|Keep|return new|Initialize|Wait|Write|Prepare|Check|Hold|See|Move|Read"
     r"|Known hooks|ACE-Step's own error|Lower|name it|Mark|Stopped|a newer version|Try)\b"
 )
 # What the system or somebody else's code says is put into these, and says enough.

@@ -61,14 +61,8 @@ CASES = {
         lambda epoch: EpochNews(logged={"a": "b"}) if epoch == 0 else None,
         "returned 'a' as a str",
     ),
-    "holds out every song": ("acestep_hold_out", ["songs"], lambda songs: list(songs), "returned all 6 songs"),
-    "holds out another song": ("acestep_hold_out", ["songs"], lambda songs: [songs[0].with_name("x")], "returned /"),
-    "plans to validate with a list": (
-        "acestep_plan_validation",
-        ["run"],
-        lambda run: ["everything"],
-        "returned a list from acestep_plan_validation, expected a ValidationPlan",
-    ),
+    "holds out every song": ("engine_hold_out", ["songs"], lambda songs: list(songs), "returned all 6 songs"),
+    "holds out another song": ("engine_hold_out", ["songs"], lambda songs: [songs[0].with_name("x")], "returned /"),
     "batch is a list": ("acestep_prepare_batch", ["batch"], lambda batch: [1], "returned a list"),
     "new key": ("acestep_prepare_batch", ["batch"], lambda batch: {"new": ONE(1)}, "returned an entry 'new'"),
     "no tensor": (

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sidestep_plugin.hooks import acestep_prepare_batch, acestep_step_finished, note_step
-from sidestep_plugin.hooks.model_treatment import acestep_run_started
-from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
+from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
+from sidestep_plugin.hooks.treatment import acestep_run_started
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_plugin import finished, prepared
 
-from sidestep_plugin.resuming.journal import Journal
+from sidestep_plugin.engine.journal import Journal
 from sidestep_plugin.run import Run, Step, note
 
 CUDA = torch.device("cuda", 0)
@@ -71,7 +71,7 @@ def on_gpu():
 
 
 def hooks(step, batch):
-    acestep_prepare_batch(step=step, batch=batch)
+    prepared(step, batch)
     return acestep_sample_timesteps(step=step, batch_size=4, device=step.device, dtype=step.dtype)
 
 
@@ -91,7 +91,7 @@ def test_masking_nan_stays_on_the_gpu(on_gpu, variant):
     with FakeTensorMode():
         step, batch = on_gpu(variant, mask_nan=True)
         with Watcher() as watcher:
-            acestep_prepare_batch(step=step, batch=batch)
+            prepared(step, batch)
     assert watcher.crossings == [] and watcher.calls
 
 
@@ -106,7 +106,7 @@ def test_cutting_windows_stays_on_the_gpu(on_gpu, variant):
         }
         step.run.options["crop_seconds"] = 2.0
         with Watcher() as watcher:
-            answer = acestep_prepare_batch(step=step, batch=batch)
+            answer = prepared(step, batch)
     assert watcher.crossings == [] and answer["target_latents"].shape == (4, 50, 64)
 
 
@@ -120,8 +120,7 @@ def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):
         with Watcher() as watcher:
             for _ in range(3):
                 journal.record(step.loss, training=True)
-                note_step(step)
-                acestep_step_finished(step)
+                finished(step)
     assert watcher.crossings == [] and watcher.calls
     assert journal.steps == 3
 

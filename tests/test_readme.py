@@ -87,8 +87,8 @@ def test_training_from_the_checkouts_folder(checkout, tmp_path):
 
 def test_the_warning_without_a_plugin(tmp_path):
     from sidestep_plugin import miniature
+    from sidestep_plugin.launch.launch import upstreams_timesteps
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.launch import upstreams_timesteps
 
     built = miniature.build(tmp_path, models=["acestep-v15-base", "acestep-v15-turbo"], songs=0)
     shown = next(block.strip() for kind, block in BLOCKS if block.startswith("Warning: "))
@@ -136,7 +136,7 @@ def test_the_tests_take_a_checkout(tmp_path):
     built = miniature.build(tmp_path, models=[], songs=0)
     # A real checkout has settings of its own for pytest, which must not be taken for these tests'.
     (built.root / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--nothing-like-it'\n", "utf-8")
-    line = [sys.executable, "-m", "pytest", f"--acestep-root={built.root}", "-q", "tests/trainer/test_seams.py"]
+    line = [sys.executable, "-m", "pytest", f"--acestep-root={built.root}", "-q", "tests/engine/test_seams.py"]
     done = subprocess.run([*line, "-k", "the_checkout_fits"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from sidestep_plugin import PluginError, Refusal, hookimpl, hookspecs, registry
+from sidestep_plugin import PluginError, Refusal, engine_hookspecs, hookimpl, hookspecs, registry
 from sidestep_plugin.registry import Installed, Registry, installed_plugins, list_plugins
 
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("acestep_"))
@@ -99,57 +99,8 @@ def test_the_exclusive_hooks_are_hooks():
 def test_the_plugin_sidestep_is_installed_and_loads():
     loaded = Registry.load(["sidestep"])
     assert loaded.names == ["sidestep"]
-    assert loaded.hooks_of("sidestep") == [
-        "acestep_adapter_saved",
-        "acestep_between_epochs",
-        "acestep_epoch_finished",
-        "acestep_hold_out",
-        "acestep_model_chosen",
-        "acestep_options",
-        "acestep_plan_memory",
-        "acestep_plan_processes",
-        "acestep_plan_validation",
-        "acestep_prepare_batch",
-        "acestep_resume",
-        "acestep_run_ended",
-        "acestep_run_started",
-        "acestep_sample_timesteps",
-        "acestep_song_cache",
-        "acestep_step_finished",
-        "acestep_validated",
-    ]
-    assert set(loaded.resolve_options({})) == {
-        "author",
-        "base_weights",
-        "cfg_ratio",
-        "devices",
-        "compile",
-        "export",
-        "crop_seconds",
-        "frozen_weights",
-        "gradient_checkpointing",
-        "license",
-        "mask_nan",
-        "node_rank",
-        "nodes",
-        "num_inference_steps",
-        "preview_cfg",
-        "preview_every",
-        "preview_seconds",
-        "preview_seed",
-        "preview_songs",
-        "rendezvous",
-        "patience",
-        "shift",
-        "song_cache",
-        "timestep_mode",
-        "title",
-        "trigger",
-        "validate",
-        "validate_every",
-        "validation_dir",
-        "variant",
-    }
+    assert loaded.hooks_of("sidestep") == HOOKS, "a public hook that nothing of ours uses does not belong there"
+    assert loaded.resolve_options({})["cfg_ratio"] == 0.15
 
 
 def test_without_a_name_nothing_is_loaded(offer):
@@ -261,6 +212,61 @@ def test_a_class_instance_can_be_a_plugin():
     loaded = Registry()
     loaded.register(Plugin(), "p")
     assert loaded.call("acestep_run_started", run=7) == [("p", ["run 7"])]
+
+
+# -- the parts of a plugin -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch, offer):
+    """Offer a plugin of parts: ``parts(("first", module), ...)``, each importable under its own name."""
+
+    def make(*named):
+        for name, module in named:
+            monkeypatch.setitem(sys.modules, f"parts_of_a_test_{name}", module)
+        whole = types.ModuleType("whole")
+        whole.PLUGINS = tuple((name, f"parts_of_a_test_{name}") for name, _ in named)
+        offer(whole=whole)
+        return Registry.load(["whole"])
+
+    return make
+
+
+def called(function, answer):
+    """A module whose hook is a function of that name."""
+    module = types.ModuleType("part")
+    exec(f"def {function}(run): return {[answer]!r}", vars(module))
+    setattr(module, function, hookimpl(specname="acestep_run_started")(vars(module)[function]))
+    return module
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("z", "m", "a"), ("acestep_run_started",) * 3])
+def test_parts_are_asked_in_the_order_of_their_list_whatever_their_functions_are_called(names, parts):
+    loaded = parts(*((part, called(name, part)) for part, name in zip(("one", "two", "three"), names, strict=True)))
+    assert loaded.call("acestep_run_started", run=None) == [
+        (f"whole.{part}", [part]) for part in ("one", "two", "three")
+    ]
+    assert loaded.names == ["whole"]
+
+
+def test_the_parts_of_sidestep_are_asked_as_they_are_listed():
+    from sidestep_plugin.hooks import PLUGINS
+
+    loaded, listed = Registry.load(["sidestep"]), [f"sidestep.{name}" for name, _ in PLUGINS]
+    for hook in [*HOOKS, *(name for name in vars(engine_hookspecs) if name.startswith("engine_"))]:
+        asked = [name for name, _ in loaded.callers(hook)]
+        assert asked == [name for name in listed if name in asked], hook
+
+
+def test_two_parts_of_one_plugin_may_not_declare_an_option_twice_for_another(parts, offer):
+    one, other = with_options("--colour"), with_options("--colour")
+    with pytest.raises(PluginError, match=r"'whole\.one' and 'whole\.two' both declare the option 'colour'"):
+        parts(("one", one), ("two", other)).declared_options()
+
+
+def test_an_environment_variable_is_named_after_the_plugin_and_not_after_its_part(parts):
+    loaded = parts(("one", with_options("--colour")))
+    assert loaded.options_in({"WHOLE_COLOUR": "7"}) == ({"colour": "7"}, [])
 
 
 # -- what does not fit -----------------------------------------------------------------------------------------------
@@ -468,53 +474,3 @@ def test_the_list_holds_sidestep_as_it_is_installed():
     assert sidestep.distribution == "sidestep-plugin"
     assert "acestep_sample_timesteps" in sidestep.hooks
     assert "--cfg-ratio" in sidestep.options
-
-
-# -- calling implementations without pluggy --------------------------------------------------------------------------
-
-
-class Several:
-    """Several implementations of one hook in one plugin, whose answers show the order of the calls."""
-
-    def __init__(self, **answers):
-        for name, (answer, more) in answers.items():
-            setattr(self, name, hookimpl(specname="acestep_song_cache", **more)(self._answering(answer)))
-
-    @staticmethod
-    def _answering(answer):
-        def implementation(run):
-            return answer
-
-        return implementation
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        {"a": (1, {}), "b": (2, {}), "c": (3, {})},
-        {"a": (1, {"tryfirst": True}), "b": (2, {}), "c": (3, {"trylast": True})},
-        {"a": (None, {}), "b": (2, {"trylast": True}), "c": (0, {})},
-    ],
-)
-def test_answers_and_their_order_are_pluggys(answers):
-    registry = Registry()
-    plugin = Several(**answers)
-    registry.register(plugin, "several")
-    expected = registry._manager.subset_hook_caller("acestep_song_cache", [])(run=None)
-    assert [answer for _, answer in registry.call("acestep_song_cache", run=None)] == expected
-
-
-def test_an_implementation_that_wraps_others_is_left_to_pluggy():
-    class Wrapping:
-        @hookimpl
-        def acestep_song_cache(self):
-            return 1
-
-        @hookimpl(specname="acestep_song_cache", wrapper=True)
-        def more(self):
-            answers = yield
-            return [answer + 1 for answer in answers]
-
-    registry = Registry()
-    registry.register(Wrapping(), "wrapping")
-    assert registry.call("acestep_song_cache", run=None) == [("wrapping", 2)]

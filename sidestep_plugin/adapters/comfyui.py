@@ -8,6 +8,9 @@ The copy relies on these rules of ComfyUI (``comfy/lora.py`` and ``comfy/weight_
   rank, or 1 without that tensor. ComfyUI reads neither the header nor ``adapter_config.json``.
 - A LoKr already has its alpha among its tensors. A layer with no decomposed factor has strength 1. The second factor of
   a convolution must be flat.
+- A layer with ``LAYER.dora_scale`` of one number a row is scaled by that number divided by the norm of the row as it
+  was, where LyCORIS divides by the norm of the changed row. So a copy has other numbers, for which the weights are
+  needed.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ from typing import Any, Final
 
 from ..errors import Refusal
 from ..text import shown
+from .base_weights import BaseWeights
 from .header import header_of
-from .layer_names import is_known_layer
+from .kinds import BY_NAME, KINDS
 from .layers import Adapter, Layer
-from .peft_config import DIFFUSERS_KEY, unread_pattern
+from .peft_config import DIFFUSERS_KEY
 from .weights_file import HASH_KEY, NewTensor, WeightsFile, write_copy
 
-FILE_NAMES: Final = {"lora": "comfyui_lora.safetensors", "lokr": "comfyui_lokr.safetensors"}
+FILE_NAMES: Final = {kind.name: kind.copy_name for kind in KINDS}
 """File name of the copy beside an adapter, by adapter type."""
 
 
-def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] | None) -> None:
+def write_comfyui_copy(
+    adapter: Adapter, target: Path, facts: Mapping[str, Any] | None, base: BaseWeights | None = None
+) -> int:
     """Write the copy, completely or not at all.
 
     Layers that change nothing are left out: some of them crash ComfyUI's bypass loader, and the result is the same.
@@ -39,98 +45,58 @@ def write_comfyui_copy(adapter: Adapter, target: Path, facts: Mapping[str, Any] 
         adapter: the adapter. It is not changed.
         target: the file to write. An existing file is replaced.
         facts: what is known about the adapter, for the header. None keeps the adapter's own header.
+        base: the base model's weights, which some adapters cannot be copied without.
+
+    Returns:
+        Number of layers that were left out.
 
     Raises:
-        Refusal: ComfyUI cannot apply the adapter as it was trained, or its alpha is unknown. Nothing is written.
+        Refusal: ComfyUI cannot apply the adapter as it was trained, or its alpha is unknown, or the base model is
+            another one. Nothing is written.
         OSError: the file cannot be written. An existing file is not changed.
     """
-    check_exportable(adapter)
+    check_exportable(adapter, base)
+    kind = BY_NAME[adapter.kind]
     tensors: dict[str, NewTensor] = {}
+    left_out = len(adapter.idle)
     for layer in _trained(adapter):
-        if adapter.kind == "lora":
+        changed = {} if base is None else kind.comfyui_changes(adapter, layer, base)
+        if changed is None:
+            left_out += 1
+            continue
+        name, names = kind.comfyui_names(layer)
+        if "alpha" not in names:
             assert layer.alpha is not None
-            name = f"base_model.model.{layer.name}"
             tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha))
-            names = {"A": "lora_A.weight", "B": "lora_B.weight"}
-        else:
-            name = f"lycoris_{layer.name.replace('.', '_')}"
-            names = {part: "dora_scale" if part == "magnitude" else part for part in layer.parts}
         for part, suffix in names.items():
+            if part in changed:
+                tensors[f"{name}.{suffix}"] = changed[part]
+                continue
             entry = adapter.file.tensors[layer.parts[part]]
             flat = part == "lokr_w2" and len(entry.shape) > 2
             shape = (entry.shape[0], math.prod(entry.shape[1:])) if flat else entry.shape
             tensors[f"{name}.{suffix}"] = NewTensor(entry.dtype, shape, entry)
     write_copy(adapter.file, target, tensors, _header(adapter.file, facts))
+    return left_out
 
 
-def check_exportable(adapter: Adapter) -> None:
-    """Raise Refusal if ComfyUI cannot apply an adapter as it was trained."""
+def check_exportable(adapter: Adapter, base: BaseWeights | None = None) -> None:
+    """Raise Refusal if ComfyUI cannot apply an adapter as it was trained, with a base model's weights or without."""
     path = adapter.file.path
-    if adapter.kind not in FILE_NAMES:
-        raise Refusal(f"{path} is a {adapter.kind}. Only LoRA and LoKr can be exported.")
+    kind = BY_NAME.get(adapter.kind)
+    if kind is None:
+        known = " and ".join(kind.title for kind in KINDS)
+        raise Refusal(f"{path} is a {adapter.kind}. Only {known} can be exported.")
     if adapter.unknown:
         raise Refusal(
             f"{path} holds tensors that ComfyUI would ignore ({shown(adapter.unknown[0], 80)}), so a copy would not "
             "work as trained."
         )
-    for layer in adapter.layers.values():
-        flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
-        if adapter.kind == "lora" and flat and not is_known_layer(layer.name):
-            raise Refusal(
-                f"{path} adapts {shown(layer.name, 80)}, a layer that ComfyUI does not know in ACE-Step 1.5. Use it in "
-                "ACE-Step's app."
-            )
-    if not _trained(adapter):
+    if len(adapter.untrained) == len(adapter.layers):
         raise Refusal(
             f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
         )
-    if adapter.kind == "lokr":
-        _check_lokr(adapter)
-        return
-    if adapter.is_dora:
-        raise Refusal(
-            f"{path} is a DoRA. ComfyUI scales DoRA by different norms than PEFT, so a copy would not work as trained. "
-            "Use it in ACE-Step's app or in diffusers."
-        )
-    for layer in adapter.layers.values():
-        shapes = [adapter.file.tensors[layer.parts[part]].shape for part in ("A", "B") if part in layer.parts]
-        if len(shapes) < 2 or any(len(shape) < 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
-            raise Refusal(
-                f"{path} is damaged: lora_A and lora_B of {shown(layer.name)} do not fit together. Copy or download it "
-                "again."
-            )
-    pattern = unread_pattern(adapter.config)
-    if pattern is not None and not all("alpha" in layer.parts for layer in adapter.layers.values()):
-        raise Refusal(
-            f"{path} has the alpha_pattern '{shown(pattern, 100)}'. Regular expressions are not read, so the alphas "
-            "are unknown. Put the layers' names into alpha_pattern, or use the adapter in ACE-Step's app."
-        )
-    if any(layer.alpha is None for layer in adapter.layers.values()):
-        raise Refusal(
-            f"The alpha of {path} is unknown, and so is its strength. Put its adapter_config.json beside it, or pass "
-            "--alpha NUMBER. Expected the alpha that it was trained with."
-        )
-
-
-def _check_lokr(adapter: Adapter) -> None:
-    path, tensors = adapter.file.path, adapter.file.tensors
-    for layer in _trained(adapter):
-        if "alpha" not in layer.parts:
-            raise Refusal(
-                f"{path} has no alpha among its tensors, so it would not work as trained in ComfyUI. Use it in "
-                "ACE-Step's app."
-            )
-        if "lokr_t2" in layer.parts:
-            raise Refusal(
-                f"{path} is a LoKr with a Tucker decomposition, which ComfyUI does not support for ACE-Step. Use it in "
-                "ACE-Step's app."
-            )
-        if "magnitude" in layer.parts and tensors[layer.parts["magnitude"]].shape[:1] != (1,):
-            raise Refusal(
-                f"{path} is a LoKr with weight decomposition (DoRA). ComfyUI scales it by different norms than "
-                "LyCORIS, so no copy would work exactly as trained. Use the file itself in ComfyUI, which has about "
-                "the right strength."
-            )
+    kind.check_comfyui(adapter, _trained(adapter), base)
 
 
 def _trained(adapter: Adapter) -> list[Layer]:

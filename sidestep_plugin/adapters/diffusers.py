@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from .kinds.lora import LORA
 from .layer_names import in_diffusers, target_in_diffusers
 from .layers import Adapter
 
@@ -16,7 +17,7 @@ def diffusers_config(adapter: Adapter) -> dict[str, Any] | None:
     It also renames the layers, so ranks and alphas that differ are listed under the layers' full names in diffusers.
     """
     layers = [layer for layer in adapter.layers.values() if layer.rank]
-    if adapter.kind != "lora" or not layers or any(layer.alpha is None for layer in layers):
+    if adapter.kind != LORA.name or not layers or any(layer.alpha is None for layer in layers):
         return None
     rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers).most_common(1)[0][0]

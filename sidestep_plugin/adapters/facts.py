@@ -37,8 +37,9 @@ FACTS: Final = {
     "cfg_ratio": "condition dropout: probability in [0, 1] that a row was trained without its condition",
     "mask_nan": "true if NaN was set to zero in rows that the songs' masks hide (--mask-nan); else left out",
     "crop_seconds": "seconds of the random window of each song (--crop-seconds); left out for whole songs",
+    "mask_padding": "true if padding of shorter prompts in a batch was masked (--mask-padding); else left out",
     "frozen_weights": "bf16 if the base model's weights stayed in bf16 for the training; else left out",
-    "base_weights": "int8 or fp8 if the base model was quantized for the training (--base-weights); else left out",
+    "base_weights": "what the base model was quantized to for the training, as int8 (--base-weights); else left out",
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "compiled": "true if the decoder's blocks were compiled for the training (--compile); else left out",
@@ -48,6 +49,8 @@ FACTS: Final = {
     "dropout": "dropout of the adapter's layers",
     "target_modules": "target modules, as set for the training",
     "trained_layers": "number of trained layers; any other layers in the file hold zeros and change nothing",
+    "average_of": "what it is the mean of (acestep-train average); else left out, as is the next",
+    "average_energy": "share of the exact mean's energy that it holds after it was cut back to its rank, from 0 to 1",
     "songs": "number of preprocessed songs in the dataset folder",
     "held_out_songs": "number of those that were not trained on (--validate); left out without",
     "validation_songs": "number of songs that were validated on; left out without validation, as are the next four",
@@ -55,7 +58,7 @@ FACTS: Final = {
     "validation_loss": "mean loss on the held-out songs, at fixed timesteps with fixed noise",
     "validation_change": "that loss relative to the model without adapter: -0.02 is 2 % lower",
     "validation_improved": "share of those timesteps, from 0 to 1, at which it is lower than without adapter",
-    "epoch": "epochs done when it was saved, null if ACE-Step did not say",
+    "epoch": "epochs that it was trained for, null if unknown",
     "global_step": "optimizer steps done when it was saved, null if ACE-Step did not say",
     "training_steps": "training steps started when it was saved",
 }
@@ -64,11 +67,11 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "frozen_weights", "base_weights"}
+    | {"timestep_law", "adapter_type", "average_of", "frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
 
-SWITCHES: Final = frozenset({"mask_nan", "compiled"})
+SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})
 """Those of them that are true or left out."""
 
 # Upstream's settings that are strings and known not to be paths. Unknown strings are left out.

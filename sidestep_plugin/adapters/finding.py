@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import Refusal
-
-WEIGHT_NAMES: Final = ("adapter_model.safetensors", "lokr_weights.safetensors")
-"""File names that upstream and PEFT give to an adapter's weights."""
+from .kinds import WEIGHT_NAMES
 
 _FOLDERS: Final = ("", "adapter", "final", "final/adapter")
 _COPY: Final = re.compile(r"comfyui_.*\.safetensors")

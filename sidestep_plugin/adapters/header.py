@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import Refusal
+from ..files import without_nan
 from ..text import counted
 from ..variants import guidance, member_of
 from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
+from .kinds import BY_NAME, title_of
 from .layers import understand
 from .paths import without_paths
 from .peft_config import DIFFUSERS_KEY
@@ -45,7 +47,7 @@ def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
     # Strings as they are, everything else as JSON.
     ours = {
         PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in facts.items()
+        for key, value in without_nan(facts).items()
         if value is not None
     }
     for_diffusers: dict[str, str] = {}
@@ -79,7 +81,7 @@ def usage_hint(facts: Mapping[str, Any]) -> str:
 
 def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
     """ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): the required keys, then keys that tools show."""
-    kind = "LoRA" if facts.get("adapter_type") == "lora" else "LoKr"
+    kind = title_of(facts.get("adapter_type"))
     songs = f" on {counted(facts['songs'], 'song')}" if facts.get("songs") else ""
     entries = {
         "sai_model_spec": "1.0.1",
@@ -93,7 +95,7 @@ def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
         "author": facts.get("author"),
         "license": facts.get("license"),
         "date": facts.get("created"),
-        "usage_hint": usage_hint(facts),
+        "usage_hint": usage_hint(facts) if facts.get("shift") is not None else None,
         "trigger_phrase": facts.get("trigger"),
     }
     texts = {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}
@@ -102,13 +104,13 @@ def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _kohya(facts: Mapping[str, Any]) -> dict[str, str]:
     """Those ``ss_*`` keys of kohya-ss/sd-scripts that have the same meaning here."""
-    lora = facts.get("adapter_type") == "lora"
+    kind = BY_NAME.get(str(facts.get("adapter_type")))
     entries = {
         "ss_base_model_version": "ace_step_15_xl" if facts.get("model_size") == "XL" else "ace_step_15",
         "ss_sd_model_name": facts.get("model_name") or None,
         "ss_output_name": facts.get("title"),
-        "ss_network_module": "peft.tuners.lora" if lora else "lycoris",
-        "ss_network_args": None if lora else json.dumps({"algo": "lokr"}),
+        "ss_network_module": None if kind is None else kind.network_module,
+        "ss_network_args": json.dumps(dict(kind.network_args)) if kind is not None and kind.network_args else None,
         "ss_network_dim": facts.get("rank"),
         "ss_network_alpha": facts.get("alpha"),
         "ss_network_dropout": facts.get("dropout"),

@@ -142,7 +142,7 @@ def _check_header(adapter: Adapter, notes: list[str], problems: list[str]) -> bo
 
 
 def _check_layers(adapter: Adapter, notes: list[str]) -> None:
-    if len(adapter.idle) == len(adapter.layers):
+    if len(adapter.untrained) == len(adapter.layers):
         notes.append(
             "This adapter changes nothing: all its layers hold zeros, as before the first optimizer step. Choose a "
             "later checkpoint."

@@ -50,6 +50,16 @@ def layer_name(prefixed: str) -> str:
     return name
 
 
+def name_in_file(prefixed: str) -> str:
+    """A layer's name as the model calls it that a program saved it from, without that program's prefix.
+
+    PEFT's patterns are matched against this name. Kohya-style names have lost the dots, so for them it is the name in
+    ACE-Step's decoder.
+    """
+    match = None if _FLAT.fullmatch(prefixed) else _DOTTED.fullmatch(prefixed)
+    return match[1] if match else layer_name(prefixed)
+
+
 def in_diffusers(name: str) -> str:
     """A layer's full name in diffusers."""
     before, _, last = name.rpartition(".")

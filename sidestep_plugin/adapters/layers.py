@@ -14,28 +14,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..text import shown
 from .finding import find_weights
-from .layer_names import is_block_layer, is_outer_layer, layer_name, some
-from .peft_config import alpha_patterns, by_pattern, find_configuration, positive
-from .trained_layers import idle_layers
+from .kinds import BY_NAME, KINDS
+from .layer_names import in_diffusers, is_block_layer, is_outer_layer, layer_name, name_in_file, some
+from .peft_config import DIFFUSERS_SOURCE, Patterns, alpha_patterns, by_pattern, find_configuration, positive
+from .trained_layers import untrained_layers
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
-# What follows a layer's name, and what kind of tensor it is.
+if TYPE_CHECKING:
+    import torch
+
+# What follows a layer's name in a file.
+# Its kind of adapter, the expression, and the tensor's name in `Layer.parts`; None: as the expression's group "part".
 _PARTS: Final = (
-    (r"\.lora_A(\.default)?\.weight|\.lora_down\.weight|\.lora\.down\.weight", "A"),
-    (r"\.lora_B(\.default)?\.weight|\.lora_up\.weight|\.lora\.up\.weight", "B"),
-    (r"\.lora_magnitude_vector(\.default)?(\.weight)?|\.dora_scale", "magnitude"),
-    (r"\.alpha", "alpha"),
-    (r"\.(lokr_\w+)", "lokr"),
-    (r"\.(hada_\w+)", "loha"),
-    (r"\.(oft_\w+)", "oft"),
-    (r"\.scalar", "scalar"),
+    *((kind.name, pattern, part) for kind in KINDS for pattern, part in kind.tensors),
+    ("", r"\.lora_magnitude_vector(\.default)?(\.weight)?|\.dora_scale", "magnitude"),
+    ("", r"\.alpha", "alpha"),
+    ("loha", r"\.(?P<part>hada_\w+)", None),
+    ("oft", r"\.(?P<part>oft_\w+)", None),
+    ("", r"\.scalar", "scalar"),
 )
-_PART: Final = [(re.compile(f"(?P<layer>.+?)(?:{pattern})"), part) for pattern, part in _PARTS]
+_PART: Final = [(kind, re.compile(f"(?P<layer>.+?)(?:{pattern})"), part) for kind, pattern, part in _PARTS]
 
 
 @dataclass
@@ -46,12 +49,14 @@ class Layer:
         name: its name in ACE-Step's decoder.
         parts: names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own
             names.
+        peft_name: its name in the model that PEFT's patterns are written for.
         rank: rank of a LoRA, or of a LoKr's decomposed factor. None if there is no rank.
         alpha: the effective alpha, so that strength = alpha / rank. None if unknown.
     """
 
     name: str
     parts: dict[str, str] = field(default_factory=dict)
+    peft_name: str = ""
     rank: int | None = None
     alpha: float | None = None
 
@@ -62,7 +67,7 @@ class Adapter:
 
     Attributes:
         file: the weights.
-        kind: "lora", "lokr", "loha" or "oft".
+        kind: name of its kind: one of ``kinds.NAMES``, or "loha" or "oft".
         layers: the adapted layers by name.
         unknown: names of tensors that do not belong to any known kind of adapter.
         config: PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
@@ -85,12 +90,17 @@ class Adapter:
 
     @property
     def strengths(self) -> Counter[float]:
-        """Number of layers by strength (alpha / rank)."""
-        return Counter(
-            layer.alpha / layer.rank
-            for layer in self.layers.values()
-            if layer.alpha is not None and layer.rank is not None
+        """Number of trained layers by strength; of all layers if none was trained. Unknown ones are left out.
+
+        Raises:
+            OSError: the weights cannot be read.
+        """
+        kind = BY_NAME.get(self.kind)
+        trained = self.layers.keys() - self.untrained or self.layers.keys()
+        found = (
+            None if kind is None else kind.strength(layer) for name, layer in self.layers.items() if name in trained
         )
+        return Counter(strength for strength in found if strength is not None)
 
     @property
     def is_dora(self) -> bool:
@@ -100,17 +110,37 @@ class Adapter:
     @property
     def targets(self) -> list[str]:
         """Last parts of the trained layers' names, such as q_proj, sorted. Of all layers if none was trained."""
-        names = self.layers.keys() - self.idle or self.layers.keys()
+        names = self.layers.keys() - self.untrained or self.layers.keys()
         return sorted({name.rpartition(".")[2] if "." in name else name for name in names})
 
-    @cached_property
-    def idle(self) -> frozenset[str]:
-        """Names of the layers that change nothing, because one of their factors is zero. Read on first use.
+    def load(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """A layer's tensors by the names in its parts, as they are in the file, on the CPU.
 
         Raises:
             OSError: the weights cannot be read.
         """
-        return idle_layers(self.file, self.layers)
+        from safetensors import safe_open
+
+        with safe_open(self.file.path, framework="pt") as weights:
+            return {part: weights.get_tensor(key) for part, key in layer.parts.items()}
+
+    @cached_property
+    def untrained(self) -> frozenset[str]:
+        """Names of the layers in which one of the factors is still zero. Read on first use.
+
+        Raises:
+            OSError: the weights cannot be read.
+        """
+        return untrained_layers(self.file, self.layers)
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Names of the layers that certainly change nothing: untrained ones without a magnitude.
+
+        Raises:
+            OSError: the weights cannot be read.
+        """
+        return frozenset(name for name in self.untrained if "magnitude" not in self.layers[name].parts)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -128,14 +158,13 @@ def understand(file: WeightsFile) -> Adapter:
     kinds: Counter[str] = Counter()
     unknown = []
     for key in file.tensors:
-        for pattern, part in _PART:
+        for kind, pattern, named in _PART:
             if match := pattern.fullmatch(key):
-                layer = layers.setdefault(name := layer_name(match["layer"]), Layer(name))
-                if part in ("lokr", "loha", "oft"):
-                    kinds[part] += 1
-                    part = key.rpartition(".")[2]
-                elif part in ("A", "B"):
-                    kinds["lora"] += 1
+                name = layer_name(match["layer"])
+                layer = layers.setdefault(name, Layer(name, peft_name=name_in_file(match["layer"])))
+                part = named or match["part"]
+                if kind:
+                    kinds[kind] += 1
                 if part in layer.parts:
                     raise Refusal(
                         f"{file.path} is damaged: it has {shown(name)} twice, as {shown(layer.parts[part])} and "
@@ -165,23 +194,20 @@ def understand(file: WeightsFile) -> Adapter:
     return adapter
 
 
-def _measure(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> None:
+def _measure(adapter: Adapter, layer: Layer, patterns: Patterns | None) -> None:
     """Fill in a layer's rank and alpha from its tensors and the configuration."""
     tensors = adapter.file.tensors
-    if adapter.kind == "lora":
-        if "A" in layer.parts and tensors[layer.parts["A"]].shape:
-            layer.rank = tensors[layer.parts["A"]].shape[0]
-    else:
-        for part in ("lokr_w1_b", "lokr_w2_b", "hada_w1_b"):
-            if layer.rank is None and part in layer.parts and tensors[layer.parts[part]].shape:
-                layer.rank = tensors[layer.parts[part]].shape[0]
+    kind = BY_NAME.get(adapter.kind)
+    for part in ("hada_w1_b",) if kind is None else kind.rank_parts:
+        if layer.rank is None and part in layer.parts and tensors[layer.parts[part]].shape:
+            layer.rank = tensors[layer.parts[part]].shape[0]
     if "alpha" in layer.parts:
         layer.alpha = _number(adapter.file, tensors[layer.parts["alpha"]])
-    elif adapter.kind == "lora" and layer.rank:
+    elif kind is not None and kind.alpha_in_config and layer.rank:
         layer.alpha = _alpha_by_config(adapter, layer, patterns)
 
 
-def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tuple[int, Any]] | None) -> float | None:
+def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Patterns | None) -> float | None:
     """The effective alpha by PEFT's rules: ``alpha_pattern``, else ``lora_alpha``. rsLoRA divides by sqrt(r)."""
     config, rank = adapter.config, layer.rank
     if not config:
@@ -189,8 +215,10 @@ def _alpha_by_config(adapter: Adapter, layer: Layer, patterns: Mapping[str, tupl
         return positive(said)
     if patterns is None:
         return None
-    alpha = by_pattern(patterns, layer.name, positive(config.get("lora_alpha")))
-    if alpha is not None and rank and config.get("use_rslora") is True:
+    # Our header and diffusers' has the names of diffusers, whatever the tensors beside it are called.
+    name = in_diffusers(layer.name) if adapter.config_source == DIFFUSERS_SOURCE else layer.peft_name
+    alpha = by_pattern(patterns, name, positive(config.get("lora_alpha")))
+    if alpha is not None and rank and config.get("use_rslora"):
         return alpha * math.sqrt(rank)
     return alpha
 

@@ -15,6 +15,9 @@ from ..text import shown
 from ..variants import VARIANTS, Variant, words_of
 from .facts import FACTS, FILE_NAME
 from .finding import check_inside, has_neighbours_of_its_own
+from .kinds import BY_NAME
+from .kinds.lokr import LOKR
+from .kinds.lora import LORA
 from .layers import Adapter
 
 # Side-Step 1.x writes its file beside a checkpoint, or into the folder above the final adapter.
@@ -110,8 +113,8 @@ def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
             "ignored."
         )
     return {
-        "rank": config.get("linear_dim"),
-        "alpha": config.get("linear_alpha"),
+        "rank": config.get(LOKR.fields["rank"]),
+        "alpha": config.get(LOKR.fields["alpha"]),
         "songs": record.get("num_samples"),
     }
 
@@ -119,12 +122,13 @@ def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
 def configured(adapter: Adapter) -> dict[str, Any]:
     """Facts from PEFT's configuration and from the tensors."""
     name = _name_of(adapter.config.get("base_model_name_or_path"))
-    ranks, alphas = adapter.ranks, {layer.alpha for layer in adapter.layers.values()}
+    trained = adapter.layers.keys() - adapter.untrained or adapter.layers.keys()
+    ranks, alphas = adapter.ranks, {adapter.layers[name].alpha for name in trained}
     found: dict[str, Any] = {
         "model_name": name,
         "model_variant": _variant_in(name or ""),
-        "rank": next(iter(ranks)) if len(ranks) == 1 and adapter.kind == "lora" else None,
-        "alpha": _plain(next(iter(alphas))) if len(alphas) == 1 and adapter.kind == "lora" else None,
+        "rank": next(iter(ranks)) if len(ranks) == 1 and adapter.kind == LORA.name else None,
+        "alpha": _plain(next(iter(alphas))) if len(alphas) == 1 and adapter.kind in BY_NAME else None,
         "dropout": adapter.config.get("lora_dropout"),
         "target_modules": adapter.targets,
     }

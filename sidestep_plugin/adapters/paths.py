@@ -16,7 +16,9 @@ _PLACE: Final = re.compile(r"(.*_)?(dir|dirs|path|paths|folder|file|root|locatio
 def forget_folders(folder: Path, model_name: str) -> None:
     """Remove local paths from the files that PEFT writes beside the weights: its configuration and its README.
 
-    PEFT writes the model's folder as ``base_model_name_or_path``. It is not needed to load an adapter.
+    PEFT writes the model's folder as ``base_model_name_or_path``. It is not needed to load an adapter. It becomes null,
+    not another name: PEFT asks the Hugging Face Hub for any name that is no folder here, whenever it saves a model that
+    the adapter is loaded into.
 
     Raises:
         OSError: a file cannot be written. It is not changed.
@@ -27,17 +29,17 @@ def forget_folders(folder: Path, model_name: str) -> None:
     except (OSError, ValueError):
         return
     place = config.get("base_model_name_or_path")
-    if not isinstance(place, str) or not _is_path(place):
+    if not isinstance(place, str):
         return
     name = model_name or "ACE-Step-1.5"
     readme = folder / "README.md"
     # The README comes first: as long as the configuration has the path, an interrupted attempt can be repeated.
-    if readme.is_file():
+    if re.search(r"[/\\]", place) and readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="surrogateescape")
         with replacing(readme) as stream:
             stream.write(text.replace(place, name).encode("utf-8", "surrogateescape"))
     with replacing(file) as stream:
-        stream.write((json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n").encode("utf-8"))
+        stream.write((json.dumps(config | {"base_model_name_or_path": None}, indent=2) + "\n").encode("utf-8"))
 
 
 def without_paths(text: str, facts: Mapping[str, Any]) -> str:

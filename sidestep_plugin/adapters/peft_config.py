@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import Refusal
 from ..files import read_json_object
 from .finding import check_inside, has_neighbours_of_its_own
-from .layer_names import in_diffusers
 from .weights_file import WeightsFile
 
 DIFFUSERS_KEY: Final = "lora_adapter_metadata"
 """Header key of a LoRA's configuration in JSON for diffusers (``LORA_ADAPTER_METADATA_KEY`` there)."""
+DIFFUSERS_SOURCE: Final = f"header ({DIFFUSERS_KEY})"
+"""What :func:`find_configuration` calls that place."""
 
-# Patterns are regular expressions from other people's files, which may take forever. Only plain names are read.
-_NAME_PATTERN: Final = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
+# Patterns are regular expressions from other people's files, and some of them take forever. Only those are used that
+# are made of single characters: "q_proj", "^layers.0.self_attn.q_proj". PEFT reads their dots as any character.
+_QUICK: Final = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
+_LONGEST: Final = 1000  # characters of a layer's name
+
+Patterns = Sequence[tuple[re.Pattern[str], Any]]
+"""PEFT's patterns for layers' names in their order, with the value for the layers that match."""
 
 
 def find_configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, list[str]]:
@@ -38,39 +44,49 @@ def find_configuration(file: WeightsFile) -> tuple[dict[str, Any], str | None, l
         try:
             value = json.loads(text)
             prefixed = {str(key).removeprefix("transformer."): entry for key, entry in value.items()}
-            return prefixed, f"header ({DIFFUSERS_KEY})", problems
+            return prefixed, DIFFUSERS_SOURCE, problems
         except (ValueError, RecursionError, AttributeError):
             problems.append(f"{DIFFUSERS_KEY} in the header is not a JSON object.")
     return {}, None, problems
 
 
-def alpha_patterns(config: Mapping[str, Any]) -> dict[str, tuple[int, Any]] | None:
-    """PEFT's alpha_pattern by plain names, with their order. None if one of them is not a plain name."""
-    patterns = config.get("alpha_pattern")
-    found: dict[str, tuple[int, Any]] = {}
-    for order, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, Mapping) else ()):
-        name = _NAME_PATTERN.fullmatch(str(pattern))
-        if name is None:
-            return None
-        found.setdefault(name[1].replace("\\", ""), (order, value))
-    return found
+def alpha_patterns(config: Mapping[str, Any]) -> Patterns | None:
+    """PEFT's ``alpha_pattern``, ready for :func:`by_pattern`. None if one of its patterns is not used."""
+    if unread_pattern(config) is not None:
+        return None
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in _alpha_pattern(config).items()]
 
 
 def unread_pattern(config: Mapping[str, Any]) -> str | None:
-    """The first pattern in alpha_pattern that is not a plain name, and so is not read. None if there is none."""
+    """The first pattern in ``alpha_pattern`` that could take forever, and so is not used. None if there is none."""
+    return next((pattern for pattern in map(str, _alpha_pattern(config)) if _QUICK.fullmatch(pattern) is None), None)
+
+
+def by_pattern(patterns: Patterns, name: str, default: float | None) -> float | None:
+    """PEFT's lookup (``peft.utils.get_pattern_key``): the value of the first pattern that matches a name.
+
+    A pattern matches the whole name, or its end after a dot. So "^q_proj" matches no layer of a decoder, and "q.proj"
+    matches q_proj.
+
+    Args:
+        patterns: the patterns.
+        name: the layer's name in the model that PEFT loads the adapter into.
+        default: the value where none matches.
+
+    Returns:
+        The value, or None if it is no number above zero, or the name is too long to be matched in a moment.
+    """
+    if len(name) > _LONGEST:
+        return None
+    for pattern, value in patterns:
+        if pattern.match(name):
+            return positive(value)
+    return default
+
+
+def _alpha_pattern(config: Mapping[str, Any]) -> Mapping[str, Any]:
     patterns = config.get("alpha_pattern")
-    names = map(str, patterns) if isinstance(patterns, Mapping) else iter(())
-    return next((name for name in names if _NAME_PATTERN.fullmatch(name) is None), None)
-
-
-def by_pattern(patterns: Mapping[str, tuple[int, Any]], name: str, default: float | None) -> float | None:
-    """PEFT's lookup: the value of the first pattern that is the layer's name, or its end after a dot."""
-    matching = []
-    for candidate in (name, in_diffusers(name)):
-        parts = candidate.split(".")
-        ends = (".".join(parts[start:]) for start in range(min(len(parts), 16)))
-        matching += [patterns[end] for end in ends if end in patterns]
-    return positive(min(matching, key=lambda match: match[0])[1]) if matching else default
+    return patterns if isinstance(patterns, Mapping) else {}
 
 
 def positive(value: Any) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ..text import shown
 from .facts import FACTS, SCHEMA_VERSION, SWITCHES, TEXT_FACTS
+from .kinds import BY_NAME
 from .layers import Adapter
 
 _HUGE: Final = 1e15
@@ -22,6 +23,7 @@ _RANGES: Final = {
     "alpha": (1e-9, _HUGE),
     "dropout": (0.0, 1.0),
     "crop_seconds": (1e-6, _HUGE),
+    "average_energy": (0.0, 1.0),
     **dict.fromkeys(_COUNTS, (0, _HUGE)),
 }
 
@@ -84,11 +86,11 @@ def check_schema(facts: Mapping[str, Any], notes: list[str]) -> None:
 def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]) -> None:
     """Add a note if the files beside the weights give another strength than the header."""
     rank, alpha = facts.get("rank"), facts.get("alpha")
-    plain = adapter.kind == "lora" and len(adapter.strengths) == 1
+    plain = adapter.kind in BY_NAME and len(adapter.strengths) == 1
     if not plain or not isinstance(rank, int | float) or not isinstance(alpha, int | float) or not rank:
         return
     (strength,) = adapter.strengths
-    if abs(alpha / rank - strength) > 1e-6 * strength and adapter.config.get("use_rslora") is not True:
+    if abs(alpha / rank - strength) > 1e-6 * strength and not adapter.config.get("use_rslora"):
         notes.append(
             f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give "
             f"it strength {strength:.4g}."

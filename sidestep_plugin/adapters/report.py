@@ -8,6 +8,8 @@ from typing import Any
 from ..text import counted, shown
 from ..variants import member_of
 from .inspection import Report
+from .kinds import title_of
+from .kinds.lora import LORA
 from .layer_names import some
 from .layers import Adapter
 
@@ -28,8 +30,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "because": report.generate.because,
         },
         "layers": len(adapter.layers),
-        "trained_layers": len(adapter.layers) - len(adapter.idle),
-        "untrained_layers": len(adapter.idle),
+        "trained_layers": len(adapter.layers) - len(adapter.untrained),
+        "untrained_layers": len(adapter.untrained),
         "targets": adapter.targets,
         "ranks": dict(sorted(adapter.ranks.items())),
         "strengths": dict(sorted(adapter.strengths.items())),
@@ -56,7 +58,7 @@ def tensor_bytes(adapter: Adapter) -> int:
 def as_text(report: Report) -> list[str]:
     """A report as lines for people. Everything from the files is escaped for the terminal."""
     adapter, facts, generate = report.adapter, report.facts, report.generate
-    kind = {"lora": "DoRA" if adapter.is_dora else "LoRA", "lokr": "LoKr", "loha": "LoHA", "oft": "OFT"}[adapter.kind]
+    kind = "DoRA" if adapter.is_dora and adapter.kind == LORA.name else title_of(adapter.kind)
     size = "XL " if facts.get("model_size") == "XL" else ""
     model = member_of(str(facts.get("model_variant", "of unknown variant")), str(facts.get("model_name", "")))
     name = f" ({shown(facts['model_name'])})" if "model_name" in facts else ""
@@ -71,6 +73,8 @@ def as_text(report: Report) -> list[str]:
     for key in ("title", "author", "trigger", "license", "created"):
         if key in facts:
             add(key.capitalize(), shown(facts[key], 1000))
+    if "average_of" in facts:
+        add("Mean of", shown(facts["average_of"], 1000))
     if generate.shift is None or generate.num_inference_steps is None:
         add("Generate", f"unknown: {generate.because}")
     else:
@@ -94,8 +98,8 @@ def as_text(report: Report) -> list[str]:
 def _strength(report: Report) -> str:
     adapter, facts = report.adapter, report.facts
     ranks, strengths = adapter.ranks, adapter.strengths
-    if adapter.kind != "lora" and "rank" in facts:
-        return f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    if adapter.kind != LORA.name and "rank" in facts:
+        return _strength_of_lokr(adapter, facts)
     rank = _span(ranks, "rank ", "ranks ") or "rank unknown"
     if not strengths:
         return f"{rank}, alpha unknown: programs without an alpha use strength 1"
@@ -103,12 +107,24 @@ def _strength(report: Report) -> str:
     return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
 
 
+def _strength_of_lokr(adapter: Adapter, facts: Any) -> str:
+    trained = [layer for name, layer in adapter.layers.items() if name not in adapter.untrained]
+    whole = sum(layer.rank is None for layer in trained)
+    settings = f"dimension {shown(facts['rank'])}, alpha {shown(facts.get('alpha', 'unknown'))}"
+    if whole == len(trained) > 0:
+        return f"1 ({settings}, without effect: these are full matrices)"
+    some_whole = f"; full matrices at strength 1 in {whole} of {len(trained)} layers" if whole else ""
+    strength = _span(adapter.strengths, "", "")
+    return f"{strength} ({settings}{some_whole})" if strength else settings
+
+
 def _weights(report: Report) -> str:
     adapter = report.adapter
-    idle = len(adapter.idle)
+    idle = len(adapter.untrained)
     trained = len(adapter.layers) - idle or len(adapter.layers)
+    left = "were not trained" if len(adapter.idle) < idle else "hold only zeros and change nothing"
     whole = ", unchanged since saving" if report.intact else ""
-    rest = f"; {idle} more layers hold only zeros and change nothing" if 0 < idle < len(adapter.layers) else ""
+    rest = f"; {idle} more layers {left}" if 0 < idle < len(adapter.layers) else ""
     return (
         f"{counted(trained, 'layer')} ({some(adapter.targets, 6)}), {', '.join(sorted(dtypes(adapter)))}, "
         f"{_size(tensor_bytes(adapter))}{whole}{rest}"

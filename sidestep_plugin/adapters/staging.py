@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Final
 
 from ..files import move, special_kind
+from .kinds import KINDS
 
 _NEW: Final = "saving"
 _OLD: Final = "replaced"
 _RANDOM: Final = "[0-9a-f]" * 8
 
-_WEIGHTS: Final = frozenset({"adapter_model.safetensors", "adapter_model.bin", "lokr_weights.safetensors"})
+_WEIGHTS: Final = frozenset(Path(file).name for kind in KINDS for file in kind.weight_files)
 _BESIDE_WEIGHTS: Final = frozenset(
     {"adapter_config.json", "README.md", "training_config.json", "training_state.pt", "resume_state.pt"}
-    | {"comfyui_lora.safetensors", "comfyui_lokr.safetensors", "training_options.toml"}
+    | {"training_options.toml", *(kind.copy_name for kind in KINDS)}
 )
 """Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..errors import Refusal
 from ..text import shown
+from .kinds import BY_NAME
+from .kinds.lora import LORA
 
 
 def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> None:
@@ -16,13 +20,13 @@ def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> N
     Args:
         layers: full names of the decoder's layers, such as ``layers.0.self_attn.q_proj``.
         targets: the names that were given.
-        kind: "lora" or "lokr".
+        kind: name of the kind of adapter.
 
     Raises:
         Refusal: a name matches no layer.
     """
     known = list(layers)
-    matches = _peft_matches if kind == "lora" else _lokr_matches
+    matches = BY_NAME[kind].matches
     wrong = [name for name in targets if not any(matches(layer, name) for layer in known)]
     if wrong:
         named = ", ".join(repr(shown(name, 60)).replace("\\\\", "\\") for name in wrong[:5])
@@ -30,15 +34,37 @@ def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> N
         raise Refusal(f"--target-modules: no layer of this model is called {named}. Choose from {shown(exist, 250)}.")
 
 
-def _peft_matches(layer: str, name: str) -> bool:
-    """PEFT's rule for a list of names: a layer's full name, or its end after a dot."""
-    return layer == name or layer.endswith(f".{name}")
+def trained_shapes(model: Any, kind: str, adapter_config: Any) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linear layers that an adapter's target modules mean, by name.
+
+    Args:
+        model: the model; its decoder may carry the adapter. {} without a decoder.
+        kind: name of the kind of adapter.
+        adapter_config: upstream's configuration of it.
+    """
+    import torch
+
+    targets, decoder = getattr(adapter_config, "target_modules", None), getattr(model, "decoder", None)
+    if not isinstance(decoder, torch.nn.Module) or not targets or isinstance(targets, str):
+        return {}
+    shapes = {}
+    for prefixed, module in decoder.named_modules():
+        name = own_name(prefixed)
+        if isinstance(module, torch.nn.Linear) and any(BY_NAME[kind].matches(name, str(target)) for target in targets):
+            shapes[name] = (module.out_features, module.in_features)
+    return shapes
 
 
-def _lokr_matches(layer: str, name: str) -> bool:
-    """Upstream's rule: the end of the layer's name in LyCORIS, or any part of it after an underscore."""
-    lycoris, wanted = f"lycoris_{layer.replace('.', '_')}".lower(), name.strip().lower()
-    return bool(wanted) and (lycoris.endswith(wanted) or f"_{wanted}" in lycoris)
+def own_name(layer: str) -> str:
+    """A layer's name in the decoder, from its name in the models that PEFT, Fabric and torch put around it."""
+    return re.sub(r"^((base_model\.model|_forward_module|module)\.)+", "", layer)
+
+
+def is_target(layer: str, targets: Sequence[str] | str | None) -> bool:
+    """Whether PEFT attaches a LoRA to a layer of this name, by its rules for a list of names and for one expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, layer) is not None
+    return any(LORA.matches(layer, str(name)) for name in targets or ())
 
 
 def _short(layer: str) -> str:

@@ -29,19 +29,18 @@ class _Parts(Protocol):
     def parts(self) -> dict[str, str]: ...
 
 
-def idle_layers(file: WeightsFile, layers: Mapping[str, _Parts]) -> frozenset[str]:
-    """Names of the layers that change nothing. Reads a few kilobytes of a trained layer, and one buffer at a time.
+def untrained_layers(file: WeightsFile, layers: Mapping[str, _Parts]) -> frozenset[str]:
+    """Names of the layers that no optimizer step has changed. Reads a few kilobytes of a trained layer.
 
-    A layer with a magnitude (DoRA) is never among them: it scales the model's own weight, which is not in the file.
+    They change nothing, unless they have a magnitude (DoRA): that scales the model's own weight, which is not in the
+    file. LyCORIS begins with the magnitude that the weight has, and trains it together with the factors.
 
     Raises:
         OSError: the file cannot be read.
     """
     with file.path.open("rb") as stream:
         return frozenset(
-            name
-            for name, layer in layers.items()
-            if "magnitude" not in layer.parts and _any_zero(stream, file, _factors_of(file, layer.parts))
+            name for name, layer in layers.items() if _any_zero(stream, file, _factors_of(file, layer.parts))
         )
 
 

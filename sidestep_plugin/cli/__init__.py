@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from typing import Final
 
 import click
 
-from sidestep_plugin import __version__
+from sidestep_plugin import __version__, signals
 
 from .groups import DefaultGroup
+from .terminal import unread
 
 COMMANDS: Final = {
     "train": "Train a LoRA or LoKr with ACE-Step's own trainer.",
+    "prepare": "Prepare songs to train on, from audio and texts.",
     "check": "Check whether your ACE-Step fits, without training anything.",
     "estimate": "Estimate the memory that a training needs, before it starts.",
+    "songs": "Show what is in a folder of songs, and what looks wrong.",
     "recommended": "Print recommended settings for a number of songs.",
     "list": "List the checkpoints of a training.",
     "compare": "Compare adapters by their loss on the same songs.",
     "inspect": "Show what an adapter is and what to generate with.",
     "preview": "Make clips from a saved adapter, to listen to.",
     "export": "Copy an adapter for another program.",
+    "average": "Average adapters or checkpoints, or bring one to another rank.",
     "run": "Run one of ACE-Step's own commands with plugins attached.",
     "timesteps": "Show at which timesteps a model is trained.",
     "schedule": "Print the timesteps of a generation.",
@@ -86,10 +91,20 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """``acestep-train`` with the words of ``sys.argv``. Ends the program."""
     # A console that cannot show a character should show another, not end the training.
     codecs.register_error("acestep-plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="acestep-plain")
-    cli(prog_name="acestep-train")
+    signals.take_over(signals.leave)
+    try:
+        cli(prog_name="acestep-train")
+    except SystemExit as ended:  # a signal that comes now changes nothing of how it ended
+        for stream in (sys.stdout, sys.stderr):
+            with unread(stream):
+                if stream is not None:
+                    stream.flush()
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        signals.take_over(lambda *_: os._exit(code))
+        raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sidestep_plugin.adapters.kinds import NAMES
 from sidestep_plugin.errors import Refusal
 
 from .commands import FAILED, Command, Unusable, echo_json
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @CHECKPOINT_DIR
 @click.option(
     "--adapter-type",
-    type=click.Choice(["lora", "lokr"]),
+    type=click.Choice(NAMES),
     help="Check this kind of adapter only.  [default: all that this ACE-Step trains]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -39,10 +40,10 @@ def check(
     import dataclasses
     import logging
 
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.compatibility import examine_checkout
-    from sidestep_plugin.trainer.models import checkpoint_folder
-    from sidestep_plugin.trainer.seams import MODULE_CLASS
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.compatibility import examine_checkout
+    from sidestep_plugin.engine.models import checkpoint_folder
+    from sidestep_plugin.engine.seams import MODULE_CLASS
 
     from . import quiet
     from .torch_here import require_torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .terminal import program
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Request
+    from sidestep_plugin.launch.launch import Request
 
 
 def command_line(request: Request) -> str:

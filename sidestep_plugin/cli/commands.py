@@ -9,10 +9,10 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.signals import INTERRUPTED as INTERRUPTED
 
 FAILED = 1
 UNUSABLE = 2
-INTERRUPTED = 130
 
 _RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
 
@@ -211,7 +211,9 @@ def values_of(option: str, args: list[str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON, in ASCII so that any console and pipe can carry it."""
+    """Print a value as JSON, in ASCII so that any console and pipe can carry it. NaN and infinity become null."""
     import json
 
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    from sidestep_plugin.files import without_nan
+
+    click.echo(json.dumps(without_nan(value), indent=2, allow_nan=False))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
-    from sidestep_plugin.trainer.comparing import Comparison
+    from sidestep_plugin.validation.comparing import Comparison
 
 _LONGEST = 40  # characters of an adapter's name in the table
 
@@ -78,7 +80,7 @@ def compare(
     if not click.get_current_context().meta["debug"]:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
-    from sidestep_plugin.trainer.comparing import compare as measure
+    from sidestep_plugin.validation.comparing import compare as measure
 
     done = measure(
         adapters,
@@ -148,10 +150,16 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
         then = sum(done.by_t(done.before, place)) / len(done.timesteps)
         for name, (_, losses), changes in zip(short, done.after, _changes(done, place), strict=True):
             mean = sum(done.by_t(losses, place)) / len(done.timesteps) / then - 1.0
-            cells = " ".join(f"{100 * change:>+6.2f}%" for change in changes)
-            lines.append(f"{name:<{width}}  {100 * mean:>+7.2f}%  {cells}")
+            cells = " ".join(_percent(change, 6) for change in changes)
+            lines.append(f"{name:<{width}}  {_percent(mean, 7)}  {cells}")
     lines.append("")
-    best, (_, losses) = min(zip(short, done.after, strict=True), key=lambda entry: done.mean(entry[1][1]))
+    finite = [(name, losses) for name, (_, losses) in zip(short, done.after, strict=True) if _finite(done, losses)]
+    if not finite:
+        return [
+            *lines,
+            "No adapter gives a loss that is a number, so none is better than the model without adapter.",
+        ]
+    best, losses = min(finite, key=lambda entry: done.mean(entry[1]))
     change = done.mean(losses) / before - 1.0
     weights = ""
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
@@ -165,10 +173,23 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     return lines
 
 
+def _finite(done: Comparison, losses: torch.Tensor) -> bool:
+    """Whether an adapter's losses can be compared: NaN is neither larger nor smaller than any number."""
+    return math.isfinite(done.mean(losses)) and bool(losses.isfinite().all())
+
+
+def _percent(change: float, width: int) -> str:
+    return f"{100 * change:>+{width}.2f}%" if math.isfinite(change) else f"{'NaN':>{width + 1}}"
+
+
 def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
     """What makes a comparison doubtful."""
     notes = []
-    for name, (report, _) in zip(names, done.after, strict=True):
+    for name, (report, losses) in zip(names, done.after, strict=True):
+        if not _finite(done, losses):
+            notes.append(
+                f"Note: {name} gives NaN or infinity: its weights hold some, or become too large for the model."
+            )
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:
             notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")
@@ -180,11 +201,11 @@ def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
 def _as_json(done: Comparison, names: Sequence[str]) -> dict[str, Any]:
     before = done.mean(done.before)
 
-    def losses_of(losses: Any) -> Mapping[str, Any]:
-        entries = {"loss": done.mean(losses), "loss_by_t": done.by_t(losses, 0)}
+    def losses_of(losses: Any) -> Any:
+        entries: dict[str, Any] = {"loss": done.mean(losses), "loss_by_t": done.by_t(losses, 0)}
         if len(done.conditions) > 1:
             entries["loss_by_t_without_condition"] = done.by_t(losses, 1)
-        return entries | {"loss_by_song": losses[:, :, 0].mean(dim=1).tolist()}
+        return _for_json(entries | {"loss_by_song": losses[:, :, 0].mean(dim=1).tolist()})
 
     return {
         "model": done.model,
@@ -198,12 +219,21 @@ def _as_json(done: Comparison, names: Sequence[str]) -> dict[str, Any]:
                 "name": name,
                 "adapter_type": report.adapter.kind,
                 "written_by": report.written_by,
-                "change": done.mean(losses) / before - 1.0,
+                "change": _for_json(done.mean(losses) / before - 1.0),
                 **losses_of(losses),
             }
             for name, (report, losses) in zip(names, done.after, strict=True)
         ],
     }
+
+
+def _for_json(value: Any) -> Any:
+    """Numbers as JSON has them: null for NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _for_json(entry) for key, entry in value.items()}
+    return [_for_json(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _picture(done: Comparison, names: Sequence[str]) -> Figure:

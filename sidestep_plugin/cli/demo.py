@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .commands import PluginCommand
 from .training_options import FOLDER, GROUPS, adapter_and_training_options, settings_from
+
+if TYPE_CHECKING:
+    from sidestep_plugin.miniature import Miniature
 
 # Small enough for seconds on a CPU, large enough to reach a checkpoint, and a loss that has clearly fallen.
 _SETTINGS = {
@@ -36,10 +39,14 @@ _SETTINGS = {
     show_default=True,
     help="Folder for the stand-in, its songs and the adapter.",
 )
+@click.option(
+    "--songs", "from_audio", is_flag=True, help="Start from wav files that are made on the spot, and end with clips."
+)
 @adapter_and_training_options(_SETTINGS, plugin="sidestep")
 def demo(
     model: str,
     directory: Path,
+    from_audio: bool,
     adapter_type: str,
     plugins: tuple[str, ...],
     wins: str | None,
@@ -53,31 +60,39 @@ def demo(
     sidestep unless you name another.
 
     \b
-    Example:
+    Examples:
         acestep-train demo --model turbo
+        acestep-train demo --songs
     """
     from .training import run_training, say_that_torch_is_imported
 
     say_that_torch_is_imported()
     import torch
 
+    from sidestep_plugin.launch.launch import Request, check_writable
     from sidestep_plugin.miniature import build
-    from sidestep_plugin.trainer.launch import Request, check_writable
 
     from .command_line import quoted
     from .terminal import program, say
 
     torch.set_num_threads(1)  # a model this small only waits for a second thread
     check_writable(directory.absolute())
-    say("This is a stand-in for ACE-Step 1.5: its songs are made-up tensors, and it makes no music.")
-    miniature = build(directory)
+    made_up = "a few plain tones" if from_audio else "made-up tensors"
+    say(f"This is a stand-in for ACE-Step 1.5: its songs are {made_up}, and it makes no music.")
+    miniature = build(directory, encoders=from_audio)
+    songs = miniature.tensors
+    if from_audio:
+        songs = _prepared(miniature, directory, model)
+        if "preview_every" in options:
+            epochs = settings_from(settings).get("epochs", _SETTINGS["epochs"])
+            options = {**options, "preview_every": options["preview_every"] or epochs}
     output = directory / "output" / f"{model}-{adapter_type}"
     run_training(
         Request(
             model=model,
-            dataset_dir=miniature.tensors,
+            dataset_dir=songs,
             output_dir=output,
-            adapter_type="lokr" if adapter_type == "lokr" else "lora",
+            adapter_type=adapter_type,
             acestep_root=miniature.root,
             settings=_SETTINGS | settings_from(settings),
             plugins=plugins,
@@ -90,6 +105,24 @@ def demo(
     if (losses := _losses(output)) is not None:
         say(f"Mean loss: {losses[0]:.4f} in the first epoch, {losses[1]:.4f} in the last.")
     say(f"See what the adapter says about itself: {quoted([program(), 'inspect', str(output)])}")
+
+
+def _prepared(miniature: Miniature, directory: Path, model: str) -> Path:
+    """Make wav files and prepare them by the code of ``prepare``. Returns the folder of songs."""
+    from sidestep_plugin.miniature import write_audio
+    from sidestep_plugin.preparing.request import PrepareRequest
+
+    from .command_line import quoted
+    from .prepare import run_prepare
+    from .terminal import program, say
+
+    audio = write_audio(directory / "audio", seconds=10.0)
+    songs = directory / "songs"
+    say(f"Four wav files with their texts: {audio}")
+    words = [program(), "prepare", str(audio), "--model", model, "--output", str(songs)]
+    say(quoted([*words, "--acestep-root", str(miniature.root)]))
+    run_prepare(PrepareRequest(audio.absolute(), model, songs.absolute(), acestep_root=miniature.root, device="cpu"))
+    return songs
 
 
 def _losses(output: Path) -> tuple[float, float] | None:

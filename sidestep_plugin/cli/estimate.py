@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidestep_plugin.adapters.kinds import BY_NAME, DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
@@ -38,6 +39,9 @@ class MemorySize(click.ParamType[int]):
         return size
 
 
+_RANKS = ", ".join(f"{kind.title} {kind.default_rank}" for kind in KINDS)
+
+
 @click.command(cls=Command)
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Preprocessed songs; the longest one counts.")
@@ -45,8 +49,8 @@ class MemorySize(click.ParamType[int]):
     "--seconds", type=FiniteFloat(0.0, 86_400.0, min_open=True), metavar="S", help="Longest song, without a dataset."
 )
 @click.option("--memory", type=MemorySize(), metavar="SIZE", help="Memory of the GPU: 12GB.  [default: what is free]")
-@click.option("--adapter-type", type=click.Choice(["lora", "lokr"]), default="lora", show_default=True, help="Adapter.")
-@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help="Its size.  [default: LoRA 8, LoKr 64]")
+@click.option("--adapter-type", type=click.Choice(NAMES), default=DEFAULT.name, show_default=True, help="Adapter.")
+@click.option("--rank", type=WholeNumber(1, 65_536), metavar="N", help=f"Its size.  [default: {_RANKS}]")
 @click.option(
     "--target-modules",
     default="q_proj,k_proj,v_proj,o_proj",
@@ -99,22 +103,22 @@ def estimate(
     try:
         require_torch()
         size, notes = _size(model, acestep_root, checkpoint_dir)
-        frames, tokens, unread = _length(dataset_dir, seconds)
-        notes += unread
+        frames, tokens, left_out = _length(dataset_dir, seconds)
+        notes += left_out
         settings = Settings(
-            kind="lokr" if adapter_type == "lokr" else "lora",
-            rank=rank or (64 if adapter_type == "lokr" else 8),
+            kind=adapter_type,
+            rank=rank or BY_NAME[adapter_type].default_rank,
             targets=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
             dropout=dropout > 0.0,
             batch_size=batch_size,
             frames=frames,
             tokens=tokens,
         )
+        known = ", ".join(sorted({name.partition(".")[2] for name in size.layer_linears}))
         unknown = [name for name in settings.targets if not size.targets([name])]
         if unknown or not settings.targets:
-            known = ", ".join(sorted({name.partition(".")[2] for name in size.layer_linears}))
             named = ", ".join(unknown) or target_modules
-            raise Refusal(f"--target-modules {named} names no layer of the decoder. Choose from {known}.")
+            raise Refusal(f"--target-modules: {named} names no layer of the decoder. Choose from {known}.")
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
     free = _free_memory() if memory is None else memory
@@ -148,7 +152,7 @@ class _Answer:
 
         settings = self.settings
         trained = adapter_parameters(self.size, settings.kind, settings.rank, settings.targets)
-        kind = "LoRA" if settings.kind == "lora" else "LoKr"
+        kind = BY_NAME[settings.kind].title
         return [
             f"Model: {self.model}, {self.size.parameters:,} parameters in the decoder",
             f"Adapter: {kind} of rank {settings.rank} on {', '.join(settings.targets)}, {trained:,} parameters",
@@ -214,10 +218,10 @@ class _Answer:
 
 def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[DecoderSize, list[str]]:
     """The decoder's size, and notes about where it comes from. Raises Refusal."""
+    from sidestep_plugin.engine.models import checkpoints_of, find_model
     from sidestep_plugin.memory.known import GUESSED, XL, known_size
     from sidestep_plugin.memory.sizes import DecoderSize
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.models import checkpoints_of, find_model
 
     try:
         folder = find_model(model, checkpoints_of(checkpoints, root))
@@ -234,7 +238,7 @@ def _size(model: str, root: Path | None, checkpoints: Path | None) -> tuple[Deco
 
 
 def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, list[str]]:
-    """Frames and tokens of the longest song, and notes about songs that do not count. Raises Refusal."""
+    """Frames and tokens of the longest song, and notes about songs that were left out. Raises Refusal."""
     from sidestep_plugin.memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
     from sidestep_plugin.songs.dataset import inspect_dataset, songs_in
 
@@ -246,15 +250,16 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     from sidestep_plugin.songs.one_song import read_song
 
     assert dataset_dir is not None
-    files = songs_in(dataset_dir)
-    damaged = {file for file in files if read_song(file)[1]}
-    frames, tokens = longest(file for file in files if file not in damaged)
+    songs = songs_in(dataset_dir)
+    damaged = {song: problem for song in songs if (problem := read_song(song)[1])}
+    frames, tokens = longest(song for song in songs if song not in damaged)
     if not frames:
         if dataset_dir.is_dir():
             inspect_dataset(dataset_dir, allow_duplicates=None)  # says what is there instead of songs
         raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
-    names = ", ".join(sorted(file.name for file in damaged))
-    return frames, tokens, [f"left out, because a training refuses them: {names}."] if damaged else []
+    refused = "It is left out here, a training refuses it"
+    notes = [f"{song.name} {problem}. {refused}." for song, problem in damaged.items()]
+    return frames, tokens, notes
 
 
 def _free_memory() -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
+from .interrupts import ended_by_signals
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -56,6 +57,10 @@ class DefaultGroup(LazyGroup):
         if args and args[0] not in self.lazy and args[0] not in group_options and args[0].startswith("-"):
             args.insert(0, self.default)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with ended_by_signals(ctx):
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,65 +1,109 @@
-"""Ctrl-C and SIGTERM: end a training after the running step, or the program before there is anything to save."""
+"""Signals that ask to end: they end a training after the running step, and everything else at once, with one line."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
+import click
+
+from sidestep_plugin import signals
 from sidestep_plugin.ranks import ranks
 
 from .commands import INTERRUPTED
-from .terminal import say
+from .terminal import let_go, say
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Launch
+    from sidestep_plugin.launch.launch import Launch
 
     from .progress import Progress
 
+AT_ONCE: Final = "Stopped at once. Checkpoints that were saved before are complete."
+
+_TRAIN: Final = frozenset({"train", "demo"})
+_BEGAN: Final = "sidestep_plugin.training_began"
+_ONE_EVENT: Final = 1.0  # seconds in which a closed terminal or a shutdown may send more than one signal
+
+
+class _Raise:
+    """Ends what runs by an exception, as Ctrl-C does in any program, so that it can clean up.
+
+    If that takes long, a second Ctrl-C ends the program without.
+    """
+
+    def __init__(self) -> None:
+        self._pid, self._asked_at = os.getpid(), 0.0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            return signals.in_child(number)
+        before, self._asked_at = self._asked_at, self._asked_at or time.monotonic()
+        let_go()
+        if before and number in signals.TYPED:
+            signals.leave(number, frame)
+        if not before or time.monotonic() - before > _ONE_EVENT:
+            raise signals.Interrupted
+
 
 @contextmanager
-def terminated_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end the program like Ctrl-C, with a word and its exit code, before there is anything to save."""
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # only the main thread may set handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def ended_by_signals(context: click.Context) -> Iterator[None]:
+    """Let signals end a command at once, with one line on standard error and exit code 130."""
+    with signals.taken_over(_Raise()):
+        try:
+            yield
+        except (KeyboardInterrupt, click.Abort):
+            before = context.invoked_subcommand in _TRAIN and not context.meta.get(_BEGAN)
+            ends = " before the training began; nothing was saved" if before else ""
+            if signals.speaks():
+                say(f"Interrupted{ends}.", err=True)
+            context.exit(INTERRUPTED)
 
 
 @contextmanager
 def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM end the training after the running step; a second one ends it at once."""
-    stopped, several = False, ranks().several
+    """Let signals end the training after the running step; a second Ctrl-C ends it at once."""
+    if (context := click.get_current_context(silent=True)) is not None:
+        context.meta[_BEGAN] = True
+    stop = _Stop(launch, progress)
+    with signals.taken_over(stop):
+        try:
+            yield lambda: stop.asked
+        except KeyboardInterrupt:
+            say(AT_ONCE, err=True)
+            sys.exit(INTERRUPTED)
 
-    def stop(signum: int, _: Any) -> None:
-        nonlocal stopped
-        if several:  # all of them stop after the same step; whoever started them ends them at once if asked to
-            stopped = launch.state["should_stop"] = launch.state["interrupted"] = True
-            return
-        if stopped:
-            for number in previous:
-                signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        stopped = True
-        launch.state["should_stop"] = True
-        progress.say("Stopping after this step, and saving. Press Ctrl-C again to stop at once.")
 
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError):  # only the main thread may set handlers
-            previous[number] = signal.signal(number, stop)
+class _Stop:
+    """Presses the training's stop button."""
+
+    def __init__(self, launch: Launch, progress: Progress) -> None:
+        self.asked = False
+        self._launch, self._progress = launch, progress
+        self._pid, self._several = os.getpid(), ranks().several
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            return signals.in_child(number)
+        let_go()
+        before, self.asked = self.asked, True
+        self._launch.state["should_stop"] = True
+        if self._several:  # all of them stop after the same step; whoever started them ends them at once if asked to
+            self._launch.state["interrupted"] = True
+        elif not before:
+            again = " Press Ctrl-C again to stop at once." if number in signals.TYPED else ""
+            _say(self._progress, f"Stopping after this step, and saving.{again}")
+        elif number in signals.TYPED:
+            signal.signal(number, signal.SIG_DFL)
+            raise signals.Interrupted
+
+
+def _say(progress: Progress, text: str) -> None:
     try:
-        yield lambda: stopped
-    except KeyboardInterrupt:
-        say("Stopped at once. Checkpoints that were saved before are complete.", err=True)
-        sys.exit(INTERRUPTED)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        progress.say(text)
+    except RuntimeError:  # the signal came while a line was being printed, and Python does not print two at once
+        signals.tell(text, 1)

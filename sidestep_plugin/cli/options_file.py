@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidestep_plugin.hookspecs import hookimpl
+from sidestep_plugin.run import NEXT_COMMANDS
 
+from .next_commands import next_commands
 from .settings_file import FILE_NAME, write
 
 if TYPE_CHECKING:
+    from sidestep_plugin.launch.launch import Request
     from sidestep_plugin.run import Run, SavedAdapter
-    from sidestep_plugin.trainer.launch import Request
 
 
 _ROOM: Final = 2**20  # bytes
@@ -32,11 +35,17 @@ class OptionsFile:
         self._request = request
 
     @hookimpl
+    def engine_planned(self, run: Run) -> None:
+        run.state[NEXT_COMMANDS] = partial(next_commands, self._request)  # for the page of the training
+
+    @hookimpl
     def acestep_adapter_saved(self, run: Run, saved: SavedAdapter) -> list[str] | None:
         from sidestep_plugin.files import replacing
 
         text = options_of(self._request, run)
         try:
+            if saved.copy_of is not None and (own := saved.copy_of / FILE_NAME).is_file():
+                text = own.read_text(encoding="utf-8", errors="replace")  # of the run that has trained it
             # The last room on a disk belongs to what a training resumes from.
             if shutil.disk_usage(saved.weights.parent).free < _ROOM:
                 return [f"Warning: no {FILE_NAME} was written, because the disk is nearly full. Make room on the disk."]
@@ -49,16 +58,17 @@ class OptionsFile:
 
 def options_of(request: Request, run: Run) -> str:
     """The options of a running training as TOML."""
-    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
 
-    comments = ["The options of this training. To repeat it:"]
-    repeat = [f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR"]
+    comments = [
+        "The options of this training. To repeat it:",
+        f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR{_folders(run)}",
+    ]
     values: dict[str, Any] = {"plugin": list(request.plugins), "wins": request.wins}
     # A path says where things are on this machine.
     if re.search(r"[\\/~]", request.model):
         name = re.split(r"[\\/]", request.model.rstrip("\\/"))[-1]
-        comments.append(f"The model was a folder of its own, {name}.")
-        repeat.append("--model DIR")
+        comments.append(f"The model was a folder of its own, {name}: add --model and where it is.")
     else:
         values["model"] = request.model
     values["adapter_type"] = request.adapter_type
@@ -69,11 +79,13 @@ def options_of(request: Request, run: Run) -> str:
         values |= {name: _plain(getattr(config, field, None)) for name, field in fields.items()}
     values["allow_duplicates"] = request.allow_duplicates or None
     values |= {name: _plain(value) for name, value in run.options.items() if name not in _OF_A_MACHINE}
-    for name, value in run.options.items():
-        if isinstance(value, Path):
-            repeat.append(f"--{name.replace('_', '-')} DIR")
-    comments.insert(1, " ".join(repeat))
     return write(values, comments)
+
+
+def _folders(run: Run) -> str:
+    """The plugins' options that are folders of this machine: without them, other options would mean nothing."""
+    names = sorted(name for name, value in run.options.items() if isinstance(value, Path))
+    return "".join(f" --{name.replace('_', '-')} DIR" for name in names)
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ def patch() -> None:
 
 
 def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any, Path]:
-    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.engine.checkout import find_root
 
     try:
         root = find_root(said)
@@ -45,7 +45,7 @@ def _in_checkout(action: Callable[[Path], Any], said: Path | None) -> tuple[Any,
 @ACESTEP_ROOT
 def apply(acestep_root: Path | None) -> None:
     """Add the lines. Does nothing if they are there."""
-    from sidestep_plugin.trainer import checkout_patch as patching
+    from sidestep_plugin.engine import checkout_patch as patching
 
     changed, root = _in_checkout(patching.apply, acestep_root)
     done = "five lines were added at its top." if changed else "has the lines already."
@@ -57,7 +57,7 @@ def apply(acestep_root: Path | None) -> None:
 @ACESTEP_ROOT
 def revert(acestep_root: Path | None) -> None:
     """Remove the lines and leave the file as it was. Does nothing if they are not there."""
-    from sidestep_plugin.trainer import checkout_patch as patching
+    from sidestep_plugin.engine import checkout_patch as patching
 
     changed, root = _in_checkout(patching.revert, acestep_root)
     done = "is as it was before the patch." if changed else "has no such lines."
@@ -68,7 +68,7 @@ def revert(acestep_root: Path | None) -> None:
 @ACESTEP_ROOT
 def status(acestep_root: Path | None) -> None:
     """Show whether the lines are there."""
-    from sidestep_plugin.trainer import checkout_patch as patching
+    from sidestep_plugin.engine import checkout_patch as patching
 
     state, root = _in_checkout(patching.status, acestep_root)
     todo = "acestep-train patch revert takes it out." if state == "applied" else "acestep-train patch apply puts it in."
@@ -78,6 +78,6 @@ def status(acestep_root: Path | None) -> None:
 @patch.command()
 def show() -> None:
     """Print the patch, for git apply --unidiff-zero or patch -p1."""
-    from sidestep_plugin.trainer import checkout_patch as patching
+    from sidestep_plugin.engine import checkout_patch as patching
 
     click.echo(patching.patch_text(), nl=False)

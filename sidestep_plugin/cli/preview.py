@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from .quiet import quiet_third_parties, quiet_upstream
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
+if TYPE_CHECKING:
+    from sidestep_plugin.previews.prompts import Prompt
+
 
 @click.command(cls=Command)
 @click.argument("path", metavar="ADAPTER", type=Place(path_type=Path))
@@ -27,11 +30,18 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
     "--output", type=FOLDER, metavar="DIR", help="Folder for the clips.  [default: previews/ of the training]"
 )
 @click.option("--songs", type=Line(), metavar="K|NAMES", help="How many songs, or which ones: a,b,c.  [default: 2]")
+@click.option("--prompt", type=Line(), metavar="TEXT", help="What it is to sound like: a prompt instead of songs.")
+@click.option("--lyrics", type=Place(path_type=Path), metavar="FILE", help="With --prompt: a text file with lyrics.")
+@click.option("--language", type=Line(), metavar="CODE", help="With --prompt: language of the lyrics, such as en.")
+@click.option("--bpm", type=FiniteFloat(1.0, 1000.0), metavar="N", help="With --prompt: beats per minute.")
+@click.option("--key", type=Line(), metavar="KEY", help='With --prompt: key, such as "A minor".')
+@click.option("--time-signature", type=Line(), metavar="N", help="With --prompt: time signature: 2, 3, 4 or 6.")
+@click.option("--without", is_flag=True, help="With --prompt: the model without the adapter, too.")
 @click.option(
     "--seconds",
     type=FiniteFloat(0.0, 600.0, min_open=True),
     metavar="S",
-    help="Length of a clip, at most the song's.  [default: 20]",
+    help="Length of a clip, at most the song's.  [default: 20, of a prompt 30]",
 )
 @click.option("--cfg", type=FiniteFloat(1.0, 30.0), metavar="X", help="Guidance scale.  [default: 7, turbo none]")
 @click.option("--seed", type=WholeNumber(0, 2**32 - 1), metavar="N", help="Seed of the noise.  [default: 42]")
@@ -43,7 +53,16 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
     metavar="DEVICE",
     help="auto, cpu, cuda, cuda:N, mps or xpu.",
 )
-def preview(path: Path, **asked: Any) -> None:
+def preview(
+    path: Path,
+    prompt: str | None,
+    lyrics: Path | None,
+    language: str | None,
+    bpm: float | None,
+    key: str | None,
+    time_signature: str | None,
+    **asked: Any,
+) -> None:
     """Generate clips from a saved adapter, beside those of the model without it, and a page that plays them.
 
     ADAPTER is the folder of a checkpoint, of a finished adapter or of a training. If the training has left its
@@ -53,17 +72,50 @@ def preview(path: Path, **asked: Any) -> None:
     \b
     Example:
         acestep-train preview adapters/jazz/checkpoints/epoch_20_loss_0.7312 --dataset-dir songs
+        acestep-train preview adapters/jazz --prompt "late night jazz, brushes" --without
     """
-    from sidestep_plugin.trainer.clips import ClipRequest, decode_saved, make_clips
+    from sidestep_plugin.previews.clips import ClipRequest, decode_saved, make_clips
 
     quiet_third_parties()
     quiet_upstream()
-    request = ClipRequest(path, **asked)
+    said = {"language": language, "bpm": bpm, "key": key, "time_signature": time_signature}
     try:
         require_torch()
-        page = decode_saved(request, click.echo) or make_clips(request, click.echo)
+        request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
+        folder = decode_saved(request, click.echo) or make_clips(request, click.echo)
+        page = _on_a_page(folder)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the clips: {error.strerror or error}: {error.filename or path}.") from None
     click.echo(f"Listen: {page}")
+
+
+def _on_a_page(folder: Path) -> Path:
+    """Put the clips of a folder on the page that plays them. Returns the page. Raises Refusal or OSError."""
+    from sidestep_plugin.previews.table import read_table
+    from sidestep_plugin.report.page import show_clips
+
+    table = read_table(folder)
+    assert table is not None  # it was written just now
+    return show_clips(folder, table.as_report())
+
+
+def _prompt(caption: str | None, lyrics: Path | None, said: dict[str, Any], asked: dict[str, Any]) -> Prompt | None:
+    """The prompt of the command line; None without one. Raises Refusal."""
+    from sidestep_plugin.previews.prompts import prompt_of, read_lyrics
+
+    values = {name: value for name, value in said.items() if value is not None}
+    if caption is None:
+        extra = ["lyrics"] * (lyrics is not None) + list(values) + ["without"] * bool(asked["without"])
+        if extra:
+            raise click.UsageError(f"--{extra[0].replace('_', '-')} belongs to a prompt. Say what: --prompt TEXT.")
+        return None
+    if asked["dataset_dir"] is not None or asked["songs"] is not None:
+        raise click.UsageError("--prompt generates from a prompt, --dataset-dir from songs. Leave one of them out.")
+    values["caption"] = caption
+    if lyrics is not None:
+        values["lyrics"] = read_lyrics(lyrics)
+    if asked["seconds"] is not None:
+        values["seconds"] = asked["seconds"]
+    return prompt_of(values, "The command line")

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sidestep_plugin import signals
 from sidestep_plugin.errors import UpstreamMismatch
 
 from .commands import PluginCommand
@@ -16,10 +17,15 @@ from .training_options import ACESTEP_ROOT, WINS, plugin_option
 
 
 class RunningCommand(PluginCommand):
-    """Prepares like any command with plugins. Errors of the program that it starts are not caught."""
+    """Prepares like any command with plugins. Errors of the program that it starts are not caught.
+
+    Signals end that program as they would without this one.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        return super().invoke(ctx)()
+        start = super().invoke(ctx)
+        with signals.given_back():
+            return start()
 
 
 @click.command(cls=RunningCommand, context_settings={"allow_interspersed_args": False})
@@ -44,9 +50,9 @@ def run(
     Example, in the checkout's folder:
         acestep-train run --plugin sidestep -- acestep --port 7860
     """
-    from sidestep_plugin.trainer.autoload import Wanted, attach_on_import, carry_over
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.programs import find_command
+    from sidestep_plugin.engine.autoload import Wanted, attach_on_import, carry_over
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.programs import find_command
 
     root: Path | None = None
     try:

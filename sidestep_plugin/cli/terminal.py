@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +31,22 @@ def unread(stream: TextIO | None) -> Iterator[None]:
         yield
     except OSError:
         with suppress(OSError, ValueError, AttributeError):  # a stream that is no file
-            descriptor = stream.fileno()  # type: ignore[union-attr]
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            _to_nowhere(stream.fileno())  # type: ignore[union-attr]
+
+
+def let_go() -> None:
+    """Print to nowhere from now on where the terminal was closed. Every line, also of other libraries, would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            descriptor = stream.fileno()
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                _to_nowhere(descriptor)
+
+
+def _to_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def on_a_terminal() -> bool:

@@ -66,13 +66,13 @@ def timesteps(
     require_torch()
     import torch
 
+    from sidestep_plugin.engine.models import checkpoints_of, find_model
+    from sidestep_plugin.engine.rehearsal import rehearse
     from sidestep_plugin.registry import Registry
     from sidestep_plugin.run import ModelFacts
     from sidestep_plugin.timesteps import shares
     from sidestep_plugin.timesteps.schedule import inference_timesteps
     from sidestep_plugin.timesteps.treatment import law_of
-    from sidestep_plugin.trainer.models import checkpoints_of, find_model
-    from sidestep_plugin.trainer.rehearsal import rehearse
     from sidestep_plugin.variants import TURBO_SHIFT, TURBO_STEPS
 
     if plot is not None:

@@ -77,7 +77,7 @@ def train(
 
     Every adapter has a training_options.toml beside it. --config reads such a file, to repeat a training.
     """
-    from sidestep_plugin.trainer.launch import Request
+    from sidestep_plugin.launch.launch import Request
 
     from .training import run_training
 
@@ -97,7 +97,7 @@ def train(
         model=model or "",
         dataset_dir=dataset_dir or Path(),
         output_dir=output_dir or Path(),
-        adapter_type="lokr" if adapter_type == "lokr" else "lora",
+        adapter_type=adapter_type,
         acestep_root=acestep_root,
         checkpoint_dir=checkpoint_dir,
         settings=settings_from(settings),

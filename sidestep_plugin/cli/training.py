@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +17,20 @@ from sidestep_plugin.text import counted
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
-from .interrupts import interruptible, terminated_like_ctrl_c
+from .interrupts import interruptible
+from .next_commands import next_commands
 from .terminal import say
 from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Launch, Request
+    from sidestep_plugin.launch.launch import Launch, Request
 
     from .progress import Progress
+
+
+_COMPLETE = "✅ Training complete"
+"""How the message begins that ends a finished training: upstream's, and that of one which patience has ended."""
 
 
 def run_training(request: Request) -> None:
@@ -41,7 +48,7 @@ def _train(request: Request) -> None:
         quiet.quiet_third_parties()
         quiet.quiet_upstream()
     say_that_torch_is_imported()
-    from sidestep_plugin.trainer.launch import prepare
+    from sidestep_plugin.launch.launch import prepare
 
     from .options_file import OptionsFile
     from .progress import Progress
@@ -50,18 +57,33 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    with terminated_like_ctrl_c():
-        launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
-    for line in notes_on_settings(launch):
-        progress.say(line)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    with interruptible(launch, progress) as interrupted:
+        failure = _run(launch, progress, interrupted)
+        if not ranks().several:
+            _say_how_it_ended(launch, progress, failure)
+            return
+    if failure is not None:
+        tell_failure(failure, asked_to_end=interrupted())
+        sys.exit(FAILED)
+    if ranks().first:  # it has saved the adapter, or says why not
+        _say_how_it_ended(launch, progress, None)
+
+
+def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) -> str | None:
+    """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
+    finished = False
     told_otherwise: tuple[str, ...] = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
     if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
         told_otherwise += ("Note: --overwrite:", "Note: removed")
-    with launch.lock, launch.attachment, interruptible(launch, progress) as interrupted:
+    with launch.lock, launch.attachment:
+        for line in notes_on_settings(launch):
+            progress.say(line)
         progress.begin(launch.steps_per_epoch, launch.epochs)
         try:
             for _, _, message in launch.messages():
+                finished = finished or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
                 elif not message.startswith(told_otherwise):
@@ -74,14 +96,14 @@ def _train(request: Request) -> None:
         if refusal is not None:
             failure = str(refusal)
         stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
-        if failure is None and stopped and progress.step < launch.total_steps:
+        if failure is None and stopped and not finished and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
-    if failure is not None and ranks().several:
-        tell_failure(failure, asked_to_end=interrupted())
-        sys.exit(FAILED)
-    if not ranks().first:  # the first process has saved the adapter, or says why not
-        return
+    return failure
+
+
+def _say_how_it_ended(launch: Launch, progress: Progress, failure: str | None) -> None:
+    """Say where the adapter is and what to do with it. Exits on failure."""
     adapter = launch.final_adapter
     if failure is None and not math.isfinite(progress.newest):
         failure = "The loss is NaN or infinite, so the adapter is useless. Lower --learning-rate."
@@ -94,8 +116,8 @@ def _train(request: Request) -> None:
         sys.exit(FAILED)
     assert adapter is not None
     say(f"Adapter: {adapter}")
-    if request.plugins:
-        _say_how_to_use(adapter, request.adapter_type)
+    if launch.request.plugins:
+        _say_how_to_use(adapter, launch.request)
 
 
 def say_that_torch_is_imported() -> None:
@@ -107,15 +129,14 @@ def say_that_torch_is_imported() -> None:
 
 def notes_on_settings(launch: Launch) -> list[str]:
     """Lines about settings that are allowed and hardly meant."""
-    asked = launch.request.settings.get("warmup_steps")
-    accumulation = max(1, getattr(launch.trainer.training_config, "gradient_accumulation_steps", 1))
-    total = launch.epochs * math.ceil(launch.steps_per_epoch / accumulation)
-    longest = max(1, total // 10)  # in every known version of ACE-Step
-    if asked is None or asked <= longest:
+    config = launch.trainer.training_config
+    warmup, each = getattr(config, "warmup_steps", 0), max(1, getattr(config, "gradient_accumulation_steps", 1))
+    total = launch.epochs * math.ceil(launch.steps_per_epoch / each)
+    if warmup <= (most := max(1, total // 10)):  # as every known version of ACE-Step computes it
         return []
     return [
-        f"Note: warm-up takes {counted(longest, 'optimizer step')} instead of --warmup-steps {asked}: ACE-Step warms "
-        f"up for at most a tenth of a training, and this one has {total}."
+        f"Note: ACE-Step lets warm-up take at most a tenth of the optimizer steps, here {most} of {total}. It shortens "
+        f"--warmup-steps {warmup} to that."
     ]
 
 
@@ -130,16 +151,26 @@ def _say_what_was_saved(launch: Launch, progress: Progress) -> None:
         say(f"To resume:\n  {resuming_line(launch.request)}")
 
 
-def _say_how_to_use(adapter: Path, adapter_type: str) -> None:
+def _say_how_to_use(adapter: Path, request: Request) -> None:
+    """The end of a finished training as a block: the best epoch, how to generate, the page, and what to type next."""
     from sidestep_plugin.adapters.comfyui import FILE_NAMES
     from sidestep_plugin.adapters.facts import read_training_config
+    from sidestep_plugin.report.ending import best_line, page_in
     from sidestep_plugin.variants import guidance
 
-    if (copy := adapter / FILE_NAMES[adapter_type]).is_file():
-        say(f"For ComfyUI: {copy}")
     facts = read_training_config(adapter)
+    output = Path(os.path.normpath(request.output_dir.absolute()))
+    if (best := best_line(output, facts or {})) is not None:
+        say(best)
+    if (copy := adapter / FILE_NAMES[request.adapter_type]).is_file():
+        say(f"For ComfyUI: {copy}")
     if facts is not None:
         say(
             f"Generate with {facts.get('model_name')}: shift {facts.get('shift')}, "
             f"{counted(facts.get('num_inference_steps'), 'step')}, CFG {guidance(facts.get('model_variant'))}."
         )
+    if (page := page_in(output)) is not None:
+        say(f"Page: {page}")
+    say("Next:")
+    for purpose, command in next_commands(request, "finished"):
+        say(f"  {purpose}\n    {command}")

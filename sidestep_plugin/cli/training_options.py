@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from sidestep_plugin.adapters.kinds import DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Place, WholeNumber
 
@@ -59,6 +60,7 @@ GROUPS: Final = {
         "max_grad_norm",
         "dropout",
         "target_modules",
+        *(name for kind in KINDS for name in kind.options),
         "val_split",
         "num_workers",
         "log_every",
@@ -124,13 +126,13 @@ def adapter_and_training_options(
         return click.option(flag, type=kind, metavar=metavar, help=f"{text}  [{told}]")
 
     positive = WholeNumber(1, 10**9)
-    options = (
+    options: tuple[Decorator, ...] = (
         plugin_option(plugin),
         WINS,
         click.option(
             "--adapter-type",
-            type=click.Choice(["lora", "lokr"]),
-            default="lora",
+            type=click.Choice(NAMES),
+            default=DEFAULT.name,
             show_default=True,
             help="Kind of adapter.",
         ),
@@ -138,6 +140,7 @@ def adapter_and_training_options(
         setting("--alpha", positive, "N", "Its strength is alpha / rank."),
         setting("--dropout", FiniteFloat(0.0, 1.0, max_open=True), "X", "LoRA dropout, from 0 to below 1."),
         setting("--target-modules", None, "NAMES", "Layers to adapt."),
+        *(own_option(name, metavar, text) for kind in KINDS for name, (metavar, text) in kind.options.items()),
         setting("--epochs", positive, "N", "Passes over all songs."),
         setting("--batch-size", positive, "N", "Songs per batch."),
         setting("--gradient-accumulation", positive, "N", "Batches per optimizer step."),
@@ -161,6 +164,14 @@ def adapter_and_training_options(
         return function
 
     return add
+
+
+def own_option(name: str, metavar: str | None, text: str) -> Decorator:
+    """An option of one kind of adapter, given by its name, metavar and help: a switch without a metavar."""
+    flag = f"--{name.replace('_', '-')}"
+    if metavar is None:
+        return click.option(flag, is_flag=True, default=None, help=text)
+    return click.option(flag, type=int, metavar=metavar, help=text)
 
 
 def settings_from(arguments: Mapping[str, Any]) -> dict[str, Any]:

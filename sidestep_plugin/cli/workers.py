@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
+from sidestep_plugin import signals
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.ranks import ranks
 
 from .commands import FAILED, INTERRUPTED, UNUSABLE
-from .terminal import say
+from .interrupts import AT_ONCE
+from .terminal import let_go, say, unread
 
 if TYPE_CHECKING:
+    from sidestep_plugin.launch.launch import Request
     from sidestep_plugin.run import ProcessPlan
-    from sidestep_plugin.trainer.launch import Request
 
 _LAST_WORDS: Final = 15.0  # seconds that the other processes have to end by themselves once one has ended
 _TURN: Final = 5.0  # seconds after which another process than the first one tells its own failure
@@ -44,8 +46,8 @@ def start_workers(request: Request) -> None:
 
     Returns when a single process is enough. Raises Refusal.
     """
+    from sidestep_plugin.engine.processes import plan_of
     from sidestep_plugin.registry import Registry
-    from sidestep_plugin.trainer.processes import plan_of
 
     registry = Registry.load(request.plugins, request.wins)
     plan = plan_of(registry, registry.resolve_options(request.options))
@@ -83,25 +85,20 @@ class Workers:
     def __init__(self, plan: ProcessPlan, command: Sequence[str]) -> None:
         self._plan, self._command = plan, list(command)
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._signals = 0
+        self._asked_for = self._at_once = False
         self._stop_at: float | None = None
         self._asked: set[int] = set()
 
     def run(self) -> int:
         """Start them and wait until all have ended | returns the exit code: that of the first one that failed."""
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # only the main thread may set handlers
-                before[number] = signal.signal(number, self._on_signal)
-        try:
-            self._start()
-            return self._wait()
-        finally:
-            for process in self._running.values():
-                process.kill()
-                process.wait()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with signals.taken_over(self._on_signal):
+            try:
+                self._start()
+                return self._wait()
+            finally:
+                for process in self._running.values():
+                    process.kill()
+                    process.wait()
 
     def _start(self) -> None:
         plan = self._plan
@@ -148,7 +145,7 @@ class Workers:
         """The exit code of the training for that of a process."""
         if code in (FAILED, UNUSABLE, INTERRUPTED):
             return code
-        if self._signals > 1:
+        if self._at_once or (self._asked_for and -code in signals.ENDING):  # that had not begun to listen
             return INTERRUPTED
         with suppress(ValueError):
             how = f"was killed ({signal.Signals(-code).name})"
@@ -173,14 +170,17 @@ class Workers:
                 process.terminate()
 
     def _on_signal(self, number: int, _: Any) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            say("Stopped at once. Checkpoints that were saved before are complete.", err=True)
+        let_go()
+        if self._asked_for and number in signals.TYPED:
+            self._at_once = True
+            say(AT_ONCE, err=True)
             for process in self._running.values():
                 process.kill()
-        elif os.name != "nt":  # there, Ctrl-C reaches every process of the console
-            for process in self._running.values():
-                process.terminate()
+        elif not self._asked_for:
+            self._asked_for = True
+            if os.name != "nt":  # there, Ctrl-C reaches every process of the console
+                for process in self._running.values():
+                    process.send_signal(number)  # this one is not ignored, so it is not ignored there
 
 
 def _free_port() -> int:
@@ -202,19 +202,30 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        from sidestep_plugin.trainer.processes import SaidElsewhere
+        from sidestep_plugin.engine.processes import LostProcess, SaidElsewhere
 
+        if isinstance(refusal, LostProcess):
+            tell_failure(str(refusal))
+            _leave(FAILED)
         if here.first:
             raise
         tell_failure(str(refusal), elsewhere=isinstance(refusal, SaidElsewhere))
         sys.exit(UNUSABLE)
     except KeyboardInterrupt:
-        if here.first:
-            raise
-        sys.exit(INTERRUPTED)
-    from sidestep_plugin.trainer.processes import leave
+        if here.local_rank == 0:
+            say("Interrupted before the training began; nothing was saved.", err=True)
+        _leave(INTERRUPTED)
+    from sidestep_plugin.engine.processes import leave
 
     leave()
+
+
+def _leave(code: int) -> NoReturn:
+    """End without waiting for a thread that waits for another process."""
+    for stream in (sys.stdout, sys.stderr):
+        with unread(stream):
+            stream.flush()
+    os._exit(code)
 
 
 def tell_failure(text: str, *, asked_to_end: bool = False, elsewhere: bool = False) -> None:
@@ -225,7 +236,7 @@ def tell_failure(text: str, *, asked_to_end: bool = False, elsewhere: bool = Fal
         asked_to_end: whether this process was asked to end: somebody else knows why.
         elsewhere: whether the first process tells it.
     """
-    from sidestep_plugin.trainer.processes import lost_connection
+    from sidestep_plugin.engine.processes import LOST, lost_connection
 
     here, lost = ranks(), lost_connection(text)
     if lost and asked_to_end:
@@ -235,10 +246,11 @@ def tell_failure(text: str, *, asked_to_end: bool = False, elsewhere: bool = Fal
             time.sleep(_BLAME)  # whoever failed first is heard meanwhile, and all others are ended
         elif not here.first:
             time.sleep(_TURN)
-        if lost:
-            text = f"The connection to another process was lost, and nothing is known of it: {text}"
+        if lost and LOST not in text:
+            text = f"{LOST}, and nothing is known of it: {text}"
         if not elsewhere:
-            say(f"Error: {text}" if here.first else f"Error in {here} on {socket.gethostname()}: {text}", err=True)
+            named = here.first or text.startswith(("Process ", "Two processes "))
+            say(f"Error: {text}" if named else f"Error in {here} on {socket.gethostname()}: {text}", err=True)
 
 
 def watch_launcher() -> None:
@@ -256,6 +268,9 @@ def _watch() -> None:
         parent = os.getppid()
         while os.getppid() == parent:
             time.sleep(0.5)
-    _thread.interrupt_main(signal.SIGTERM)
+    for number in signals.ENDING:  # the first one that is not ignored
+        if callable(signal.getsignal(number)):
+            _thread.interrupt_main(number)
+            break
     time.sleep(_GRACE)
     os._exit(FAILED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ..adapters.kinds import BY_NAME
 from ..run import AdapterType
 from .sizes import DecoderSize
 
@@ -73,7 +74,7 @@ def working_bytes(size: DecoderSize, batch: Batch, how: Forward) -> int:
     rows = batch.songs * _positions(size, batch)
     # Gradients of the MLP's three intermediates, and fp32 ones of the hidden states around a norm.
     gradients = rows * (3 * size.feed_forward * _width_of(how) + 8 * size.width)
-    if how.kind == "lora":
+    if not BY_NAME[how.kind].whole_difference:
         return gradients
     # The fp32 product of a LoKr's factors, and its gradient.
     return max(gradients, 8 * max((one * other for one, other in size.targets(how.targets).values()), default=0))
@@ -98,7 +99,8 @@ def _layer(size: DecoderSize, batch: Batch, how: Forward) -> int:
     feed_forward = 3 * rows * size.feed_forward * e
     weights = 0
     if how.mixed and how.fp32_weights:
-        adapted = size.targets(how.targets) if how.kind == "lokr" else {}  # these are counted with the adapter
+        # Weights whose whole difference is computed are counted with the adapter.
+        adapted = size.targets(how.targets) if BY_NAME[how.kind].whole_difference else {}
         weights = 2 * sum(
             outputs * inputs
             for name, (outputs, inputs) in size.layer_linears.items()
@@ -111,7 +113,7 @@ def _adapter(size: DecoderSize, rows: int, tokens: int, how: Forward) -> int:
     """What the adapter of one layer saves."""
     e, saved = _width_of(how), 0
     targets = size.targets(how.targets)
-    if how.kind == "lokr":
+    if BY_NAME[how.kind].whole_difference:
         # The difference in the type of the product, autocast's copy of the base weight, which stays fp32 for LyCORIS,
         # and the inputs, which layers with the same input share.
         for name, (outputs, inputs) in targets.items():

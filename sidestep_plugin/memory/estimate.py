@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from ..adapters.kinds import BY_NAME, DEFAULT
+from ..measured.reading import too_low
 from ..run import AdapterType
 from .activations import Batch, Forward, activation_bytes, working_bytes
+from .quantization import BYTES
 from .sizes import DecoderSize, adapter_parameters
-
-FrozenType = Literal["int8", "bf16", "fp32"]
 
 FRAMES_A_SECOND: Final = 25
 """Frames per second of ACE-Step 1.5's latents."""
@@ -22,7 +23,7 @@ cannot use, and matrix products need room of their own."""
 USUAL_TOKENS: Final = 769
 """Length of a condition that upstream's preprocessing makes: 512 tokens of lyrics, 256 of the prompt, 1 of timbre."""
 
-_BYTES: Final[dict[FrozenType, int]] = {"int8": 1, "bf16": 2, "fp32": 4}
+_BYTES: Final = {**BYTES, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Settings:
         frames: length of the longest song in frames of latents.
         tokens: length of the longest condition in tokens.
         mixed: whether autocast computes in bf16, as on a GPU; else all weights are fp32.
-        frozen: type of the frozen linear and convolution layers; with `mixed` only.
+        frozen: type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only.
         checkpointing: whether gradient checkpointing is on.
         crop_seconds: length of the windows of songs that are trained on; None: whole songs.
         optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
     """
 
-    kind: AdapterType = "lora"
+    kind: AdapterType = DEFAULT.name
     rank: int = 64
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     dropout: bool = True
@@ -54,7 +55,7 @@ class Settings:
     frames: int = 240 * FRAMES_A_SECOND
     tokens: int = USUAL_TOKENS
     mixed: bool = True
-    frozen: FrozenType = "bf16"
+    frozen: str = "bf16"
     checkpointing: bool = False
     crop_seconds: float | None = None
     optimizer_bytes: int = 8
@@ -92,8 +93,8 @@ class Needs:
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
     def fits(self, free: int) -> bool:
-        """Whether that much free memory is enough, with the margin."""
-        return self.total * MARGIN <= free
+        """Whether that much free memory is enough, with the margin, and with what estimates were too low by on GPUs."""
+        return self.total * MARGIN * too_low() <= free
 
 
 def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:
@@ -129,7 +130,7 @@ def activations(size: DecoderSize, settings: Settings) -> int:
         kind=settings.kind,
         rank=settings.rank,
         targets=settings.targets,
-        dropout=settings.dropout and settings.kind == "lora",
+        dropout=settings.dropout and BY_NAME[settings.kind].dropout,
         mixed=settings.mixed,
         fp32_weights=settings.frozen == "fp32",
         checkpointing=settings.checkpointing,
@@ -142,6 +143,6 @@ def weight_bytes(size: DecoderSize, settings: Settings) -> int:
     """Bytes of the decoder's weights. Norms and tables are fp32, and so is what a LoKr adapts."""
     each = _BYTES[settings.frozen] if settings.mixed else 4
     adapted = 0
-    if settings.kind == "lokr":
+    if BY_NAME[settings.kind].whole_difference:
         adapted = size.layers * sum(one * other for one, other in size.targets(settings.targets).values())
     return each * (size.cast_parameters - adapted) + 4 * (size.other_parameters + adapted)

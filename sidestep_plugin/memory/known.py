@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..variants import MODEL_ALIASES
+from ..variants import MODEL_ALIASES, words_of
 from .sizes import DecoderSize
 
 TWO_B: Final = DecoderSize(
@@ -26,8 +26,8 @@ GUESSED: Final = "the width of XL's MLP (9728), its key-value heads (8) and thei
 
 
 def known_size(model: str) -> DecoderSize | None:
-    """The size of an official model by alias or folder name; None for any other."""
+    """The size of an official model by alias or folder name; None for any other, whatever its name holds."""
     folder = MODEL_ALIASES.get(model, model)
     if folder not in MODEL_ALIASES.values():
         return None
-    return XL if "-xl-" in folder else TWO_B
+    return XL if "xl" in words_of(folder) else TWO_B

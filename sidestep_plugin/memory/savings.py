@@ -1,42 +1,19 @@
-"""What makes a training need less memory, in the order of what it costs: one table for every message that advises."""
+"""What makes a training need less memory, in the order of what it costs: one list for every message that advises.
+
+What a saving does to the estimate stands beside the saving itself; here are those that are no feature of this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
+from . import base_weights, gradient_checkpointing
 from .estimate import FRAMES_A_SECOND, Settings
+from .saving import Saving
 
 _CROPS: Final = (120, 60, 30)
 """Seconds that are suggested for the windows of songs: the longest of them that halves the song."""
-
-
-@dataclass(frozen=True)
-class Saving:
-    """One way to need less memory.
-
-    Attributes:
-        option: name of the plugin's option that it needs; "" for a setting that every training has.
-        apply: the settings with it; None if it would change nothing.
-        flag: what to type, for the settings before and after.
-        advice: the same in words that begin with a small letter, with the values that are used now.
-        cost: what it costs, in a few words.
-    """
-
-    option: str
-    apply: Callable[[Settings], Settings | None]
-    flag: Callable[[Settings], str]
-    advice: Callable[[Settings, Settings], str]
-    cost: str
-
-
-def _frozen(now: Settings) -> Settings | None:
-    return now.but(frozen="bf16") if now.mixed and now.frozen == "fp32" else None
-
-
-def _checkpointing(now: Settings) -> Settings | None:
-    return None if now.checkpointing else now.but(checkpointing=True)
 
 
 def _crop(now: Settings) -> Settings | None:
@@ -55,25 +32,9 @@ def _rank(now: Settings) -> Settings | None:
     return now.but(rank=now.rank // 2) if now.rank > 1 else None
 
 
-def _base(now: Settings) -> Settings | None:
-    return now.but(frozen="int8") if now.mixed and now.kind == "lora" and now.frozen != "int8" else None
-
-
 SAVINGS: Final = (
-    Saving(
-        option="frozen_weights",
-        apply=_frozen,
-        flag=lambda then: "--frozen-weights bf16",
-        advice=lambda now, then: "use --frozen-weights bf16",
-        cost="same adapter, bit for bit",
-    ),
-    Saving(
-        option="gradient_checkpointing",
-        apply=_checkpointing,
-        flag=lambda then: "--gradient-checkpointing on",
-        advice=lambda now, then: "use --gradient-checkpointing on",
-        cost="same adapter, bit for bit; steps take longer",
-    ),
+    base_weights.BF16,
+    gradient_checkpointing.SAVING,
     Saving(
         option="",
         apply=_batch,
@@ -98,15 +59,9 @@ SAVINGS: Final = (
         advice=lambda now, then: f"lower --rank (now {now.rank}) to {then.rank}",
         cost="a smaller adapter",
     ),
-    Saving(
-        option="base_weights",
-        apply=_base,
-        flag=lambda then: "--base-weights int8",
-        advice=lambda now, then: "use --base-weights int8",
-        cost="rounds the base model's weights",
-    ),
+    base_weights.INT8,
 )
-"""The cheapest first. Other names for the options are changed here alone."""
+"""The cheapest first."""
 
 
 def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Saving, Settings]]:
@@ -151,17 +106,23 @@ def enough(
 
 
 def _with(now: Settings, savings: list[Saving]) -> tuple[list[str], Settings]:
-    flags = []
+    flags: list[str] = []
     for saving in savings:
         then = saving.apply(now)
         if then is not None:
-            flags.append(saving.flag(then))
+            flags = with_flag(flags, saving.flag(then))
             now = then
     return flags, now
 
 
+def with_flag(flags: Sequence[str], flag: str) -> list[str]:
+    """Flags with one more, in place of those with another value for the same option."""
+    option = flag.partition(" ")[0]
+    return [*(other for other in flags if other.partition(" ")[0] != option), flag]
+
+
 def advice_for(now: Settings, options: Collection[str]) -> list[str]:
-    """What to change, the cheapest first: each in words that begin with a small letter, and what it costs."""
+    """What to change, the cheapest first: each as a lower-case phrase, with what it costs."""
     lines = []
     for saving, then in savings_for(now, options):
         lines.append(f"{saving.advice(now, then)} ({saving.cost})")

@@ -6,11 +6,11 @@ built on torch's meta device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..adapters.kinds import BY_NAME
 from ..run import AdapterType
 
 _TIME_CHANNELS: Final = 256
@@ -144,20 +144,4 @@ class DecoderSize:
 def adapter_parameters(size: DecoderSize, kind: AdapterType, rank: int, targets: Iterable[str]) -> int:
     """Trained parameters of an adapter | rank: of a LoRA, or the dimension of a LoKr."""
     shapes = size.targets(targets).values()
-    if kind == "lora":
-        return size.layers * sum(rank * (outputs + inputs) for outputs, inputs in shapes)
-    return size.layers * sum(_lokr(outputs, inputs, rank) for outputs, inputs in shapes)
-
-
-def _lokr(outputs: int, inputs: int, rank: int) -> int:
-    """Parameters of a LoKr of one linear layer as LyCORIS makes it with factor -1: a Kronecker product of two."""
-    (out_small, out_large), (in_small, in_large) = _factors(outputs), _factors(inputs)
-    whole = 2 * rank >= max(out_large, in_large)
-    second = out_large * in_large if whole else rank * (out_large + in_large)
-    return out_small * in_small + second
-
-
-def _factors(number: int) -> tuple[int, int]:
-    """The two factors of a number that are closest to its square root, smaller one first."""
-    small = next(factor for factor in range(math.isqrt(number), 0, -1) if number % factor == 0)
-    return small, number // small
+    return size.layers * sum(BY_NAME[kind].parameters(shape, rank) for shape in shapes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .estimate import Needs, Settings, needs
-from .savings import savings_for
+from .savings import savings_for, with_flag
 from .sizes import DecoderSize
 
 _PARTS: Final = ("weights", "adapter", "gradients", "optimizer", "activations")
@@ -45,7 +45,7 @@ def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) ->
     for saving, then in savings_for(now, options):
         need = needs(size, then)
         if need.total < rows[-1].needs.total:  # a LoKr may be the same for a lower rank
-            flags.append(saving.flag(then))
+            flags = with_flag(flags, saving.flag(then))
             rows.append(Row(flags[-1], tuple(flags), need))
     return rows
 

@@ -26,6 +26,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .encoders import write_audio, write_encoders
+
 __all__ = [
     "CONDITION_WIDTH",
     "MODELS",
@@ -33,7 +35,9 @@ __all__ = [
     "XL_CONDITION_WIDTH",
     "Miniature",
     "build",
+    "write_audio",
     "write_checkout",
+    "write_encoders",
     "write_model",
     "write_tensors",
 ]
@@ -76,8 +80,15 @@ class Miniature:
         return self.xl_tensors if _is_xl(model) else self.tensors
 
 
-def build(directory: Path, *, models: Sequence[str] = MODELS, songs: int = 6) -> Miniature:
-    """Write the checkout, the named models and the songs; an earlier build there is overwritten."""
+def build(directory: Path, *, models: Sequence[str] = MODELS, songs: int = 6, encoders: bool = False) -> Miniature:
+    """Write the checkout, the named models and the songs; an earlier build there is overwritten.
+
+    Args:
+        directory: where to.
+        models: names of official models.
+        songs: how many preprocessed songs.
+        encoders: whether the VAE and the text encoder are written as well, which preparing songs needs.
+    """
     for name in models:
         if name not in OFFICIAL_MODELS:
             raise ValueError(f"no official model is named {name!r}; there are {', '.join(OFFICIAL_MODELS)}")
@@ -86,6 +97,8 @@ def build(directory: Path, *, models: Sequence[str] = MODELS, songs: int = 6) ->
     write_checkout(miniature.root)
     for name in models:
         write_model(miniature.checkpoints, name, seed=1 + OFFICIAL_MODELS.index(name))
+    if encoders:
+        write_encoders(miniature.checkpoints)
     write_tensors(miniature.tensors, condition_width=CONDITION_WIDTH, songs=songs, seed=101)
     if any(_is_xl(name) for name in models):
         write_tensors(miniature.xl_tensors, condition_width=XL_CONDITION_WIDTH, songs=songs, seed=102)

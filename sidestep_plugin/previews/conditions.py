@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import Refusal
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.one_song import read_song
+from ..songs.triggers import metadata_of
 from ..text import counted
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Song:
     @property
     def name(self) -> str:
         return self.file.stem
+
+    @property
+    def prompt(self) -> str:
+        """What it is to sound like, as the song itself says; "" if it does not."""
+        return " ".join(str(metadata_of(self.file).get("caption") or "").split())
 
     @property
     def seconds(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,23 +37,29 @@ def why_not(folder: Path | None) -> str:
     """Why latents cannot be decoded, as the end of a sentence; "" when they can. Raises Refusal for another VAE."""
     if folder is None:
         return "the checkpoint folder has no vae folder"
-    check_vae(folder)
-    return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed here"
+    own = check_vae(folder)
+    return "" if own or importlib.util.find_spec("diffusers") else "diffusers is not installed here"
 
 
-def check_vae(folder: Path) -> None:
-    """Refuse a VAE that ACE-Step's latents do not fit, by its config alone. Raises Refusal."""
+def check_vae(folder: Path) -> bool:
+    """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does.
+
+    Raises:
+        Refusal: ACE-Step's latents do not fit it.
+    """
     try:
         config = read_json_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder / 'config.json'} cannot be read ({error}). Download the VAE again.") from None
     width = config.get("decoder_input_channels", LATENT_CHANNELS)
     kind = config.get("_class_name", "AutoencoderOobleck")
-    if width != LATENT_CHANNELS or kind != "AutoencoderOobleck":
+    own = isinstance(config.get("auto_map"), dict)
+    if width != LATENT_CHANNELS or (kind != "AutoencoderOobleck" and not own):
         raise Refusal(
             f"The VAE in {folder} is an {kind} with {width} channels, expected ACE-Step's AutoencoderOobleck with "
             f"{LATENT_CHANNELS}. Download it again, or leave previews out."
         )
+    return own
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
@@ -63,21 +70,27 @@ def load_vae(folder: Path, device: torch.device) -> Any:
     """
     import torch
 
-    check_vae(folder)
+    own = check_vae(folder)
     half = device.type == "xpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     place = device if half or device.type == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if half else torch.float16 if place.type == "cuda" else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it with torch's older weight_norm
-        from diffusers import AutoencoderOobleck
+        load: Any  # diffusers has no types for it
+        if own:
+            from transformers import AutoModel
 
-        load: Any = AutoencoderOobleck.from_pretrained  # diffusers has no types for it
+            load = partial(AutoModel.from_pretrained, trust_remote_code=True)
+        else:
+            from diffusers import AutoencoderOobleck
+
+            load = partial(AutoencoderOobleck.from_pretrained, torch_dtype=dtype)
         try:
-            vae = load(str(folder), local_files_only=True, torch_dtype=dtype)
+            vae = load(str(folder), local_files_only=True).to(dtype)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # diffusers and safetensors raise a dozen types for damaged files
-            raise Refusal(f"The VAE in {folder} cannot be loaded: {sentence(str(error))} Download it again.") from error
+            raise Refusal(f"The VAE in {folder} cannot be loaded: {sentence(error)} Download it again.") from error
     return vae.to(place).eval()
 
 

@@ -1,25 +1,22 @@
-"""Makes the clips of one state of the adapter, and keeps the table and the page of a folder up to date."""
+"""Makes the clips of one state of the adapter, and keeps the table of a folder up to date."""
 
 from __future__ import annotations
 
-import os
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.decoders import plain_decoder
 from ..errors import Refusal
-from ..files import not_a_file, replacing
 from ..run import Clip
-from ..text import sentence
-from .conditions import LATENT_CHANNELS, Song, read_conditions
+from .clip_files import playable, read_latents, suffix_of, write_clip
+from .conditions import Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
-from .page import write_page
 from .settings import PreviewSettings
 from .table import Row, Table, about, clip_names, read_table, set_aside
-from .undisturbed import plain_decoder
-from .wav import playable, write_wav
 
 if TYPE_CHECKING:
     import torch
@@ -57,18 +54,20 @@ def heard(vae: Any, latents: Sequence[torch.Tensor]) -> list[Clip]:
 def open_table(
     folder: Path, model_name: str, songs: Sequence[Song], settings: PreviewSettings, *, goes_on: bool
 ) -> tuple[Table, Path | None]:
-    """The table of a folder, or a new one | returns it, and where clips of something else were moved to, if any.
+    """The table of a folder, or a new one.
 
     Args:
         goes_on: whether rows of trained adapters may be those of this training; if not, only the base model's are kept.
+
+    Returns:
+        The table, and where clips of something else were moved to, if any.
 
     Raises:
         Refusal: the folder holds a table that cannot be read.
         OSError: the folder cannot be renamed.
     """
-    shared = about(
-        model_name, [{"name": song.name, "seconds": song.seconds} for song in songs], _without_length(settings)
-    )
+    described = [{"name": song.name, "seconds": song.seconds, "prompt": song.prompt} for song in songs]
+    shared = about(model_name, described, _without_length(settings))
     table = read_table(folder)
     if table is None:
         return Table(shared), None
@@ -85,19 +84,24 @@ def write_row(
     loss: float | None,
     content: Sequence[Clip | torch.Tensor],
 ) -> None:
-    """Write the clips of a row, sounds or latents, then the table and the page. Raises OSError."""
-    sounds = [each for each in content if isinstance(each, Clip)]
-    names = clip_names(label, table.songs, ".wav" if sounds else ".safetensors")
+    """Write the clips of a row, all sounds or all latents, then the table.
+
+    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards.
+
+    Raises:
+        Refusal: the folder's table cannot be read any more.
+        OSError: the folder cannot be written.
+    """
+    names = clip_names(label, table.songs, suffix_of(content[0]))
     for name, each in zip(names, content, strict=True):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(each, Clip):
-            write_wav(file, each.samples, each.rate)
-        else:
-            _write_latents(file, each)
+        write_clip(file, each)
+    there = read_table(folder)
+    if there is not None and there.about == table.about:
+        table.rows[:] = there.rows  # another program may have added rows since the table was read
     table.put(Row(label, epoch, loss, names))
     table.write(folder)
-    write_page(folder, table)
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
@@ -113,7 +117,7 @@ def decode_rest(folder: Path, table: Table, vae: Any) -> int:
     number = 0
     for row in table.undecoded:
         old = list(row.clips)
-        sounds = heard(vae, [_read_latents(folder / clip) for clip in old])
+        sounds = heard(vae, [read_latents(folder / clip) for clip in old])
         write_row(folder, table, row.label, row.epoch, row.loss, sounds)
         for clip in old:
             (folder / clip).unlink(missing_ok=True)
@@ -121,46 +125,15 @@ def decode_rest(folder: Path, table: Table, vae: Any) -> int:
     return number
 
 
-def _read_latents(file: Path) -> torch.Tensor:
-    """The latents of a clip, shape [1,T,64]. Raises Refusal."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        latents = load_file(file)["latents"]
-        expected = f"expected finite numbers of shape [1,T,{LATENT_CHANNELS}]"
-        problem = "" if _is_clip(latents) else f"it holds {list(latents.shape)}, {expected}"
-    except (SafetensorError, OSError, KeyError) as error:
-        problem = not_a_file(file) or sentence(str(error)).removesuffix(".")
-    if problem:
-        raise Refusal(
-            f"The clip {file} cannot be decoded: {problem}. Make it again from the checkpoint, with --dataset-dir, or "
-            f"delete the folder {file.parent.parent}."
-        )
-    return latents
-
-
-def _is_clip(latents: torch.Tensor) -> bool:
-    well = latents.dim() == 3 and latents.shape[0] == 1 and latents.shape[1] > 0 and latents.shape[2] == LATENT_CHANNELS
-    return well and latents.is_floating_point() and bool(latents.isfinite().all())
-
-
-def _write_latents(file: Path, latents: torch.Tensor) -> None:
-    from safetensors.torch import save
-
-    with replacing(file) as stream:
-        stream.write(save({"latents": latents.contiguous()}))
-
-
 def _without_length(settings: PreviewSettings) -> dict[str, Any]:
     """The settings without the seconds, which every song has of its own."""
     return {name: value for name, value in asdict(settings).items() if name != "seconds"}
 
 
-def shown_path(file: Path) -> str:
-    """A path as short as it can be said."""
-    try:
-        short = os.path.relpath(file)
-    except ValueError:  # another drive
-        return str(file)
-    return short if not short.startswith("..") else str(file)
+def freed(device: torch.device) -> None:
+    """Give back memory that nothing uses any more."""
+    import torch
+
+    gc.collect()
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).empty_cache()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 from ..errors import Refusal
 from ..files import move, read_json_object, replacing
+from .clip_files import is_sound
 
 FOLDER: Final = "previews"
 """Folder of the clips in the output folder of a training."""
@@ -27,10 +29,10 @@ class Row:
     """The clips of one state of the adapter.
 
     Attributes:
-        label: what the page calls it, such as "epoch 3".
+        label: what it is called, such as "epoch 3".
         epoch: number of finished epochs, 0 for the base model, None if unknown.
-        loss: mean loss of that epoch, None if unknown.
-        clips: a file for each song, relative to the folder: ``.wav``, or ``.safetensors`` with latents.
+        loss: mean loss of that epoch, None if unknown or not finite.
+        clips: a file for each song, relative to the folder.
     """
 
     label: str
@@ -38,14 +40,18 @@ class Row:
     loss: float | None
     clips: list[str]
 
+    def __post_init__(self) -> None:
+        if self.loss is not None and not math.isfinite(self.loss):
+            self.loss = None
+
 
 @dataclass
 class Table:
     """All clips of a training.
 
     Attributes:
-        about: what all clips share: the model's name, songs and their lengths, and the settings.
-        rows: in the order in which the page shows them.
+        about: what all clips share: the model's name, the songs with their lengths and prompts, and the settings.
+        rows: sorted by epoch.
     """
 
     about: dict[str, Any]
@@ -66,13 +72,18 @@ class Table:
     @property
     def undecoded(self) -> list[Row]:
         """Rows with latents that nobody has decoded yet."""
-        return [row for row in self.rows if any(clip.endswith(".safetensors") for clip in row.clips)]
+        return [row for row in self.rows if not all(map(is_sound, row.clips))]
+
+    def as_report(self) -> dict[str, Any]:
+        """For the page that plays the clips: "decoded" tells the rows that a browser plays."""
+        rows = [{**asdict(row), "decoded": all(map(is_sound, row.clips))} for row in self.rows]
+        return {**self.about, "rows": rows}
 
     def write(self, folder: Path) -> None:
         """Write ``previews.json``. Raises OSError."""
         content = {"schema_version": SCHEMA_VERSION, **self.about, "rows": [asdict(row) for row in self.rows]}
         with replacing(folder / FILE_NAME) as stream:
-            stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+            stream.write((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
 
 
 def about(model_name: str, songs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,70 +100,92 @@ def read_table(folder: Path) -> Table | None:
     Raises:
         Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
     """
-    file = folder / FILE_NAME
     try:
-        content = read_json_object(file)
-        table = _table_of(content)
+        content = read_json_object(folder / FILE_NAME)
+        rows = [Row(row["label"], row["epoch"], row["loss"], list(row["clips"])) for row in content["rows"]]
+        table = Table({key: content[key] for key in ("model_name", "songs", "settings")}, rows)
+        if problem := _problem(table):
+            raise ValueError(problem)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{file} cannot be read ({error}). Delete the folder {folder}.") from None
-    if table is None:
-        raise Refusal(f"{file} is not a table of clips. Delete the folder {folder}.")
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        raise Refusal(
+            f"{folder / FILE_NAME} cannot be read ({error or type(error).__name__}). Delete the folder {folder}."
+        ) from None
     return table
 
 
-def _table_of(content: Mapping[str, Any]) -> Table | None:
-    """The table that a file holds; None if anything in it has another type than :meth:`Table.write` gives it."""
-    songs, rows, settings = (content.get(name) for name in ("songs", "rows", "settings"))
-    well = (
-        isinstance(content.get("model_name"), str | None)
-        and isinstance(songs, list)
-        and all(isinstance(song, dict) and isinstance(song.get("name"), str) for song in songs)
-        and all(_is_number(song.get("seconds")) for song in songs)
-        and isinstance(settings, dict)
-        and all(_is_number(settings.get(name, 0)) for name in ("shift", "guidance"))
-        and all(_is_whole(settings.get(name, 0)) for name in ("steps", "seed"))
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and _is_row(row, len(songs)) for row in rows)
-    )
-    if not well:
-        return None
-    shared = {name: content.get(name) for name in ("model_name", "songs", "settings")}
-    fields = ("label", "epoch", "loss", "clips")
-    return Table(shared, [Row(**{name: row.get(name) for name in fields}) for row in rows or ()])
-
-
-def _is_row(row: Mapping[str, Any], songs: int) -> bool:
-    clips = row.get("clips")
-    return (
-        isinstance(row.get("label"), str)
-        and (row.get("epoch") is None or _is_whole(row["epoch"]))
-        and (row.get("loss") is None or _is_number(row["loss"]))
-        and isinstance(clips, list)
-        and len(clips) == songs
-        and all(isinstance(clip, str) and _inside(clip) for clip in clips)
-    )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or _is_whole(value)
+def _problem(table: Table) -> str:
+    """What is wrong with a table that was read; "" when nothing is. Raises TypeError, ValueError or LookupError."""
+    json.dumps(table.about, allow_nan=False)  # what could not be written is not there either
+    for song in table.about["songs"]:
+        float(song["seconds"])
+    settings = table.about["settings"]
+    for name in ("shift", "steps", "guidance", "seed") if settings else ():
+        float(settings[name])
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in table.songs):
+        return "it is not a table of clips"
+    for row in table.rows:
+        epoch = row.epoch is None or (isinstance(row.epoch, int) and not isinstance(row.epoch, bool))
+        if not isinstance(row.label, str) or not epoch:
+            return f"row {row.label!r} has the epoch {row.epoch!r}"
+        if len(row.clips) != len(table.songs) or not all(isinstance(clip, str) and _inside(clip) for clip in row.clips):
+            return f"row {row.label!r} names other files than a clip for each song, in this folder"
+    return ""
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder of clips that belong to something else | returns where they are now. Raises OSError."""
-    names = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
-    place = next(name for name in names if not name.exists())
+    """Rename a folder of clips that belong to something else.
+
+    Returns:
+        Where they are now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    place = _free(folder)
     move(folder, place)
     return place
 
 
+def leave_branch(folder: Path, table: Table, epoch: int) -> Path | None:
+    """Take what was made after an epoch out of a table: the training goes on from there on a branch of its own.
+
+    Rows of later epochs are moved with their clips into a folder of their own below `folder`, and with them rows of no
+    known epoch, which are of the adapter that the earlier branch has ended with. The base model's row stays.
+
+    Returns:
+        Where they are now; None if there is nothing later.
+
+    Raises:
+        OSError: a file cannot be moved.
+    """
+    later = [row for row in table.rows if row.epoch is None or row.epoch > epoch]
+    if all(row.epoch is None for row in later):
+        return None
+    place = _free(folder / "abandoned")
+    for row in later:
+        for clip in row.clips:
+            if (folder / clip).is_file():
+                (place / clip).parent.mkdir(parents=True, exist_ok=True)
+                move(folder / clip, place / clip)
+                with suppress(OSError):  # other clips are left in it
+                    (folder / clip).parent.rmdir()
+    place.mkdir(parents=True, exist_ok=True)
+    Table(table.about, later).write(place)
+    table.rows[:] = [row for row in table.rows if row not in later]
+    table.write(folder)
+    return place
+
+
+def _free(folder: Path) -> Path:
+    """A name that nothing has, such as previews-1."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
 def clip_names(label: str, songs: Sequence[str], suffix: str) -> list[str]:
-    """File names for a row, relative to the folder, such as "epoch_3/01_my-song.wav"."""
+    """File names for a row, relative to the folder, such as "epoch_3/01_my-song" and the suffix."""
     return [f"{_plain(label)}/{number:02d}_{_plain(song)}{suffix}" for number, song in enumerate(songs, start=1)]
 
 

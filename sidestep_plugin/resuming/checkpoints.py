@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.facts import read_training_config
+from ..adapters.kinds import KINDS
 from ..adapters.weights_file import read_weights_file
+from ..engine.random_states import are_random_states
 from ..errors import Refusal
 from ..files import not_a_file, read_json_object, replacing
 from ..run import ResumePoint
-from .random_states import are_random_states
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ STATE_FILE: Final = "resume_state.pt"
 UPSTREAMS_FILE: Final = "training_state.pt"
 SCHEMA_VERSION: Final = 1
 
-_WEIGHTS: Final = ("adapter/adapter_model.safetensors", "adapter_model.safetensors", "lokr_weights.safetensors")
+_WEIGHTS: Final = tuple(file for kind in KINDS for file in kind.weight_files if file.endswith(".safetensors"))
 ASIDE: Final = "overwritten"
 """Folder below the output folder into which the checkpoints of an overwritten training are moved."""
 
@@ -38,7 +39,16 @@ BEGAN: Final = ".training_began"
 """File with the time at which a training was overwritten; earlier versions wrote it, and no save numbers."""
 
 FINISHED: Final = ".training_finished"
-"""File that says after how many epochs the training in a folder was finished, and what its newest save was then."""
+"""File that says after how many epochs the training in a folder was finished, by what if early, and its newest save."""
+
+_OWN: Final = frozenset(
+    {
+        "schema_version", "saved_at", "epochs", "steps", "steps_per_epoch", "losses", "validation", "random",
+        "epoch_random", "gradients", "optimizer_class", "parameters", "songs", "save_number", "ranks", "optimizer",
+        "scheduler", "files",
+    }
+)  # fmt: skip
+"""Names in the file; every other one is what a part of the plugin keeps."""
 
 _UNREADABLE: Final = 2**63
 _BUFFER: Final = 2**20
@@ -62,7 +72,7 @@ class Checkpoint:
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
-    """Write what resuming needs beside an adapter that was just saved | returns the file.
+    """Write what resuming needs beside an adapter that was just saved. Returns the file.
 
     The states of optimizer and scheduler are included only if upstream has not written them itself.
 
@@ -87,7 +97,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "optimizer_class": point.optimizer_class,
         "parameters": point.parameters,
         "songs": point.songs,
-        **({} if point.held_out is None else {"held_out": point.held_out}),
+        **point.kept,
         "save_number": point.save_number,
         **({"ranks": list(point.ranks)} if point.ranks else {}),
         "optimizer": None if upstreams else point.optimizer,
@@ -162,7 +172,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             weights=tensors,
             parameters=state.get("parameters"),
             songs=state.get("songs", ""),
-            held_out=state.get("held_out"),
+            kept={name: value for name, value in state.items() if name not in _OWN},
             save_number=state.get("save_number", 0),
             ranks=state.get("ranks", ()),
         )
@@ -212,7 +222,7 @@ def _wrong_in(point: ResumePoint) -> str:
         "optimizer": point.optimizer is None or state_dict(point.optimizer),
         "scheduler": point.scheduler is None or isinstance(point.scheduler, dict),
         "songs": isinstance(point.songs, str),
-        "held_out": point.held_out is None or isinstance(point.held_out, dict),
+        **{name: value is None or isinstance(value, dict) for name, value in point.kept.items()},
         "save_number": isinstance(point.save_number, int) and 0 <= point.save_number < _UNREADABLE,
     }
     wrong = ", ".join(name for name, right in checks.items() if not right)
@@ -258,9 +268,15 @@ def newest_save_number(output: Path) -> int:
     return max((number for number, _ in map(_order, checkpoints_in(output)) if number < _UNREADABLE), default=0)
 
 
-def write_finished(output: Path, epochs: int) -> None:
-    """Note that the training in an output folder has saved its final adapter. Raises OSError."""
-    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output)})
+def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> None:
+    """Note that the training in an output folder has saved its final adapter. Raises OSError.
+
+    Args:
+        output: the output folder.
+        epochs: after how many epochs it has ended.
+        limits: which options have ended it before its last epoch, and up to which value each of them would have.
+    """
+    content = json.dumps({"epochs": epochs, "save_number": newest_save_number(output), "limits": dict(limits)})
     with replacing(output / FINISHED) as stream:
         stream.write(content.encode("utf-8"))
 
@@ -273,6 +289,16 @@ def finished_epochs(output: Path) -> int | None:
         return None
     epochs, number = content.get("epochs"), content.get("save_number")
     return epochs if isinstance(epochs, int) and number == newest_save_number(output) else None
+
+
+def limits_of(output: Path) -> dict[str, float]:
+    """The options that ended the training in an output folder before its last epoch, and up to which value."""
+    try:
+        limits = read_json_object(output / FINISHED).get("limits")
+    except (OSError, ValueError):
+        return {}
+    known = limits.items() if isinstance(limits, dict) else ()
+    return {name: limit for name, limit in known if isinstance(limit, int | float)}
 
 
 def _began(output: Path) -> float:

@@ -64,7 +64,9 @@ def saved_in(output: Path) -> list[Saved]:
         facts = read_training_config(weights.parent) or {}
         name = _NAME.fullmatch(folder.name)
         steps, final = _whole(facts.get("training_steps")), folder.name == "final"
-        epoch = _whole(facts.get("max_epochs" if final else "epoch"))
+        epoch = _whole(facts.get("epoch"))
+        if epoch is None and final:  # earlier versions did not say it
+            epoch = _whole(facts.get("max_epochs"))
         if epoch is None and name is not None:
             epoch = int(name[1])
         loss = losses.get(epoch) if epoch is not None else None

@@ -13,13 +13,13 @@ from typing import Final
 from ..errors import Refusal
 from ..files import is_companion, not_a_file, read_json_object
 from ..text import counted
+from .audio import AUDIO
+from .making import Making, making_of
 from .one_song import read_song
 from .values import hash_of
 
 FRAMES_A_SECOND: Final = 25
 """Frames per second of ACE-Step 1.5's latents."""
-
-_AUDIO: Final = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".wma"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Dataset:
         files: the songs' files, in the order in which they are listed.
         frames: length of all songs together, in frames of latents.
         links: songs that are links to a file outside of the folder.
+        makings: how each of `files` was made.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Dataset:
     files: tuple[Path, ...] = ()
     frames: int = 0
     links: tuple[Path, ...] = ()
+    makings: tuple[Making, ...] = ()
 
     @property
     def minutes(self) -> float:
@@ -52,7 +54,7 @@ class Dataset:
         return self.frames / FRAMES_A_SECOND / 60.0
 
 
-def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> Dataset:
+def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = None) -> Dataset:
     """Read what a dataset folder holds.
 
     Args:
@@ -62,24 +64,17 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
     """
-    if folder.is_file():
-        raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
-    if not folder.is_dir():
-        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
-    missing: list[str] = []
-    outside: list[str] = []
-    files = list(_song_files(folder, missing, outside))
-    if not files and not outside:
-        found = _instead_of_songs(folder, missing)
-        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
+    files, missing, outside = listed_in(folder)
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
     widths: dict[int, list[str]] = {}
     channels = frames = 0
+    makings: dict[Path, Making] = {}
     for file in dict.fromkeys(files):
         song, problem = read_song(file)
         if problem:
             problems.append(f"{file.name} ({problem})")
             continue
+        makings[file] = making_of(song)
         frames += song["target_latents"].shape[0] * files.count(file)
         widths.setdefault(song["encoder_hidden_states"].shape[-1], []).append(file.name)
         channels = song["target_latents"].shape[-1] + song["context_latents"].shape[-1]
@@ -100,7 +95,31 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
         raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
-    return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links)
+    made = tuple(makings[file] for file in files)
+    return Dataset(folder, len(files), usual, channels, tuple(missing), tuple(files), frames, links, made)
+
+
+def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
+    """What a training in a folder would read, nothing opened yet.
+
+    Returns:
+        The files in their order, also those that are no songs; names in manifest.json that are not there; and names
+        there that lie outside of the folder.
+
+    Raises:
+        Refusal: no such folder, or no songs in it: it is said what there is instead.
+    """
+    if folder.is_file():
+        raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
+    if not folder.is_dir():
+        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
+    missing: list[str] = []
+    outside: list[str] = []
+    files = list(_song_files(folder, missing, outside))
+    if not files and not outside:
+        found = _instead_of_songs(folder, missing)
+        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
+    return files, missing, outside
 
 
 _about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
@@ -126,12 +145,18 @@ def made_for(folder: Path) -> str | None:
 def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     """The end of a sentence: what a folder without songs holds instead, and what to do."""
     if missing:
-        names = f"; manifest.json names {len(missing)} that are not there, such as {missing[0]}"
         there = counted(sum(1 for _ in folder.glob("*.pt")), "file")
+        names = f"; manifest.json names {len(missing)} that are not there, such as {missing[0]}"
         return f"{names}. The folder has {there}: delete manifest.json to use every .pt file"
-    audio = Counter(file.suffix.lower() for file in folder.iterdir() if file.suffix.lower() in _AUDIO)
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    below = {inner: songs for inner in entries if inner.is_dir() and (songs := _songs_directly_in(inner))}
+    if below:
+        inner, songs = max(below.items(), key=lambda found: found[1])
+        others = f", and {len(below) - 1} more such folders" if len(below) > 1 else ""
+        return f", found {songs} in the folder {inner}{others}. Name that folder"
+    audio = Counter(file.suffix.lower() for file in entries if file.suffix.lower() in AUDIO)
     if not audio:
-        return _in_subfolders(folder)
+        return "" if entries else ", and the folder is empty"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(audio.items()))
     return (
         f", found audio ({kinds}). Preprocess it first: in ACE-Step's LoRA training tab, scan the folder under Dataset "
@@ -139,13 +164,11 @@ def _instead_of_songs(folder: Path, missing: list[str]) -> str:
     )
 
 
-def _in_subfolders(folder: Path) -> str:
-    """The end of a sentence about a folder whose songs lie one level below it; "" if none do."""
-    below = {place: len(list(place.glob("*.pt"))) for place in sorted(folder.iterdir()) if place.is_dir()}
-    found = [f"{place.name} ({counted(number, 'file')})" for place, number in below.items() if number]
-    if not found:
-        return ""
-    return f", found some only in subfolders: {', '.join(found[:5])}. Name one of these, or put the songs together"
+def _songs_directly_in(folder: Path) -> int:
+    try:
+        return sum(file.suffix == ".pt" and not is_companion(file.name) for file in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def _duplicates(files: list[Path]) -> list[str]:

@@ -6,11 +6,13 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..files import not_a_file, stand_in
+from ..files import not_a_file
 from ..text import counted
+from .audio import is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -74,25 +76,26 @@ def read_song(file: Path) -> tuple[dict[str, Any], str]:
     try:
         song = load_song(file)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        return {}, f"cannot be read: {_unreadable(file, error)}"
+        return {}, f"cannot be read: {_why(file, error)}"
     if not isinstance(song, dict):
         return {}, f"holds a {type(song).__name__}, expected a dictionary of tensors"
     problem = _wrong_tensor(song) or _wrong_together(song)
     return ({}, problem) if problem else (song, "")
 
 
-def _unreadable(file: Path, error: Exception) -> str:
-    """Why a file cannot be read, in words that say what it is if that is known."""
-    import pickle
-
-    if what := stand_in(file):
-        return f"it {what}"
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip format, and the older one
-        return "it is not a file of tensors as torch.save writes them"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds Python objects beside tensors, which could run code; expected only tensors"
+def _why(file: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, in a few words."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as unreadable:
+        return unreadable.strerror or type(unreadable).__name__
+    if is_lfs_pointer(head):
+        return "it is a pointer of Git LFS and not the file itself; fetch it with git lfs pull"
+    if not head:
+        return "it is empty"
+    if isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
+        return "it holds Python objects, which are not loaded because they can run code"
     return type(error).__name__
 
 

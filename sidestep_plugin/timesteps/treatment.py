@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 from ..errors import Refusal
-from ..run import ModelFacts
+from ..run import ModelFacts, Run
 from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
 from .schedule import inference_timesteps, why_no_training_law
 
@@ -197,3 +197,18 @@ def _number(facts: ModelFacts, key: str) -> float:
             "have timestep_mu -0.4 and timestep_sigma 1.0). Correct config.json."
         )
     return number
+
+
+PLUGIN: Final = "sidestep"
+"""The plugin that decides; a run keeps the decision under this name."""
+
+
+def treatment_of(run: Run) -> Treatment:
+    """What was decided for a run when it started."""
+    treatment: Treatment = run.state[PLUGIN]
+    return treatment
+
+
+def other_sampler(run: Run) -> str | None:
+    """The plugin that samples the timesteps instead of the treatment's law; None if none does."""
+    return None if run.sampled_by in (None, PLUGIN) else run.sampled_by

@@ -58,6 +58,13 @@ LORAS = {
     "ranks": {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6}},
     "alphas": {"alpha_pattern": {"cross_attn.k_proj": 3, "o_proj": 1.5}},
     "ranks and alphas": {"rank_pattern": {"layers.0.*q_proj": 2}, "alpha_pattern": {"^layers.0.self_attn.q_proj": 3}},
+    "a start that no layer has": {"alpha_pattern": {"^q_proj": 50}},
+    "dots for any character": {"alpha_pattern": {"q.proj": 50, "self.attn.v_proj": 3}},
+    "names of another program": {"alpha_pattern": {"to_q": 50, "to_out.0": 3}},
+    "only a part of a name": {"alpha_pattern": {"proj": 50, "attn.k_proj": 3, "0.self_attn.v_proj": 5}},
+    # PEFT saves them sorted, and then the first one counts.
+    "the first pattern counts": {"alpha_pattern": {"layers.0.self_attn.q_proj": 7, "q_proj": 3, "self_attn.q_proj": 5}},
+    "escaped dots": {"alpha_pattern": {r"self_attn\.q_proj$": 3, r"q\.proj": 50}},
     "rsLoRA": {"use_rslora": True},
     "rsLoRA, ranks, alphas": {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"q_proj": 6}},
     "alpha below one": {"lora_alpha": 0.3},
@@ -65,6 +72,7 @@ LORAS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")  # newer PEFT
 @pytest.mark.parametrize("settings", LORAS.values(), ids=LORAS)
 def test_a_lora_plays_as_in_peft(by_peft, decoder, settings):
     folder, merged = by_peft(**settings)

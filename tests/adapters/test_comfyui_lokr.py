@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from sidestep_plugin.adapters.applied import applied, check_applicable
+from sidestep_plugin.adapters.layers import read_adapter
+from sidestep_plugin.cli import cli
 
 from .comfyui_rules import (
     ATTENTION,
@@ -88,6 +93,104 @@ def test_a_lokr_decomposed_by_rows_is_never_exported_wrong(by_upstream):
     """What ``weight_decompose`` trains. LyCORIS divides by the rows' norms of the changed weight, ComfyUI by those of
     the weight as it was; without the model no ``dora_scale`` makes the two the same."""
     exact_or_refused(*by_upstream(weight_decompose=True))
+
+
+# -- weight decomposition by rows, with the base model at hand ---------------------------------------------------------
+
+
+def base_model(folder, weights, prefix="decoder."):
+    """A model's folder with these weights, in two files."""
+    folder.mkdir()
+    named = [(f"{prefix}{layer}.weight", weight.contiguous()) for layer, weight in weights.items()]
+    save_file(dict(named[::2]), folder / "model-00001-of-00002.safetensors")
+    save_file(dict(named[1::2]), folder / "model-00002-of-00002.safetensors")
+    return folder
+
+
+TWO = ["lycoris_layers_0_self_attn_q_proj", "lycoris_layers_1_mlp_up_proj"]
+DECOMPOSED = {
+    "ACE-Step's default sizes": {"linear_dim": 64, "linear_alpha": 128},
+    "one factor decomposed": {},
+    "another factor": {"factor": 4},
+    "both decomposed": {"decompose_both": True, "factor": 8},
+}
+
+
+@pytest.mark.parametrize("settings", DECOMPOSED.values(), ids=DECOMPOSED)
+def test_with_the_base_model_a_lokr_decomposed_by_rows_plays_as_in_lycoris(by_upstream, tmp_path, settings):
+    folder, before, after = by_upstream(weight_decompose=True, **settings)
+    refused(folder, says="an exact copy needs the base model that it was trained on: name it with --model")
+    model = base_model(tmp_path / "model", before)
+    check_same(exported(folder, "--model", model), before, after)
+    check_differs(load_file(folder / "lokr_weights.safetensors"), before, after)
+
+
+def test_the_refusal_claims_no_strength(by_upstream):
+    folder, _, _ = by_upstream(weight_decompose=True)
+    said = export(folder).stderr
+    assert "strength" not in said and "about" not in said
+
+
+def test_another_base_model_is_refused(by_lycoris, tmp_path):
+    folder, before, _ = by_lycoris(["lycoris_layers_0_self_attn_q_proj"], dora_wd=True)
+    other = base_model(tmp_path / "other", {layer: 1.1 * weight for layer, weight in before.items()})
+    refused(folder, "--model", other, says="was trained on another model than this one")
+    narrow = base_model(tmp_path / "narrow", {layer: weight[:8] for layer, weight in before.items()})
+    refused(folder, "--model", narrow, says="was trained on another model than this one")
+    empty = base_model(tmp_path / "empty", before, prefix="encoder.")
+    refused(folder, "--model", empty, says="No weights of a decoder in")
+    refused(folder, "--model", tmp_path / "nowhere", "--checkpoint-dir", tmp_path, says="No model")
+
+
+def test_a_decomposed_lokr_counts_the_layers_that_were_trained(by_lycoris, tmp_path):
+    """The others hold the norms of the model's weights and a factor of zeros."""
+    folder, before, after = by_lycoris(
+        ["lycoris_layers_0_self_attn_q_proj", "lycoris_layers_1_mlp_up_proj"], dora_wd=True
+    )
+    adapter = read_adapter(folder)
+    assert adapter.layers.keys() - adapter.untrained == {"layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"}
+    result = CliRunner().invoke(cli, ["inspect", str(folder)])
+    rest = len(before) - 2
+    assert "2 layers (q_proj, up_proj), F32" in result.output
+    assert f"{rest} more layers were not trained" in result.output
+    assert "hold only zeros" not in result.output
+    tensors = exported(folder, "--model", base_model(tmp_path / "model", before))
+    check_same(tensors, before, after)
+    assert len({key.partition(".")[0] for key in tensors}) == 2
+    told = export(folder, "--model", tmp_path / "model", "--overwrite").output
+    assert f"Left out: {rest} layers that were not trained.\n" in told
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["by rows", "by columns"])
+def test_a_decomposed_lokr_is_applied_as_lycoris_applies_it(by_lycoris, columns):
+    folder, before, after = by_lycoris(dora_wd=True, wd_on_output=not columns)
+    adapter, decoder = read_adapter(folder), a_decoder()
+    layers = {name: decoder.get_submodule(name) for name in before if before[name].dim() == 2}
+    for name in set(adapter.layers) - layers.keys():
+        del adapter.layers[name]
+    check_applicable(adapter, {name: tuple(weight.shape) for name, weight in before.items()}, "it", decomposed=True)
+    with applied(adapter, layers):
+        played = measured(decoder, {name: before[name] for name in layers})
+    for name in layers:
+        torch.testing.assert_close(played[name], after[name].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_decomposed_lokr_gets_its_copy_while_it_trains(train, load, require_kind, monkeypatch, trainer):
+    require_kind("lokr")
+    from acestep.training import configs
+
+    made = configs.LoKRConfig
+    monkeypatch.setattr(
+        trainer, "LoKRConfig", lambda **settings: made(**settings, weight_decompose=True), raising=False
+    )
+    handler = load("base")
+    before = weights_of(copy.deepcopy(handler.model.decoder))
+    output = train("base", "lokr", handler=handler, options={"export": "comfyui"}).output
+    dtype = next(weight.dtype for name, weight in handler.model.decoder.named_parameters() if "lokr" not in name)
+    before = {layer: weight.to(dtype).float() for layer, weight in before.items()}
+    (folder,) = (file.parent for file in output.glob("final/**/comfyui_lokr.safetensors"))
+    check_same(load_file(folder / "comfyui_lokr.safetensors"), before, measured(handler.model.decoder.float(), before))
+    assert "dora_scale" in str(load_file(folder / "comfyui_lokr.safetensors").keys())
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_an_adapter_of_ours_says_everything_wherever_its_file_goes(variant, kind
     assert {key: said["facts"][key] for key in words} == words and all(word in text for word in words.values())
     assert (said["missing"], said["notes"], said["intact"], said["adapter_type"]) == ([], [], True, kind)
     assert said["written_by"] == f"sidestep-plugin {facts['sidestep_plugin_version']}"
-    assert set(said["strengths"]) == {"2.0"}
+    assert set(said["strengths"]) == {{"lora": "2.0", "lokr": "1.0"}[kind]}, "a LoKr of this size is full matrices"
     assert says(output) == (text, said), "the folder of the run means its final adapter"
 
     moved = tmp_path / "moved" / "夜曲 (final).safetensors"
@@ -195,7 +195,9 @@ def test_a_lokr_of_upstreams_says_dimension_and_alpha_and_its_shift_is_not_belie
     assert (said["written_by"], said["adapter_type"]) == ("ACE-Step", "lokr")
     if b"run_metadata" not in next(output.glob("final/**/*.safetensors")).read_bytes():
         pytest.skip("this version of ACE-Step writes no record of the run into a LoKr's header")
-    assert "dimension 4, alpha 8" in text and (said["facts"]["rank"], said["facts"]["alpha"]) == (4, 8)
+    assert "1 (dimension 4, alpha 4, without effect: these are full matrices)" in text
+    assert (said["facts"]["rank"], said["facts"]["alpha"]) == (4, 4), "LyCORIS sets alpha to the dimension there"
+    assert said["strengths"] == {"1.0": said["trained_layers"]}
     assert said["generate"]["shift"] is None and said["generate"]["guess"] is True
     assert "shift" not in said["facts"] and "are the same for every model. These are ignored." in said["notes"][0]
     assert str(output) not in text.partition("\n")[2], "its header holds local paths"

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.adapter_metadata import acestep_adapter_saved
+from sidestep_plugin.hooks.metadata import acestep_adapter_saved
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin.adapters.facts import FILE_NAME, SCHEMA_VERSION, read_training_config, write_training_config
-from sidestep_plugin.options import resolve_options
+from sidestep_plugin.adapters.header import write_header
 from sidestep_plugin.run import Run, SavedAdapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -72,8 +74,8 @@ def a_saved_adapter(tmp_path, model="acestep-v15-base", kind="lora", training=No
         output = str(tmp_path / "output")
         training = TrainingSettings(output, tmp_path / "logs", str(tmp_path), r"C:\pinned")
     adapter = adapter or (LoRASettings() if kind == "lora" else LoKrSettings())
-    resolved = resolve_options(acestep_options(), options)
-    run = Run(kind, adapter, training, resolved, tmp_path / "tensors", weakref.ref(whole), steps=steps)
+    values = resolved(**options)
+    run = Run(kind, adapter, training, values, tmp_path / "tensors", weakref.ref(whole), steps=steps)
     acestep_run_started(run)
     folder = tmp_path / "output" / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,6 +258,18 @@ def test_facts_that_json_cannot_hold_write_nothing(value, tmp_path):
     with pytest.raises((ValueError, TypeError)):
         write_training_config(tmp_path, {"a": value})
     assert names_in(tmp_path) == []
+
+
+def test_a_header_has_no_nan(tmp_path):
+    """Whoever tells a fact, and however deep in it the number is."""
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 2)}, file)
+    write_header(file, {"adapter_type": "lora", "a": math.nan, "b": [1.0, -math.inf], "c": {"d": math.inf}, "e": 0.5})
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    ours = {key: json.loads(text) for key, text in header.items() if key in ("sidestep.b", "sidestep.c", "sidestep.e")}
+    assert ours == {"sidestep.b": [1.0, None], "sidestep.c": {"d": None}, "sidestep.e": 0.5}
+    assert "sidestep.a" not in header and "NaN" not in str(header) and "Infinity" not in str(header)
 
 
 def test_a_missing_folder_is_an_error_and_not_made(tmp_path):

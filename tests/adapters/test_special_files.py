@@ -18,10 +18,10 @@ from sidestep_plugin.adapters.facts import read_training_config, write_training_
 from sidestep_plugin.adapters.staging import staged
 from sidestep_plugin.adapters.weights_file import read_weights_file, write_metadata
 from sidestep_plugin.cli import cli
+from sidestep_plugin.engine import checkout_patch as patching
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import read_json_object, replacing
-from sidestep_plugin.trainer import checkout_patch as patching
-from sidestep_plugin.trainer.launch import check_writable
+from sidestep_plugin.launch.launch import check_writable
 
 from .test_inspect import PEFT, lora
 

@@ -56,7 +56,7 @@ def prepared(decoder: Any, kind: str, rank: int, dropout: float, frozen: str, ch
     """The decoder with an adapter, its weights in the types in which it is trained on a GPU."""
     import torch
 
-    from sidestep_plugin.trainer.checkpointing import switch_checkpointing
+    from sidestep_plugin.memory.gradient_checkpointing import switch_checkpointing
 
     adapted = set()
     if kind == "lora":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from song_check_cost import write_song
 
-from sidestep_plugin.trainer.wrappers.song_reading import SongCache
+from sidestep_plugin.memory.song_cache import SongCache
 
 
 def main() -> None:

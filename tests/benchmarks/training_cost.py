@@ -24,10 +24,10 @@ from typing import Any
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "upstream alone": None,
-    "plugin, fp32 weights": {"frozen_weights": "fp32"},
-    "--frozen-weights auto": {"frozen_weights": "auto"},
-    "--gradient-checkpointing off": {"frozen_weights": "fp32", "gradient_checkpointing": "off"},
-    "both (the same bits)": {"frozen_weights": "auto", "gradient_checkpointing": "off"},
+    "plugin, fp32 weights": {"base_weights": "fp32"},
+    "--base-weights auto": {"base_weights": "auto"},
+    "--gradient-checkpointing off": {"base_weights": "fp32", "gradient_checkpointing": "off"},
+    "both (the same bits)": {"base_weights": "auto", "gradient_checkpointing": "off"},
     "--base-weights int8": {"base_weights": "int8"},
     "--compile": {"compile": True},
 }
@@ -40,9 +40,9 @@ def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: i
     import torch
 
     from sidestep_plugin import attach, miniature
-    from sidestep_plugin.trainer import seams
-    from sidestep_plugin.trainer.checkout import import_trainer
-    from sidestep_plugin.trainer.models import load_model
+    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine.checkout import import_trainer
+    from sidestep_plugin.engine.models import load_model
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:

@@ -289,8 +289,9 @@ def test_ctrl_c_leaves_everything_as_it_was(answer_in_a_terminal, place):
 
     before = sorted(place.rglob("*"))
     seen = answer_in_a_terminal((MODEL, ""), (SONGS, CTRL_C))
-    assert seen.code == 1 and seen.text.rstrip().endswith("Aborted!"), seen.text
-    assert "Traceback" not in seen.text
+    assert seen.code == 130, seen.text
+    assert seen.text.rstrip().endswith("Interrupted before the training began; nothing was saved."), seen.text
+    assert "Traceback" not in seen.text and "Aborted" not in seen.text
     assert sorted(place.rglob("*")) == before
 
 

@@ -167,3 +167,23 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
 def test_numbers_that_nothing_can_use_are_refused_before_anything_is_loaded(line):
     done = CliRunner().invoke(cli, [line])
     assert done.exit_code == 2 and "is not in the range" in done.stderr
+
+
+def test_the_command_that_repeats_a_training_names_the_folders_that_it_needs(run, checkout, tmp_path):
+    """What is validated on is a folder of this machine, and --patience means nothing without it."""
+    from sidestep_plugin.miniature import CONDITION_WIDTH, write_tensors
+
+    other = tmp_path / "validated on"
+    write_tensors(other, condition_width=CONDITION_WIDTH, songs=2, seed=999)
+    for file in [*other.glob("*.pt")]:
+        file.rename(file.with_name(f"other_{file.name}"))
+    (other / "manifest.json").unlink()
+    assert run(FILE, "--validation-dir", other, "--patience", 3).exit_code == 0
+    first = tmp_path / "output" / "final" / "adapter"
+    text = (first / FILE_NAME).read_text(encoding="utf-8")
+    assert "--dataset-dir DIR --output-dir DIR --validation-dir DIR" in text and str(other) not in text
+    done = run(text, "--validation-dir", other, output="again")
+    assert done.exit_code == 0, done.output
+    again = tmp_path / "again" / "final" / "adapter"
+    one, other_one = (load_file(folder / "adapter_model.safetensors") for folder in (first, again))
+    assert all((one[key] == other_one[key]).all() for key in one) and options_beside(again)["patience"] == 3

@@ -67,8 +67,8 @@ def test_every_command_settles_first(monkeypatch):
 
 
 def test_a_gpu_that_is_hidden_is_said(monkeypatch):
+    from sidestep_plugin.engine.models import pick_device
     from sidestep_plugin.errors import Refusal
-    from sidestep_plugin.trainer.models import pick_device
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

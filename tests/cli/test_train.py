@@ -276,7 +276,7 @@ def test_dataset_of_something_else(refused, tmp_path):
 def test_unreadable_config(refused, model_folder, content):
     folder = model_folder("acestep-v15-base")
     (folder / "config.json").write_bytes(content)
-    refused("--model", folder, says="config.json (is not JSON|holds a)")
+    refused("--model", folder, says="config.json (is not JSON|holds a|is empty)")
 
 
 def test_config_missing(refused, model_folder):
@@ -615,7 +615,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
     run, trainer, require_kind, monkeypatch, tmp_path, kind
 ):
     require_kind(kind)
-    attaching = sys.modules["sidestep_plugin.trainer.wrappers.saving"]
+    attaching = sys.modules["sidestep_plugin.engine.wrappers.saving"]
     real, saves = attaching.published, []
 
     def full(stage, folder):
@@ -636,7 +636,7 @@ def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_the_training(
 
 
 def test_a_disk_that_is_full_for_the_finished_adapter_is_a_failure(run, monkeypatch, tmp_path):
-    attaching = sys.modules["sidestep_plugin.trainer.wrappers.saving"]
+    attaching = sys.modules["sidestep_plugin.engine.wrappers.saving"]
     real = attaching.published
 
     def full(stage, folder):
@@ -704,18 +704,28 @@ def test_torch_is_imported_after_that_was_said():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--epochs", 4, "--warmup-steps", 6), r"Note: warm-up takes 1 optimizer step instead of --warmup-steps 6: "),
-        (("--epochs", 7, "--warmup-steps", 3), r"Note: warm-up takes 2 optimizer steps instead .* this one has 21\."),
-        (("--epochs", 4), None),
+        (("--epochs", 4, "--warmup-steps", 6), r"at most a tenth .*, here 1 of 12\. It shortens --warmup-steps 6 to"),
+        (("--epochs", 4), r"at most a tenth of the optimizer steps, here 1 of 12\. It shortens --warmup-steps 100 to"),
+        (("--epochs", 4, "--warmup-steps", 3), r"It shortens --warmup-steps 3 to that"),
         (("--epochs", 4, "--warmup-steps", 1), None),
         (("--epochs", 4, "--warmup-steps", 0), None),
     ],
 )
-def test_a_warm_up_that_ace_step_shortens_is_said(run, more, says):
+def test_a_warm_up_that_ace_step_shortens_is_said(run, trainer, monkeypatch, more, says):
+    """And it is so: the learning rate is at its full value when the warm-up that was said is over."""
+    made, rates = trainer.SequentialLR, []
+
+    class Watched(made):
+        def step(self, *args, **kwargs):
+            super().step(*args, **kwargs)
+            rates.append(self.get_last_lr()[0])
+
+    monkeypatch.setattr(trainer, "SequentialLR", Watched)
     done = run("--model", "base", "--batch-size", "2", "--gradient-accumulation", "1", *more)
     assert done.exit_code == 0, done.output
-    assert re.search(says or "^", done.output) and ("Note: warm-up" in done.output) == (says is not None)
-    assert done.output.find("Note: warm-up") < done.output.index("step 3/")
+    assert re.search(says or "^", done.output) and ("Note: ACE-Step lets warm-up" in done.output) == (says is not None)
+    assert done.output.find("Note: ACE-Step lets warm-up") < done.output.index("step 3/12")
+    assert rates[0] == max(rates[:6]), "after one step, which is a tenth of twelve"
 
 
 # -- looks -----------------------------------------------------------------------------------------------------------

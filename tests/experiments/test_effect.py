@@ -30,7 +30,7 @@ from experiments.effect import (
     runs,
     sampling,
 )
-from experiments.effect.presets import HIGH, LAW_DROP, TINY, UPSTREAM, Arm
+from experiments.effect.presets import HIGH, LAW_DROP, PADDED, TINY, UPSTREAM, Arm
 from safetensors.torch import save_file
 
 from sidestep_plugin import Refusal, hookimpl, miniature
@@ -248,6 +248,18 @@ def test_a_share_of_high_timesteps_is_drawn_instead_of_the_law(small):
     assert all(0.9 <= float(t) <= 1.0 for t in torch.cat(high.times))
     some, _ = trained(small, HIGH)
     assert {bool(t > 0.9) for t in torch.cat(some.times)} == {True, False}
+
+
+def test_padded_conditions_lack_their_opening_and_differ_in_nothing_else(small):
+    domain = data.base_domain(12, 64)
+    songs = data.draw(domain, 3, 24, 1)
+    padded = data.as_preprocessed(songs.conditions)
+    assert padded.shape == (3, data.TOKENS - 1 + data.PADDING, 64)
+    assert torch.equal(padded[:, : data.TOKENS - 1], songs.conditions[:, 1:])
+    assert bool((padded[:, data.TOKENS - 1 :] == padded[0, -1]).all()), "every row of padding is the same"
+    (plain, _), (told, _) = trained(small, LAW_DROP), trained(small, PADDED)
+    assert all(map(torch.equal, plain.songs, told.songs)) and all(map(torch.equal, plain.times, told.times))
+    assert all(map(torch.equal, plain.dropped, told.dropped)) and all(map(torch.equal, plain.states, told.states))
 
 
 def test_arms_of_one_seed_start_from_the_same_adapter(small):

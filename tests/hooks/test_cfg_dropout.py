@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.stats import binom, binomtest, chisquare
-from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.cfg_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks.condition_dropout import acestep_prepare_batch
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
 from sidestep_plugin import Refusal
-from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, Step
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def a_step(name="acestep-v15-base", training=True, dtype=torch.float32, null_dty
     model.config = SimpleNamespace(_name_or_path=name, timestep_mu=-0.4, timestep_sigma=1.0)
     null = torch.linspace(2.0, 3.1, WIDTH).view(1, 1, WIDTH)
     model.null_condition_emb = torch.nn.Parameter(null.to(null_dtype))
-    run = Run("lora", None, None, resolve_options(acestep_options(), options), None, weakref.ref(model))
+    run = Run("lora", None, None, resolved(**options), None, weakref.ref(model))
     acestep_run_started(run)
     return Step(run, SimpleNamespace(model=model), training, CPU, dtype)
 
@@ -209,7 +209,7 @@ def test_a_model_without_a_null_condition_is_refused_before_the_first_step(missi
         model.config = SimpleNamespace(_name_or_path="acestep-v15-sft", timestep_mu=-0.4, timestep_sigma=1.0)
         if missing == "None":
             model.null_condition_emb = None
-        acestep_run_started(Run("lora", None, None, resolve_options(acestep_options(), options), None, lambda: model))
+        acestep_run_started(Run("lora", None, None, resolved(**options), None, lambda: model))
 
     with pytest.raises(Refusal, match=r"acestep-v15-sft has no null_condition_emb.*--cfg-ratio 0"):
         start()

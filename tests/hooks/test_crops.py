@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sidestep_plugin.hooks import acestep_options, acestep_prepare_batch, acestep_run_started, crops
+from sidestep_plugin.hooks import crops
+from whole_plugin import prepared, resolved, started
 
 from sidestep_plugin import PluginError, Refusal, attach, hookimpl
 from sidestep_plugin.adapters.inspection import inspect_adapter
 from sidestep_plugin.adapters.layers import read_adapter
-from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, Step
+from sidestep_plugin.validation.held_out import choose
 
 WINDOW = 20  # frames, 0.8 s; the miniature's songs have 16 to 32
 
@@ -22,8 +24,8 @@ def a_step(name="acestep-v15-turbo", dtype=torch.float32, training=True, **optio
     model = torch.nn.Module()
     model.config = SimpleNamespace(_name_or_path=name, timestep_mu=-0.4, timestep_sigma=1.0)
     model.null_condition_emb = torch.nn.Parameter(torch.full((1, 1, 6), 5.0))
-    run = Run("lora", None, None, resolve_options(acestep_options(), options), None, weakref.ref(model))
-    acestep_run_started(run)
+    run = Run("lora", None, None, resolved(**options), None, weakref.ref(model))
+    started(run)
     return Step(run, SimpleNamespace(model=model), training, torch.device("cpu"), dtype)
 
 
@@ -50,7 +52,7 @@ def starts(answer):
 @pytest.mark.parametrize("mask_type", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
 def test_all_entries_are_cut_alike(mask_type):
     batch = a_batch((100, 60), mask_type)
-    answer = acestep_prepare_batch(step=a_step(crop_seconds=0.8), batch=batch)
+    answer = prepared(step=a_step(crop_seconds=0.8), batch=batch)
     assert set(answer) == {"target_latents", "attention_mask", "context_latents"}
     for row in range(2):
         first = int(starts(answer)[row])
@@ -63,18 +65,18 @@ def test_a_window_lies_within_its_own_song():
     """Every place in it is as likely as any other, the last one too; padding is never reached."""
     torch.manual_seed(1)
     step, lengths = a_step(crop_seconds=0.8), (100, 23, 20, 12)
-    drawn = torch.tensor([starts(acestep_prepare_batch(step=step, batch=a_batch(lengths))) for _ in range(400)])
+    drawn = torch.tensor([starts(prepared(step=step, batch=a_batch(lengths))) for _ in range(400)])
     assert drawn[:, 1].unique().tolist() == [0.0, 1.0, 2.0, 3.0]
     assert drawn[:, 0].min() < 5 and drawn[:, 0].max() > 75 and drawn[:, 0].max() <= 80
     assert torch.bincount(drawn[:, 1].long()).min() > 60, "about 100 of 400 each"
     assert not drawn[:, 2:].any(), "as long as the window, or shorter: whole"
-    answer = acestep_prepare_batch(step=step, batch=a_batch(lengths))
+    answer = prepared(step=step, batch=a_batch(lengths))
     assert answer["attention_mask"].sum(1).tolist() == [20, 20, 20, 12]
 
 
 def test_rows_have_windows_of_their_own_and_new_ones_every_time():
     step, batch = a_step(crop_seconds=0.8), a_batch((100,) * 8)
-    one, other = (starts(acestep_prepare_batch(step=step, batch=batch)) for _ in range(2))
+    one, other = (starts(prepared(step=step, batch=batch)) for _ in range(2))
     assert len(set(one)) > 3 and one != other
 
 
@@ -83,7 +85,7 @@ def test_a_mask_with_holes_counts_up_to_its_last_frame():
     batch["attention_mask"][:, :30] = 0
     step = a_step(crop_seconds=0.8)
     for _ in range(50):
-        assert max(starts(acestep_prepare_batch(step=step, batch=batch))[1:]) <= 40
+        assert max(starts(prepared(step=step, batch=batch))[1:]) <= 40
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_mask_with_holes_counts_up_to_its_last_frame():
 )
 def test_whole_songs_draw_no_random_number(options, more, frames):
     state = torch.get_rng_state()
-    assert acestep_prepare_batch(step=a_step(**more, **options), batch=a_batch((frames, 60))) is None
+    assert prepared(step=a_step(**more, **options), batch=a_batch((frames, 60))) is None
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -103,7 +105,7 @@ def test_the_order_is_window_then_hidden_nan_then_dropout():
     batch = a_batch((100, 12))
     batch["target_latents"][1, 15] = float("nan")
     torch.manual_seed(3)
-    answer = acestep_prepare_batch(step=step, batch=batch)
+    answer = prepared(step=step, batch=batch)
     after = torch.get_rng_state()
     torch.manual_seed(3)
     first = int(torch.rand(2)[0] * 81)
@@ -116,7 +118,7 @@ def test_the_order_is_window_then_hidden_nan_then_dropout():
 @pytest.mark.parametrize("value", [0, -1, 0.1, float("nan"), float("inf"), "long", True])
 def test_a_window_that_is_none_is_refused(value):
     with pytest.raises(Refusal, match="Option crop_seconds"):
-        resolve_options(acestep_options(), {"crop_seconds": value})
+        resolved(crop_seconds=value)
 
 
 # -- whole trainings -------------------------------------------------------------------------------------------------
@@ -247,3 +249,19 @@ def test_the_window_is_whole_frames():
     assert crops.window_of(run) == 5
     run.options["crop_seconds"] = 30
     assert crops.window_of(run) == 750
+
+
+def test_songs_that_are_held_out_are_not_counted(train, checkout, tmp_path, capsys):
+    """Only the song that is held out is longer than the window: nothing is cut, and nothing says so."""
+    shutil.copytree(checkout.tensors, tmp_path / "songs")
+    songs = sorted((tmp_path / "songs").glob("*.pt"))
+    (held_out,) = choose(songs, 1)
+    for file in songs:
+        song = torch.load(file, weights_only=True)
+        cut = {name: song[name][:20].clone() for name in ("target_latents", "attention_mask", "context_latents")}
+        torch.save(song if file == held_out else song | cut, file)
+    options = {"crop_seconds": 0.8, "validate": 1}
+    done = train("base", max_epochs=1, options=options, tensors=tmp_path / "songs")
+    assert "Note: --crop-seconds 0.8 changes nothing, the longest song has 0.8 s." in capsys.readouterr().out
+    weights = next(done.output.glob("final/**/*.safetensors"))
+    assert "crop_seconds" not in inspect_adapter(weights).facts

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sidestep_plugin.hooks import acestep_options, acestep_prepare_batch, acestep_run_started
+from whole_plugin import prepared, resolved, started
 
 from sidestep_plugin import attach
-from sidestep_plugin.options import resolve_options
+from sidestep_plugin.engine import seams
 from sidestep_plugin.run import Run, Step
-from sidestep_plugin.trainer import seams
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -24,8 +23,8 @@ def a_step(name="acestep-v15-turbo", dtype=torch.float32, **options):
     model = torch.nn.Module()
     model.config = SimpleNamespace(_name_or_path=name, timestep_mu=-0.4, timestep_sigma=1.0)
     model.null_condition_emb = torch.nn.Parameter(torch.full((1, 1, 6), 5.0))
-    run = Run("lora", None, None, resolve_options(acestep_options(), options), None, weakref.ref(model))
-    acestep_run_started(run)
+    run = Run("lora", None, None, resolved(**options), None, weakref.ref(model))
+    started(run)
     return Step(run, SimpleNamespace(model=model), True, CPU, dtype)
 
 
@@ -50,7 +49,7 @@ def a_batch(mask_type=torch.float32):
 def test_exactly_the_hidden_values_are_zeroed(mask_type):
     batch = a_batch(mask_type)
     before = {name: value.clone() for name, value in batch.items() if name != "metadata"}
-    answer = acestep_prepare_batch(step=a_step(mask_nan=True), batch=batch)
+    answer = prepared(step=a_step(mask_nan=True), batch=batch)
     assert set(answer) == {"target_latents", "encoder_hidden_states", "context_latents"}
     for name, tensor in answer.items():
         expected = before[name].clone()
@@ -61,13 +60,13 @@ def test_exactly_the_hidden_values_are_zeroed(mask_type):
 
 
 def test_the_dtype_of_the_step_is_that_of_the_answer():
-    answer = acestep_prepare_batch(step=a_step(mask_nan=True, dtype=torch.bfloat16), batch=a_batch())
+    answer = prepared(step=a_step(mask_nan=True, dtype=torch.bfloat16), batch=a_batch())
     assert {tensor.dtype for tensor in answer.values()} == {torch.bfloat16}
 
 
 def test_off_is_off():
     state = torch.get_rng_state()
-    assert acestep_prepare_batch(step=a_step(), batch=a_batch()) is None
+    assert prepared(step=a_step(), batch=a_batch()) is None
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -79,15 +78,15 @@ def test_conditions_are_dropped_after_the_masking():
     assert rows[False].isfinite().all()
     plain = a_step("acestep-v15-base", cfg_ratio=0.5)
     torch.manual_seed(3)
-    acestep_prepare_batch(step=plain, batch=a_batch())
+    prepared(step=plain, batch=a_batch())
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    acestep_prepare_batch(step=step, batch=a_batch())
+    prepared(step=step, batch=a_batch())
     assert torch.equal(state, torch.get_rng_state()), "masking draws nothing"
 
 
 def _conditions(step):
-    return acestep_prepare_batch(step=step, batch=a_batch())["encoder_hidden_states"]
+    return prepared(step=step, batch=a_batch())["encoder_hidden_states"]
 
 
 # -- whole trainings -------------------------------------------------------------------------------------------------

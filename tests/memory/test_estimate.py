@@ -50,7 +50,9 @@ def test_a_config_that_says_too_little_gives_no_size():
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [("base", TWO_B), ("acestep-v15-turbo-shift1", TWO_B), ("xl-sft", XL), ("jazz", None)]
+    ("model", "size"),
+    [("base", TWO_B), ("acestep-v15-turbo-shift1", TWO_B), ("xl-sft", XL), ("jazz", None)]
+    + [(name, None) for name in ("my-xl-turbo-thing", "turbo-2", "acestep-v15-base-jazz", "acestep-v15-xl")],
 )
 def test_official_models_are_known_by_name(model, size):
     assert known_size(model) == size
@@ -86,6 +88,12 @@ def test_the_flags_that_are_enough_hold_none_that_is_not_needed():
 
     assert enough(now, OPTIONS, fits)[0] == ["--gradient-checkpointing on", "--batch-size 1 --gradient-accumulation 32"]
     assert enough(now, OPTIONS, lambda then: False) is None
+
+
+def test_a_saving_takes_the_place_of_another_value_of_its_option():
+    now = Settings(frozen="fp32", batch_size=1, rank=1)
+    flags, then = enough(now, {"base_weights"}, lambda then: then.frozen == "int8")
+    assert flags == ["--base-weights int8"] and then.frozen == "int8"
 
 
 def test_a_margin_is_left_free():

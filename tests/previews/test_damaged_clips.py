@@ -15,9 +15,9 @@ from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
 from sidestep_plugin.previews.conditions import choose_songs
 from sidestep_plugin.previews.making import decode_rest
-from sidestep_plugin.previews.page import page
 from sidestep_plugin.previews.settings import guidance_for
 from sidestep_plugin.previews.table import Row, Table, read_table
+from sidestep_plugin.report.page import page
 
 ABOUT = {
     "model_name": "acestep-v15-base",
@@ -61,7 +61,7 @@ def test_whatever_is_changed_in_a_table_it_is_a_table_or_refused(tmp_path):
                 assert str(tmp_path) in str(refusal) and "Delete the folder" in str(refusal)
                 continue
             assert table is not None
-            page(table)
+            page({"state": "clips", "written": "", "clips": table.as_report()})
             assert isinstance(table.undecoded, list)
             table.put(Row("epoch 2", 2, None, ["a.wav", "b.wav"]))
     assert refused > 300

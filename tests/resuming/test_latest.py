@@ -237,7 +237,7 @@ def test_a_finished_training_without_checkpoints_says_so(run):
 
 def test_a_checkpoint_whose_state_found_no_room_is_none(run, tmp_path, monkeypatch):
     """Upstream's own state in it would pass for a checkpoint that upstream alone made, and be resumed otherwise."""
-    from sidestep_plugin.hooks import resume_training
+    from sidestep_plugin.resuming import plugin as resume_training
 
     real, calls = resume_training.write_resume_state, []
 

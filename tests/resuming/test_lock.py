@@ -11,9 +11,9 @@ import pytest
 from conftest import COMMAND, SETTINGS, known_fields
 
 from sidestep_plugin import Refusal, attach, hookimpl
+from sidestep_plugin.engine import seams
 from sidestep_plugin.resuming import lock as locking
 from sidestep_plugin.resuming.lock import FILE_NAME, OutputLock
-from sidestep_plugin.trainer import seams
 
 HOLD = """
 import os, sys, time

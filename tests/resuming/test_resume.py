@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import SETTINGS, known_fields
 from safetensors.torch import load_file
-from sidestep_plugin.hooks.resume_training import keep_resume_state
 
 from sidestep_plugin import Refusal, attach, hookimpl
+from sidestep_plugin.engine import seams
 from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
 from sidestep_plugin.resuming.overwriting import Overwriting
+from sidestep_plugin.resuming.plugin import acestep_adapter_saved
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.fingerprint import fingerprint
-from sidestep_plugin.trainer import seams
 
 KINDS = ("lora", "lokr")
 
@@ -392,8 +392,8 @@ def test_what_a_failed_backward_pass_left_is_not_resumed_from(job, trainer, kind
 def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
     job("whole", max_epochs=3)
     folder = checkpoint_of(job.output / "whole", 3)
-    said = keep_resume_state(
-        run=SimpleNamespace(tensor_dir=None),
+    said = acestep_adapter_saved(
+        run=SimpleNamespace(tensor_dir=None, keeps={}),
         saved=SimpleNamespace(
             folder=folder,
             resume_point=read_checkpoint(folder).point,

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import types
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SETTINGS = {
@@ -53,11 +54,13 @@ class Noting:
             torch.manual_seed(int(song[:8], 16) + epoch)
 
     def acestep_step_finished(self, step):
+        from sidestep_plugin.run import ROWS_WITHOUT_CONDITION
+
         if not step.training:
             self.validated.append(float(step.loss))
             return
         self.t.append(step.t.tolist())
-        self.dropped += [int(part.sum()) for part in step.run.state.get("sidestep.dropped", [])[-1:]]
+        self.dropped += [int(part.sum()) for part in step.run.state.get(ROWS_WITHOUT_CONDITION, [])[-1:]]
         self.steps += 1
         rank = step.run.ranks.rank
         if self.job.get("stop") == [rank, self.steps]:
@@ -119,15 +122,36 @@ def in_the_order_of_several(trainer):
     return own
 
 
+@contextmanager
+def no_room_for_best():
+    """Let the disk be full when ``best`` is to be saved."""
+    from sidestep_plugin.engine.wrappers import saving
+
+    staged = saving.staged
+
+    @contextmanager
+    def failing(folder):
+        if folder.name == "best":
+            raise OSError(28, "No space left on device")
+        with staged(folder) as stage:
+            yield stage
+
+    saving.staged = failing
+    try:
+        yield
+    finally:
+        saving.staged = staged
+
+
 def train(trainer, job, folder):
     """Train | returns what was seen."""
     import torch
     from conftest import known_fields
 
     from sidestep_plugin import attach
+    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine.models import find_model, load_model
     from sidestep_plugin.ranks import ranks
-    from sidestep_plugin.trainer import seams
-    from sidestep_plugin.trainer.models import find_model, load_model
 
     kind = job.get("kind", "lora")
     handler = load_model(find_model(job["model"], Path(job["checkpoints"])), torch.device("cpu"))
@@ -146,20 +170,26 @@ def train(trainer, job, folder):
     own_engine, trainer.Fabric = watched_engine(trainer, seen)
     own_loader = in_the_order_of_several(trainer) if job.get("ordered") and not ranks().several else None
     try:
-        with attach(
-            trainer,
-            plugins=job.get("plugins", ["sidestep"]),
-            options=job.get("options", {}),
-            extra_plugins={"noting": noting},
-            allowed_folders=[Path(job["tensors"]), folder],
-            announce=seen["said"].append,
+        with (
+            no_room_for_best() if job.get("no_room") else nullcontext(),
+            attach(
+                trainer,
+                plugins=job.get("plugins", ["sidestep"]),
+                options=job.get("options", {}),
+                extra_plugins={"noting": noting},
+                allowed_folders=[Path(job["tensors"]), folder],
+                announce=seen["said"].append,
+            ),
         ):
             torch.manual_seed(7)
             made = getattr(trainer, seams.TRAINER_CLASS[kind])(
                 handler, adapter, known_fields(trainer.TrainingConfig, settings)
             )
             state = noting.state = {"should_stop": False}
-            more = {"resume_from": job["resume_from"]} if job.get("resume_from") else {}
+            more = {}
+            if job.get("resume_from"):
+                place = Path(job["resume_from"])
+                more["resume_from"] = str(next(place.parent.glob(place.name)))
             for _, _, text in made.train_from_preprocessed(job["tensors"], state, **more):
                 seen["messages"].append(text)
                 if text.startswith("❌"):
@@ -186,7 +216,7 @@ def train(trainer, job, folder):
 def main(folder):
     import torch
 
-    from sidestep_plugin.trainer.checkout import import_trainer
+    from sidestep_plugin.engine.checkout import import_trainer
 
     torch.set_num_threads(1)
     jobs = json.loads((folder / "job.json").read_text(encoding="utf-8"))

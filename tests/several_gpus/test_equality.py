@@ -32,7 +32,7 @@ def base(checkout):
 
 @pytest.fixture(scope="module")
 def kinds(trainer):
-    from sidestep_plugin.trainer.seams import adapter_types
+    from sidestep_plugin.engine.seams import adapter_types
 
     return [kind for kind in KINDS if kind in adapter_types(trainer)]
 
@@ -50,6 +50,10 @@ def two(base, kinds, tmp_path_factory):
     jobs["not looked at"] = PLAIN | {"options": PLAIN["options"] | {"validate": 2, "validate_every": 100}}
     patient = {"validate": 2, "validate_every": 1, "patience": 1}
     jobs["patient"] = {"options": patient, "settings": {"learning_rate": 0.0, "max_epochs": 6}}
+    of_epoch_1 = str(folder / str(list(jobs).index("looked at")) / "output" / "checkpoints" / "epoch_1*")
+    still = {"learning_rate": 0.0, "max_epochs": 6}
+    jobs["branched"] = PLAIN | {"resume_from": of_epoch_1, "options": PLAIN["options"] | patient, "settings": still}
+    jobs["no room"] = {"options": patient, "settings": {"max_epochs": 2}, "no_room": True}
     jobs["other seed"] = PLAIN | {"settings": {"seed": 20, "max_epochs": 1}}
     seen = done(folder, [base | one for one in jobs.values()], 2)
     return {
@@ -181,3 +185,21 @@ def test_patience_ends_all_processes_after_the_same_step(two):
     assert first["steps"] == second["steps"] == 4, "two epochs of two steps: the second one was not better"
     assert adapter(output)
     assert sum("final is the best adapter, of epoch 1" in text for text in first["messages"]) == 1
+
+
+def test_another_course_of_a_training_has_its_own_best_adapter(two):
+    """The first process looks for it, and all judge alike. Its folder becomes a copy of the checkpoint."""
+    first, second, output = two["branched"]
+    assert first["steps"] == second["steps"] == 2, "epoch 2 was not better than epoch 1"
+    assert sum("final is the best adapter, of epoch 1" in text for text in first["messages"]) == 1, first["messages"]
+    assert sum("checkpoints/best is a copy of" in line for line in first["said"]) == 1
+    (before,) = (two["looked at"][2] / "checkpoints").glob("epoch_1*")
+    ours, its = adapter(output), load_file(next(before.rglob("*.safetensors")))
+    assert ours.keys() == its.keys() and all(torch.equal(ours[name], its[name]) for name in ours)
+
+
+def test_a_best_adapter_that_cannot_be_saved_stops_no_process(two):
+    first, second, output = two["no room"]
+    assert first["steps"] == second["steps"] == 4 and first["weights"] == second["weights"]
+    assert not (output / "checkpoints" / "best").exists() and adapter(output)
+    assert any("its adapter is in no checkpoint" in text for text in first["messages"])

@@ -142,7 +142,16 @@ def test_two_machines_on_one(line, place):
     assert equal(adapter(place / "output"), adapter(place / "one machine"))
 
 
-@pytest.mark.parametrize("to, number", [("launcher", signal.SIGINT), ("launcher", signal.SIGTERM), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "to, number",
+    [
+        ("launcher", signal.SIGINT),
+        ("launcher", signal.SIGTERM),
+        ("launcher", signal.SIGHUP),
+        (1, signal.SIGTERM),
+        (1, signal.SIGUSR1),
+    ],
+)
 def test_a_signal_stops_all_and_saves_once(line, place, monkeypatch, to, number):
     """Then the training is resumed, and gives the adapter of one that was not stopped."""
     monkeypatch.setenv("SLOW", "0.3")
@@ -229,3 +238,36 @@ def test_songs_are_checked_by_the_first_process_alone(line, place, checkout):
     torch.save(song, songs / "song_03.pt")
     code, out = run([*MODULE, *line("--devices", 2, "--dataset-dir", songs)])
     assert code == 2 and out.count("song_03.pt") == 1, out
+
+
+def pair(line, first=(), second=()):
+    """Two machines on one, with other arguments each | returns exit code and output of both."""
+    several = ("--devices", 1, "--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}")
+    words = [*MODULE, *line(*several, "--node-rank", 1, *second)]
+    with running(words, stderr=subprocess.STDOUT) as other:
+        mine = run([*MODULE, *line(*several, "--node-rank", 0, *first)])
+        out = other.communicate()[0]
+    return mine, (other.returncode, out)
+
+
+def test_two_machines_with_other_models(line, place):
+    """One process would train its half of the steps as another variant, and the metadata would not say so."""
+    for code, out in pair(line, second=("--model", "turbo")):
+        assert code == 2 and "differs from process 0" in out and "in variant: turbo and not base" in out, out
+        assert "Traceback" not in out
+    assert not (place / "output").exists()
+
+
+def test_a_machine_without_songs(line, place):
+    (place / "none").mkdir()
+    for code, out in pair(line, second=("--dataset-dir", place / "none")):
+        assert code == 2 and "No songs in" in out and "Traceback" not in out, out
+
+
+def test_ctrl_c_ends_the_waiting_for_another_machine(line, place):
+    several = ("--devices", 1, "--nodes", 2, "--node-rank", 1, "--rendezvous", f"127.0.0.1:{free_port()}")
+    with running([*MODULE, *line(*several)], stderr=subprocess.STDOUT) as process:
+        next(text for text in process.stdout if "Waiting for process 0 (machine 0) at 127.0.0.1:" in text)
+        process.send_signal(signal.SIGTERM)
+        out = process.communicate()[0]
+    assert process.returncode == 130 and out == "Interrupted before the training began; nothing was saved.\n"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from sidestep_plugin.hooks import acestep_options, acestep_run_started
-from sidestep_plugin.hooks.model_treatment import NAME, treatment_of
-from sidestep_plugin.hooks.timestep_sampling import acestep_sample_timesteps
+from sidestep_plugin.hooks.timesteps import acestep_sample_timesteps
+from sidestep_plugin.hooks.treatment import acestep_run_started
+from whole_plugin import resolved
 
-from sidestep_plugin.options import resolve_options
 from sidestep_plugin.run import Run, Step
 from sidestep_plugin.timesteps.schedule import max_of_two_logit_normal_cdf
+from sidestep_plugin.timesteps.treatment import PLUGIN, treatment_of
 
 CPU = torch.device("cpu")
 SETTINGS = [(-0.4, 1.0), (0.5, 0.6)]
@@ -30,8 +30,8 @@ def a_step(name="acestep-v15-base", mu=-0.4, sigma=1.0, training=True, **options
     model = torch.nn.Module()
     model.config = SimpleNamespace(_name_or_path=name, timestep_mu=mu, timestep_sigma=sigma)
     model.null_condition_emb = torch.nn.Parameter(torch.zeros(1, 1, 4))
-    resolved = resolve_options(acestep_options(), options)
-    run = Run("lora", None, None, resolved, None, weakref.ref(model))
+    values = resolved(**options)
+    run = Run("lora", None, None, values, None, weakref.ref(model))
     acestep_run_started(run)
     return Step(run, SimpleNamespace(model=model), training, CPU, torch.float32)
 
@@ -117,7 +117,7 @@ def test_extreme_parameters_stay_between_data_and_noise(dtype):
 
     def extreme(mu):
         step = a_step()
-        step.run.state[NAME] = dataclasses.replace(treatment_of(step.run), mu=mu, sigma=3.0)
+        step.run.state[PLUGIN] = dataclasses.replace(treatment_of(step.run), mu=mu, sigma=3.0)
         return sample(step, 1000, dtype)
 
     t = torch.cat([extreme(mu) for mu in (-20.0, 20.0)])

@@ -28,7 +28,7 @@ from typing import Any
 
 from checkouts import extract_versions
 
-from sidestep_plugin.trainer import checkout_patch as patching
+from sidestep_plugin.engine import checkout_patch as patching
 
 JOB = """
 import json, sys
@@ -39,9 +39,9 @@ try:
 except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
     raise SystemExit
-attached = sys.modules.get("sidestep_plugin.trainer.attachment")
+attached = sys.modules.get("sidestep_plugin.engine.attachment")
 train = trainer.LoRATrainer.train_from_preprocessed
-blocked = train.__module__ == "sidestep_plugin.trainer.attachment" and not hasattr(train, "__wrapped__")
+blocked = train.__module__ == "sidestep_plugin.engine.attachment" and not hasattr(train, "__wrapped__")
 print(json.dumps({
     "plugins": [one.registry.names for one in attached._attached] if attached else [],
     "wrapped": hasattr(train, "__wrapped__"),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from sidestep_plugin.engine import checkout_patch as patching
 from sidestep_plugin.timesteps.schedule import inference_timesteps
-from sidestep_plugin.trainer import checkout_patch as patching
 
 pytestmark = pytest.mark.upstream
 JOB = Path(__file__).with_name("app_job.py")

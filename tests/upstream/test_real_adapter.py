@@ -98,7 +98,7 @@ def heard_in_diffusers(transformer, inputs):
 def test_a_lora_sounds_the_same_in_diffusers(family, real_model, train, in_diffusers, play, tmp_path):
     from peft import PeftModel
 
-    from sidestep_plugin.trainer.models import Handler
+    from sidestep_plugin.engine.models import Handler
 
     model, _ = real_model(family)
     inputs = inputs_for(model)

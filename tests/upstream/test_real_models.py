@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sidestep_plugin import attach
-from sidestep_plugin.trainer.models import Handler
+from sidestep_plugin.engine.models import Handler
 
 pytestmark = pytest.mark.upstream
 
@@ -133,8 +133,8 @@ def compare_with_forward(trainer, module, model, songs, seed, options=None):
 def test_the_loss_is_that_of_the_real_models_forward(
     trainer, real_model, module_for, require_kind, kind, family, dtype
 ):
-    from sidestep_plugin.trainer.models import Handler
-    from sidestep_plugin.trainer.seams import sampler_style
+    from sidestep_plugin.engine.models import Handler
+    from sidestep_plugin.engine.shapes import sampler_style
 
     require_kind(kind)
     if sampler_style(trainer.sample_discrete_timestep) == "device and dtype" and dtype != torch.bfloat16:
@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_the_real_models_forward(
 
 @pytest.mark.parametrize("family", list(FILES))
 def test_the_timesteps_are_those_of_the_real_sample_t_r(trainer, real_model, module_for, family):
-    from sidestep_plugin.trainer.models import Handler
+    from sidestep_plugin.engine.models import Handler
 
     class Recorder:
         from sidestep_plugin import hookimpl
@@ -219,7 +219,7 @@ def test_validation_changes_no_bit_of_the_training(
     validated = trained()
     with monkeypatch.context() as patch:
         # Holds the same songs out and evaluates nothing.
-        patch.setattr("sidestep_plugin.trainer.wrappers.training.planned", lambda *_: None)
+        patch.setattr("sidestep_plugin.engine.wrappers.training.planned", lambda *_: None)
         plain = trained()
     assert equal_bits(plain, validated), validated.messages
     report = json.loads((validated.output / "training_report.json").read_text(encoding="utf-8"))["validation"]
@@ -231,7 +231,7 @@ def test_validation_changes_no_bit_of_the_training(
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 @pytest.mark.parametrize("family", ["base", "xl-base"])
 def test_gradient_checkpointing_changes_no_bit(train, real_model, equal_bits, kind, family):
-    from sidestep_plugin.trainer.models import Handler
+    from sidestep_plugin.engine.models import Handler
 
     def trained(choice):
         model, _ = real_model(family)

@@ -16,10 +16,10 @@ import torch
 from preview_parts import HOP, moved_a_little, write_tiny_vae
 from upstream.test_real_models import FILES, TINY, TINY_XL
 
+from sidestep_plugin.engine.decoders import plain_decoder, without_adapter
 from sidestep_plugin.previews.conditions import Conditions, look_at, read_conditions, read_silence, silent_context
 from sidestep_plugin.previews.generation import euler, generate, noise_for, own_arguments
 from sidestep_plugin.previews.settings import PreviewSettings
-from sidestep_plugin.previews.undisturbed import adapter_off
 
 pytestmark = pytest.mark.upstream
 
@@ -180,18 +180,16 @@ def test_a_training_with_previews_is_the_same(real, train, trainer, equal_bits, 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_twins_are_equal_when_the_adapter_is_zero(real, train, require_kind, kind, tmp_path):
     """The base row is made with the adapter off; with one that is exactly zero the clip is the same, bit for bit."""
-    from sidestep_plugin.previews.undisturbed import plain_decoder
-
     model = real("base")
     done = train("base", kind, plugins=("sidestep",), handler=handler_of(model), learning_rate=1e-45, max_epochs=1)
     assert done.tensors, done.messages
     decoder = plain_decoder(model)
-    network = getattr(decoder, "_lycoris_net", None)
+    module = SimpleNamespace(model=model, lycoris_net=getattr(decoder, "_lycoris_net", None))
     decoder.eval()
     conditions, settings = conditions_for(model), SETTINGS["base"]
     noise = noise_for(5, 23, torch.device("cpu"), torch.float32)
     zero = generate(model, decoder, conditions, settings, noise)
-    with adapter_off(decoder, network):
+    with without_adapter(module):
         off = generate(model, decoder, conditions, settings, noise)
     assert torch.equal(zero, off)
     assert moved_a_little(decoder) or any(weight.requires_grad for weight in decoder.parameters())
@@ -200,7 +198,7 @@ def test_twins_are_equal_when_the_adapter_is_zero(real, train, require_kind, kin
             if weight.requires_grad:
                 weight.mul_(1.5).add_(0.05)
     louder = generate(model, decoder, conditions, settings, noise)
-    with adapter_off(decoder, network):
+    with without_adapter(module):
         still_off = generate(model, decoder, conditions, settings, noise)
     assert not torch.equal(louder, zero)
     assert torch.equal(still_off, off)

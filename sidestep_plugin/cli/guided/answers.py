@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sidestep_plugin.launch.launch import Request
     from sidestep_plugin.songs.dataset import Dataset
-    from sidestep_plugin.trainer.launch import Request
 
 
 @dataclass

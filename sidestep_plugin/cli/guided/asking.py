@@ -16,7 +16,7 @@ from .questions import QUESTIONS
 from .summary import summary
 
 if TYPE_CHECKING:
-    from sidestep_plugin.trainer.launch import Request
+    from sidestep_plugin.launch.launch import Request
 
 BACK: Final = "b"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from sidestep_plugin import recommended
+from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
 from sidestep_plugin.text import counted
@@ -18,7 +19,7 @@ from .answers import Answers
 
 def check_said(answers: Answers) -> None:
     """Check what the command line says before anything is asked."""
-    from sidestep_plugin.trainer.launch import check_unused
+    from sidestep_plugin.launch.launch import check_unused
 
     request = answers.request
     if "model" not in answers.asked:
@@ -33,7 +34,7 @@ def check_said(answers: Answers) -> None:
 
 def root(answers: Answers, text: str) -> list[str]:
     """The folder of a checkout."""
-    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.engine.checkout import find_root
 
     answers.set(acestep_root=find_root(_place(text)))
     return []
@@ -41,7 +42,7 @@ def root(answers: Answers, text: str) -> list[str]:
 
 def lacks_root(answers: Answers) -> bool:
     """Whether no checkout can be found without asking."""
-    from sidestep_plugin.trainer.checkout import find_root
+    from sidestep_plugin.engine.checkout import find_root
 
     try:
         find_root(answers.request.acestep_root)
@@ -52,23 +53,23 @@ def lacks_root(answers: Answers) -> bool:
 
 def checkpoints(answers: Answers) -> Path:
     """The folder of models."""
-    from sidestep_plugin.trainer.checkout import find_root
-    from sidestep_plugin.trainer.models import checkpoint_folder
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.models import checkpoint_folder
 
     return checkpoint_folder(answers.request.checkpoint_dir, find_root(answers.request.acestep_root))
 
 
 def model_folder(answers: Answers) -> Path:
     """The folder of the model that was chosen."""
-    from sidestep_plugin.trainer.models import find_model
+    from sidestep_plugin.engine.models import find_model
 
     return find_model(answers.request.model, checkpoints(answers))
 
 
 def model(answers: Answers, text: str) -> list[str]:
     """A number of the list, a name, or a path."""
+    from sidestep_plugin.engine.models import check_weights, find_model
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.trainer.models import check_weights, find_model
 
     if text.isascii() and text.isdecimal() and text not in answers.models:
         if not 1 <= int(text) <= len(answers.models):
@@ -123,7 +124,7 @@ def songs(answers: Answers, text: str) -> list[str]:
 
 def output(answers: Answers, text: str) -> list[str]:
     """A folder to save into; resume or overwrite for one that is in use."""
-    from sidestep_plugin.trainer.launch import check_unused, check_writable
+    from sidestep_plugin.launch.launch import check_unused, check_writable
 
     if text in ("resume", "overwrite") and answers.used is not None:
         answers.set(output_dir=answers.used)
@@ -152,9 +153,9 @@ def output(answers: Answers, text: str) -> list[str]:
 
 def resume(answers: Answers) -> list[str]:
     """Take a checkpoint, the newest if none was named, and the settings that it was made with."""
+    from sidestep_plugin.engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
+    from sidestep_plugin.launch.launch import LATEST
     from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
-    from sidestep_plugin.trainer.configs import ADAPTER_FIELDS, TRAINING_FIELDS
-    from sidestep_plugin.trainer.launch import LATEST
 
     said, notes = answers.request.resume_from, list[str]()
     if said is None or said == LATEST:
@@ -165,7 +166,7 @@ def resume(answers: Answers) -> list[str]:
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
-    answers.set(resume_from=said, adapter_type="lokr" if kind_of_adapter == "lokr" else "lora")
+    answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
     named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
     for name, fact in named.items():
         if name in answers.asked and facts.get(fact) is not None:
@@ -176,12 +177,9 @@ def resume(answers: Answers) -> list[str]:
 
 def kind(answers: Answers, text: str) -> list[str]:
     """The kind of adapter."""
-    import importlib.util
-
-    if text not in ("lora", "lokr"):
-        raise Refusal("Expected lora or lokr.")
-    if text == "lokr" and importlib.util.find_spec("lycoris") is None:
-        raise Refusal("A LoKr needs LyCORIS, which is not installed: pip install lycoris-lora")
+    if text not in NAMES:
+        raise Refusal(f"Expected {' or '.join(NAMES)}.")
+    check_installed(text)
     answers.set(adapter_type=text)
     return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from sidestep_plugin.adapters.kinds import DEFAULT, KINDS, NAMES
 from sidestep_plugin.recommended import recommended
 
 from . import checks
@@ -12,8 +13,8 @@ from .answers import Answers, Question
 
 
 def _list_models(answers: Answers) -> list[str]:
-    from sidestep_plugin.trainer.compatibility import examine_model
-    from sidestep_plugin.trainer.models import models_in
+    from sidestep_plugin.engine.compatibility import examine_model
+    from sidestep_plugin.engine.models import models_in
 
     folder = checks.checkpoints(answers)
     answers.models = models_in(folder)
@@ -72,9 +73,9 @@ QUESTIONS: Final = (
     Question("output_dir", lambda _: ["Where to save"], "Folder", _default_output, checks.output),
     Question(
         "adapter_type",
-        lambda _: ["Adapter: lora is the usual one; lokr makes smaller files, and fewer programs load it"],
-        "lora or lokr",
-        lambda _: "lora",
+        lambda _: [f"Adapter: {'; '.join(f'{kind.name} {kind.remark}' for kind in KINDS)}"],
+        " or ".join(NAMES),
+        lambda _: DEFAULT.name,
         checks.kind,
         lambda answers: answers.begins_anew,
     ),

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
+from sidestep_plugin.adapters.kinds import BY_NAME
 from sidestep_plugin.text import counted
 
 from .answers import Answers
@@ -24,8 +25,8 @@ def summary(answers: Answers) -> list[str]:
 
 def _decided(answers: Answers) -> list[str]:
     """What the plugins say they will do."""
+    from sidestep_plugin.engine.rehearsal import rehearse
     from sidestep_plugin.registry import Registry
-    from sidestep_plugin.trainer.rehearsal import rehearse
 
     request = answers.request
     if not request.plugins:
@@ -48,10 +49,12 @@ def _amounts(answers: Answers) -> list[str]:
             f"{counted(epochs * batches, 'training step')}, "
             f"{counted(epochs * batches // accumulation, 'optimizer step')}"
         )
+        if told := _time(answers, epochs):
+            lines.append(f"Time: {told}")
     size = adapter_size(
         model_folder(answers),
         answers.request.adapter_type,
-        int(settings.get("rank") or (8 if answers.request.adapter_type == "lora" else 64)),
+        int(settings.get("rank") or BY_NAME[answers.request.adapter_type].default_rank),
         settings.get("target_modules") or _LORA_TARGETS,
     )
     checkpoints = epochs // (settings.get("save_every") or 10)
@@ -62,6 +65,29 @@ def _amounts(answers: Answers) -> list[str]:
             f"{counted(checkpoints, 'checkpoint')} of {in_bytes(each)})"
         )
     return lines
+
+
+def _time(answers: Answers, epochs: int) -> str:
+    """How long it takes on the nearest card that was measured; "" if none was, or no model of about this size."""
+    from sidestep_plugin.measured.reading import ALONE, PLUGIN, card_here, measurements, training_time
+    from sidestep_plugin.memory.sizes import DecoderSize
+    from sidestep_plugin.run import ModelFacts
+
+    request, dataset = answers.request, answers.dataset
+    if dataset is None or not dataset.songs or not measurements():
+        return ""
+    size = DecoderSize.from_config(ModelFacts.from_folder(model_folder(answers)).config)
+    if size is None:
+        return ""
+    seconds = 60 * dataset.minutes / dataset.songs
+    return training_time(
+        epochs * dataset.songs,
+        parameters=size.parameters,
+        song_seconds=min(seconds, request.options.get("crop_seconds") or seconds),
+        adapter=request.adapter_type,
+        way=PLUGIN if request.plugins else ALONE,
+        card=card_here(),
+    )
 
 
 def _in_words(answers: Answers) -> list[str]:
@@ -79,12 +105,13 @@ def adapter_size(model: Path, kind: str, rank: int, targets: Collection[str]) ->
 
     LyCORIS makes a LoKr for every linear layer, PEFT a LoRA for those that are named.
     """
+    known = BY_NAME[kind]
     layers = [
         shape
         for name, shape in _linear_layers(model)
-        if kind == "lokr" or any(name == target or name.endswith(f".{target}") for target in targets)
+        if known.saves_untargeted() or any(known.matches(name, target) for target in targets)
     ]
-    return _BYTES * sum(_lokr_numbers(*shape, rank) if kind == "lokr" else rank * sum(shape) for shape in layers)
+    return _BYTES * sum(known.parameters(shape, rank) for shape in layers)
 
 
 def _linear_layers(model: Path) -> Iterable[tuple[str, tuple[int, int]]]:
@@ -100,16 +127,3 @@ def _linear_layers(model: Path) -> Iterable[tuple[str, tuple[int, int]]]:
         for name, tensor in tensors.items():
             if name.startswith("decoder.") and name.endswith(".weight") and len(tensor.shape) == 2:
                 yield name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1])
-
-
-def _lokr_numbers(rows: int, columns: int, rank: int) -> int:
-    """Numbers of a Kronecker product of two matrices whose sizes are as near to each other as they can be."""
-    one, other = _factors(rows), _factors(columns)
-    large = (one[1], other[1])
-    whole = rank >= max(large) / 2
-    return one[0] * other[0] + (large[0] * large[1] if whole else rank * sum(large))
-
-
-def _factors(size: int) -> tuple[int, int]:
-    small = next(each for each in range(math.isqrt(size), 0, -1) if size % each == 0)
-    return small, size // small

@@ -59,12 +59,15 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, source: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Attend from [B, T, width] to [B, L, width]; the mask is added to the scores."""
+
         def split(y: Tensor) -> Tensor:
             return y.reshape(*y.shape[:-1], self.heads, -1).transpose(1, 2)
 
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        q = split(self.q_proj(hidden_states))
+        k, v = split(self.k_proj(encoder_hidden_states)), split(self.v_proj(encoder_hidden_states))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.to(q.dtype))
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -109,7 +112,9 @@ class _Layer(GradientCheckpointingLayer):
         shift, scale, gate = (self.modulation + time).unsqueeze(2).unbind(1)
         modulated = self.norm(x) * (1.0 + scale) + shift
         x = x + gate * self.self_attn(modulated, modulated, bias)
-        x = x + self.cross_attn(self.norm(x), condition, condition_bias)
+        x = x + self.cross_attn(
+            hidden_states=self.norm(x), encoder_hidden_states=condition, attention_mask=condition_bias
+        )
         out: Tensor = x + self.mlp(self.norm(x))
         return out
 
@@ -150,10 +155,33 @@ class AceStepDiTModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         condition = self.condition_embedder(encoder_hidden_states)
         time = self.time_embed(timestep) + self.time_embed_r(timestep - timestep_r)
         bias = _score_bias(attention_mask, x.dtype)
-        condition_bias = _score_bias(encoder_attention_mask, x.dtype)
+        # As in ACE-Step, the mask of the conditions is ignored: rows that are padding are attended to.
+        condition_bias = torch.zeros_like(encoder_attention_mask, dtype=x.dtype)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, time, bias, condition, condition_bias)
         return (self.proj_out(self.norm_out(x)),)
+
+
+class _ConditionEncoder(nn.Linear):
+    """Lyrics, one row for the reference audio, and the prompt, in this order, in the width of the conditions."""
+
+    def forward(  # type: ignore[override]
+        self,
+        text_hidden_states: Tensor,
+        text_attention_mask: Tensor,
+        lyric_hidden_states: Tensor,
+        lyric_attention_mask: Tensor,
+        refer_audio_acoustic_hidden_states_packed: Tensor | None = None,
+        refer_audio_order_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the conditions [B, L, D] and their mask [B, L]."""
+        states, masks = [super().forward(lyric_hidden_states)], [lyric_attention_mask]
+        if refer_audio_acoustic_hidden_states_packed is not None:
+            mean = refer_audio_acoustic_hidden_states_packed.mean(1, keepdim=True)
+            states.append(super().forward(mean[..., : self.in_features]))
+            masks.append(torch.ones_like(lyric_attention_mask[:, :1]))
+        states.append(super().forward(text_hidden_states))
+        return torch.cat(states, dim=1), torch.cat([*masks, text_attention_mask], dim=1)
 
 
 class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -166,7 +194,7 @@ class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyp
         super().__init__(config)
         condition_width = _condition_width(config)
         self.decoder = AceStepDiTModel(config)
-        self.encoder = nn.Linear(config.text_hidden_dim, condition_width)
+        self.encoder = _ConditionEncoder(config.text_hidden_dim, condition_width)
         self.null_condition_emb = nn.Parameter(torch.ones(1, 1, condition_width))
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -179,12 +207,20 @@ class AceStepConditionGenerationModel(PreTrainedModel):  # type: ignore[no-untyp
         lyric_attention_mask: Any,
         src_latents: Any,
         chunk_masks: Any,
+        refer_audio_acoustic_hidden_states_packed: Any = None,
+        refer_audio_order_mask: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return encoder_hidden_states, encoder_attention_mask and context_latents."""
-        texts = torch.cat([lyric_hidden_states, text_hidden_states], dim=1)
-        mask = torch.cat([lyric_attention_mask, text_attention_mask], dim=1)
-        return self.encoder(texts), mask, torch.cat([src_latents, chunk_masks.to(src_latents.dtype)], dim=-1)
+        states, mask = self.encoder(
+            text_hidden_states=text_hidden_states,
+            text_attention_mask=text_attention_mask,
+            lyric_hidden_states=lyric_hidden_states,
+            lyric_attention_mask=lyric_attention_mask,
+            refer_audio_acoustic_hidden_states_packed=refer_audio_acoustic_hidden_states_packed,
+            refer_audio_order_mask=refer_audio_order_mask,
+        )
+        return states, mask, torch.cat([src_latents, chunk_masks.to(src_latents.dtype)], dim=-1)
 
     def forward(
         self,

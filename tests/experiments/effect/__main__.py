@@ -35,6 +35,19 @@ guidance (APG) instead of plain guidance, from the same adapters, and trains a f
 9. 30 % high t against the plugin: loss lower at t 0.97, shown; law-weighted loss slightly higher; distance at guidance
    1 without a difference that is shown.
 
+Added before ``--preset cpu-conditions`` was ever run. It trains the plugin's way twice: on conditions as generations
+have them, and padded and without their first token, as ACE-Step's preprocessing encodes songs (8 rows of padding for 3
+that say something; there it is 256 + 512 rows, mostly padding). Both are measured on conditions as generated. Whether
+ACE-Step's own models were trained on padded conditions is unknown; this base model was not.
+
+10. Loss with the condition: higher with padded conditions, shown, by less than dropout's share in 2 (the adapter learns
+    part of its domain behind rows that are missing when it is used).
+11. Distance at guidance 1 and 3: larger with padded conditions, shown at one of the two at least.
+12. Loss without the condition: no difference that is shown, since the null condition is the same rows in both.
+13. All of it is smaller with 48 songs than with 8, or equal: not a matter of the number of songs.
+
+What would count against conditions as generated: a loss or a distance that is shown to be larger with them.
+
 What would count against the plugin: a distance at guidance 1 or 3 that is shown to be larger with it.
 """
 

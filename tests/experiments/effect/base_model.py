@@ -63,7 +63,7 @@ def build(preset: Preset, root: Path | None, out: Path) -> Any:
 
 
 def _build_miniature(preset: Preset, out: Path) -> Any:
-    from sidestep_plugin.trainer.models import load_model
+    from sidestep_plugin.engine.models import load_model
 
     sizes = {"hidden_size": preset.hidden, "intermediate_size": 2 * preset.hidden, "num_hidden_layers": preset.layers}
     more = {"num_attention_heads": preset.heads, "audio_acoustic_hidden_dim": preset.channels}

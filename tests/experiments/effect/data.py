@@ -20,6 +20,7 @@ from torch import Tensor
 PARTIALS = 3
 CHORDS = 3
 TOKENS = 4
+PADDING = 8
 TIMBRES, PITCH_SETS = 4, 4
 TEXTURE, FLOOR = 0.25, 0.15
 SCALE = 1.55
@@ -123,6 +124,17 @@ def draw(domain: Domain, number: int, frames: int, seed: int) -> Songs:
     told = [captions[choice] for captions, choice in zip(domain.captions, (timbre, pitch, tempo), strict=True)]
     conditions = torch.stack([domain.opening.expand_as(told[0]), *told], dim=1)
     return Songs(latents, conditions)
+
+
+def as_preprocessed(conditions: Tensor) -> Tensor:
+    """Conditions [N,TOKENS,width] as upstream's preprocessing would make them: [N, TOKENS - 1 + PADDING, width].
+
+    The opening token is missing, as the header of the lyrics is, and rows follow that no generation has: one vector,
+    repeated, since every pad token is encoded alike. The base model has met neither.
+    """
+    number, _, width = conditions.shape
+    pad = torch.randn(width, generator=torch.Generator().manual_seed(77)).to(conditions)
+    return torch.cat([conditions[:, 1:], pad.expand(number, PADDING, width)], dim=1)
 
 
 def write_songs(folder: Path, songs: Songs) -> None:

@@ -144,7 +144,7 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
 
 def _import_trainer(root: Path | None, out: Path) -> Any:
     from sidestep_plugin import miniature
-    from sidestep_plugin.trainer.checkout import import_trainer
+    from sidestep_plugin.engine.checkout import import_trainer
 
     with contextlib.suppress(ImportError):  # upstream's own log, which the miniature does without
         from loguru import logger

@@ -21,6 +21,7 @@ COLOURS = {
     "law": "#56a0d3",
     "law+drop": "#0050a0",
     "law+drop+high": "#009e73",
+    "law+drop+padded": "#cc79a7",
 }
 LABELS = {
     "untrained": "base model, no adapter",
@@ -29,6 +30,7 @@ LABELS = {
     "law": "the model's law",
     "law+drop": "the model's law, 15 % dropout (plugin)",
     "law+drop+high": "the same, 30 % of t from 0.9 to 1",
+    "law+drop+padded": "the same, conditions padded and without opening",
 }
 ARMS = tuple(LABELS)
 

@@ -29,6 +29,7 @@ CONTRASTS: dict[str, Contrast] = {
     "law − eight steps": {"law": 0.5, "law+drop": 0.5, "eight": -0.5, "eight+drop": -0.5},
     "dropout − none": {"eight+drop": 0.5, "law+drop": 0.5, "eight": -0.5, "law": -0.5},
     "30 % high t − plugin": {"law+drop+high": 1.0, "law+drop": -1.0},
+    "padded − as generated": {"law+drop+padded": 1.0, "law+drop": -1.0},
     "interaction": {"law+drop": 1.0, "law": -1.0, "eight+drop": -1.0, "eight": 1.0},
 }
 

@@ -16,6 +16,8 @@ class Arm:
         lr_factor: multiplies the learning rate; 0 learns nothing (for tests of the experiment itself).
         stream: another number gives other noise and another order of the songs (for tests, too).
         high_share: share of the timesteps that are drawn uniformly from 0.9 to 1 instead; needs "continuous".
+        padded: whether the training songs' conditions are padded and lack their opening, as upstream's preprocessing
+            encodes songs; generations and held-out songs always have theirs as the base model knows them.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Arm:
     lr_factor: float = 1.0
     stream: int = 0
     high_share: float = 0.0
+    padded: bool = False
 
 
 UPSTREAM = Arm("eight", "discrete", 0.0)
@@ -32,6 +35,7 @@ LAW = Arm("law", "continuous", 0.0)
 LAW_DROP = Arm("law+drop", "continuous", 0.15)
 ARMS = (UPSTREAM, EIGHT_DROP, LAW, LAW_DROP)
 HIGH = Arm("law+drop+high", "continuous", 0.15, high_share=0.3)
+PADDED = Arm("law+drop+padded", "continuous", 0.15, padded=True)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Preset:
 CPU = Preset("cpu")
 APG = replace(CPU, name="cpu-apg", guide="apg", arms=(*ARMS, HIGH), lengths=(120,), guidances=(1.0, 3.0, 5.0, 7.0))
 """A second look after the first run: ACE-Step's own guidance, and a share of draws at high t."""
+CONDITIONS = replace(
+    CPU, name="cpu-conditions", arms=(UPSTREAM, LAW_DROP, PADDED), lengths=(120,), guidances=(1.0, 3.0)
+)
+"""Conditions padded and without their opening, against conditions as generated."""
 GPU = Preset(
     "gpu",
     device="cuda",
@@ -129,4 +137,4 @@ TINY = replace(
     rank=2,
 )
 """For the test of the pipeline: its numbers mean nothing."""
-PRESETS = {preset.name: preset for preset in (CPU, APG, GPU, TINY)}
+PRESETS = {preset.name: preset for preset in (CPU, APG, CONDITIONS, GPU, TINY)}

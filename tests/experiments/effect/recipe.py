@@ -13,6 +13,10 @@ with ACE-Step. Repeat it with a style near to what the model plays anyway and on
 recordings (Musopen, the Open Goldberg Variations, CC0 works on the Free Music Archive) may be published with the
 result. Time: 4 trainings a seed.
 
+Does it matter how songs are encoded? Prepare the same audio twice: ``acestep-train prepare --conditions generated`` for
+--dataset-dir, and ``--conditions upstream`` for ``--upstream-conditions-dir``. The plugin trains on both, and both are
+compared on the held-out songs, whose conditions are as generated (line "padded - as generated").
+
 With ``--kad-reference DIR``, a folder with WAV files of the held-out songs, the clips are compared with them by KAD
 (Kernel Audio Distance) with two public encoders, because one encoder's taste is not evidence. It needs kadtk
 (pip install kadtk, in an environment of its own, because it asks for an older torch) and its encoders, which kadtk
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         for seed in range(given.seeds):
-            for arm, options in arms().items():
+            for arm, options in arms(given.upstream_conditions_dir is not None).items():
                 if code := train(given, arm, options, seed):
                     return code
         if "compare" not in run(["--help"], capture=True).stdout:
@@ -72,14 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def arms() -> dict[str, list[str]]:
-    """The options of ``acestep-train`` for each arm, by the names that the toy uses."""
-    from effect.presets import ARMS
+def arms(padded: bool = False) -> dict[str, list[str]]:
+    """The options of ``acestep-train`` for each arm, by the names that the toy uses.
+
+    Args:
+        padded: whether the plugin's way is also trained on songs with upstream's conditions.
+    """
+    from effect.presets import ARMS, PADDED
 
     return {
         arm.name: ["--timestep-mode", arm.timestep_mode, "--cfg-ratio", str(arm.cfg_ratio), "--variant", "auto"]
-        for arm in ARMS
+        for arm in (*ARMS, *([PADDED] if padded else []))
     }
+
+
+def songs_for(given: argparse.Namespace, arm: str) -> Path:
+    """The folder of songs that an arm is trained on."""
+    folder: Path = given.upstream_conditions_dir if arm.endswith("padded") else given.dataset_dir
+    return folder
 
 
 def adapter(out: Path, arm: str, seed: int) -> Path:
@@ -95,7 +109,7 @@ def train(given: argparse.Namespace, arm: str, options: Sequence[str], seed: int
     resume = ["--resume-from", "latest"] if (folder / "checkpoints").is_dir() else []
     return run(
         [
-            *("train", "--plugin", "sidestep", *options, *where(given), "--dataset-dir", given.dataset_dir),
+            *("train", "--plugin", "sidestep", *options, *where(given), "--dataset-dir", songs_for(given, arm)),
             *("--output-dir", folder, "--seed", seed, *resume, *given.training),
         ]
     ).returncode
@@ -103,7 +117,8 @@ def train(given: argparse.Namespace, arm: str, options: Sequence[str], seed: int
 
 def compare(given: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, float]]:
     """Measure a seed's adapters on the held-out songs | yields (arm, measure, value)."""
-    folders = {arm: adapter(given.out, arm, seed) for arm in arms()}
+    padded = given.upstream_conditions_dir is not None
+    folders = {arm: adapter(given.out, arm, seed) for arm in arms(padded)}
     file = given.out / f"compared-seed{seed}.json"
     if not file.exists():
         print(f"seed {seed}: comparing", flush=True)
@@ -137,7 +152,7 @@ def compute_kad(given: argparse.Namespace) -> None:
     made = (
         row
         for seed in range(given.seeds)
-        for arm in arms()
+        for arm in arms(given.upstream_conditions_dir is not None)
         for row in sorted((adapter(given.out, arm, seed) / "previews").glob("*/"))
     )
     rows = [row for row in made if row.name != "base_model" and any(row.glob("*.wav"))]
@@ -205,6 +220,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="models. Default: the checkout's")
     parser.add_argument("--model", default="base", metavar="NAME", help="base or sft, or a folder")
     parser.add_argument("--dataset-dir", type=Path, required=True, metavar="DIR", help="preprocessed songs to train on")
+    parser.add_argument(
+        "--upstream-conditions-dir", type=Path, metavar="DIR", help="the songs of --dataset-dir, encoded ACE-Step's way"
+    )
     parser.add_argument("--held-out-dir", type=Path, required=True, metavar="DIR", help="others, to compare on")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="at least 3 for intervals")

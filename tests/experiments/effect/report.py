@@ -168,7 +168,11 @@ def _others(rows: Sequence[Mapping[str, Any]], where: dict[str, Any]) -> list[st
     """The difference by t, between few and many songs, and what the adapter does on the null pass."""
     plugin, arms = CONTRASTS["plugin − ACE-Step"], {row["arm"] for row in rows}
     lines = []
-    for name in [name for name in ("plugin − ACE-Step", "30 % high t − plugin") if set(CONTRASTS[name]) <= arms]:
+    for name in [
+        name
+        for name in ("plugin − ACE-Step", "30 % high t − plugin", "padded − as generated")
+        if set(CONTRASTS[name]) <= arms
+    ]:
         lines += [f"| {name}, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
         for centre, measures in sorted(_curves(rows).items()):
             found = [compared(rows, measure, CONTRASTS[name], **where) for measure in measures]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sidestep_plugin import attach, hookimpl
+from sidestep_plugin.engine.models import Handler
 from sidestep_plugin.timesteps.schedule import logit_normal
-from sidestep_plugin.trainer.models import Handler
 
 from . import data
 from .base_model import MU, SIGMA
@@ -116,7 +116,8 @@ def train(
     """
     assert cell.arm is not None
     shutil.rmtree(work, ignore_errors=True)
-    data.write_songs(work / "songs", songs)
+    told = data.as_preprocessed(songs.conditions) if cell.arm.padded else songs.conditions
+    data.write_songs(work / "songs", data.Songs(songs.latents, told))
     seed = 100 * cell.seed + cell.arm.stream
     per_epoch = math.ceil(len(songs) / preset.batch)
     settings = {

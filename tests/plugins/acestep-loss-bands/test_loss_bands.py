@@ -4,7 +4,7 @@ from pathlib import Path
 import acestep_loss_bands
 
 from sidestep_plugin import miniature
-from sidestep_plugin.trainer.launch import Request, prepare
+from sidestep_plugin.launch.launch import Request, prepare
 
 
 def test_every_step_is_in_one_band(tmp_path):

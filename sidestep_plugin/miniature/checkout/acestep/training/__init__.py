@@ -2,6 +2,7 @@
 
 from acestep.training.configs import LoKRConfig, LoRAConfig, TrainingConfig
 from acestep.training.data_module import PreprocessedDataModule, PreprocessedTensorDataset
+from acestep.training.dataset_builder import AudioSample, DatasetBuilder
 from acestep.training.trainer import (
     LIGHTNING_AVAILABLE,
     LoKRTrainer,
@@ -12,6 +13,8 @@ from acestep.training.trainer import (
 
 __all__ = [
     "LIGHTNING_AVAILABLE",
+    "AudioSample",
+    "DatasetBuilder",
     "LoKRConfig",
     "LoKRTrainer",
     "LoRAConfig",

@@ -337,34 +337,17 @@ class _Trainer:
             started = time.monotonic()
             losses: list[float] = []  # of the optimizer steps of this epoch
             pending: list[float] = []  # of the batches since the last optimizer step
-            for number, batch in enumerate(loop.loader, start=1):
+            for batch in loop.loader:
                 if training_state and training_state.get("should_stop"):
                     yield loop.step, sum(pending) / max(1, len(pending)), "⏹️ Training stopped by user"
                     return  # trap, kept from ACE-Step: nothing is saved
                 loss = module.training_step(batch) / config.gradient_accumulation_steps
                 loop.backward(loss)
                 pending.append(loss.item())
-                if len(pending) < config.gradient_accumulation_steps and number < len(loop.loader):
-                    continue
-                average = sum(pending) / len(pending)
-                pending.clear()
-                bad = _count_nonfinite(loop.parameters) if loop.refuse_nonfinite else 0
-                if bad:
-                    loop.optimizer.zero_grad(set_to_none=True)
-                    yield loop.step, math.nan, f"⚠️ Non-finite gradients in {bad} tensors; step skipped"
-                    continue
-                loop.clip()
-                loop.optimizer.step()
-                loop.scheduler.step()
-                loop.optimizer.zero_grad(set_to_none=True)
-                loop.step += 1
-                losses.append(average)
-                if loop.step % config.log_every_n_steps == 0:
-                    loop.log("train/loss", average, loop.step)
-                    loop.log("train/lr", float(loop.scheduler.get_last_lr()[0]), loop.step)
-                    _plot(loop.plots, loop.step, average)
-                    where = f"Epoch {loop.epoch + 1}/{epochs}, Step {loop.step}"
-                    yield loop.step, average, f"{where}, Loss: {average:.4f}"
+                if len(pending) == config.gradient_accumulation_steps:
+                    yield from self._update(loop, pending, losses)
+            if pending:  # trap, kept from ACE-Step: the loader has ended before the epoch's last update
+                yield from self._update(loop, pending, losses)
 
             loop.epoch += 1
             average = sum(losses) / max(1, len(losses))
@@ -393,6 +376,29 @@ class _Trainer:
         self._save_final(final)
         last = module.training_losses[-1] if module.training_losses else 0.0
         yield loop.step, last, f"✅ Training complete! {self.kind} saved to {final}"
+
+    def _update(self, loop: _Loop, pending: list[float], losses: list[float]) -> Progress:
+        """One step of the optimizer, for the batches since the last one."""
+        config = self.training_config
+        average = sum(pending) / len(pending)
+        pending.clear()
+        bad = _count_nonfinite(loop.parameters) if loop.refuse_nonfinite else 0
+        if bad:
+            loop.optimizer.zero_grad(set_to_none=True)
+            yield loop.step, math.nan, f"⚠️ Non-finite gradients in {bad} tensors; step skipped"
+            return
+        loop.clip()
+        loop.optimizer.step()
+        loop.scheduler.step()
+        loop.optimizer.zero_grad(set_to_none=True)
+        loop.step += 1
+        losses.append(average)
+        if loop.step % config.log_every_n_steps == 0:
+            loop.log("train/loss", average, loop.step)
+            loop.log("train/lr", float(loop.scheduler.get_last_lr()[0]), loop.step)
+            _plot(loop.plots, loop.step, average)
+            where = f"Epoch {loop.epoch + 1}/{config.max_epochs}, Step {loop.step}"
+            yield loop.step, average, f"{where}, Loss: {average:.4f}"
 
     def _validate(self, loader: DataLoader[Any]) -> float:
         """The same step on the held-out songs, with new noise and new times each time."""

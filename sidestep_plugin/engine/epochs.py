@@ -1,0 +1,126 @@
+"""Where an epoch ends: behind its last optimizer step and before anything is saved, in every version of upstream.
+
+Upstream's loop goes on behind the last batch of an epoch to an optimizer step for the rest of its gradients. The first
+thing that it reports, logs as the epoch's loss, saves or reads after that comes later, so the end is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import PluginError, Refusal
+from ..run import Clip, EpochNews
+from .answers import checked_lines, described
+from .checkout import place_of
+from .loggers import log_entries
+
+if TYPE_CHECKING:
+    from .current import Training
+    from .host import Host
+
+EPOCH_LOSS: Final = "train/epoch_loss"
+"""What every known version of upstream with Lightning logs behind an epoch's last optimizer step."""
+
+
+def began(host: Host, training: Training) -> None:
+    """Before the first batch that this run computes. Raises Refusal."""
+    run = training.run
+    _ask(host, training, "engine_training_began", run=run)
+    if not run.resuming and training.journal is not None and not training.journal.steps:
+        _between(host, training, 0, None)
+
+
+def ended(host: Host, training: Training) -> None:
+    """Tell the plugins about an epoch whose last batch was computed, once. Raises Refusal."""
+    journal = training.journal
+    if journal is None or journal.epoch_to_end is None:
+        return
+    (epoch, loss), journal.epoch_to_end = journal.epoch_to_end, None
+    run = training.run
+    try:
+        for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
+            _log(host, training, plugin, entries, epoch)
+    except Refusal as refusal:  # upstream reports it as a failure
+        host.refusal = refusal
+        raise
+    _ask(host, training, "engine_epoch_ended", run=run, epoch=epoch, loss=loss)
+    _between(host, training, epoch, loss)
+
+
+def _ask(host: Host, training: Training, hook: str, **asked: Any) -> None:
+    """Call one of the engine's own hooks; what it takes is not the training's time."""
+    since = time.monotonic()
+    try:
+        host.ask_and_announce(hook, **asked)
+    except Refusal as refusal:
+        host.refusal = refusal
+        raise
+    finally:
+        if training.run.steps > training.run.resumed_at:
+            training.run.paused += time.monotonic() - since
+
+
+def _between(host: Host, training: Training, epoch: int, loss: float | None) -> None:
+    run, since = training.run, time.monotonic()
+    folder = place_of(host.trainer, str(run.training_config.output_dir))
+    try:
+        asked = {"run": run, "epoch": epoch, "loss": loss, "folder": folder}
+        for plugin, news in host.registry.call("acestep_between_epochs", **asked):
+            _check_news(plugin, news)
+            for line in checked_lines(plugin, "acestep_between_epochs", news.lines):
+                host.announce(line)
+            log_entries(host, training, news.logged, epoch)
+    except Refusal as refusal:
+        host.refusal = refusal
+        raise
+    finally:
+        if epoch:
+            run.paused += time.monotonic() - since
+
+
+def _log(host: Host, training: Training, plugin: str, entries: Any, epoch: int) -> None:
+    """Write what a plugin returned for an epoch to upstream's log. Raises PluginError."""
+    if not isinstance(entries, Mapping):
+        raise PluginError(
+            f"Plugin {plugin!r} returned {described(entries)} from acestep_epoch_finished, expected numbers "
+            "and tensors by name."
+        )
+    for name, value in entries.items():
+        if (wrong := _not_loggable(name, value)) is not None:
+            raise PluginError(
+                f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
+                "finite values, by name."
+            )
+    log_entries(host, training, entries, epoch)
+
+
+def _not_loggable(name: Any, value: Any) -> str | None:
+    """What keeps an entry out of upstream's log; None for a number and a tensor that has a histogram."""
+    import torch
+
+    if not isinstance(name, str):
+        return f"an entry named {name!r}"
+    if isinstance(value, int | float):
+        return None
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.numel() == 0:
+        return f"{name!r} as {described(value)}"
+    if not bool(value.isfinite().all()):
+        return f"{name!r} as {described(value)} with values that are not finite"
+    return None
+
+
+def _check_news(plugin: str, news: Any) -> None:
+    """Raise PluginError for an answer that cannot be told."""
+    if not isinstance(news, EpochNews):
+        raise PluginError(
+            f"Plugin {plugin!r} returned {described(news)} from acestep_between_epochs, expected an EpochNews."
+        )
+    entries = news.logged.items() if isinstance(news.logged, Mapping) else [(None, news.logged)]
+    for name, value in entries:
+        if not isinstance(name, str) or not isinstance(value, int | float | Clip):
+            raise PluginError(
+                f"Plugin {plugin!r} returned {name!r} as {described(value)} from acestep_between_epochs, expected "
+                "numbers and clips by name."
+            )

@@ -1,0 +1,106 @@
+"""What decides a training, in a form that processes on several machines can compare: by contents, never by path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import Refusal
+from ..registry import installed_plugins
+from ..run import ModelFacts
+from ..songs.dataset import songs_in
+from ..songs.values import hash_of
+from ..timesteps.treatment import decide_treatment
+
+if TYPE_CHECKING:
+    from ..registry import Registry
+
+_PIECES: Final = 64  # of a file of weights that are read, evenly spread over it
+_PIECE: Final = 4096  # bytes
+
+
+def of_the_trainer(module: Any) -> dict[str, Any]:
+    """ACE-Step's training code, by its contents."""
+    file = getattr(module, "__file__", None)
+    return {"version of ACE-Step": None if file is None else _code(Path(file).parent)}
+
+
+def of_the_model(folder: Path) -> dict[str, Any]:
+    """A model's folder. Of its weights, names, sizes, and a part of the contents."""
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights[file.name] = _parts(file)
+    return {
+        "variant": _variant(ModelFacts.from_folder(folder)),
+        "config.json of the model": _texts([folder / "config.json"]),
+        "code of the model": _code(folder),
+        "weights of the model": weights,
+    }
+
+
+def of_the_loaded_model(model: Any) -> dict[str, Any]:
+    """The same of a model that is loaded; what its configuration says where its folder is not known."""
+    folder = Path(str(getattr(model.config, "_name_or_path", "") or ""))
+    if folder.name and (folder / "config.json").is_file():
+        return of_the_model(folder)
+    facts = ModelFacts.from_model(model)
+    config = {name: value for name, value in facts.config.items() if not name.startswith("_")}
+    return {"variant": _variant(facts), "configuration of the model": _short(repr(sorted(config.items())).encode())}
+
+
+def of_the_songs(folder: Path | None) -> dict[str, Any]:
+    """The songs, by name and contents."""
+    return {"songs": {} if folder is None else {song.name: hash_of(song)[:12] for song in songs_in(folder)}}
+
+
+def of_the_plugins(registry: Registry) -> dict[str, Any]:
+    """The plugins that take part, with their versions."""
+    versions: Mapping[str, str] = {plugin.name: plugin.version for plugin in installed_plugins()}
+    return {"list of plugins": [f"{name} {versions.get(name, '')}".rstrip() for name in registry.names]}
+
+
+def of_the_settings(training_config: Any) -> dict[str, Any]:
+    """Upstream's settings, one by one."""
+    settings = dict(vars(training_config)) if hasattr(training_config, "__dict__") else {}
+    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
+    return {f"the setting {name}": repr(value) for name, value in settings.items()}
+
+
+def of_the_options(options: Mapping[str, Any], own: Set[str]) -> dict[str, Any]:
+    """The plugins' options, but those that may be others on each machine."""
+    return {f"--{name.replace('_', '-')}": repr(value) for name, value in options.items() if name not in own}
+
+
+def _variant(facts: ModelFacts) -> str:
+    """The variant that a model is without anybody saying so; it may hang on the name of its folder."""
+    try:
+        return decide_treatment(facts).variant
+    except Refusal:
+        return "not known"
+
+
+def _code(folder: Path) -> str:
+    return _texts(sorted(folder.glob("*.py")))
+
+
+def _texts(files: Iterable[Path]) -> str:
+    """A hash of text files and their names. The ends of lines do not count: git may change them."""
+    return _short(b"\0".join(file.name.encode() + file.read_bytes().replace(b"\r\n", b"\n") for file in files))
+
+
+def _parts(file: Path) -> str:
+    """A file's size, and a hash of its beginning and of parts of the rest: reading all would take minutes."""
+    size = file.stat().st_size
+    read = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        read.update(stream.read(8 * _PIECE))
+        for piece in range(_PIECES):
+            stream.seek(max(0, (size - _PIECE) * piece // (_PIECES - 1)))
+            read.update(stream.read(_PIECE))
+    return read.hexdigest()[:12]
+
+
+def _short(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()[:12]

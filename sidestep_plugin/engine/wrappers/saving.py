@@ -1,0 +1,111 @@
+"""The save functions: what upstream writes, and what plugins add, appears completely or not at all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...adapters.foreign import check_holds_tensors
+from ...adapters.staging import published, staged
+from ...errors import Refusal, UpstreamMismatch
+from ...files import room
+from ...run import AdapterType, SavedAdapter
+from ...text import sentence
+from ..checkout import place_of
+from ..current import running_training, saving
+from ..epochs import ended
+from ..shapes import FINAL, WEIGHT_FILES
+from ..weights import check_finite
+
+if TYPE_CHECKING:
+    from ..host import Host
+    from ..journal import Journal
+
+
+def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        run = host.run_of_save(next(iter(call.arguments.values())))
+        if run is None or saving.get():
+            return original(*args, **kwargs)
+        said = call.arguments["output_dir"]
+        folder = place_of(host.trainer, said)
+        # The folder may be a link to one of another name.
+        journal, final = host.journals.get(run), Path(said).name == FINAL
+        if (training := running_training.get()) is not None and training.run is run:
+            ended(host, training)
+        if journal is not None and journal.catching_up:
+            if not final:  # a checkpoint of a step that an earlier run has done
+                return said
+            journal.catch_up(run)
+        try:
+            if journal is not None:
+                check_finite(run)
+            point = None if journal is None or final else journal.holds or journal.here(run)
+            if not run.ranks.first:  # of several processes one saves; the others only say where they are
+                if journal is not None:
+                    journal.finished = journal.finished or final
+                return said
+            with staged(folder) as stage:
+                call.arguments["output_dir"] = str(stage)
+                token = saving.set(True)
+                try:
+                    result = original(*call.args, **call.kwargs)
+                finally:
+                    saving.reset(token)
+                check_holds_tensors(stage)
+                with published(stage, folder):
+                    weights = _weights_in(stage, kind, original.__name__)
+                    saved = SavedAdapter(
+                        weights=weights,
+                        destination=folder / weights.relative_to(stage),
+                        folder=stage,
+                        adapter_type=kind,
+                        epoch=_epoch(call.arguments, journal),
+                        global_step=call.arguments.get("global_step"),
+                        resume_point=point,
+                        copy_of=None if journal is None else journal.copy_of,
+                    )
+                    host.ask_and_announce("acestep_adapter_saved", run=run, saved=saved)
+        except Refusal as refusal:
+            host.refusal = host.refusal or refusal
+            raise
+        except Exception as error:
+            if journal is None or journal.ending or final:
+                raise
+            # A full disk must not end hours of training: there is an earlier checkpoint, or there will be a later one.
+            journal.unsaved = True
+            host.announce(
+                f"Warning: {folder} could not be saved: {sentence(error)} {room(folder)} The training goes on."
+            )
+            return said
+        if journal is not None:
+            journal.finished, journal.unsaved = journal.finished or final, False
+            # Fewer epochs than were asked for, when a plugin has ended the training.
+            epochs = journal.whole_epochs or getattr(run.training_config, "max_epochs", None)
+            if final and isinstance(epochs, int):
+                limits = {} if training is None or training.ending is None else training.limits
+                host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)
+        return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
+
+    return save
+
+
+def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:
+    """Epochs done: as upstream's function was told, else as the journal knows."""
+    epoch = said.get("epoch")
+    return epoch if epoch is not None or journal is None else journal.epochs_done
+
+
+def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:
+    """The weights file that upstream has just written. Raises UpstreamMismatch when there is none."""
+    for name in WEIGHT_FILES[kind]:
+        if (folder / name).is_file():
+            return folder / name
+    raise UpstreamMismatch(f"{function} returned, but there are no adapter weights in {folder}.")

@@ -1,0 +1,1 @@
+"""Preprocessing of audio into songs: the functions that the dataset builder calls."""

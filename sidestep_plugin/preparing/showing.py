@@ -1,0 +1,83 @@
+"""What ``--dry-run`` shows of each song: the texts that the model will be told, their tokens, and their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..engine.song_encoding import (
+    LYRIC_TOKENS,
+    PROMPT_TOKENS,
+    Told,
+    import_handler,
+    load_tokenizer,
+    make_handler,
+    read_words,
+)
+from ..engine.song_files import UPSTREAM, words_of
+from ..songs.dataset import FRAMES_A_SECOND
+from ..songs.song_text import DEFAULT
+from ..text import counted, shown
+from .planning import Song, plan
+from .request import PrepareRequest, find_places, offline
+
+_LONGEST = 100_000  # characters of a text
+
+
+def dry_run(request: PrepareRequest) -> Iterator[str]:
+    """Lines about every song. Nothing is encoded and nothing is written.
+
+    Raises:
+        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
+    """
+    offline()
+    planned = plan(request, look=True)
+    places = find_places(request)
+    handler = make_handler(import_handler(places.root), tokenizer=load_tokenizer(places.text_encoder))
+    yield from (f"Note: {note}" for note in planned.notes)
+    if request.conditions == UPSTREAM:
+        yield (
+            "Note: --conditions upstream: the lyrics are encoded without their header and cut at 512 tokens; the texts "
+            "below are those of a generation."
+        )
+    for song in planned.songs:
+        yield from _about(song, None if song.unusable else read_words(handler, words_of(song.text, _frames(song))))
+    yield from (f"Note: {name} belongs to no song any more and will not be trained on." for name in planned.removed)
+    unusable = len(planned.songs) - len(planned.usable)
+    yield (
+        f"{counted(len(planned.usable), 'song')} for {places.model.name}"
+        + (f", and {unusable} that cannot be used" if unusable else "")
+        + ". Nothing was written."
+    )
+
+
+def _frames(song: Song) -> int:
+    return max(1, int(song.seconds * FRAMES_A_SECOND))
+
+
+def _about(song: Song, told: Told | None) -> Iterator[str]:
+    length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
+    yield f"{shown(song.name)} -> {shown(song.file.name)}, {length}"
+    if told is None:
+        yield f"  cannot be used: {song.unusable}"
+        return
+    yield f"  prompt, {_tokens(told.prompt_tokens, told.prompt_lost, PROMPT_TOKENS)}:"
+    yield from _quoted(told.prompt)
+    yield f"  lyrics, {_tokens(told.lyric_tokens, told.lyrics_lost, LYRIC_TOKENS)}:"
+    yield from _quoted(told.lyrics)
+    by_source: dict[str, list[str]] = {}
+    for field, source in song.text.sources.items():
+        if source != DEFAULT or field not in ("trigger", "genre", "instrumental"):
+            by_source.setdefault(source, []).append(field)
+    yield "  from: " + "; ".join(f"{shown(source)}: {', '.join(fields)}" for source, fields in by_source.items())
+    for note in song.notes:
+        yield f"  note: {shown(note, 1000)}"
+    for problem in song.problems:
+        yield f"  problem: {shown(problem, 1000)}"
+
+
+def _tokens(whole: int, lost: int, most: int) -> str:
+    return counted(whole, "token") + (f", of which the last {lost} are cut (the model reads {most})" if lost else "")
+
+
+def _quoted(text: str) -> Iterator[str]:
+    yield from (f"    | {shown(line, _LONGEST)}".rstrip() for line in text.splitlines())

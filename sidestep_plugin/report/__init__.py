@@ -1,0 +1,1 @@
+"""What a training leaves to read: losses by epoch and by timestep."""

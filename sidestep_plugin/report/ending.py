@@ -1,0 +1,43 @@
+"""What a finished training has left behind, for the last lines on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json_object
+from .page import FILE_NAME, is_ours
+from .plugin import FILE_NAME as REPORT
+
+
+def best_line(output: Path, final: Mapping[str, Any]) -> str | None:
+    """Which epoch of a training was the best, where its adapter is, and how it compares with the finished one.
+
+    Args:
+        output: the output folder.
+        final: the facts that were saved with the finished adapter.
+
+    Returns:
+        A line; None for a training that has not validated.
+    """
+    try:
+        validation = read_json_object(output / REPORT)["validation"]
+        best = int(validation["best_epoch"])
+        change = next(float(entry["change"]) for entry in validation["epochs"] if entry["epoch"] == best)
+    except (OSError, ValueError, TypeError, LookupError, StopIteration):
+        return None
+    folder = output / "checkpoints" / "best"
+    told = f"Best epoch: {best}, validation loss {100 * change:+.2f} % vs. no adapter"
+    told += f", in {folder}" if folder.is_dir() else ""
+    if final.get("validation_epoch") == best:
+        return f"{told}; final is the same"
+    if isinstance(other := final.get("validation_change"), float):
+        return f"{told}; final: {100 * other:+.2f} %"
+    return f"{told}; final was not validated"
+
+
+def page_in(output: Path) -> Path | None:
+    """The page of the training in an output folder; None if there is none."""
+    file = output / FILE_NAME
+    return file if file.is_file() and is_ours(file) else None

@@ -1,0 +1,1 @@
+"""Several GPUs: one process for each, each with its share of the songs."""

@@ -1,0 +1,189 @@
+"""Compares saved adapters: each is evaluated on the same songs, at the same timesteps, with the same noise.
+
+The model is loaded once, and upstream's own training step computes every loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.applied import applied, check_applicable, linear_layers
+from ..adapters.inspection import Report, inspect_adapter
+from ..adapters.kinds.lora import LORA
+from ..engine import seams
+from ..engine.attachment import attached_to_evaluate
+from ..engine.checkout import find_root, import_trainer
+from ..engine.decoders import without_adapter
+from ..engine.evaluation import evaluate
+from ..engine.models import (
+    Handler,
+    check_weights,
+    checkpoint_folder,
+    decoder_shapes,
+    find_model,
+    load_model,
+    pick_device,
+    restrict_gpus,
+)
+from ..errors import Refusal
+from ..run import ModelFacts
+from ..songs.dataset import inspect_dataset
+from ..songs.fit import check_songs, check_width
+from ..songs.values import check_values
+from ..timesteps.grid import validation_grid
+from ..timesteps.treatment import Treatment, decide_treatment
+from ..variants import Variant
+from .held_out import choose, number_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        model: name of the model's folder.
+        treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
+        songs: names of the songs.
+        timesteps: the t.
+        conditions: the last axis of the losses: with the condition (True), with the null condition (False).
+        before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
+        after: the adapters, and their losses in the same form.
+    """
+
+    model: str
+    treatment: Treatment
+    songs: tuple[str, ...]
+    timesteps: tuple[float, ...]
+    conditions: tuple[bool, ...]
+    before: torch.Tensor
+    after: tuple[tuple[Report, torch.Tensor], ...]
+
+    def mean(self, losses: torch.Tensor) -> float:
+        """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
+        by_condition = losses.mean(dim=(0, 1)).tolist()
+        null = self.treatment.cfg_ratio if len(by_condition) > 1 else 0.0
+        return float((1.0 - null) * by_condition[0] + null * by_condition[-1])
+
+    def by_t(self, losses: torch.Tensor, condition: int) -> list[float]:
+        """Mean loss of the songs at each timestep."""
+        values: list[float] = losses[:, :, condition].mean(dim=0).tolist()
+        return values
+
+
+def compare(
+    adapters: Sequence[Path],
+    *,
+    model: str,
+    dataset_dir: Path,
+    acestep_root: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    device: str = "auto",
+    variant: Variant | None = None,
+    held_out: float = 0.0,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Comparison:
+    """Evaluate adapters, and the model without one.
+
+    Args:
+        adapters: weights files, or folders of adapters, checkpoints or trainings.
+        model: alias, folder name or path.
+        dataset_dir: preprocessed songs.
+        held_out: evaluate only the songs that ``--validate`` holds out with this value; 0: all songs.
+        say: takes a line before everything that takes long.
+        progress: called with the name of what is evaluated, the number of songs done and their total.
+
+    Raises:
+        Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
+    """
+    root = find_root(acestep_root)
+    folder = find_model(model, checkpoint_folder(checkpoint_dir, root))
+    facts = ModelFacts.from_folder(folder)
+    check_weights(folder, facts)
+    treatment = decide_treatment(facts, variant=variant)
+    shapes = decoder_shapes(folder)
+    reports = [_checked(path, shapes, facts.name) for path in adapters]
+    restrict_gpus(device)
+    where = pick_device(device)
+    dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
+    check_songs(dataset, facts)
+    songs = choose(dataset.files, number_of(held_out, dataset.songs)) if held_out else dataset.files
+    check_values(songs, mask_nan=False, say=say)
+    say(f"Importing ACE-Step's trainer from {root} ...")
+    trainer = import_trainer(root)
+    say(f"Loading {folder.name} on {where} ...")
+    handler = load_model(folder, where)
+    null = getattr(handler.model, "null_condition_emb", None)
+    if null is not None:
+        check_width(dataset, facts.name, int(null.shape[-1]))
+    layers = linear_layers(handler.model.decoder)
+    for report in reports:
+        loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
+    conditions = (True,) if null is None else (True, False)
+    grid = validation_grid(treatment)
+    with attached_to_evaluate(trainer):
+        module = _module(trainer, handler)
+        after: list[tuple[Report, torch.Tensor]] = []
+        with without_adapter(module):
+
+            def measure(name: str) -> torch.Tensor:
+                def done(number: int) -> None:
+                    progress(name, number, len(songs))
+
+                done(0)
+                return evaluate(module, songs, grid, conditions, done=done)
+
+            before = measure("the model without adapter")
+            for path, report in zip(adapters, reports, strict=True):
+                with applied(report.adapter, layers):
+                    after.append((report, measure(str(path))))
+    _check_finite(before, songs)
+    names = tuple(song.name for song in songs)
+    return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
+
+
+def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> Report:
+    try:
+        report = inspect_adapter(path)
+    except OSError as error:
+        raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
+    check_applicable(report.adapter, shapes, model, decomposed=True)
+    return report
+
+
+def _module(trainer: Any, handler: Handler) -> Any:
+    """Upstream's training module around a model. The LoRA that it injects is disabled by the caller."""
+    import torch
+
+    if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+        handler.model.to(torch.bfloat16)  # these versions compute in bf16 on every device
+        handler = dataclasses.replace(handler, dtype=torch.bfloat16)
+    elif handler.dtype is torch.bfloat16:
+        # As in a training: what autocast does not cast is computed in fp32.
+        for layer in handler.model.decoder.modules():
+            if not isinstance(layer, torch.nn.Linear | torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+                for weight in layer.parameters(recurse=False):
+                    weight.data = weight.data.float()
+    names = inspect.signature(trainer.LoRAConfig).parameters
+    settings = {"r": 1, "alpha": 1, "dropout": 0.0}
+    config = trainer.LoRAConfig(**{name: value for name, value in settings.items() if name in names})
+    module_class = getattr(trainer, LORA.module_class)
+    return module_class(handler.model, config, trainer.TrainingConfig(), handler.device, handler.dtype)
+
+
+def _check_finite(losses: torch.Tensor, songs: Sequence[Path]) -> None:
+    for song, of_song in zip(songs, losses, strict=True):
+        if not bool(of_song.isfinite().all()):
+            raise Refusal(
+                f"The loss of {song.name} is NaN or infinite even without an adapter. Preprocess it again, or take it "
+                "out of the folder."
+            )

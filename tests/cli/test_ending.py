@@ -1,0 +1,123 @@
+"""The last lines of a training: where the adapter is, the best epoch, the page, and commands that work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sidestep_plugin.cli import cli
+from sidestep_plugin.cli.next_commands import next_commands
+from sidestep_plugin.launch.launch import Request
+from sidestep_plugin.report.ending import best_line
+from sidestep_plugin.report.page import read_page
+
+QUICK = ["--epochs=2", "--batch-size=2", "--save-every=1", "--rank=4", "--alpha=8", "--gradient-accumulation=1"]
+    "--epochs",
+    "2",
+    "--batch-size",
+    "2",
+    "--save-every",
+    "1",
+    "--rank",
+    "4",
+    "--alpha",
+    "8",
+    "--gradient-accumulation",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli, [*map(str, words)], catch_exceptions=False)
+
+
+@pytest.fixture
+def trained(checkout, trainer, tmp_path, monkeypatch):
+    """A training by the command line with these options more; returns its result."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
+
+    def train(*more):
+        places = ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints]
+        songs = ["--dataset-dir", checkout.tensors, "--output-dir", "my output"]
+        return invoke("--plugin=sidestep", "--model=base", "--device=cpu", *places, *songs, *QUICK, *more)
+
+    return train
+
+
+def commands_in(output):
+    """The commands below "Next:", split as a shell does."""
+    block = output.split("\nNext:\n")[1]
+    return [shlex.split(line.strip()) for line in re.findall(r"^ {4}(acestep-train .*)$", block, re.MULTILINE)]
+
+
+@pytest.mark.slow
+def test_every_command_at_the_end_works(trained, tmp_path):
+    done = trained("--validate", 1, "--validate-every", 1, "--trigger", "ltnjz")
+    assert done.exit_code == 0, done.output
+    output = tmp_path / "my output"
+    order = ["Total time: ", f"Adapter: {output / 'final'}", "Best epoch: ", "Generate with ", "Page: ", "Next:"]
+    places = [done.output.rindex(f"\n{word}") for word in order]
+    assert places == sorted(places)
+    assert f"Page: {output / 'index.html'}\n" in done.output and f"in {output / 'checkpoints' / 'best'}" in done.output
+    commands = commands_in(done.output)
+    assert len(commands) == 3 and commands[0][1] == "preview" and commands[2][1] == "export"
+    for words in commands:
+        more = ["--seconds", "0.2"] if words[1] == "preview" else []
+        result = invoke(*words[1:], *more)
+        assert result.exit_code == 0, (words, result.output)
+    assert [shlex.split(command) for _, command in read_page(output / "index.html")["commands"]] == commands
+
+
+def request(tmp_path, **options):
+    return Request("base", tmp_path / "songs", tmp_path, options=options, plugins=("sidestep",))
+
+
+def saved(folder, **facts):
+    folder.mkdir(parents=True)
+    (folder / "training_config.json").write_text(json.dumps(facts), encoding="utf-8")
+    return facts
+
+
+def test_the_best_epoch_is_compared_where_it_is_another_one(tmp_path):
+    saved(tmp_path / "final" / "adapter", epoch=9)
+    assert [command.split()[1] for _, command in next_commands(request(tmp_path, validate=2.0), "finished")] == [
+        *("preview", "list", "export")
+    ]
+    saved(tmp_path / "checkpoints" / "best", epoch=3)
+    (_, (_, compare), _) = next_commands(request(tmp_path, validate=2.0), "finished")
+    assert "checkpoints/best" in Path(shlex.split(compare)[3]).as_posix() and compare.endswith("--validate 2")
+    (_, (_, compare), _) = next_commands(request(tmp_path, validation_dir=tmp_path / "other songs"), "finished")
+    assert shlex.split(compare)[-1] == str(tmp_path / "other songs")
+    (_, (_, other), _) = next_commands(request(tmp_path), "finished")  # best by ACE-Step's own --val-split
+    assert other.split()[1] == "list"
+
+
+def test_a_training_that_has_saved_nothing_is_not_resumed(tmp_path):
+    assert next_commands(request(tmp_path), "failed") == []
+    (tmp_path / "interrupted").mkdir()
+    for state in ("stopped", "failed"):
+        assert next_commands(request(tmp_path), state)[0][1].endswith("--resume-from latest --adapter-type lora")
+
+
+def test_the_best_epoch_is_told_beside_the_finished_adapter(tmp_path):
+    assert best_line(tmp_path, {}) is None
+    epochs = [{"epoch": epoch, "change": change} for epoch, change in ((0, 0.0), (3, -0.021), (9, 0.004))]
+    report = {"validation": {"best_epoch": 3, "epochs": epochs}}
+    (tmp_path / "training_report.json").write_text(json.dumps(report), encoding="utf-8")
+    told = "Best epoch: 3, validation loss -2.10 % vs. no adapter"
+    assert best_line(tmp_path, {"validation_epoch": 9, "validation_change": 0.004}) == f"{told}; final: +0.40 %"
+    assert best_line(tmp_path, {"validation_epoch": 3, "validation_change": -0.021}) == f"{told}; final is the same"
+    assert best_line(tmp_path, {}) == f"{told}; final was not validated"
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    assert f", in {tmp_path / 'checkpoints' / 'best'}; final" in str(best_line(tmp_path, {}))
+    report["validation"]["best_epoch"] = None
+    (tmp_path / "training_report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert best_line(tmp_path, {}) is None

@@ -1,8 +1,0 @@
-"""Holds out the songs whose names begin with "test"."""
-
-from sidestep_plugin import hookimpl
-
-
-@hookimpl
-def acestep_hold_out(songs):
-    return [song for song in songs if song.name.startswith("test")] or None
