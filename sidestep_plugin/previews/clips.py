@@ -245,7 +245,7 @@ def _settings(
         shift=there.get("shift", shift),
         steps=there.get("steps", steps),
         guidance=guidance_for(treatment.variant, request.cfg, "--cfg")
-        if request.cfg is not None or not there
+        if request.cfg is not None or "guidance" not in there
         else there["guidance"],
         seed=there.get("seed", SEED) if request.seed is None else request.seed,
         seconds=longest if request.seconds is None else request.seconds,

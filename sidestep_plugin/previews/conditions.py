@@ -85,8 +85,9 @@ def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-so
     if wanted.strip().isdecimal():
         number = int(wanted)
         if not 1 <= number <= len(files):
+            there = "there is" if len(files) == 1 else "there are"
             raise Refusal(
-                f"{option} {number}: the folder has {counted(len(files), 'song')}. Expected 1 to {len(files)}, or "
+                f"{option} {number}: {there} {counted(len(files), 'song')}. Expected 1 to {len(files)}, or "
                 "names with commas between."
             )
         return [files[(2 * place + 1) * len(files) // (2 * number)] for place in range(number)]

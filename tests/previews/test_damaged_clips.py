@@ -129,7 +129,7 @@ def test_an_adapter_that_generates_nan(checkout, trainer, tmp_path, monkeypatch)
 def test_options_are_called_as_the_command_calls_them(tmp_path):
     files = [tmp_path / "a.pt"]
     for option in ("--songs", "--preview-songs"):
-        with pytest.raises(Refusal, match=f"^{option} 5: the folder has 1 song\\. Expected 1 to 1"):
+        with pytest.raises(Refusal, match=f"^{option} 5: there is 1 song\\. Expected 1 to 1"):
             choose_songs(files, "5", option)
         with pytest.raises(Refusal, match=f"^{option}: no song is named 'b'"):
             choose_songs(files, "b", option)
