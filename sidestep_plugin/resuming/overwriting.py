@@ -19,6 +19,7 @@ from .checkpoints import ASIDE, BEGAN, FINISHED, is_checkpoint
 
 _CHECKPOINTS: Final = "checkpoints"
 _FINAL: Final = "final"
+_PAGE: Final = "index.html"
 
 
 class Overwriting:
@@ -35,7 +36,7 @@ class Overwriting:
 
     def begin(self) -> list[str]:
         """Set the checkpoints that are there aside | returns lines for the user."""
-        for folder in [*_saves_in(self._output), self._output / FINISHED]:
+        for folder in [*_saves_in(self._output), self._output / FINISHED, self._output / _PAGE]:
             if folder.exists():
                 self._moved.append((folder, _free(self._output / ASIDE / folder.relative_to(self._output))))
                 self._moved[-1][1].parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,8 @@ class Overwriting:
         for folder in _saves_in(aside):
             number += is_checkpoint(folder)
             remove_save(folder)
-        (aside / FINISHED).unlink(missing_ok=True)
+        for name in (FINISHED, _PAGE):
+            (aside / name).unlink(missing_ok=True)
         self._moved.clear()
         _remove_empty(aside)
         removed = counted(number, "checkpoint")
@@ -71,6 +73,8 @@ class Overwriting:
         number = sum(is_checkpoint(there) for _, there in self._moved)
         for place, there in self._moved:
             with contextlib.suppress(OSError):
+                if place.name == _PAGE:  # the page of the training that has saved nothing
+                    place.unlink(missing_ok=True)
                 if not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     move(there, place)

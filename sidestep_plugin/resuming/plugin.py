@@ -18,6 +18,7 @@ from ..files import remove_unfinished
 from ..hookspecs import hookimpl
 from ..run import ResumePoint, Run, SavedAdapter
 from ..songs.fingerprint import fingerprint, songs_changed
+from ..text import counted
 from .checkpoints import (
     UPSTREAMS_FILE,
     Checkpoint,
@@ -210,14 +211,15 @@ def _finished(run: Run) -> str:
         return ""
     if wanted <= epochs:
         return (
-            f"This training is finished after {epochs} epochs; nothing was changed. To train on, ask for more --epochs."
+            f"This training is finished after {counted(epochs, 'epoch')}; nothing was changed. To train on, ask for more "
+            "--epochs."
         )
     for name, limit in limits_of(output).items():
         now = run.options.get(name)
         if isinstance(now, int | float) and now <= limit:
             option = f"--{name.replace('_', '-')}"
             return (
-                f"{option} {now:g} has ended this training after {epochs} of {wanted} epochs; nothing was changed. To "
+                f"{option} {now:g} has ended this training after {epochs} of {counted(wanted, 'epoch')}; nothing was changed. To "
                 f"train on, ask for more than {option} {limit:g}, or leave it out."
             )
     return ""

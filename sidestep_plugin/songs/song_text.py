@@ -338,7 +338,7 @@ class _Look:
         try:
             table = sidecars.dataset_json(file, sidecars.read_json(file)[0])
         except Unreadable as problem:
-            raise Refusal(f"{file} was named as the dataset, expected a JSON file: {problem}") from None
+            raise Refusal(f"{file} was named, expected a dataset JSON: {problem}") from None
         if table is None:
             raise Refusal(
                 f'{file} is no dataset JSON: expected "samples", a list of songs with audio_path or filename, as '
