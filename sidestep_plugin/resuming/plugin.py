@@ -211,15 +211,15 @@ def _finished(run: Run) -> str:
         return ""
     if wanted <= epochs:
         return (
-            f"This training is finished after {counted(epochs, 'epoch')}; nothing was changed. To train on, ask for more "
-            "--epochs."
+            f"This training is finished after {counted(epochs, 'epoch')}; nothing was changed. "
+            "To train on, ask for more --epochs."
         )
     for name, limit in limits_of(output).items():
         now = run.options.get(name)
         if isinstance(now, int | float) and now <= limit:
             option = f"--{name.replace('_', '-')}"
             return (
-                f"{option} {now:g} has ended this training after {epochs} of {counted(wanted, 'epoch')}; nothing was changed. To "
-                f"train on, ask for more than {option} {limit:g}, or leave it out."
+                f"{option} {now:g} has ended this training after {epochs} of {counted(wanted, 'epoch')}; "
+                f"nothing was changed. To train on, ask for more than {option} {limit:g}, or leave it out."
             )
     return ""
