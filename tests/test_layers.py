@@ -47,6 +47,7 @@ ALLOWED = {
     ("sidestep_plugin/trainer/models.py", "model.null_condition_emb"): "a model that we load ourselves",
     ("sidestep_plugin/trainer/programs.py", "sys.argv"): "the command line of the program that we run",
     ("sidestep_plugin/trainer/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
     ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
     ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
     ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
