@@ -43,6 +43,7 @@ THEIRS = {"dit_handler", "fabric", "model", "module", "trainer"}
 ALLOWED = {
     ("sidestep_plugin/engine/autoload.py", "getattr(trainer, name).train_from_preprocessed"): "_complain runs when "
     "attachment.py itself cannot be imported, and has to stop trainings all the same",
+<<<<<<< HEAD
     ("sidestep_plugin/engine/autoload.py", "spec.loader"): "Python's import machinery",
     ("sidestep_plugin/engine/autoload.py", "module.__spec__.loader"): "Python's import machinery",
     ("sidestep_plugin/engine/autoload.py", "module.__loader__"): "Python's import machinery",
@@ -59,6 +60,22 @@ ALLOWED = {
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/engine.py", "Engine.__module__"): "a class of ours",
     ("sidestep_plugin/memory/compiling.py", "module._compiled_call_impl"): "torch's own place for it, "
+=======
+    ("sidestep_plugin/trainer/autoload.py", "spec.loader"): "Python's import machinery",
+    ("sidestep_plugin/trainer/autoload.py", "module.__spec__.loader"): "Python's import machinery",
+    ("sidestep_plugin/trainer/autoload.py", "module.__loader__"): "Python's import machinery",
+    ("sidestep_plugin/trainer/models.py", "model.null_condition_emb"): "a model that we load ourselves",
+    ("sidestep_plugin/trainer/programs.py", "sys.argv"): "the command line of the program that we run",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/loaders.py", "Watched.__module__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__name__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__qualname__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/engine.py", "Engine.__module__"): "a class of ours",
+    ("sidestep_plugin/trainer/wrappers/compiled_modules.py", "module._compiled_call_impl"): "torch's own place for it, "
+>>>>>>> w-signals
     "until the training ends",
     ("sidestep_plugin/memory/base_weights.py", "decoder.to"): "one decoder, for one call, and taken back",
     ("sidestep_plugin/memory/base_weights.py", "parameter.data"): "upstream's own cast, made in its place",

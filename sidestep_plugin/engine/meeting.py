@@ -133,7 +133,7 @@ def _settled(store: Store, here: Ranks, about: Mapping[str, str], waiting: _Wait
             _check_refused(store, here)
             waiting.for_(_names(missing, here))
     except RuntimeError as error:  # torch's, when the process is gone that keeps the store
-        raise Refusal(f"Process 0 has ended while the others came: {_first_line(error)}. See what it says.") from None
+        raise Refusal(f"Process 0 has ended while the others came: {_first_line(error)}. Start all again.") from None
     return store
 
 
@@ -201,8 +201,8 @@ def _answers(host: str, port: int) -> bool:
                 time.sleep(_LOOK)
                 continue
             raise Refusal(
-                f"No machine {host} is known here ({error.strerror}). Check --rendezvous HOST:PORT: it is the name or "
-                "the IP address of machine 0."
+                f"No machine {host} is known here ({error.strerror}). Correct --rendezvous HOST:PORT: expected the "
+                "name or the IP address of machine 0."
             ) from None
         except OSError:
             return False
@@ -228,7 +228,7 @@ def _store(host: str, port: int, *, listens: bool) -> Store:
                 "another machine that is numbered 0. Choose another port, and give each machine its own --node-rank."
             ) from None
         raise Refusal(
-            f"Process 0 at {host}:{port} cannot be reached: {_first_line(error)}. Check --rendezvous."
+            f"Process 0 at {host}:{port} cannot be reached: {_first_line(error)}. Correct --rendezvous."
         ) from None
 
 

@@ -249,7 +249,8 @@ def _told(rank: int, host: str, text: str) -> Refusal:
     """A refusal of another process, as this one raises it: the first process of each machine tells it."""
     if ranks().local_rank:
         return SaidElsewhere(text)
-    return Refusal(f"Process {rank} on {host}: {text}")
+    told = f"Process {rank} on {host}: {text}"
+    return Refusal(told)
 
 
 def told_by_first(decide: Callable[[], Any]) -> Any:

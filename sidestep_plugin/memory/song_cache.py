@@ -50,7 +50,7 @@ def acestep_options() -> list[click.Option]:
             metavar="SIZE",
             default="auto",
             show_default=True,
-            help="RAM for songs that were read: auto, off, or a size such as 4GB.",
+            help="RAM for songs: auto, off, or a size such as 4GB.",
         )
     ]
 

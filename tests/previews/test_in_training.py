@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(train, capsys, tmp_path):
 @pytest.mark.parametrize(
     "model, options, message",
     [
-        ("base", {"preview_songs": "9"}, "--preview-songs 9: the folder has 6 songs. Expected 1 to 6, or names"),
+        ("base", {"preview_songs": "9"}, "--preview-songs 9: there are 6 songs. Expected 1 to 6, or names"),
         ("base", {"preview_songs": "song_02,no such"}, "no song is named 'no such'. Expected a number, or names"),
         ("turbo", {"preview_cfg": 4.0}, "--preview-cfg 4: turbo models are generated without guidance"),
     ],

@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from terminal import in_a_terminal
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, only its own folder is there
+from terminal import in_a_terminal  # noqa: E402
 
 TRAIN = [
     sys.executable,
