@@ -32,7 +32,7 @@ def acestep_options() -> list[click.Option]:
             default="auto",
             show_default=True,
             metavar="WHEN",
-            help="Hide padding of shorter prompts: auto (songs from prepare), on or off.",
+            help="Hide padding of prompts: auto (songs from prepare), on, off.",
         )
     ]
 

@@ -63,7 +63,7 @@ class WholeNumber(click.IntRange):
             self.fail(f"{value!r} is not a whole number.", param, ctx)
 
 
-class SongsOrShare(click.ParamType[float]):
+class SongsOrShare(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
     """A whole number of songs, or a share of them below 1, as in 2, 0.1 and 10%."""
 
     name = "songs"
@@ -84,7 +84,7 @@ class SongsOrShare(click.ParamType[float]):
         return number
 
 
-class Line(click.ParamType[str]):
+class Line(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
     """One line of text for people: not empty, without control characters, and something that a file can hold."""
 
     name = "text"

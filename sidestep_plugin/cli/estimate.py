@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sidestep_plugin.memory.table import Row
 
 
-class MemorySize(click.ParamType[int]):
+class MemorySize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
     """Memory such as 12GB, 11.5 GiB or 8000MB | converts to bytes; GB counts as GiB, as on the boxes of GPUs."""
 
     name = "size"

@@ -32,7 +32,7 @@ _CAST: Final = "sidestep.cast"
 _TYPES: Final = ("auto", "bf16", "fp32", *BYTES)
 
 
-class WeightType(click.Choice[str]):
+class WeightType(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
     """A type of weights. Values of earlier versions are understood: off was auto, and fp8 was cut."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

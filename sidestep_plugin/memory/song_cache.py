@@ -29,7 +29,7 @@ _UNITS: Final = {
 _KEY: Final = "sidestep.song_cache"
 
 
-class CacheSize(click.ParamType[str]):
+class CacheSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
     """``auto``, ``off`` or a size with its unit, such as ``4GB`` or ``1.5 GiB``."""
 
     name = "size"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, only its own folder is there
-from terminal import in_a_terminal  # noqa: E402
+from terminal import in_a_terminal
 
 TRAIN = [
     sys.executable,
