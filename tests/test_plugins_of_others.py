@@ -57,6 +57,7 @@ def test_the_tutorials_code_is_the_installed_package():
         assert ("python", (PLUGINS / "acestep-loss-bands" / name).read_text(encoding="utf-8")) in BLOCKS
 
 
+@pytest.mark.slow
 def test_the_tutorials_steps_print_what_it_says(acestep_train, tmp_path):
     said = [text for kind, text in BLOCKS if kind == "text"]
     assert said[0] == "pip install -e .\nacestep-train plugins\n"

@@ -27,9 +27,9 @@ def best_line(output: Path, final: Mapping[str, Any]) -> str | None:
         change = next(float(entry["change"]) for entry in validation["epochs"] if entry["epoch"] == best)
     except (OSError, ValueError, TypeError, LookupError, StopIteration):
         return None
-    folder = output / "checkpoints" / "best"
+    place = validation.get("best_in")  # the folder may hold another adapter: the training has looked
     told = f"Best epoch: {best}, validation loss {100 * change:+.2f} % vs. no adapter"
-    told += f", in {folder}" if folder.is_dir() else ""
+    told += f", in {output / place}" if isinstance(place, str) and (output / place).is_dir() else ""
     if final.get("validation_epoch") == best:
         return f"{told}; final is the same"
     if isinstance(other := final.get("validation_change"), float):

@@ -266,8 +266,8 @@ class History:
             "validation_improved": round(self.improved(epoch) / len(self.timesteps), 6),
         }
 
-    def report(self) -> dict[str, Any]:
-        """For JSON."""
+    def report(self, place: str | None) -> dict[str, Any]:
+        """For JSON, with the folder of the best adapter; None if it is in none, or nobody has looked."""
 
         def entry(epoch: int) -> dict[str, Any]:
             return {
@@ -291,6 +291,7 @@ class History:
             "every": self.every,
             "patience": self.patience,
             "best_epoch": self.best,
+            "best_in": place,
             "epochs": [entry(epoch) for epoch in sorted(self.losses)],
         }
 

@@ -182,10 +182,10 @@ def engine_planned(run: Run) -> list[str] | None:
             f"Note: the validations before the checkpoint are left out: they were made with "
             f"{history.differs_from(before)}."
         )
-    run.state[_KEY] = _Validator(run, songs, history)
+    validator = run.state[_KEY] = _Validator(run, songs, history)
     run.best_epoch = history.best
     run.facts.append(lambda: history.facts(run.engine.epochs_done))
-    run.reports.append(lambda: {"validation": history.report()} if history.losses else {})
+    run.reports.append(lambda: {"validation": history.report(validator.best_in)} if history.losses else {})
     run.keeps[_KEPT] = history.as_state
     return lines
 
@@ -232,10 +232,15 @@ class _Validator:
         run: the training.
         songs: files of the songs that are validated on.
         history: what was measured so far.
+
+    Attributes:
+        best_in: when the training has ended, in which folder of the output folder its best adapter is; None: in none.
     """
 
     def __init__(self, run: Run, songs: Sequence[Path], history: History) -> None:
         self._run, self.songs, self.history = run, songs, history
+        self.best_in: str | None = None
+        self._looked = False
         self._unsaved: ResumePoint | None = None  # the best adapter, while it could not be saved
 
     def measure(self, epoch: int) -> list[str]:
@@ -305,12 +310,21 @@ class _Validator:
         """
         history = self.history
         answer: tuple[set[int], list[str]] = (set(), [])
+        self._looked = True
         if self._run.ranks.first:
             answer = self._look()
         lost, lines = self._run.gather(answer)[0]
         history.lost |= lost
         self._run.best_epoch = history.best
         return list(lines)
+
+    def look_if_nothing_was_left(self) -> None:
+        """Do the same for a resumed training without a step to compute, in the first process."""
+        if self._run.resuming and not self._looked:
+            _, lines = self._look()
+            self._run.best_epoch = self.history.best
+            for line in lines:
+                self._run.engine.announce(line)
 
     def _look(self) -> tuple[set[int], list[str]]:
         history, lost = self.history, set[int]()
@@ -400,6 +414,7 @@ class _Validator:
         place = None if best is None or self._unsaved is not None else self._place_of(best)
         folder = self._run.engine.folder
         shown = None if place is None else place.relative_to(folder) if place.is_relative_to(folder) else place
+        self.best_in = shown.as_posix() if shown is not None and not shown.is_absolute() else None  # no local path
         return self.history.summary(None if shown is None else shown.as_posix())
 
 
@@ -462,6 +477,13 @@ def _resumed(run: Run) -> list[str]:
             f"{', '.join(missing[:5])}. Put them back, or resume without --validation-dir."
         )
     return []
+
+
+@hookimpl
+def engine_final_saved(run: Run) -> None:
+    validator: _Validator | None = run.state.get(_KEY)
+    if validator is not None:
+        validator.look_if_nothing_was_left()
 
 
 @hookimpl

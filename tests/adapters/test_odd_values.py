@@ -116,6 +116,7 @@ def complaints(folder, copy):
                 yield f"inspect --json: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_an_odd_value_is_no_crash_and_no_broken_json(place, tmp_path):
     keys, files = PLACES[place]

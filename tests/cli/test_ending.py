@@ -102,6 +102,9 @@ def test_the_best_epoch_is_told_beside_the_finished_adapter(tmp_path):
     assert best_line(tmp_path, {"validation_epoch": 3, "validation_change": -0.021}) == f"{told}; final is the same"
     assert best_line(tmp_path, {}) == f"{told}; final was not validated"
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    assert best_line(tmp_path, {}) == f"{told}; final was not validated", "a folder of that name says nothing"
+    report["validation"]["best_in"] = "checkpoints/best"
+    (tmp_path / "training_report.json").write_text(json.dumps(report), encoding="utf-8")
     assert f", in {tmp_path / 'checkpoints' / 'best'}; final" in str(best_line(tmp_path, {}))
     report["validation"]["best_epoch"] = None
     (tmp_path / "training_report.json").write_text(json.dumps(report), encoding="utf-8")

@@ -23,6 +23,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 def test_the_whole_job_in_a_notebook_on_a_cluster_beside_another_framework(tmp_path):
     surroundings = SLURM | {"MPLBACKEND": NOTEBOOK, "USE_TF": "1", "USE_TORCH": "0"}
     line = [*COMMAND, "demo", "--epochs", "1", "--dir", str(tmp_path / "demo"), "--validate", "1"]

@@ -106,6 +106,7 @@ def test_nothing_is_said_of_a_trigger_if_captions_are_not_known(invoke, training
     assert done.exit_code == 0 and "no caption" not in done.output
 
 
+@pytest.mark.slow
 def test_the_demo_does_not_speak_of_an_option_that_nobody_typed(tmp_path):
     for _ in range(2):
         line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]

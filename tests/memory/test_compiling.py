@@ -130,6 +130,7 @@ SMALL = {"max_epochs": 2, "batch_size": 1}
 REST = {"num_inference_steps": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, looking, also",
     [

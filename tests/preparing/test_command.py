@@ -155,6 +155,7 @@ def test_whatever_kills_it_finished_songs_are_whole_and_not_made_twice(
     assert digests(tmp_path / "songs") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_demo_goes_from_audio_to_adapter_to_clip(tmp_path):
     line = [*COMMAND, "demo", "--songs", "--dir", "demo"]
     began = time.monotonic()

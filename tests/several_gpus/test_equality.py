@@ -86,6 +86,7 @@ def adapter(output):
     return load_file(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_twice_the_accumulation(two, alone, kind, require_kind):
     require_kind(kind)

@@ -177,6 +177,8 @@ def test_patience_takes_the_best_adapter_though_it_was_never_saved(train, overfi
     said = "\n".join(done.messages)
     (epoch,) = re.findall(r"final is the best adapter, of epoch (\d+)", said)
     assert f"best epoch {epoch}, loss" in said and "its adapter is in no checkpoint" in said
+    report = json.loads((done.output / "training_report.json").read_text(encoding="utf-8"))["validation"]
+    assert report["best_epoch"] == int(epoch) and report["best_in"] is None
     assert "in checkpoints/best" not in said and not (done.output / "checkpoints" / "best").exists()
     assert facts_in(done.output / "final")["validation_epoch"] == int(epoch)
     no_room_for_best.clear()
@@ -372,6 +374,8 @@ def test_a_training_that_was_stopped_after_its_last_checkpoint_gets_its_report(t
     ]
     of_the_run = {"steps_of_this_run": 0, "seconds_per_step": None}
     assert reports[1] == reports[0] | of_the_run and reports[0]["rows"] > 0
+    assert reports[0]["validation"]["best_in"] == "checkpoints/best"
+    assert same(rest.output / "checkpoints" / "best", whole.output / "checkpoints" / "best")
     on_pages = [read_page(place.output / "index.html") for place in (whole, rest)]
     assert [(data["state"], data["epochs_done"]) for data in on_pages] == [("finished", 3)] * 2
     assert on_pages[1]["report"] == reports[1]
