@@ -118,11 +118,11 @@ def read_weights_file(path: Path) -> WeightsFile:
         size = path.stat().st_size
         with path.open("rb") as stream:
             start = stream.read(8)
-            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-                # As a header's length these bytes would exceed the limit, so no valid file is refused.
-                raise _pickle(path)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8 or length > MAX_HEADER:
+                # Only then: a header of 640, 896, 1152 or 1408 bytes begins like a pickle.
+                if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+                    raise _pickle(path)
                 raise _no_weights(path, _length_problem(size, start, length))
             raw = stream.read(length)
     except OSError as error:

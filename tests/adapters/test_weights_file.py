@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import stat
 import subprocess
@@ -93,6 +94,26 @@ def test_any_text_can_stand_in_the_header_and_safetensors_reads_it(weights):
         assert file.metadata() == expected
     assert read_weights_file(weights).metadata == expected
     assert read_weights_file(weights).data_hash() == expected[HASH_KEY]
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_of_a_length_that_looks_like_a_pickle_is_read(length, tmp_path):
+    """Its first two bytes are those of a pickle of protocol 2 to 5."""
+    file = tmp_path / "model.safetensors"
+    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"x": ""}}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (length - len(raw))
+    file.write_bytes(length.to_bytes(8, "little") + raw + b"\0" * 4)
+    assert file.read_bytes()[:1] == b"\x80" and load_file(file)["a"].item() == 0.0
+    assert list(read_weights_file(file).tensors) == ["a"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_under_another_name_is_still_refused_as_one(protocol, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(pickle.dumps({"a": list(range(2000))}, protocol=protocol))
+    with pytest.raises(Refusal, match="is a pickle file"):
+        read_weights_file(file)
 
 
 def test_without_the_key_no_hash_is_written(weights):
