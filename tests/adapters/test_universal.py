@@ -199,7 +199,7 @@ def test_it_carries_the_trigger_and_all_facts(train, tmp_path):
     assert not [note for note in found["notes"] if "strength" in note] and found["problems"] == []
     exported(folder)
     assert sorted(file.name for file in (folder / "universal").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors", "training_config.json"),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "training_config.json"),
     ]
 
 
