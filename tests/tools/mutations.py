@@ -88,15 +88,15 @@ MUTATIONS = [
     ),
     Mutation(
         "validation that draws from the training's random numbers",
-        "sidestep_plugin/engine/evaluation.py",
+        "sidestep_plugin/engine/decoders.py",
         "        set_random_states(states, device)",
         "        pass",
         "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
     Mutation(
         "a decoder left in eval mode by validation",
-        "sidestep_plugin/engine/evaluation.py",
-        "            part.training = mode",
+        "sidestep_plugin/engine/decoders.py",
+        "            module.training = mode",
         "            pass",
         "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
@@ -124,8 +124,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/services.py",
-        "        put_weights(self._training.run, point)\n",
+        "sidestep_plugin/engine/ending.py",
+        "    put_weights(run, point)\n",
         "",
         "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
@@ -254,7 +254,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints without metadata",
-        "sidestep_plugin/engine/shapes.py",
+        "sidestep_plugin/adapters/kinds/lora.py",
         '("save_lora_weights", "save_training_checkpoint")',
         '("save_lora_weights", "save_lora_weights")',
         "tests/cli/test_train.py::test_the_whole_job",
@@ -269,7 +269,7 @@ MUTATIONS = [
     Mutation(
         "no alpha tensors for ComfyUI",
         "sidestep_plugin/adapters/comfyui.py",
-        'tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha))',
+        'tensors[f"{name}.alpha"] = NewTensor("F32", (), struct.pack("<f", layer.alpha * strength))',
         "pass",
         "tests/adapters/test_comfyui.py",
     ),
@@ -304,8 +304,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a resumed adapter that keeps its fresh weights, as upstream's does",
-        "sidestep_plugin/engine/weights.py",
-        "                tensor.copy_(point.weights[name])",
+        "sidestep_plugin/adapters/kinds/lora.py",
+        "                tensor.copy_(weights[name])",
         "                pass",
         "tests/resuming/test_resume.py::test_three_and_three_epochs_are_six",
     ),
@@ -382,7 +382,7 @@ MUTATIONS = [
     Mutation(
         "checkpointing off without a margin of memory",
         "sidestep_plugin/memory/estimate.py",
-        "self.total * MARGIN <= free",
+        "self.total * MARGIN * too_low() <= free",
         "self.total <= free",
         "tests/memory/test_estimate.py::test_a_margin_is_left_free",
     ),

@@ -11,12 +11,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
 from sidestep_plugin import attach
 from sidestep_plugin.engine.models import Handler
+from sidestep_plugin.songs.dataset import songs_in
+from sidestep_plugin.validation.held_out import choose
 
 pytestmark = pytest.mark.upstream
 
@@ -208,19 +212,28 @@ def folder_of_songs(real_model, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 @pytest.mark.parametrize("family", ["base", "turbo"])
 def test_validation_changes_no_bit_of_the_training(
-    train, trainer, real_model, folder_of_songs, equal_bits, monkeypatch, family, kind
+    train, trainer, real_model, folder_of_songs, equal_bits, monkeypatch, tmp_path, family, kind
 ):
-    def trained():
+    """The reference has only the songs that are left, in the same order."""
+
+    def trained(tensors, **options):
         model, _ = real_model(family)
         handler = Handler(model, "cpu", torch.float32)
-        settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 3, "tensors": folder_of_songs}
-        return train(family, kind, handler=handler, options={"validate": 2, "validate_every": 1}, **settings)
+        settings = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_epochs": 3, "tensors": tensors}
+        return train(family, kind, handler=handler, options=options, **settings)
 
-    validated = trained()
-    with monkeypatch.context() as patch:
-        # Holds the same songs out and evaluates nothing.
-        patch.setattr("sidestep_plugin.engine.wrappers.training.planned", lambda *_: None)
-        plain = trained()
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda *args: sorted(listed(*args)))
+    songs = songs_in(folder_of_songs)
+    held_out = choose(songs, 2)
+    left = tmp_path / "left"
+    left.mkdir()
+    for song in songs:
+        if song not in held_out:
+            shutil.copy(song, left)
+    assert len(list(left.iterdir())) == 4
+    validated = trained(folder_of_songs, validate=2, validate_every=1)
+    plain = trained(left)
     assert equal_bits(plain, validated), validated.messages
     report = json.loads((validated.output / "training_report.json").read_text(encoding="utf-8"))["validation"]
     losses = [entry["loss"] for entry in report["epochs"]]
