@@ -210,3 +210,17 @@ def test_two_command_lines(checkout, tmp_path):
     assert (output / FILE_NAME).is_file()
     kill(until("✅ Resumed", "--resume-from", "latest"))
     assert not staged.exists()
+
+
+def test_an_undoing_that_fails_leaves_nothing_else_undone(train, tmp_path):
+    """The folder's lock is the first thing that a training in the app takes, and the last one that it gives back."""
+
+    class Failing:
+        @hookimpl
+        def acestep_run_started(self, run):
+            run.engine.at_end(lambda: 1 / 0)
+
+    output = tmp_path / "shared"
+    with pytest.raises(ZeroDivisionError):
+        train("base", max_epochs=1, output_dir=str(output), extra_plugins={"failing": Failing()})
+    assert train("base", max_epochs=1, output_dir=str(output)).messages[-1].startswith("✅ Training complete")
