@@ -119,6 +119,12 @@ def nothing_stays_attached() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_power_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test loses power, and waiting for the disk takes a tenth of the time of a training of a second."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
 def pages_without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing would take half of the time of a training of a second. The tests of the report draw."""
     if "report" not in request.path.parts:
