@@ -15,12 +15,13 @@ from .commands import PluginCommand
 from .training_options import (
     ACESTEP_ROOT,
     CHECKPOINT_DIR,
+    DEFAULTS,
     FOLDER,
     GROUPS,
-    GUIDED_PLUGIN,
     adapter_and_training_options,
     check_device,
     settings_from,
+    usual_defaults,
 )
 
 
@@ -45,6 +46,12 @@ from .training_options import (
 @click.option("--overwrite", is_flag=True, help="Replace the adapters of an earlier training in --output-dir.")
 @click.option("--allow-duplicates", is_flag=True, help="Train on songs that are in the dataset more than once.")
 @click.option("--config", type=Place(), metavar="FILE.toml", help="Read options from a file. The command line wins.")
+@click.option(
+    "--settings",
+    type=click.Choice(DEFAULTS),
+    metavar="FROM",
+    help="Settings that are left out: recommended, or upstream, which are ACE-Step's own.",
+)
 @adapter_and_training_options()
 def train(
     model: str | None,
@@ -61,16 +68,19 @@ def train(
     plugins: tuple[str, ...],
     wins: str | None,
     options: dict[str, Any],
-    **settings: Any,
+    settings: str | None,
+    **given: Any,
 ) -> None:
     """Train a LoRA or LoKr with ACE-Step's own trainer.
 
     \b
     Example:
-        acestep-train --plugin sidestep --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
+        acestep-train --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
 
-    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing, and trains with the plugin
-    sidestep unless another one is named.
+    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing.
+
+    The plugin sidestep trains each model the way it was trained. Settings that are left out are those that are
+    recommended for the number of songs. --plugin none trains exactly as ACE-Step does.
 
     Before the first step it prints how the model is trained, and why. Ctrl-C stops the training after the current
     step, saves it, and prints the command that resumes it as if it had never stopped.
@@ -87,12 +97,6 @@ def train(
     asks = bool(missing) and not yes and terminal.on_a_terminal()
     if missing and not asks:
         raise click.MissingParameter(ctx=context, param=missing[0])
-    if asks and context.get_parameter_source("plugin") is ParameterSource.DEFAULT:
-        # The same questions mean the same training, whatever the command line says besides.
-        from sidestep_plugin.registry import Registry
-
-        plugins = (GUIDED_PLUGIN,)
-        options = Registry.load(plugins, wins).resolve_options({})
     request = Request(
         model=model or "",
         dataset_dir=dataset_dir or Path(),
@@ -100,7 +104,8 @@ def train(
         adapter_type=adapter_type,
         acestep_root=acestep_root,
         checkpoint_dir=checkpoint_dir,
-        settings=settings_from(settings),
+        settings=settings_from(given),
+        defaults=settings or usual_defaults(plugins),
         plugins=plugins,
         wins=wins,
         options=options,
@@ -113,5 +118,7 @@ def train(
         from .guided import ask
 
         said = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        request = ask(request, {*context.params, *settings, "variant"} - said)
+        if context.get_parameter_source("plugin") is not ParameterSource.DEFAULT:
+            said.add("plugin")
+        request = ask(request, {*context.params, *given, "variant", "plugin"} - said)
     run_training(request)

@@ -19,6 +19,7 @@ from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible
 from .next_commands import next_commands
+from .resumed import resumed_with, settings_to_resume
 from .terminal import say
 from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
@@ -57,7 +58,9 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra, kept=settings_to_resume)
+    if launch.request.resume_from is not None:
+        progress.say(resumed_with(request.plugins, launch.request.resume_from))
     with interruptible(launch, progress) as interrupted:
         failure = _run(launch, progress, interrupted)
         if not ranks().several:

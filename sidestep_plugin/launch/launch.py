@@ -23,7 +23,7 @@ from ..adapters.targets import check_targets
 from ..engine import seams
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
-from ..engine.configs import build_configs, check_rank
+from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
 from ..engine.current import CommandLine, command_line
 from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
@@ -60,6 +60,7 @@ from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
+from ..recommended import SETTINGS, recommended
 from ..registry import Registry
 from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
@@ -70,7 +71,7 @@ from ..songs.values import check_values
 from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
-from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
+from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume, settings_of_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +85,9 @@ class Request:
 
     Attributes:
         model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given; the rest have upstream's
-            defaults.
+        settings: training and adapter settings by option name, only those that were given. When a training is
+            resumed, the rest are those of its checkpoint.
+        defaults: where the rest come from in a new training: "recommended" for its number of songs, or "upstream".
         plugins: names of plugins; none: upstream's own training.
         wins: the plugin that samples the timesteps when two of them could.
         options: the plugins' options, only those that were given.
@@ -102,6 +104,7 @@ class Request:
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    defaults: str = "upstream"
     plugins: tuple[str, ...] = ()
     wins: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -189,6 +192,7 @@ def prepare(
     *,
     say: Callable[[str], None],
     extra_plugins: Callable[[], Mapping[str, object]] = dict,
+    kept: Callable[[Path, AdapterType], Mapping[str, Any]] = settings_of_checkpoint,
 ) -> Launch:
     """Check a request, cheap checks first, then load the model and attach the plugins.
 
@@ -196,20 +200,25 @@ def prepare(
         request: what the user asked for.
         say: takes each line meant for the user.
         extra_plugins: makes plugin objects that are not installed, such as a progress display.
+        kept: reads the settings that a checkpoint was trained with.
 
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
     lock = OutputLock(request.output_dir.absolute())
     try:
-        return _prepared(request, lock, say, extra_plugins)
+        return _prepared(request, lock, say, extra_plugins, kept)
     except BaseException:
         lock.release()
         raise
 
 
 def _prepared(
-    request: Request, lock: OutputLock, say: Callable[[str], None], extra_plugins: Callable[[], Mapping[str, object]]
+    request: Request,
+    lock: OutputLock,
+    say: Callable[[str], None],
+    extra_plugins: Callable[[], Mapping[str, object]],
+    kept: Callable[[Path, AdapterType], Mapping[str, Any]],
 ) -> Launch:
     _stay_offline()
     latest = request.resume_from == LATEST
@@ -221,6 +230,9 @@ def _prepared(
     root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
+    if resumed is not None:
+        of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
+        request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = in_all(lambda: _check_songs(request, model))
@@ -234,6 +246,7 @@ def _prepared(
             | of_the_songs(dataset.folder)
         )
     out = held_out(registry, dataset.files, options, upstream.training_config)
+    request, upstream = _with_settings(request, upstream, dataset, len(out), device, say)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
     handler = in_turns(lambda: _load(model, device, dataset))
@@ -353,6 +366,34 @@ def _check_upstream(
     return _Upstream(module, trainer_class, adapter_config, training_config)
 
 
+def _with_settings(
+    request: Request, upstream: _Upstream, dataset: Dataset, held: int, device: torch.device, say: Callable[[str], None]
+) -> tuple[Request, _Upstream]:
+    """Decide about the settings that were left out, and say so."""
+    missing = [name for name in SETTINGS if name not in request.settings]
+    songs = dataset.songs - held - _upstreams(dataset.songs, request.settings.get("val_split", 0.0))
+    kind = request.adapter_type
+    if missing and request.defaults == "recommended" and request.resume_from is None:
+        usual = recommended(songs, kind, request.settings, ranks().world_size)
+        settings = {**request.settings, **{name: setting.value for name, setting in usual.items()}}
+        configs = build_configs(upstream.module, kind, settings, request.output_dir, device)
+        request = dataclasses.replace(request, settings=settings)
+        upstream = dataclasses.replace(upstream, adapter_config=configs[0], training_config=configs[1])
+        source = f"recommended for {counted(songs, 'song')}; acestep-train recommended --songs {songs} says why"
+    else:
+        source = "ACE-Step's own"
+    if missing:
+        fields = {**ADAPTER_FIELDS[kind], **TRAINING_FIELDS}
+        configs = (upstream.adapter_config, upstream.training_config)
+        values = {
+            name: next((getattr(config, fields[name]) for config in configs if hasattr(config, fields[name])), None)
+            for name in missing
+        }
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value is not None)
+        say(f"Settings: {words} ({source})")
+    return request, upstream
+
+
 def _check_values(
     dataset: Dataset, upstream: _Upstream, options: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
@@ -389,7 +430,7 @@ def upstreams_timesteps(facts: ModelFacts) -> str | None:
     name = member_of(treatment.variant, facts.name)
     return (
         f"Warning: without a plugin ACE-Step trains {facts.name or 'this model'} at turbo's 8 timesteps{dropout}, "
-        f"not the way {name} was trained. To train it the way {name} was trained, add --plugin sidestep."
+        f"not the way {name} was trained. To train it the way {name} was trained, leave --plugin none out."
     )
 
 

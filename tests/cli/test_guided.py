@@ -313,7 +313,7 @@ def test_the_same_questions_mean_the_same_training(answer, place):
     assert seen.code == 0, seen.text
     assert "Training with the plugin sidestep." in seen.text and "Timesteps: continuous" in seen.text
     (command,) = re.findall(r"^  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
-    assert command.startswith("--plugin sidestep ")
+    assert "--plugin" not in command
     assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 2
 
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (AGAIN, "resume"), (EPOCHS, "3"), (START, ""), named=())
@@ -322,6 +322,6 @@ def test_the_same_questions_mean_the_same_training(answer, place):
 
 
 def test_without_a_plugin_on_purpose_is_said_above_the_questions(answer, place):
-    (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")
+    (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")  # as "none", which says it in words
     seen = answer((MODEL, ""), more=["--config", "plain.toml"], named=())
     assert "Training without a plugin, as ACE-Step trains." in seen.text

@@ -35,7 +35,7 @@ def run(checkout, trainer, tmp_path, monkeypatch):
             "dataset_dir": checkout.tensors,
             "output_dir": tmp_path / "output",
         } | folders
-        line = [f"--plugin={plugin}"] if plugin else []
+        line = [f"--plugin={plugin or 'none'}"]
         for name, folder in folders.items():
             line += [f"--{name.replace('_', '-')}", str(folder)]
         return CliRunner().invoke(cli, [*line, "--device", "cpu", *map(str, arguments)], catch_exceptions=False)
@@ -239,7 +239,7 @@ def test_without_a_plugin_a_model_that_is_not_turbo_is_warned_about_before_it_is
     lines = [number for number, line in enumerate(output) if line.startswith("Warning: without a plugin")]
     assert len(lines) == (warned is not None)
     if warned is not None:
-        assert warned in result.output and "add --plugin sidestep." in result.output
+        assert warned in result.output and "leave --plugin none out." in result.output
         assert output[lines[0] + 1].startswith("Loading ")
 
 
@@ -402,7 +402,8 @@ def test_settings_out_of_range(refused, option, value):
 
 
 def test_a_plugins_option_without_the_plugin(refused):
-    refused("--model", "base", "--cfg-ratio", "0.1", plugin=None, says="--cfg-ratio.*--plugin sidestep")
+    says = "--cfg-ratio.*sidestep, which takes no part. Leave --plugin none out"
+    refused("--model", "base", "--cfg-ratio", "0.1", plugin=None, says=says)
 
 
 def test_output_under_a_file(refused, tmp_path):
@@ -806,7 +807,8 @@ def test_help_teaches_the_plugins_options():
     shown = CliRunner().invoke(cli, ["--plugin", "sidestep", "--help"]).output
     for option in ("--variant", "--timestep-mode", "--cfg-ratio", "--shift", "--num-inference-steps"):
         assert option in shown
-    assert "--plugin sidestep --help" in CliRunner().invoke(cli, ["train", "--help"]).output
+    assert CliRunner().invoke(cli, ["train", "--help"]).output == shown
+    assert "--variant" not in CliRunner().invoke(cli, ["--plugin", "none", "--help"]).output
 
 
 def test_plugins_lists_and_prints_json():
