@@ -41,17 +41,18 @@ class Progress:
         self.newest = 0.0
         self.best_epoch: int | None = None
         self._steps_per_epoch = 1
-        self._epochs = self._first_step = 1
+        self._epochs = self._first_step = self._steps = 1
         self._bar: ProgressBar[int] | None = None
         self._began = self._first = self._shown = time.monotonic()
 
-    def begin(self, steps_per_epoch: int, epochs: int) -> None:
+    def begin(self, steps_per_epoch: int, epochs: int, steps: int | None = None) -> None:
         """Start the display, now that the number of steps is known."""
         self._began = time.monotonic()
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
+        self._steps = self._steps_per_epoch * epochs if steps is None else steps
         if sys.stdout is not None and sys.stdout.isatty():
             self._bar = click.progressbar(
-                length=self._steps_per_epoch * epochs,
+                length=self._steps,
                 label="Training",
                 show_pos=True,
                 show_eta=False,  # click would count the steps of earlier runs as done by this one
@@ -127,7 +128,7 @@ class Progress:
 
     @property
     def _total(self) -> int:
-        return self._steps_per_epoch * self._epochs
+        return self._steps
 
     def _room(self) -> int:
         """Characters beside the bar: a line that wraps could not be written over."""

@@ -18,7 +18,7 @@ from sidestep_plugin.text import is_control
 FILE_NAME: Final = "training_options.toml"
 """The file beside every adapter with the options of its training."""
 
-_NOT_IN_A_FILE: Final = frozenset({"config", "help"})
+_NOT_IN_A_FILE: Final = frozenset({"config", "help", "queue"})
 _LISTS_OF_WORDS: Final = frozenset({"target_modules"})
 """Options whose value on a command line is a list with commas."""
 

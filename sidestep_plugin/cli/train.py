@@ -12,6 +12,7 @@ from sidestep_plugin.options import Place
 
 from . import terminal
 from .commands import PluginCommand
+from .queueing import files_in, queue_option, run_queue
 from .training_options import (
     ACESTEP_ROOT,
     CHECKPOINT_DIR,
@@ -25,7 +26,16 @@ from .training_options import (
 )
 
 
-@click.command(cls=PluginCommand, groups=GROUPS)
+class _TrainCommand(PluginCommand):
+    """A training, or a queue of them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        files, words = files_in(args)
+        ctx.meta["words"] = words
+        return super().parse_args(ctx, [*words, *(f"--queue={file}" for file in files)])
+
+
+@click.command(cls=_TrainCommand, groups=GROUPS)
 @click.option("--model", metavar="NAME|DIR", help="Model to train for: base, sft, turbo, xl-base, ..., or its folder.")
 @click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Folder of preprocessed songs (.pt files).")
 @click.option("--output-dir", type=FOLDER, metavar="DIR", help="Folder for checkpoints and the finished adapter.")
@@ -52,6 +62,7 @@ from .training_options import (
     metavar="FROM",
     help="Settings that are left out: recommended, or upstream, which are ACE-Step's own.",
 )
+@queue_option
 @adapter_and_training_options()
 def train(
     model: str | None,
@@ -69,6 +80,7 @@ def train(
     wins: str | None,
     options: dict[str, Any],
     settings: str | None,
+    queue: tuple[str, ...],
     **given: Any,
 ) -> None:
     """Train a LoRA or LoKr with ACE-Step's own trainer.
@@ -92,6 +104,8 @@ def train(
     from .training import run_training
 
     context = click.get_current_context()
+    if queue:
+        context.exit(run_queue(queue, context.meta["words"]))
     needed = {"model": model, "dataset_dir": dataset_dir, "output_dir": output_dir}
     missing = [param for param in context.command.params if param.name in needed and needed[param.name] is None]
     asks = bool(missing) and not yes and terminal.on_a_terminal()

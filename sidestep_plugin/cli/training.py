@@ -83,7 +83,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
     with launch.lock, launch.attachment:
         for line in notes_on_settings(launch):
             progress.say(line)
-        progress.begin(launch.steps_per_epoch, launch.epochs)
+        progress.begin(launch.steps_per_epoch, launch.epochs, launch.total_steps)
         try:
             for _, _, message in launch.messages():
                 finished = finished or message.startswith(_COMPLETE)
@@ -98,7 +98,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
             raise refusal
         if refusal is not None:
             failure = str(refusal)
-        stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
+        stopped = interrupted() or bool(launch.state.get("interrupted"))  # by a signal, or by --time-limit
         if failure is None and stopped and not finished and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)

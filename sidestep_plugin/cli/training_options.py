@@ -55,6 +55,7 @@ GROUPS: Final = {
         "overwrite",
         "config",
         "settings",
+        "queue",
         "acestep_root",
         "checkpoint_dir",
         "directory",

@@ -14,7 +14,9 @@ from .decoders import plain_decoder, undisturbed, without_adapter
 from .ending import in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
 from .loggers import log_entries
+from .processes import INTERRUPTED, STOP
 from .replay import trained_tensors
+from .weights import live_weights, put_weights
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +188,27 @@ class Services:
             folder: where it was read from; None for one that was kept in RAM.
         """
         put(self._training, point, folder)
+
+    @property
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors as they are now, under the names that they are saved with. Raises Refusal."""
+        return live_weights(self._training.run)
+
+    def put_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors into the adapter that is trained, by the names that they are saved with. Raises Refusal."""
+        put_weights(self._training.run, weights)
+
+    @property
+    def place_in_epoch(self) -> tuple[int, int | None]:
+        """Training steps of the epoch that have begun, and how many it has; None if that is not known."""
+        journal = self._training.journal
+        return (0, None) if journal is None else journal.place_in_epoch
+
+    def stop(self, line: str) -> None:
+        """Stop the training after this step and save it, as the stop button does, and tell the user a line."""
+        if (state := self._training.state) is not None:
+            state[STOP] = state[INTERRUPTED] = True
+            self.announce(line)
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.

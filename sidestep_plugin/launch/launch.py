@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
@@ -60,10 +61,11 @@ from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
-from ..recommended import SETTINGS, recommended
+from ..recommended import SETTINGS, batches_for, recommended
 from ..registry import Registry
 from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
+from ..resuming.starting import settings_to_start_from
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
@@ -123,6 +125,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         decided: what was decided before the model was loaded, for the training that begins.
+        most_steps: the most training steps; None without a limit.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -137,10 +140,11 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     decided: CommandLine
+    most_steps: int | None = None
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
+        return min(self.steps_per_epoch * self.epochs, self.most_steps or sys.maxsize)
 
     def messages(self) -> Iterator[tuple[int, float, str]]:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
@@ -221,7 +225,7 @@ def _prepared(
     kept: Callable[[Path, AdapterType], Mapping[str, Any]],
 ) -> Launch:
     _stay_offline()
-    latest = request.resume_from == LATEST
+    asked, latest = request, request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     plan = plan_of(registry, options)
@@ -233,6 +237,10 @@ def _prepared(
     if resumed is not None:
         of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
         request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
+    elif (start := options.get("init_from")) is not None:
+        request = dataclasses.replace(
+            request, settings=told_by_first(lambda: _settings_to_start_from(start, request, kept))
+        )
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = in_all(lambda: _check_songs(request, model))
@@ -246,7 +254,7 @@ def _prepared(
             | of_the_songs(dataset.folder)
         )
     out = held_out(registry, dataset.files, options, upstream.training_config)
-    request, upstream = _with_settings(request, upstream, dataset, len(out), device, say)
+    request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
     handler = in_turns(lambda: _load(model, device, dataset))
@@ -254,7 +262,9 @@ def _prepared(
         registry.register(plugin, name)
     folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
     attachment = attach_registry(upstream.module, registry, options, folders, say)
-    return _made(request, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+    # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
+    asked = dataclasses.replace(asked, resume_from=request.resume_from)
+    return _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -282,6 +292,15 @@ def _stay_offline() -> None:
     """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _settings_to_start_from(
+    adapter: Path, request: Request, kept: Callable[[Path, AdapterType], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a training that starts from an adapter's weights, which decide about its size. Raises Refusal."""
+    kind, given = request.adapter_type, request.settings
+    known = kept(find_weights(adapter).parent, kind)
+    return {**settings_to_start_from(adapter, kind, known, given), **given}
 
 
 def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
@@ -367,15 +386,29 @@ def _check_upstream(
 
 
 def _with_settings(
-    request: Request, upstream: _Upstream, dataset: Dataset, held: int, device: torch.device, say: Callable[[str], None]
+    request: Request,
+    upstream: _Upstream,
+    dataset: Dataset,
+    held: int,
+    most: int | None,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[Request, _Upstream]:
-    """Decide about the settings that were left out, and say so."""
+    """Decide about the settings that were left out, and say so.
+
+    Args:
+        held: number of songs that are held out.
+        most: the most training steps; None without a limit.
+    """
     missing = [name for name in SETTINGS if name not in request.settings]
     songs = dataset.songs - held - _upstreams(dataset.songs, request.settings.get("val_split", 0.0))
-    kind = request.adapter_type
+    kind, given = request.adapter_type, request.settings
+    if most is not None and "epochs" not in given:  # the learning rate has run its course when that many are done
+        batches = batches_for(songs, int(given.get("batch_size", 1)), ranks().world_size)
+        given = {**given, "epochs": math.ceil(most / batches)}
     if missing and request.defaults == "recommended" and request.resume_from is None:
-        usual = recommended(songs, kind, request.settings, ranks().world_size)
-        settings = {**request.settings, **{name: setting.value for name, setting in usual.items()}}
+        usual = recommended(songs, kind, given, ranks().world_size)
+        settings = {**given, **{name: setting.value for name, setting in usual.items()}}
         configs = build_configs(upstream.module, kind, settings, request.output_dir, device)
         request = dataclasses.replace(request, settings=settings)
         upstream = dataclasses.replace(upstream, adapter_config=configs[0], training_config=configs[1])
@@ -467,17 +500,28 @@ def _made(
         attachment.detach()
         raise
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
+    steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
     return Launch(
         request=request,
         attachment=attachment,
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
+        steps_per_epoch=steps,
         epochs=config.max_epochs,
         state={"should_stop": False},
         decided=decided,
+        most_steps=_rounded_up(attachment.options.get("max_steps"), steps, config),
     )
+
+
+def _rounded_up(most: int | None, steps_per_epoch: int, config: Any) -> int | None:
+    """The training step of an optimizer step behind which a training of at most so many steps ends."""
+    if most is None:
+        return None
+    each = max(1, int(getattr(config, "gradient_accumulation_steps", 1)))
+    epochs, rest = divmod(most, steps_per_epoch)
+    return epochs * steps_per_epoch + min(steps_per_epoch, math.ceil(rest / each) * each)
 
 
 def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:

@@ -576,9 +576,9 @@ def test_resume_from_latest(run, require_kind, tmp_path, kind):
 
 def test_resuming_with_another_rank_is_refused_before_training(run, tmp_path):
     assert run("--model", "base", *QUICK).exit_code == 0
-    result = run("--model", "base", *QUICK[:-4], "--rank", "2", "--resume-from", "latest")
+    result = run("--model", "base", *QUICK[:-4], "--rank", "2", "--alpha", "16", "--resume-from", "latest")
     assert result.exit_code == 2
-    assert "rank (was 4, now 2); alpha (was 8" in result.stderr
+    assert "rank (was 4, now 2); alpha (was 8, now 16)" in result.stderr
 
 
 # -- bad days --------------------------------------------------------------------------------------------------------
@@ -685,7 +685,9 @@ def test_what_takes_time_is_said_before_it_is_loaded(checkout, tmp_path):
     line += ["--dataset-dir", checkout.tensors, "--output-dir", tmp_path / "output"]
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:3] == [
+    lines = done.stdout.splitlines()
+    assert lines.pop(2).startswith("Settings: rank 64, ")
+    assert lines[:3] == [
         "Importing torch ...",
         f"Importing ACE-Step's trainer from {checkout.root} ...",
         "Loading acestep-v15-base on cpu ...",
@@ -707,10 +709,14 @@ def test_torch_is_imported_after_that_was_said():
     ("more", "says"),
     [
         (("--epochs", 4, "--warmup-steps", 6), r"at most a tenth .*, here 1 of 12\. It shortens --warmup-steps 6 to"),
-        (("--epochs", 4), r"at most a tenth of the optimizer steps, here 1 of 12\. It shortens --warmup-steps 100 to"),
+        (
+            ("--epochs", 4, "--settings", "upstream"),
+            r"at most a tenth of the optimizer steps, here 1 of 12\. It shortens --warmup-steps 100 to",
+        ),
         (("--epochs", 4, "--warmup-steps", 3), r"It shortens --warmup-steps 3 to that"),
         (("--epochs", 4, "--warmup-steps", 1), None),
         (("--epochs", 4, "--warmup-steps", 0), None),
+        (("--epochs", 4), None),  # what is recommended is no longer than that
     ],
 )
 def test_a_warm_up_that_ace_step_shortens_is_said(run, trainer, monkeypatch, more, says):
