@@ -71,6 +71,12 @@ class Unusable(click.ClickException):
 
     exit_code = UNUSABLE
 
+    def show(self, file: Any = None) -> None:
+        """Print the message on standard error, as it looks best there."""
+        from .terminal import say
+
+        say(f"Error: {self.format_message()}", err=True)
+
 
 def with_hint(error: click.UsageError, typed: Sequence[str]) -> click.UsageError:
     """An error of a command line, which says so if signs of other shells or of a word processor are in it."""

@@ -127,7 +127,7 @@ def say_that_torch_is_imported() -> None:
     """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
-    require_torch()
+    require_torch(told=True)
 
 
 def notes_on_settings(launch: Launch) -> list[str]:

@@ -142,10 +142,26 @@ class Services:
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
+
+        def done(number: int) -> None:
+            self.waiting("Validation", number, len(songs))
+
         with nullcontext() if adapter else self.without_adapter():
-            losses = evaluate(module, songs, timesteps, conditions)
+            done(0)
+            losses = evaluate(module, songs, timesteps, conditions, done=done)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared
+
+    def waiting(self, what: str, done: int, total: int) -> None:
+        """Show how far something is for which the training waits, where somebody looks."""
+        self._host.registry.call("engine_waiting", run=self._training.run, what=what, done=done, total=total)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the next optimizer step; None before the optimizer exists."""
+        journal = self._training.journal
+        rates = [] if journal is None or journal.scheduler is None else journal.scheduler.get_last_lr()
+        return float(rates[0]) if rates else None
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""

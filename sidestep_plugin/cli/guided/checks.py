@@ -236,4 +236,4 @@ def _whole(text: str, what: str) -> int:
 def _say_that_torch_is_imported() -> None:
     if "torch" not in sys.modules:
         click.echo("  Importing torch ...")
-    require_torch()
+    require_torch(told=True)
