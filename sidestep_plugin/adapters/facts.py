@@ -43,6 +43,7 @@ FACTS: Final = {
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "compiled": "true if the decoder's blocks were compiled for the training (--compile); else left out",
+    "init_from": "adapter whose weights it was started from (--init-from): title and hash; else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",
@@ -68,7 +69,7 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "average_of", "frozen_weights", "base_weights"}
+    | {"timestep_law", "adapter_type", "average_of", "init_from", "frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
 

@@ -15,11 +15,11 @@ from sidestep_plugin.text import counted, shown
 from sidestep_plugin.variants import VARIANTS
 
 from . import quiet
-from .commands import RefusingCommand, echo_json
+from .commands import RefusingCommand, check_plugins, echo_json
 from .plotting import check_plot
 from .terminal import say
 from .torch_here import require_torch
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device, plugin_option
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ _LONGEST = 40  # characters of an adapter's name in the table
 @click.option(
     "--device", callback=check_device, default="auto", show_default=True, metavar="NAME", help="Where to compute."
 )
+@plugin_option()
 @click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
@@ -61,6 +62,7 @@ def compare(
     checkpoint_dir: Path | None,
     variant: Any,
     device: str,
+    plugin: tuple[str, ...],
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -74,6 +76,7 @@ def compare(
     Example:
         acestep-train compare mine/final theirs/final --model base --dataset-dir tensors/held-out --plot compare.png
     """
+    check_plugins(plugin, "losses are always compared at the timesteps that the model was trained at")
     if plot is not None:
         check_plot(plot)
     require_torch()

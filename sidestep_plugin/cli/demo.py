@@ -26,7 +26,7 @@ _SETTINGS = {
 }
 
 
-@click.command(cls=PluginCommand, default_plugins=("sidestep",), groups=GROUPS)
+@click.command(cls=PluginCommand, groups=GROUPS)
 @click.option(
     "--model", type=click.Choice(["base", "sft", "turbo"]), default="base", show_default=True, help="Kind of model."
 )
@@ -42,7 +42,7 @@ _SETTINGS = {
 @click.option(
     "--songs", "from_audio", is_flag=True, help="Start from wav files that are made on the spot, and end with clips."
 )
-@adapter_and_training_options(_SETTINGS, plugin="sidestep")
+@adapter_and_training_options(_SETTINGS)
 def demo(
     model: str,
     directory: Path,
@@ -56,8 +56,7 @@ def demo(
     """Run the whole job on a tiny stand-in for ACE-Step, on a CPU, in seconds.
 
     It needs no checkout, no network and no GPU. The stand-in makes no music: it shows what happens to each kind of
-    model, and where things end up. Everything else is the code that trains on a real checkout, with the plugin
-    sidestep unless you name another.
+    model, and where things end up. Everything else is the code that trains on a real checkout.
 
     \b
     Examples:

@@ -11,10 +11,10 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Line, Place, WholeNumber
 from sidestep_plugin.text import shown
 
-from .commands import Command, Unusable
+from .commands import Command, Unusable, check_plugins
 from .quiet import quiet_third_parties, quiet_upstream
 from .torch_here import require_torch
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device, plugin_option
 
 if TYPE_CHECKING:
     from sidestep_plugin.previews.prompts import Prompt
@@ -53,8 +53,10 @@ if TYPE_CHECKING:
     metavar="DEVICE",
     help="auto, cpu, cuda, cuda:N, mps or xpu.",
 )
+@plugin_option()
 def preview(
     path: Path,
+    plugin: tuple[str, ...],
     prompt: str | None,
     lyrics: Path | None,
     language: str | None,
@@ -80,6 +82,7 @@ def preview(
     quiet_upstream()
     said = {"language": language, "bpm": bpm, "key": key, "time_signature": time_signature}
     try:
+        check_plugins(plugin, "clips are generated as the model generates")
         require_torch()
         request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
         folder = decode_saved(request, click.echo) or make_clips(request, click.echo)

@@ -19,6 +19,7 @@ from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import interruptible
 from .next_commands import next_commands
+from .resumed import resumed_with, settings_to_resume
 from .terminal import say
 from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
@@ -57,7 +58,9 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra, kept=settings_to_resume)
+    if launch.request.resume_from is not None:
+        progress.say(resumed_with(request.plugins, launch.request.resume_from))
     with interruptible(launch, progress) as interrupted:
         failure = _run(launch, progress, interrupted)
         if not ranks().several:
@@ -80,7 +83,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
     with launch.lock, launch.attachment:
         for line in notes_on_settings(launch):
             progress.say(line)
-        progress.begin(launch.steps_per_epoch, launch.epochs)
+        progress.begin(launch.steps_per_epoch, launch.epochs, launch.total_steps)
         try:
             for _, _, message in launch.messages():
                 finished = finished or message.startswith(_COMPLETE)
@@ -95,7 +98,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
             raise refusal
         if refusal is not None:
             failure = str(refusal)
-        stopped = interrupted() or (ranks().several and bool(launch.state.get("interrupted")))
+        stopped = interrupted() or bool(launch.state.get("interrupted"))  # by a signal, or by --time-limit
         if failure is None and stopped and not finished and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
@@ -124,7 +127,7 @@ def say_that_torch_is_imported() -> None:
     """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
-    require_torch()
+    require_torch(told=True)
 
 
 def notes_on_settings(launch: Launch) -> list[str]:

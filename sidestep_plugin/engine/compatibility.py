@@ -93,7 +93,7 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
         problems = [f"{title_of(kind)} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(title_of(kind) for kind, problem in verdicts if not problem)
-        good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
+        good = [f"Compatible: {fitting} can be trained"] if fitting else []
         lost = dict.fromkeys(seam.without for seam in seams if seam.status != "found" and seam.without)
         limits = [f"This version of ACE-Step cannot do: {', '.join(lost)}"] if lost and fitting else []
         fits, verdict = not problems, ". ".join(good + limits + problems)

@@ -14,7 +14,9 @@ from .decoders import plain_decoder, undisturbed, without_adapter
 from .ending import in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
 from .loggers import log_entries
+from .processes import INTERRUPTED, STOP
 from .replay import trained_tensors
+from .weights import live_weights, put_weights
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +142,26 @@ class Services:
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
+
+        def done(number: int) -> None:
+            self.waiting("Validation", number, len(songs))
+
         with nullcontext() if adapter else self.without_adapter():
-            losses = evaluate(module, songs, timesteps, conditions)
+            done(0)
+            losses = evaluate(module, songs, timesteps, conditions, done=done)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared
+
+    def waiting(self, what: str, done: int, total: int) -> None:
+        """Show how far something is for which the training waits, where somebody looks."""
+        self._host.registry.call("engine_waiting", run=self._training.run, what=what, done=done, total=total)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the next optimizer step; None before the optimizer exists."""
+        journal = self._training.journal
+        rates = [] if journal is None or journal.scheduler is None else journal.scheduler.get_last_lr()
+        return float(rates[0]) if rates else None
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
@@ -186,6 +204,27 @@ class Services:
             folder: where it was read from; None for one that was kept in RAM.
         """
         put(self._training, point, folder)
+
+    @property
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors as they are now, under the names that they are saved with. Raises Refusal."""
+        return live_weights(self._training.run)
+
+    def put_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors into the adapter that is trained, by the names that they are saved with. Raises Refusal."""
+        put_weights(self._training.run, weights)
+
+    @property
+    def place_in_epoch(self) -> tuple[int, int | None]:
+        """Training steps of the epoch that have begun, and how many it has; None if that is not known."""
+        journal = self._training.journal
+        return (0, None) if journal is None else journal.place_in_epoch
+
+    def stop(self, line: str) -> None:
+        """Stop the training after this step and save it, as the stop button does, and tell the user a line."""
+        if (state := self._training.state) is not None:
+            state[STOP] = state[INTERRUPTED] = True
+            self.announce(line)
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.

@@ -219,7 +219,7 @@ def test_songs_that_were_said_decide_about_the_defaults(answer, place):
     seen = answer((SAVE, "out"), (KIND, ""), (r"Epochs \[800\]: $", ""), (RANK, ""), (START, "n"), more=said)
     steps = len([*(place / "my songs").glob("*.pt")])
     each = next(each for each in (4, 3, 2, 1) if steps % each == 0)
-    assert f"save every 80, batch size 1, gradient accumulation {each}" in seen.text
+    assert re.search(rf"batch size 1, gradient accumulation {each}, warmup steps \d+, save every 80\b", seen.text)
 
 
 def test_typos_that_are_no_names_at_all(answer, place):
@@ -313,7 +313,7 @@ def test_the_same_questions_mean_the_same_training(answer, place):
     assert seen.code == 0, seen.text
     assert "Training with the plugin sidestep." in seen.text and "Timesteps: continuous" in seen.text
     (command,) = re.findall(r"^  acestep-train (.*)$", seen.text, flags=re.MULTILINE)
-    assert command.startswith("--plugin sidestep ")
+    assert "--plugin" not in command
     assert facts_of(place / "adapters" / "my songs-base")["max_epochs"] == 2
 
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (AGAIN, "resume"), (EPOCHS, "3"), (START, ""), named=())
@@ -322,6 +322,6 @@ def test_the_same_questions_mean_the_same_training(answer, place):
 
 
 def test_without_a_plugin_on_purpose_is_said_above_the_questions(answer, place):
-    (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")
+    (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")  # as "none", which says it in words
     seen = answer((MODEL, ""), more=["--config", "plain.toml"], named=())
     assert "Training without a plugin, as ACE-Step trains." in seen.text

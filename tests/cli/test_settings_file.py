@@ -117,7 +117,7 @@ def test_it_never_takes_the_last_room_on_a_disk(run, tmp_path, monkeypatch):
 
 
 def test_without_a_plugin_no_file_is_added(run, tmp_path):
-    done = run(FILE.replace('plugin = ["sidestep"]', "").replace("title", "# title"))
+    done = run(FILE.replace('plugin = ["sidestep"]', 'plugin = "none"').replace("title", "# title"))
     assert done.exit_code == 0, done.output
     assert not list((tmp_path / "output").rglob(FILE_NAME))
 

@@ -30,7 +30,7 @@ def run(checkout, trainer, tmp_path, monkeypatch):
     places = {"acestep-root": checkout.root, "checkpoint-dir": checkout.checkpoints, "dataset-dir": checkout.tensors}
 
     def invoke(*arguments, plugin="sidestep"):
-        line = [f"--plugin={plugin}"] if plugin else []
+        line = [f"--plugin={plugin or 'none'}"]
         line += ["--model", "base", "--output-dir", tmp_path / "output", *QUICK, *arguments]
         for name, folder in places.items():
             line += [f"--{name}", folder]

@@ -88,9 +88,11 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
             # Fewer epochs than were asked for, when a plugin has ended the training.
-            epochs = journal.whole_epochs or getattr(run.training_config, "max_epochs", None)
+            by_plugin = training is not None and training.ending is not None
+            whole = journal.whole_epochs
+            epochs = whole if by_plugin else whole or getattr(run.training_config, "max_epochs", None)
             if final and isinstance(epochs, int):
-                limits = {} if training is None or training.ending is None else training.limits
+                limits = training.limits if training is not None and by_plugin else {}
                 host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
