@@ -20,7 +20,7 @@ from . import base_model, data, runs
 from .evaluation import Bench, evaluate
 from .judge import judge
 from .measures import Scale
-from .presets import Preset
+from .presets import EXACT, Preset
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sidestep-plugin")
 Say = Callable[[str], None]
@@ -84,7 +84,7 @@ def run_cell(bench: Bench, trainer: Any, cell: runs.Cell, out: Path) -> dict[str
             found["lengths"][str(steps)] = evaluate(bench, cell, target, training, weights, last)
             for name, mean in averaged.items():
                 of_mean = found.setdefault("means", {}).setdefault(name, {})
-                looked = bench if name in preset.means else replace(bench, preset=replace(preset, early=()))
+                looked = bench if name == EXACT else replace(bench, preset=replace(preset, early=()))
                 of_mean[str(steps)] = evaluate(looked, cell, target, training, mean, False)
     found["seconds"] = round(time.monotonic() - began, 1)
     return found

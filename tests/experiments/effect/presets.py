@@ -37,7 +37,7 @@ ARMS = (UPSTREAM, EIGHT_DROP, LAW, LAW_DROP)
 MEANS = {"tenth": 18, "third": 4, "half": 2}
 """Means over the steps of a training, by the part of it that they are as old as: step k counts as k to this power."""
 EXACT = "third"
-"""The one of them that is also taken of B A instead of A and B."""
+"""The one of them that songs are generated with, and that is also taken of B A instead of A and B."""
 HIGH = Arm("law+drop+high", "continuous", 0.15, high_share=0.3)
 PADDED = Arm("law+drop+padded", "continuous", 0.15, padded=True)
 
@@ -109,13 +109,14 @@ CONDITIONS = replace(
 AVERAGE = replace(
     CPU,
     name="cpu-average",
+    base_refined=0,
     arms=(LAW_DROP,),
     lengths=(60, 120),
     guidances=(1.0, 3.0),
     early=(1.0, 3.0),
     means=("tenth", "third", "half"),
 )
-"""Means of the adapter over its training, half way and at the end."""
+"""Means of the adapter over its training, half way and at the end; songs are generated with one of them."""
 GPU = Preset(
     "gpu",
     device="cuda",
