@@ -31,9 +31,9 @@ class RunningMean:
         tensors: the mean of each tensor; [] before the first step.
     """
 
-    def __init__(self) -> None:
-        self.steps = self.first = self.last = self._total = 0
-        self.tensors: list[torch.Tensor] = []
+    def __init__(self, steps: int = 0, first: int = 0, last: int = 0, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.steps, self.first, self.last, self.tensors = steps, first, last, list(tensors)
+        self._total = sum(step**POWER for step in range(1, steps + 1))
 
     def add(self, step: int, trained: Sequence[torch.Tensor]) -> None:
         """Add the tensors as they are after another optimizer step. Neither waits for a GPU nor draws a random number.
@@ -69,19 +69,15 @@ class RunningMean:
         """Read what :meth:`as_state` gave. Raises Refusal when it is not that."""
         import torch
 
-        mean = cls()
         try:
-            power, mean.steps, mean.first, mean.last = (
-                int(state[name]) for name in ("power", "steps", "first", "last")
-            )
-            mean.tensors = list(state["tensors"])
-            right = all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in mean.tensors)
+            power, *counts = (int(state[name]) for name in ("power", "steps", "first", "last"))
+            tensors = list(state["tensors"])
         except (KeyError, TypeError, ValueError) as error:
             raise _unusable(repr(error)) from None
-        if power != POWER or not right or bool(mean.tensors) != (mean.steps > 0):
+        right = all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors)
+        if power != POWER or not right or bool(tensors) != (counts[0] > 0):
             raise _unusable("it is of another kind")
-        mean._total = sum(step**POWER for step in range(1, mean.steps + 1))
-        return mean
+        return cls(*counts, tensors)
 
     def on(self, trained: Sequence[torch.Tensor]) -> None:
         """Move the mean to where the trained tensors are. Raises Refusal when it is not theirs."""
