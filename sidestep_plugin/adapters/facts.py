@@ -52,6 +52,7 @@ FACTS: Final = {
     "copy_strength": "what this copy was multiplied by (export --strength); else left out",
     "average_of": "what it is the mean of (--average, acestep-train average); else left out, as are the next",
     "average_steps": "number of optimizer steps that a running mean was made of (--average)",
+    "average_best_of": "numbers of last checkpoints that it was chosen among, by the loss on some songs (--best-of)",
     "average_energy": "share of the exact mean's energy that it holds after it was cut back to its rank, from 0 to 1",
     "songs": "number of preprocessed songs in the dataset folder",
     "held_out_songs": "number of those that were not trained on (--validate); left out without",
@@ -69,7 +70,7 @@ names (numbers, booleans and known words only), and the versions of packages as 
 
 TEXT_FACTS: Final = frozenset(
     {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "average_of", "frozen_weights", "base_weights"}
+    | {"timestep_law", "adapter_type", "average_of", "average_best_of", "frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
 

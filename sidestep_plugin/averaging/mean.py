@@ -70,14 +70,14 @@ class RunningMean:
         import torch
 
         try:
-            power, *counts = (int(state[name]) for name in ("power", "steps", "first", "last"))
+            power, steps, first, last = (int(state[name]) for name in ("power", "steps", "first", "last"))
             tensors = list(state["tensors"])
         except (KeyError, TypeError, ValueError) as error:
             raise _unusable(repr(error)) from None
         right = all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors)
-        if power != POWER or not right or bool(tensors) != (counts[0] > 0):
+        if power != POWER or not right or bool(tensors) != (steps > 0):
             raise _unusable("it is of another kind")
-        return cls(*counts, tensors)
+        return cls(steps, first, last, tensors)
 
     def on(self, trained: Sequence[torch.Tensor]) -> None:
         """Move the mean to where the trained tensors are. Raises Refusal when it is not theirs."""

@@ -182,7 +182,7 @@ def test_a_decomposed_lokr_is_applied_as_lycoris_applies_it(by_lycoris, columns)
     layers = {name: decoder.get_submodule(name) for name in before if before[name].dim() == 2}
     for name in set(adapter.layers) - layers.keys():
         del adapter.layers[name]
-    check_applicable(adapter, {name: tuple(weight.shape) for name, weight in before.items()}, "it", decomposed=True)
+    check_applicable(adapter, {name: tuple(weight.shape) for name, weight in before.items()}, "it")
     with applied(adapter, layers):
         played = measured(decoder, {name: before[name] for name in layers})
     for name in layers:
