@@ -22,6 +22,7 @@ FACTS: Final = {
     "title": "name of the adapter (--title)",
     "author": "author of the adapter (--author)",
     "trigger": "trigger words for the prompt (--trigger)",
+    "trigger_position": "where they go: before, after or instead of the caption; left out if the songs do not say",
     "license": "licence of the adapter (--license)",
     "created": "when it was saved, ISO 8601 in UTC",
     "model_name": "folder name of the base model, never a path",
@@ -69,8 +70,17 @@ FACTS: Final = {
 names (numbers, booleans and known words only), and the versions of packages as ``*_version``."""
 
 TEXT_FACTS: Final = frozenset(
-    {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "average_of", "average_best_of", "frozen_weights", "base_weights"}
+    {"title", "author", "trigger", "trigger_position", "license", "created", "model_name", "model_variant"}
+    | {
+        "model_size",
+        "timestep_mode",
+        "timestep_law",
+        "adapter_type",
+        "average_of",
+        "average_best_of",
+        "frozen_weights",
+        "base_weights",
+    }
 )
 """Those of them that are strings."""
 

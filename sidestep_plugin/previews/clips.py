@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
@@ -31,6 +31,7 @@ from ..songs.fit import check_width
 from ..songs.song_text import holds
 from ..text import counted, shown
 from ..timesteps.treatment import Treatment, decide_treatment
+from .clip_files import is_sound
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
 from .making import decode_rest, freed, generated, heard, open_table, write_row
@@ -40,6 +41,10 @@ from .table import BASE, FILE_NAME, FOLDER, Table, read_table
 
 if TYPE_CHECKING:
     import torch
+
+
+_AVERAGED: Final = f", {AVERAGE}"
+"""End of what the clips of an average are called."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,25 @@ def _from_prompt(
     return output
 
 
+def clips_of(report: Report) -> list[Path]:
+    """The sounds that the previews of a training have of a saved adapter, at its trained strength.
+
+    Raises:
+        Refusal: there are none.
+    """
+    folder, label, _ = _place(ClipRequest(report.adapter.file.path), report)
+    table = read_table(folder)
+    names = [label] if label.endswith(_AVERAGED) else [label, f"epoch {report.facts.get('epoch')}"]
+    rows = [] if table is None else [row for name in names for row in table.rows if row.label == name]
+    clips = [folder / clip for clip in rows[0].clips if is_sound(clip)] if rows else []
+    if not clips:
+        what = "are latents" if rows else "there are none"
+        raise Refusal(
+            f"No clips of this adapter in {folder}: {what}. Make some: acestep-train preview, or name files: --clip."
+        )
+    return clips
+
+
 def _model_named(request: ClipRequest, report: Report) -> str:
     named = request.model or report.facts.get("model_name")
     if not isinstance(named, str) or not named:
@@ -241,7 +265,7 @@ def _place(request: ClipRequest, report: Report) -> tuple[Path, str, int | None]
     said = report.facts.get("epoch")
     epoch = said if isinstance(said, int) and folder.name not in ("final", "best", "interrupted") else None
     label = folder.name if epoch is None else f"epoch {epoch}"
-    label += ", average" if average else ""
+    label += _AVERAGED if average else ""
     return request.output or (training if belongs else folder) / FOLDER, label, epoch
 
 
