@@ -99,7 +99,7 @@ class Strengths(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
         if not strengths or not all(0.0 < strength <= 10.0 for strength in strengths):
             self.fail(f"{value!r}: expected numbers above 0 and up to 10, such as 0.6,0.8,1.", param, ctx)
         if len(set(strengths)) < len(strengths):
-            self.fail(f"{value!r} has a strength twice.", param, ctx)
+            self.fail(f"{value!r} has a strength twice. Leave one of them out.", param, ctx)
         return strengths
 
 

@@ -68,7 +68,7 @@ def test_a_lora_adds_what_peft_adds(decoder, tmp_path, dora):
     torch.testing.assert_close(ours(tmp_path, made.unload()), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("decomposed", [{}, {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}])
+@pytest.mark.parametrize("decomposed", [{}, {"dora_wd": True}, {"dora_wd": True, "wd_on_out": False}])
 def test_a_lokr_adds_what_lycoris_adds(decoder, tmp_path, decomposed):
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_name": [".*proj.*"]})
@@ -83,6 +83,7 @@ def test_a_lokr_adds_what_lycoris_adds(decoder, tmp_path, decomposed):
     )
     for lora in network.loras:
         lora.restore()
+    assert read_adapter(tmp_path).is_dora == bool(decomposed)
     found = ours(tmp_path, decoder)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
