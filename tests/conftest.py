@@ -118,6 +118,13 @@ def nothing_stays_attached() -> Iterator[None]:
     assert not left, "the test left plugins attached"
 
 
+@pytest.fixture(autouse=True)
+def pages_without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing would take half of the time of a training of a second. The tests of the report draw."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr("sidestep_plugin.report.charts.can_draw", lambda: False)
+
+
 @pytest.fixture
 def kinds(trainer: Any) -> list[str]:
     from sidestep_plugin.engine.seams import adapter_types

@@ -96,7 +96,8 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> str:
     }
     stream = io.BytesIO()
     with rc_context(settings):  # type: ignore[arg-type]
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=_SIZE, layout=None)
+        figure.subplots_adjust(left=0.15, right=0.98, bottom=0.16, top=0.84 if name.startswith("validation") else 0.97)
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         figure.savefig(stream, format="svg", metadata={"Date": None})
