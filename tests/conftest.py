@@ -342,7 +342,7 @@ def train(
             messages = [text for _, _, text in made.train_from_preprocessed(str(tensors), state, **more)]
         hook.remove()
         rng_state = torch.get_rng_state()
-        weights = [*output.glob("final/**/*.safetensors")]
+        weights = [file for file in output.glob("final/**/*.safetensors") if file.parent.name != "average"]
         return Trained(
             losses=list(made.module.training_losses) if made.module is not None else [],
             tensors=load_file(weights[0]) if weights else {},
