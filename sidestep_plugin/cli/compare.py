@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from sidestep_plugin.validation.comparing import Comparison
 
 _LONGEST = 40  # characters of an adapter's name in the table
+_NO_DIFFERENCE = 5e-5  # of the loss: less than is shown
 
 
 @click.command(cls=RefusingCommand)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=Place(path_type=Path))
-@click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
+@click.option("--model", metavar="NAME|DIR", help="Model.  [default: the one that the adapters are for]")
 @click.option("--dataset-dir", required=True, type=FOLDER, metavar="DIR", help="Folder of preprocessed songs.")
 @click.option(
     "--validate",
@@ -55,7 +56,7 @@ _LONGEST = 40  # characters of an adapter's name in the table
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def compare(
     adapters: tuple[Path, ...],
-    model: str,
+    model: str | None,
     dataset_dir: Path,
     validate: float,
     acestep_root: Path | None,
@@ -74,7 +75,7 @@ def compare(
 
     \b
     Example:
-        acestep-train compare mine/final theirs/final --model base --dataset-dir tensors/held-out --plot compare.png
+        acestep-train compare mine/final theirs/final --dataset-dir tensors/held-out --plot compare.png
     """
     check_plugins(plugin, "losses are always compared at the timesteps that the model was trained at")
     if plot is not None:
@@ -164,10 +165,15 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
         ]
     best, losses = min(finite, key=lambda entry: done.mean(entry[1]))
     change = done.mean(losses) / before - 1.0
+    alike = [name for name, losses in finite if abs(done.mean(losses) / before - 1.0 - change) < _NO_DIFFERENCE]
     weights = ""
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
         weights = f", with {100 * done.treatment.cfg_ratio:.4g} % of it without condition, as in training"
-    if change < 0.0:
+    if abs(change) < _NO_DIFFERENCE:
+        lines.append(f"No difference between {best} and the model without adapter, {100 * change:+.2f} %{weights}.")
+    elif len(alike) > 1:
+        lines.append(f"No difference between {' and '.join(alike)}, {100 * change:+.2f} %{weights}.")
+    elif change < 0.0:
         lines.append(f"Lowest loss: {best}, {100 * change:+.2f} %{weights}.")
     else:
         lines.append(
@@ -188,7 +194,13 @@ def _percent(change: float, width: int) -> str:
 def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
     """What makes a comparison doubtful."""
     notes = []
-    for name, (report, losses) in zip(names, done.after, strict=True):
+    known = done.known or (0,) * len(names)
+    for name, (report, losses), seen in zip(names, done.after, known, strict=True):
+        if seen:
+            notes.append(
+                f"Note: {name} was trained on {seen} of {'this' if len(done.songs) == 1 else 'these'} "
+                f"{counted(len(done.songs), 'song')}, which makes it look better than it is."
+            )
         if not _finite(done, losses):
             notes.append(
                 f"Note: {name} gives NaN or infinity: its weights hold some, or become too large for the model."

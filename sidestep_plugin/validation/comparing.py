@@ -34,6 +34,7 @@ from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_songs, check_width
+from ..songs.trained_on import trained_on
 from ..songs.values import check_values
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment
@@ -50,6 +51,7 @@ class Comparison:
 
     Attributes:
         model: name of the model's folder.
+        known: for each adapter, how many of the songs it was trained on, as far as that is known.
         treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
         songs: names of the songs.
         timesteps: the t.
@@ -65,6 +67,7 @@ class Comparison:
     conditions: tuple[bool, ...]
     before: torch.Tensor
     after: tuple[tuple[Report, torch.Tensor], ...]
+    known: tuple[int, ...] = ()
 
     def mean(self, losses: torch.Tensor) -> float:
         """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
@@ -81,7 +84,7 @@ class Comparison:
 def compare(
     adapters: Sequence[Path],
     *,
-    model: str,
+    model: str | None,
     dataset_dir: Path,
     acestep_root: Path | None = None,
     checkpoint_dir: Path | None = None,
@@ -95,7 +98,7 @@ def compare(
 
     Args:
         adapters: weights files, or folders of adapters, checkpoints or trainings.
-        model: alias, folder name or path.
+        model: alias, folder name or path; None: the one that the adapters were trained for.
         dataset_dir: preprocessed songs.
         held_out: evaluate only the songs that ``--validate`` holds out with this value; 0: all songs.
         say: takes a line before everything that takes long.
@@ -105,7 +108,7 @@ def compare(
         Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
-    folder = find_model(model, checkpoint_folder(checkpoint_dir, root))
+    folder = find_model(model or _model_of(adapters), checkpoint_folder(checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
     check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
@@ -148,14 +151,31 @@ def compare(
                     after.append((report, measure(str(path))))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
-    return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
+    known = tuple(trained_on(report.adapter.file.path, songs) for report in reports)
+    return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after), known)
+
+
+def _model_of(adapters: Sequence[Path]) -> str:
+    """The model that all adapters say they were trained for. Raises Refusal."""
+    names = {path: _inspected(path).facts.get("model_name") for path in adapters}
+    silent = [path for path, name in names.items() if not isinstance(name, str)]
+    if silent:
+        raise Refusal(f"{silent[0]} does not say for which model it was trained. Name the model: --model NAME.")
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{path}: {name}" for path, name in names.items())
+        raise Refusal(f"The adapters were trained for different models ({told}). Name one: --model NAME.")
+    return str(next(iter(names.values())))
+
+
+def _inspected(path: Path) -> Report:
+    try:
+        return inspect_adapter(path)
+    except OSError as error:
+        raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
 
 
 def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> Report:
-    try:
-        report = inspect_adapter(path)
-    except OSError as error:
-        raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
+    report = _inspected(path)
     check_applicable(report.adapter, shapes, model, decomposed=True)
     return report
 
