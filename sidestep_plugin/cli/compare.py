@@ -170,7 +170,10 @@ def _as_text(done: Comparison, names: Sequence[str]) -> list[str]:
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
         weights = f", with {100 * done.treatment.cfg_ratio:.4g} % of it without condition, as in training"
     if abs(change) < _NO_DIFFERENCE:
-        lines.append(f"No difference between {best} and the model without adapter, {100 * change:+.2f} %{weights}.")
+        lines.append(
+            f"None is better than the model without adapter: no difference between it and {best}, "
+            f"{100 * change:+.2f} %{weights}."
+        )
     elif len(alike) > 1:
         lines.append(f"No difference between {' and '.join(alike)}, {100 * change:+.2f} %{weights}.")
     elif change < 0.0:
