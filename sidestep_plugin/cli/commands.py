@@ -149,10 +149,18 @@ class PluginCommand(RefusingCommand):
 
     Args:
         default_plugins: the plugins that take part unless somebody says otherwise.
+        shows: names of the options of :data:`OURS` that the help shows; None for all.
     """
 
-    def __init__(self, *args: Any, default_plugins: tuple[str, ...] = (OURS,), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        default_plugins: tuple[str, ...] = (OURS,),
+        shows: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.shows = shows
         self.default_plugins = default_plugins
         self._declared: list[click.Option] = []
 
@@ -210,13 +218,21 @@ class PluginCommand(RefusingCommand):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         if self._declared:
-            _write_options(ctx, formatter, self._title(ctx), self._declared)
+            _write_options(ctx, formatter, self._title(ctx), self._shown())
             return
         from sidestep_plugin.registry import installed_plugins
 
         if names := [plugin.name for plugin in installed_plugins()]:
             with formatter.section("Options of plugins"):
                 formatter.write_dl([(f"--plugin {name} --help", f"shows those of {name}") for name in names])
+
+    def _shown(self) -> Sequence[click.Option]:
+        if self.shows is None:
+            return self._declared
+        from sidestep_plugin.registry import Registry
+
+        ours = {option.name for option in Registry.load((OURS,)).declared_options()}
+        return [option for option in self._declared if option.name not in ours or option.name in self.shows]
 
     def _title(self, ctx: click.Context) -> str:
         names = ctx.meta["plugins"]

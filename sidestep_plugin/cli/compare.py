@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from sidestep_plugin.validation.comparing import Comparison, Measured
 
 _LONGEST = 40  # characters of an adapter's name in the table
+_NO_DIFFERENCE = 5e-5  # of the loss: less than is shown
 
 
 @click.command(cls=RefusingCommand)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=Place(path_type=Path))
-@click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
+@click.option("--model", metavar="NAME|DIR", help="Model.  [default: the one that the adapters are for]")
 @click.option("--dataset-dir", required=True, type=FOLDER, metavar="DIR", help="Folder of preprocessed songs.")
 @click.option(
     "--validate",
@@ -58,7 +59,7 @@ _LONGEST = 40  # characters of an adapter's name in the table
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def compare(
     adapters: tuple[Path, ...],
-    model: str,
+    model: str | None,
     dataset_dir: Path,
     validate: float,
     acestep_root: Path | None,
@@ -80,8 +81,8 @@ def compare(
 
     \b
     Examples:
-        acestep-train compare mine/final theirs/final --model base --dataset-dir tensors/held-out --plot compare.png
-        acestep-train compare mine/final --strengths 0.6,0.8,1,1.2 --model base --dataset-dir tensors/held-out
+        acestep-train compare mine/final theirs/final --dataset-dir tensors/held-out --plot compare.png
+        acestep-train compare mine/final --strengths 0.6,0.8,1,1.2 --dataset-dir tensors/held-out
     """
     check_plugins(plugin, "losses are always compared at the timesteps that the model was trained at")
     if plot is not None:
@@ -197,10 +198,22 @@ def _as_text(done: Comparison, names: Sequence[str], *, several: bool = False) -
         ]
     best = _name(found.path, found.strength, several=several, longest=_LONGEST)
     change = done.mean(found.losses) / before - 1.0
+    alike = [
+        name
+        for name, one in zip(short, done.after, strict=True)
+        if _finite(done, one.losses) and abs(done.mean(one.losses) / before - 1.0 - change) < _NO_DIFFERENCE
+    ]
     weights = ""
     if len(done.conditions) > 1 and done.treatment.cfg_ratio:
         weights = f", with {100 * done.treatment.cfg_ratio:.4g} % of it without condition, as in training"
-    if change < 0.0:
+    if abs(change) < _NO_DIFFERENCE:
+        lines.append(
+            f"None is better than the model without adapter: no difference between it and {best}, "
+            f"{100 * change:+.2f} %{weights}."
+        )
+    elif len(alike) > 1:
+        lines.append(f"No difference between {' and '.join(alike)}, {100 * change:+.2f} %{weights}.")
+    elif change < 0.0:
         lines.append(f"Lowest loss: {best}, {100 * change:+.2f} %{weights}.")
     else:
         lines.append(
@@ -229,6 +242,11 @@ def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
             )
         if any(before.report is report for before in done.after[: done.after.index(one)]):
             continue  # it was noted at another strength
+        if one.known:
+            notes.append(
+                f"Note: {name} was trained on {one.known} of {'this' if len(done.songs) == 1 else 'these'} "
+                f"{counted(len(done.songs), 'song')}, which makes it look better than it is."
+            )
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:
             notes.append(f"Note: {name} was trained for {shown(trained_for, 80)}.")

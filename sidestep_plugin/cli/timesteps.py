@@ -16,7 +16,7 @@ from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 
 
-@click.command(cls=PluginCommand)
+@click.command(cls=PluginCommand, shows=("variant", "timestep_mode"))
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @ACESTEP_ROOT
 @CHECKPOINT_DIR

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ..files import replacing
 from ..hookspecs import hookimpl
 from ..run import ROWS_WITHOUT_CONDITION, Run, Step
+from ..songs.trained_on import ENTRY as TRAINED_SONGS
+from ..songs.trained_on import hashes_of
 from ..text import counted
 from ..timesteps.shares import band_of
 from ..timesteps.treatment import treatment_of
@@ -134,6 +136,8 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     if page is not None:
         page.ended(ending)
     report = _report(run, notes, ending)
+    if run.engine is not None:
+        report[TRAINED_SONGS] = hashes_of(run.engine.songs)
     lines = _lines(report)
     try:
         with replacing(folder / FILE_NAME) as stream:

@@ -34,6 +34,7 @@ from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_songs, check_width
+from ..songs.trained_on import trained_on
 from ..songs.values import check_values
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment
@@ -53,12 +54,14 @@ class Measured:
         report: what is known about it.
         strength: what it was multiplied by, beside its own strength.
         losses: shape [songs, timesteps, conditions], float64.
+        known: how many of the songs it was trained on, as far as that is known.
     """
 
     path: Path
     report: Report
     strength: float
     losses: torch.Tensor
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Comparison:
 def compare(
     adapters: Sequence[Path],
     *,
-    model: str,
+    model: str | None,
     dataset_dir: Path,
     acestep_root: Path | None = None,
     checkpoint_dir: Path | None = None,
@@ -113,7 +116,7 @@ def compare(
 
     Args:
         adapters: weights files, or folders of adapters, checkpoints or trainings.
-        model: alias, folder name or path.
+        model: alias, folder name or path; None: the one that the adapters were trained for.
         dataset_dir: preprocessed songs.
         held_out: evaluate only the songs that ``--validate`` holds out with this value; 0: all songs.
         strengths: what each adapter is multiplied by in turn, beside its own strength.
@@ -124,7 +127,7 @@ def compare(
         Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
-    folder = find_model(model, checkpoint_folder(checkpoint_dir, root))
+    folder = find_model(model or _model_of(adapters), checkpoint_folder(checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
     check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
@@ -163,20 +166,37 @@ def compare(
 
             before = measure("the model without adapter")
             for path, report in zip(adapters, reports, strict=True):
+                known = trained_on(report.adapter.file.path, songs)
                 for strength in strengths:
                     with applied(report.adapter, layers, strength):
                         told = str(path) if len(strengths) == 1 else f"{path} at strength {strength:g}"
-                        after.append(Measured(path, report, strength, measure(told)))
+                        after.append(Measured(path, report, strength, measure(told), known))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
     return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
 
 
-def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
+def _model_of(adapters: Sequence[Path]) -> str:
+    """The model that all adapters say they were trained for. Raises Refusal."""
+    names = {path: _inspected(path).facts.get("model_name") for path in adapters}
+    silent = [path for path, name in names.items() if not isinstance(name, str)]
+    if silent:
+        raise Refusal(f"{silent[0]} does not say for which model it was trained. Name the model: --model NAME.")
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{path}: {name}" for path, name in names.items())
+        raise Refusal(f"The adapters were trained for different models ({told}). Name one: --model NAME.")
+    return str(next(iter(names.values())))
+
+
+def _inspected(path: Path) -> Report:
     try:
-        report = inspect_adapter(path)
+        return inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
+
+
+def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
+    report = _inspected(path)
     check_applicable(report.adapter, shapes, model, strengths=strengths)
     return report
 

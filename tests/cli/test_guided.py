@@ -325,3 +325,31 @@ def test_without_a_plugin_on_purpose_is_said_above_the_questions(answer, place):
     (place / "plain.toml").write_text("plugin = []\n", encoding="utf-8")  # as "none", which says it in words
     seen = answer((MODEL, ""), more=["--config", "plain.toml"], named=())
     assert "Training without a plugin, as ACE-Step trains." in seen.text
+
+
+def test_what_can_be_added_is_offered_in_the_last_question(answer, place):
+    first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4")]
+    seen = answer(*first, (START, "v, comfy"), (START, "nonsense"), (START, "title Late Jazz"), (START, ""))
+    assert seen.code == 0, seen.text
+    assert re.search(
+        r"\n  validate +hold 1 of the songs out.*\n  previews +clips.*\n  comfyui .*\n  title NAME ", seen.text
+    )
+    assert "Expected y, n or b. To add something: previews, title NAME." in seen.text
+    assert "Also: validate 1, export comfyui, title Late Jazz" in seen.text and " and 1 held out, " in seen.text
+    assert "--validate 1.0 --title 'Late Jazz' --export comfyui" in seen.text
+    facts = facts_of(place / "out")
+    assert (facts["title"], facts["held_out_songs"]) == ("Late Jazz", 1)
+    assert (place / "out" / "final" / "adapter" / "comfyui_lora.safetensors").is_file()
+    assert (facts["songs"] - 1) % facts["gradient_accumulation_steps"] == 0
+
+
+def test_a_folder_of_models_is_listed(answer, place):
+    seen = answer((MODEL, str(place / "checkpoints")), (MODEL.replace("1", r"\d"), "1"), (SONGS, "b"))
+    assert "is a folder of models. Type the number or the name of one: 1 acestep-v15-base; 2 " in seen.text
+
+
+def test_it_is_said_which_model_is_for_what(answer, place):
+    seen = answer((MODEL, ""), (SONGS, "b"))
+    assert "Choose the one that you will generate with:" in seen.text
+    for name in ("turbo", "base", "sft", "xl"):
+        assert re.search(rf"^  {name}: ", seen.text, re.MULTILINE)

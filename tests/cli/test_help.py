@@ -110,6 +110,18 @@ def test_the_demos_defaults_are_its_own():
         assert re.search(r"--plugin NAME\|none .* none: without sidestep", shown(command)), command
 
 
+def test_what_says_nothing_there_is_not_in_the_help_and_works():
+    assert set(re.findall(r"^  (--[a-z-]+)", shown("timesteps").partition("plugin sidestep:")[2], re.MULTILINE)) == {
+        "--variant",
+        "--timestep-mode",
+    }
+    for option in ("--devices", "--rendezvous", "--base-weights", "--compile", "--init-from"):
+        assert option in shown("train") and option not in shown("demo"), option
+    assert "--validate" in shown("demo") and "--preview-every" in shown("demo")
+    done = CliRunner().invoke(cli, ["timesteps", "--model=nowhere", "--cfg-ratio=0.1"])
+    assert "No such option" not in done.stderr
+
+
 def test_without_a_word_and_without_a_terminal_it_is_the_help():
     done = CliRunner().invoke(cli, [])
     assert done.exit_code == 2 and "Usage: " in done.stderr and "Commands:" in done.stderr

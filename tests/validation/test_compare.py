@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 
@@ -165,3 +166,27 @@ def test_what_is_no_adapter_and_no_song_is_refused(compare, checkout, tmp_path):
     assert done.exit_code == 2 and "--plot" in done.stderr
     done = compare(adapter, "--validate", 6)
     assert done.exit_code == 2 and "would hold out 6 of 6 songs" in done.stderr
+
+
+def test_the_model_is_the_adapters_songs_that_it_knows_are_told_and_no_difference_is_none(train, checkout, tmp_path):
+    output = train("base", options={"validate": 1, "validate_every": 5}, max_epochs=1).output
+    places = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints), "--device", "cpu"]
+    line = ["compare", str(output / "final"), str(output), "--dataset-dir", str(checkout.tensors), *places]
+    done = CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "relative to acestep-v15-base without adapter" in done.output
+    for name in (output / "final", output):
+        note = f"Note: {name} was trained on 5 of these 6 songs, which makes it look better than it is."
+        assert note in done.output, done.output
+    assert re.search(r"^No difference between .* and .*, [-+]\d+\.\d\d %, with 15 % of it without", done.output, re.M)
+
+    done = CliRunner().invoke(cli, [*line, "--validate", "1"], catch_exceptions=False)
+    assert "was trained on" not in done.output, "the song that was held out is not one of them"
+
+    (file,) = (output / "final").rglob("training_config.json")
+    shutil.copytree(file.parent, tmp_path / "silent")
+    for name in ("training_config.json", "README.md"):
+        (tmp_path / "silent" / name).unlink()
+    save_file(load_file(file.parent / "adapter_model.safetensors"), tmp_path / "silent" / "adapter_model.safetensors")
+    done = CliRunner().invoke(cli, [*line[:2], str(tmp_path / "silent"), *line[3:]])
+    assert done.exit_code == 2 and "silent does not say for which model it was trained" in done.stderr, done.output

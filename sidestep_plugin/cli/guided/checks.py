@@ -76,11 +76,26 @@ def model(answers: Answers, text: str) -> list[str]:
             raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
         text = answers.models[int(text) - 1]
     text = at_home(text)
+    if (models := _models_below(Path(text))) and not (Path(text) / "config.json").is_file():
+        answers.set(checkpoint_dir=Path(text))
+        answers.models = models
+        listed = "; ".join(f"{number} {name}" for number, name in enumerate(models, start=1))
+        raise Refusal(f"{text} is a folder of models. Type the number or the name of one: {listed}.")
     folder = find_model(text, checkpoints(answers))
     _say_that_torch_is_imported()
     check_weights(folder, ModelFacts.from_folder(folder))
     answers.set(model=text)
     return []
+
+
+def _models_below(folder: Path) -> list[str]:
+    """The models in a folder; [] if it is none, or if it is not there."""
+    from sidestep_plugin.engine.models import models_in
+
+    try:
+        return models_in(folder) if folder.is_dir() else []
+    except OSError:
+        return []
 
 
 def variant_is_unclear(answers: Answers) -> bool:
