@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,53 @@ def test_a_signal_before_the_first_line(tmp_path, number):
     with running(line, stderr=subprocess.PIPE, env=environment, preexec_fn=_listening) as process:
         out, errors = process.communicate()
     assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+def test_ctrl_c_in_the_very_first_import():
+    """Of what takes the signals over, before it could."""
+    code = (
+        "import os, signal, sys\n"
+        "from sidestep_plugin.__main__ import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'sidestep_plugin.signals': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv[1:] = ['plugins']\n"
+        "main()\n"
+    )
+    with running([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=_listening) as process:
+        out, errors = process.communicate()
+    assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+def test_next_to_nothing_is_imported_before_ctrl_c_is_taken_over():
+    """What Python has imported by then shows where it was when Ctrl-C is pressed."""
+    code = (
+        "import __future__, importlib, os, signal, sys\n"
+        "before = set(sys.modules)\n"
+        "import sidestep_plugin.__main__\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    line = [sys.executable, "-S", "-c", code]  # without site, which imports what the environment happens to need
+    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[1])}
+    done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", env=environment)
+    assert done.stdout.split() == ["sidestep_plugin", "sidestep_plugin.__main__"], done.stderr
+
+
+def test_ctrl_c_while_python_ends_changes_nothing_of_how_it_ended():
+    """Python puts its own handlers back at its very end, and the one for Ctrl-C would end it by the signal."""
+    code = (
+        "import signal, sys\n"
+        "from sidestep_plugin.cli import main\n"
+        "class Last:\n"
+        "    def __del__(self, end=signal.raise_signal, number=signal.SIGINT): end(number)\n"
+        "sys.kept = Last()\n"
+        "sys.argv[1:] = ['schedule']\n"
+        "main()\n"
+    )
+    with running([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=_listening) as process:
+        out, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "") and "0.9545" in out
 
 
 def test_a_signal_inside_of_exec_is_no_death_by_sigint():
