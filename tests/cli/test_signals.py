@@ -64,8 +64,8 @@ def test_somebody_elses_program_gets_the_handlers_of_the_start(found):
 def stop(found, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = []
-    launch = SimpleNamespace(state={"should_stop": False})
-    made = interrupts._Stop(launch, SimpleNamespace(say=said.append))
+    launch = SimpleNamespace(state={"should_stop": False}, total_steps=4)
+    made = interrupts.Stop(launch, SimpleNamespace(say=said.append, step=3))
     made.said = said
     with signals.taken_over(made):
         yield made
@@ -87,6 +87,26 @@ def test_several_signals_of_one_event_are_one(stop):
     assert len(stop.said) == 1
     with pytest.raises(KeyboardInterrupt):  # somebody is there after all, and does not want to wait
         signal.raise_signal(signal.SIGINT)
+
+
+def test_there_is_no_step_to_stop_after_when_all_are_done(stop):
+    stop._progress.step = 4
+    signal.raise_signal(signal.SIGINT)
+    assert stop.said == ["All steps are done; what is left is to save. Press Ctrl-C again to stop at once."]
+
+
+@pytest.mark.parametrize("before", [(), (signal.SIGINT,)])
+def test_a_training_that_has_said_that_it_is_complete_cannot_be_interrupted_any_more(stop, monkeypatch, before):
+    """Its adapter is saved. Only who asked twice does not get to see the last lines."""
+    for number in before:
+        signal.raise_signal(number)
+    ended, said = [], list(stop.said)
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    stop.complete = True
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.said == said and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert stop.said == said and ended == [0]
 
 
 def test_a_signal_in_the_middle_of_a_line_does_not_fail_the_training(stop, capfd):
