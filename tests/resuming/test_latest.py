@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli, quiet
 from sidestep_plugin.resuming import checkpoints
 from sidestep_plugin.resuming.checkpoints import STATE_FILE, newest_checkpoint, read_checkpoint
+from sidestep_plugin.run import ResumePoint
 
 QUICK = ("--batch-size", 2, "--save-every", 1, "--rank", 4, "--alpha", 8, "--device", "cpu")
 
@@ -253,3 +256,33 @@ def test_a_checkpoint_whose_state_found_no_room_is_none(run, tmp_path, monkeypat
     second = next((tmp_path / "output" / "checkpoints").glob("epoch_2*"))
     assert list(second.rglob("*.safetensors")) and not (second / checkpoints.UPSTREAMS_FILE).exists()
     assert newest_checkpoint(tmp_path / "output")[0].name.startswith("epoch_1")
+
+
+@pytest.mark.parametrize("free", [0, 700, 5000])
+def test_a_disk_that_is_full_in_the_middle_of_the_state_is_no_fault_of_torch(tmp_path, monkeypatch, free):
+    """torch tells by a RuntimeError how many bytes its archive lacks. That ended the training."""
+
+    @contextmanager
+    def nearly_full(_):
+        yield SmallDisk(free)
+
+    monkeypatch.setattr(checkpoints, "replacing", nearly_full)
+    state = ResumePoint(epochs=2, steps=0, random={"torch": torch.zeros(2000)})
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints.write_resume_state(tmp_path / "epoch_2", state)
+
+
+class SmallDisk(io.RawIOBase):
+    """A file on a disk with so many free bytes."""
+
+    def __init__(self, free):
+        self.free = free
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        self.free -= len(content)
+        if self.free < 0:
+            raise OSError(28, "No space left on device")
+        return len(content)
