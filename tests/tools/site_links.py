@@ -1,4 +1,4 @@
-"""A hook of mkdocs: a link from a page to a file beside docs/ leads to the repository, or is words where none is known."""
+"""A hook of mkdocs: a link to a file beside docs/ leads to the repository, or is words where none is known."""
 
 from __future__ import annotations
 
