@@ -56,6 +56,7 @@ def test_the_page_of_messages_has_words_that_are_printed():
         assert any(pattern.search(text) for text in texts), f"nothing prints {words!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", pytest.param("cp437", marks=pytest.mark.slow)])
 def test_a_console_that_cannot_show_more_gets_plain_text(tmp_path, encoding):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]

@@ -71,6 +71,7 @@ def cli(*arguments, cwd, trains=True):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment)
 
 
+@pytest.mark.slow
 def test_training_from_the_checkouts_folder(checkout, tmp_path):
     """With no more options than the README's: checkout and models are found from the current directory."""
     from sidestep_plugin import miniature
@@ -102,6 +103,7 @@ def test_pages_that_a_reader_needs_are_linked(page):
     assert f"]({page})" in README.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 

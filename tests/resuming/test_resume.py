@@ -130,7 +130,7 @@ def test_the_same_resume_by_upstream_alone_gives_another_adapter(job, trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [1, 3, 4, 7, 17])
+@pytest.mark.parametrize("steps", [1, 7, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (3, 4, 17))])
 def test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not(job, kind, steps):
     """Also between two optimizer steps: gradients that waited for the next one are there again."""
     settings = {"gradient_accumulation_steps": 2, "save_every_n_epochs": 50}
@@ -196,7 +196,7 @@ def test_songs_that_worker_processes_load(job):
     assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted", **settings))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_without_lightning(job, trainer, monkeypatch, kind):
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     try:
