@@ -29,6 +29,7 @@ PLUGINS: Final = (
     ("condition_dropout", "sidestep_plugin.hooks.condition_dropout"),  # rows without their prompt, for base and sft
     ("pad_masking", "sidestep_plugin.hooks.pad_masking"),  # a song in a batch is told the same as alone
     # what looks at a training and changes nothing
+    ("averaging", "sidestep_plugin.averaging.plugin"),  # a running mean of the adapter, saved beside it
     ("validation", "sidestep_plugin.validation.plugin"),  # the loss on held-out songs
     ("previews", "sidestep_plugin.previews.plugin"),  # clips to listen to
     ("loss_watch", "sidestep_plugin.report.loss_watch"),  # a loss that is NaN for good ends the training

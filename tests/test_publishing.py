@@ -22,8 +22,8 @@ def test_the_version_stands_in_one_place():
     assert "version" not in PYPROJECT["project"] and PYPROJECT["project"]["dynamic"] == ["version"]
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sidestep_plugin.__version__"}
     assert importlib.metadata.version("sidestep-plugin") == sidestep_plugin.__version__
-    said = {file.name: file.read_text(encoding="utf-8").count(f'"{sidestep_plugin.__version__}"') for file in HOUSE}
-    assert {name for name, count in said.items() if count} == {"__init__.py"}
+    said = [file for file in HOUSE if f'"{sidestep_plugin.__version__}"' in file.read_text(encoding="utf-8")]
+    assert said == [ROOT / "sidestep_plugin" / "__init__.py"]
 
 
 HOUSE = [ROOT / "pyproject.toml", *(ROOT / "sidestep_plugin").rglob("*.py")]

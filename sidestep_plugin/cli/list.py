@@ -48,6 +48,9 @@ def _table(entries: Sequence[Saved]) -> Sequence[str]:
     for entry in entries:
         change = entry.validation_change
         told = ["" if change is None else f"validation {100 * change:+.2f} %"]
+        if entry.average is not None:
+            change = entry.average_change
+            told.append("average" if change is None else f"average {100 * change:+.2f} %")
         notes = ", ".join(filter(None, [*told, "" if entry.resumable else "cannot be resumed from"]))
         rows.append(
             (

@@ -14,7 +14,7 @@ from sidestep_plugin.text import shown
 from .commands import Command, Unusable, check_plugins
 from .quiet import quiet_third_parties, quiet_upstream
 from .torch_here import require_torch
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device, plugin_option
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, STRENGTHS, check_device, plugin_option
 
 if TYPE_CHECKING:
     from sidestep_plugin.previews.prompts import Prompt
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--cfg", type=FiniteFloat(1.0, 30.0), metavar="X", help="Guidance scale.  [default: 7, turbo none]")
 @click.option("--seed", type=WholeNumber(0, 2**32 - 1), metavar="N", help="Seed of the noise.  [default: 42]")
+@STRENGTHS
 @click.option(
     "--device",
     default="auto",
@@ -69,12 +70,13 @@ def preview(
 
     ADAPTER is the folder of a checkpoint, of a finished adapter or of a training. If the training has left its
     previews as latents, and no --dataset-dir is given, these are decoded. In a training's own folder, clips are made
-    with the songs and the settings of those that are there.
+    with the songs and the settings of those that are there. --strengths makes clips at each of several strengths.
 
     \b
-    Example:
+    Examples:
         acestep-train preview adapters/jazz/checkpoints/epoch_20_loss_0.7312 --dataset-dir songs
         acestep-train preview adapters/jazz --prompt "late night jazz, brushes" --without
+        acestep-train preview adapters/jazz --dataset-dir songs --strengths 0.6,0.8,1,1.2
     """
     from sidestep_plugin.previews.clips import ClipRequest, decode_saved, make_clips
 

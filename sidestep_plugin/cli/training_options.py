@@ -11,7 +11,7 @@ import click
 
 from sidestep_plugin.adapters.kinds import DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, Place, WholeNumber
+from sidestep_plugin.options import FiniteFloat, Place, Strengths, WholeNumber
 from sidestep_plugin.recommended import SETTINGS
 
 from .commands import NONE, OURS
@@ -94,6 +94,13 @@ CHECKPOINT_DIR: Final[Decorator] = click.option(
     type=FOLDER,
     metavar="DIR",
     help="Folder of models.  [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints/]",
+)
+STRENGTHS: Final[Decorator] = click.option(
+    "--strengths",
+    type=Strengths(),
+    default="1",
+    metavar="S,S,...",
+    help="Strengths of the adapter, such as 0.6,0.8,1,1.2.  [default: 1, as trained]",
 )
 WINS: Final[Decorator] = click.option(
     "--wins", metavar="NAME", help="Which plugin samples the timesteps, if two of them want to."

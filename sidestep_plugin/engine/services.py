@@ -11,7 +11,7 @@ from ..errors import Refusal
 from ..songs.dataset import songs_in
 from .checkout import place_of
 from .decoders import plain_decoder, undisturbed, without_adapter
-from .ending import in_ram, put, save_checkpoint, save_weights
+from .ending import in_its_place, in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
 from .loggers import log_entries
 from .processes import INTERRUPTED, STOP
@@ -92,6 +92,28 @@ class Services:
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
 
     @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps so far, by upstream's scheduler of the learning rate; 0 before it exists."""
+        journal = self._training.journal
+        return 0 if journal is None or journal.scheduler is None else int(journal.scheduler.last_epoch)
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of those of ``run.variants`` that there are by now."""
+        return [name for name, tensors in self._training.run.variants.items() if tensors() is not None]
+
+    @property
+    def variant(self) -> str:
+        """Which of ``run.variants`` is in the adapter's place now; "" for what is trained."""
+        return self._training.variant
+
+    @property
+    def held(self) -> ResumePoint | None:
+        """The checkpoint that is in the adapter's place while it is saved; None for what is trained."""
+        journal = self._training.journal
+        return None if journal is None else journal.holds
+
+    @property
     def epochs_before(self) -> int:
         """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
         journal = self._training.journal
@@ -121,6 +143,12 @@ class Services:
         """A block in which the model is the base model."""
         return without_adapter(self._training.trainer.module)
 
+    def in_its_place(self, variant: str) -> AbstractContextManager[None]:
+        """A block in which one of :attr:`variants` is in the adapter's place; it is put back bit for bit."""
+        tensors = self._training.run.variants[variant]()
+        assert tensors is not None
+        return in_its_place(self._training, variant, tensors)
+
     def evaluate(
         self,
         songs: Sequence[Path],
@@ -128,6 +156,7 @@ class Services:
         conditions: Sequence[bool],
         *,
         adapter: bool = True,
+        variant: str = "",
     ) -> torch.Tensor:
         """Upstream's loss of each song at each timestep and condition, and nothing is different afterwards.
 
@@ -136,6 +165,7 @@ class Services:
             timesteps: the t, from 0 to 1.
             conditions: with the song's condition (True), the model's null condition (False), or both.
             adapter: whether with the adapter.
+            variant: one of :attr:`variants` in place of it.
 
         Returns:
             The losses, shape [songs, timesteps, conditions], float64 on the CPU; in several processes, those of the
@@ -146,7 +176,10 @@ class Services:
         def done(number: int) -> None:
             self.waiting("Validation", number, len(songs))
 
-        with nullcontext() if adapter else self.without_adapter():
+        block: AbstractContextManager[None] = nullcontext() if adapter else self.without_adapter()
+        if variant:
+            block = self.in_its_place(variant)
+        with block:
             done(0)
             losses = evaluate(module, songs, timesteps, conditions, done=done)
         shared: torch.Tensor = run.gather(losses)[0]

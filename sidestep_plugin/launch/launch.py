@@ -260,6 +260,7 @@ def _prepared(
     handler = in_turns(lambda: _load(model, device, dataset))
     for name, plugin in extra_plugins().items():
         registry.register(plugin, name)
+    options = registry.resolve_options(request.options)  # with the defaults of those that came just now
     folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
     attachment = attach_registry(upstream.module, registry, options, folders, say)
     # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.

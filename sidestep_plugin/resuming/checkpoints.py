@@ -104,8 +104,13 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
     }
-    with replacing(folder / STATE_FILE) as stream:
-        torch.save(content, stream)
+    try:
+        with replacing(folder / STATE_FILE) as stream:
+            torch.save(content, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's own "unexpected pos", raised while it gives up
+            raise error.__context__ from None
+        raise
     return folder / STATE_FILE
 
 

@@ -46,18 +46,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was measured of an adapter.
+
+    Attributes:
+        path: as the user named it.
+        report: what is known about it.
+        strength: what it was multiplied by, beside its own strength.
+        losses: shape [songs, timesteps, conditions], float64.
+        known: how many of the songs it was trained on, as far as its training has noted that.
+    """
+
+    path: Path
+    report: Report
+    strength: float
+    losses: torch.Tensor
+    known: int = 0
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What was measured.
 
     Attributes:
         model: name of the model's folder.
-        known: for each adapter, how many of the songs it was trained on, as far as that is known.
         treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
         songs: names of the songs.
         timesteps: the t.
         conditions: the last axis of the losses: with the condition (True), with the null condition (False).
         before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
-        after: the adapters, and their losses in the same form.
+        after: what was measured of each adapter, at each strength.
     """
 
     model: str
@@ -66,8 +84,7 @@ class Comparison:
     timesteps: tuple[float, ...]
     conditions: tuple[bool, ...]
     before: torch.Tensor
-    after: tuple[tuple[Report, torch.Tensor], ...]
-    known: tuple[int, ...] = ()
+    after: tuple[Measured, ...]
 
     def mean(self, losses: torch.Tensor) -> float:
         """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
@@ -91,6 +108,7 @@ def compare(
     device: str = "auto",
     variant: Variant | None = None,
     held_out: float = 0.0,
+    strengths: Sequence[float] = (1.0,),
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
@@ -101,6 +119,7 @@ def compare(
         model: alias, folder name or path; None: the one that the adapters were trained for.
         dataset_dir: preprocessed songs.
         held_out: evaluate only the songs that ``--validate`` holds out with this value; 0: all songs.
+        strengths: what each adapter is multiplied by in turn, beside its own strength.
         say: takes a line before everything that takes long.
         progress: called with the name of what is evaluated, the number of songs done and their total.
 
@@ -113,7 +132,7 @@ def compare(
     check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
     shapes = decoder_shapes(folder)
-    reports = [_checked(path, shapes, facts.name) for path in adapters]
+    reports = [_checked(path, shapes, facts.name, strengths) for path in adapters]
     restrict_gpus(device)
     where = pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
@@ -130,12 +149,12 @@ def compare(
     layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
+        check_applicable(report.adapter, loaded, facts.name, strengths=strengths)
     conditions = (True,) if null is None else (True, False)
     grid = validation_grid(treatment)
     with attached_to_evaluate(trainer):
         module = _module(trainer, handler)
-        after: list[tuple[Report, torch.Tensor]] = []
+        after: list[Measured] = []
         with without_adapter(module):
 
             def measure(name: str) -> torch.Tensor:
@@ -147,12 +166,14 @@ def compare(
 
             before = measure("the model without adapter")
             for path, report in zip(adapters, reports, strict=True):
-                with applied(report.adapter, layers):
-                    after.append((report, measure(str(path))))
+                for strength in strengths:
+                    with applied(report.adapter, layers, strength):
+                        told = str(path) if len(strengths) == 1 else f"{path} at strength {strength:g}"
+                        known = trained_on(report.adapter.file.path, songs)
+                        after.append(Measured(path, report, strength, measure(told), known))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
-    known = tuple(trained_on(report.adapter.file.path, songs) for report in reports)
-    return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after), known)
+    return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
 
 
 def _model_of(adapters: Sequence[Path]) -> str:
@@ -174,9 +195,9 @@ def _inspected(path: Path) -> Report:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
 
 
-def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> Report:
+def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
     report = _inspected(path)
-    check_applicable(report.adapter, shapes, model, decomposed=True)
+    check_applicable(report.adapter, shapes, model, strengths=strengths)
     return report
 
 

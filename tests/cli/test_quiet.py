@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import COMMAND
 
-NOISE = ("LyCORIS", "\x1b[0;", "bitsandbytes")
+NOISE = ("[LyCORIS]", "\x1b[0;", "bitsandbytes")
 
 
 def printed(*words, **more):

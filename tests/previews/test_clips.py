@@ -144,6 +144,13 @@ def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, k
     assert [row.label for row in read_table(output / "previews").rows] == ["base model", "epoch 2", "final"]
     apart = preview(checkout, output, "--dataset-dir", checkout.tensors, "--seed", 1)
     assert apart.exit_code == 2 and "cannot be compared with these" in apart.output
+    told = ["--dataset-dir", checkout.tensors, "--device", "cpu"]
+    assert preview(checkout, output / "final", *told, "--strengths", "0.5,1").exit_code == 0
+    labels = [row.label for row in read_table(output / "previews").rows]
+    assert labels == ["base model", "epoch 2", "final x 0.5", "final"]
+    half = load_file(output / "previews" / "final_x_0.5" / "01_song_04.safetensors")["latents"]
+    assert not torch.allclose(half, again, atol=1e-2) and not torch.allclose(half, base, atol=1e-2)
+    assert "final x 0.5" in (output / "index.html").read_text(encoding="utf-8")
     nothing = preview(checkout, output / "final")
     assert nothing.exit_code == 2 and "--dataset-dir DIR" in nothing.output
 

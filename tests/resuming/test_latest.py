@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli, quiet
 from sidestep_plugin.resuming import checkpoints
 from sidestep_plugin.resuming.checkpoints import STATE_FILE, newest_checkpoint, read_checkpoint
+from sidestep_plugin.run import ResumePoint
 
 QUICK = ("--batch-size", 2, "--save-every", 1, "--rank", 4, "--alpha", 8, "--device", "cpu")
 
@@ -251,5 +254,26 @@ def test_a_checkpoint_whose_state_found_no_room_is_none(run, tmp_path, monkeypat
     result = run("--epochs", 2)
     assert result.exit_code == 0 and "no training can be resumed from" in result.output, result.output
     second = next((tmp_path / "output" / "checkpoints").glob("epoch_2*"))
+    assert f"resumed from {second}: No space left" in result.output
     assert list(second.rglob("*.safetensors")) and not (second / checkpoints.UPSTREAMS_FILE).exists()
     assert newest_checkpoint(tmp_path / "output")[0].name.startswith("epoch_1")
+
+
+@pytest.mark.parametrize("room", [0, 100, 3_000, 20_000, 60_000])
+def test_a_full_disk_is_an_os_error_wherever_it_ends(tmp_path, monkeypatch, room):
+    """torch's writer raises "unexpected pos" instead when the disk is full at its last bytes."""
+    point = ResumePoint(epochs=1, steps=2, steps_per_epoch=2, optimizer={"state": torch.zeros(20_000)})
+
+    @contextmanager
+    def small(target):
+        class Stream(io.BytesIO):
+            def write(self, content):
+                if self.tell() + len(content) > room:
+                    raise OSError(28, "No space left on device")
+                return super().write(content)
+
+        yield Stream()
+
+    monkeypatch.setattr(checkpoints, "replacing", small)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_resume_state(tmp_path, point)

@@ -24,4 +24,6 @@ def with_links(text: str, repository: str, tag: str) -> str:
 
 if __name__ == "__main__":
     file = ROOT / "README.md"
-    file.write_text(with_links(file.read_text(encoding="utf-8"), sys.argv[1].rstrip("/"), sys.argv[2]), encoding="utf-8")
+    file.write_text(
+        with_links(file.read_text(encoding="utf-8"), sys.argv[1].rstrip("/"), sys.argv[2]), encoding="utf-8"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -108,6 +109,38 @@ def test_an_adapter_of_nan_is_no_candidate(compare, tmp_path):
     )
     done = compare(nan, "--validate", 1)
     assert done.exit_code == 0 and "No adapter gives a loss that is a number" in done.stdout
+
+
+def test_each_adapter_at_several_strengths(compare, tmp_path):
+    """Half the strength is the adapter with half the weights."""
+    pytest.importorskip("matplotlib")
+    one, half = lora(tmp_path / "one", value=0.5), lora(tmp_path / "half", value=0.25)
+    picture = tmp_path / "strengths.png"
+    done = compare(one, half, "--strengths", "0.5,1", "--validate", 1, "--json", "--plot", picture)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["adapters"]
+    assert [entry["strength"] for entry in found] == [0.5, 1.0, 0.5, 1.0]
+    assert [entry["name"].rpartition("/")[2] for entry in found] == ["one x 0.5", "one x 1", "half x 0.5", "half x 1"]
+    assert found[0]["loss_by_t"] == found[3]["loss_by_t"] != found[1]["loss_by_t"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for words in ("0", "1,1", "a", "-1", "11", ""):
+        wrong = compare(one, "--strengths", words)
+        assert wrong.exit_code == 2 and "trength" in wrong.stderr, words
+
+
+def test_the_best_strength_can_be_written_into_a_copy(compare, train, tmp_path):
+    """The last line says the command, and the copy plays so at strength 1."""
+    trained = train("base", max_epochs=1).output / "final"
+    done = compare(trained, "--strengths", "1,2", "--validate", 1)
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("Lowest loss: ")]
+    assert row.split(",")[0].endswith("final x 2"), "after one epoch it can be stronger"
+    words = shlex.split(done.stdout.splitlines()[-1].partition(": ")[2])
+    assert words[1:] == ["export", str(trained), "--to", "universal", "--strength", "2"]
+    assert CliRunner().invoke(cli, [*words[1:], "--output", str(tmp_path / "copy")]).exit_code == 0
+    alike = json.loads(compare(trained, tmp_path / "copy", "--strengths", "1,2", "--validate", 1, "--json").stdout)
+    assert alike["adapters"][2]["loss_by_t"] == pytest.approx(alike["adapters"][1]["loss_by_t"], rel=1e-5)
+    assert "To make a copy" not in compare(trained, "--validate", 1).stdout
 
 
 @pytest.mark.parametrize(
