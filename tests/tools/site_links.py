@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links from a page to files beside docs/ lead to the repository, or are words where none is known."""
+"""A hook of mkdocs: links from a page to files beside docs/ lead to the repository, or are words without one."""
 
 from __future__ import annotations
 
