@@ -54,8 +54,8 @@ def test_every_page_is_on_the_site_once():
 
 
 def test_links_out_of_the_pages_lead_to_the_repository_or_are_words(monkeypatch):
-    page = "See [the house](../ARCHITECTURE.md) and [more](faq.md)."
-    assert site_links.on_page_markdown(page) == "See the house and [more](faq.md)."
+    page = "See [the house](../ARCHITECTURE.md) and [more](page.md)."
+    assert site_links.on_page_markdown(page) == "See the house and [more](page.md)."
     monkeypatch.setattr(site_links, "REPOSITORY", "https://host/owner/name")
     assert "[the house](https://host/owner/name/blob/main/ARCHITECTURE.md)" in site_links.on_page_markdown(page)
 
