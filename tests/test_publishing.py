@@ -22,8 +22,8 @@ def test_the_version_stands_in_one_place():
     assert "version" not in PYPROJECT["project"] and PYPROJECT["project"]["dynamic"] == ["version"]
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sidestep_plugin.__version__"}
     assert importlib.metadata.version("sidestep-plugin") == sidestep_plugin.__version__
-    said = {file.name: file.read_text(encoding="utf-8").count(f'"{sidestep_plugin.__version__}"') for file in HOUSE}
-    assert {name for name, count in said.items() if count} == {"__init__.py"}
+    said = [file for file in HOUSE if f'"{sidestep_plugin.__version__}"' in file.read_text(encoding="utf-8")]
+    assert said == [ROOT / "sidestep_plugin" / "__init__.py"]
 
 
 HOUSE = [ROOT / "pyproject.toml", *(ROOT / "sidestep_plugin").rglob("*.py")]
@@ -54,8 +54,8 @@ def test_every_page_is_on_the_site_once():
 
 
 def test_links_out_of_the_pages_lead_to_the_repository_or_are_words(monkeypatch):
-    page = "See [the house](../ARCHITECTURE.md) and [more](faq.md)."
-    assert site_links.on_page_markdown(page) == "See the house and [more](faq.md)."
+    page = "See [the house](../ARCHITECTURE.md) and [more](page.md)."
+    assert site_links.on_page_markdown(page) == "See the house and [more](page.md)."
     monkeypatch.setattr(site_links, "REPOSITORY", "https://host/owner/name")
     assert "[the house](https://host/owner/name/blob/main/ARCHITECTURE.md)" in site_links.on_page_markdown(page)
 

@@ -21,7 +21,9 @@ def offered(answers: Answers) -> dict[str, str]:
     if not options.get("validate") and options.get("validation_dir") is None and answers.songs >= _FEWEST:
         found["validate"] = f"hold {_held_out(answers)} of the songs out, and find the best epoch with them"
     if not options.get("preview_every"):
-        found["previews"] = f"clips to listen to, every {_every(answers)} epochs"
+        found["previews"] = f"clips to listen to, every {_every(answers)} epochs".replace(
+            "every 1 epochs", "after every epoch"
+        )
     if options.get("export") is None:
         found["comfyui"] = "a copy of every adapter for ComfyUI"
     if options.get("title") is None:

@@ -74,7 +74,7 @@ QUESTIONS: Final = (
     ),
     Question(
         "dataset_dir",
-        lambda _: ["Songs: the folder of .pt files that ACE-Step's preprocessing wrote"],
+        lambda _: ["Songs: the folder of .pt files that acestep-train prepare, or ACE-Step's preprocessing, has made"],
         "Folder",
         lambda _: None,
         checks.songs,
