@@ -306,6 +306,26 @@ def test_songs_replaced_by_others_of_the_same_names_and_sizes_are_told(job, chec
     assert any("songs have changed since the checkpoint" in line for line in job.said)
 
 
+def test_a_checkpoint_is_of_the_songs_that_the_training_began_with(job, checkout, tmp_path):
+    """Also where the folder was another one when it was saved, such as one on a disk that was away for a moment."""
+    songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
+
+    def add_one(_):
+        if not (songs / "song_99.pt").exists():
+            (songs / "manifest.json").unlink(missing_ok=True)
+            song = torch.load(songs / "song_01.pt", weights_only=True)
+            song["target_latents"] += 1.0
+            torch.save(song, songs / "song_99.pt")
+        return True
+
+    job("whole", max_epochs=3, songs=songs, listen=add_one)
+    checkpoint = checkpoint_of(job.output / "whole", 3)
+    facts = json.loads(next(checkpoint.rglob("training_config.json")).read_text(encoding="utf-8"))
+    assert facts["songs"] == len(songs_in(checkout.tensors)) == len(songs_in(songs)) - 1
+    job("again", max_epochs=3, resume_from=checkpoint, songs=checkout.tensors)
+    assert not any("songs have changed since the checkpoint" in line for line in job.said)
+
+
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_checkpoint_with_the_fingerprint_of_an_earlier_version(job, checkout, tmp_path, renamed):
     """Its songs were told by names and sizes: no false alarm, and a true one as before."""
