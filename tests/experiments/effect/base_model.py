@@ -102,7 +102,7 @@ def train(
         parameter.requires_grad_(True)
     average = [parameter.detach().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(trained, lr=preset.base_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done, steps = 0, preset.base_stop or preset.base_steps + preset.base_refined
+    done, steps = 0, preset.base_steps + preset.base_refined
     if file.exists():
         state = torch.load(file, map_location=preset.device, weights_only=True)
         done, average = state["step"], state["average"]

@@ -50,7 +50,7 @@ class Preset:
         hidden, layers, heads: of the decoder; `kv_heads` key-value heads, feed-forward twice as wide as `hidden`.
         channels, frames: of a song's latents.
         base_steps, base_refined, base_batch, base_rate: how the base model is trained (`base_refined` more steps at a
-            third of the rate); `base_stop`: after how many of these steps its training ends, 0 for all of them.
+            third of the rate).
         judged: songs in each set when the base model is judged.
         domains, songs: kinds of target domain, and numbers of training songs ("few", "many").
         seeds: each draws a target domain, its songs, the initial adapter, the order and the noise.
@@ -74,7 +74,6 @@ class Preset:
     frames: int = 24
     base_steps: int = 5000
     base_refined: int = 2500
-    base_stop: int = 0
     base_batch: int = 64
     base_rate: float = 3e-3
     judged: int = 256
@@ -110,7 +109,6 @@ CONDITIONS = replace(
 AVERAGE = replace(
     CPU,
     name="cpu-average",
-    base_stop=3000,
     arms=(LAW_DROP,),
     lengths=(60, 120),
     guidances=(1.0, 3.0),
