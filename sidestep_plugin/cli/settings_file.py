@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.text import is_control
+from sidestep_plugin.text import is_control, sentence
 
 FILE_NAME: Final = "training_options.toml"
 """The file beside every adapter with the options of its training."""
@@ -136,6 +136,8 @@ class SettingsFile:
             raise Refusal(
                 f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {error.message}"
             ) from None
+        except (ValueError, TypeError, OverflowError) as error:  # a plugin's own type, or int(inf)
+            raise Refusal(f"{self.file}: {_written(name)} = {value!r} cannot be used: {sentence(error)}") from None
         return taken
 
 

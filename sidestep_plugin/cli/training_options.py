@@ -192,7 +192,7 @@ def own_option(name: str, metavar: str | None, text: str) -> Decorator:
     flag = f"--{name.replace('_', '-')}"
     if metavar is None:
         return click.option(flag, is_flag=True, default=None, help=text)
-    return click.option(flag, type=int, metavar=metavar, help=text)
+    return click.option(flag, type=WholeNumber(-1, 10**9), metavar=metavar, help=text)
 
 
 def settings_from(arguments: Mapping[str, Any]) -> dict[str, Any]:

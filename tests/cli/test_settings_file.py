@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tomllib
 
+import click
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from sidestep_plugin.cli import cli
-from sidestep_plugin.cli.settings_file import FILE_NAME, write
+from sidestep_plugin.cli.settings_file import FILE_NAME, SettingsFile, write
+from sidestep_plugin.errors import Refusal
 
 FILE = """
 plugin = ["sidestep"]
@@ -132,6 +134,8 @@ def test_without_a_plugin_no_file_is_added(run, tmp_path):
         ("epochs = 8.7", "epochs = 8.7 cannot be used. Correct it: 8.7 is not a whole number."),
         ("epochs = true", "epochs = True cannot be used. Expected a text or a number."),
         ("epochs = [1]", "epochs = [1] cannot be used. Expected a text or a number."),
+        ("lokr-factor = inf", "lokr-factor = inf cannot be used. Correct it: inf is not a whole number."),
+        ("lokr-factor = 4.7", "lokr-factor = 4.7 cannot be used. Correct it: 4.7 is not a whole number."),
         ("learning-rate = nan", "learning-rate = nan cannot be used."),
         ("adapter-type = 'loha'", "adapter-type = 'loha' cannot be used. Correct it: 'loha' is not one of"),
         ("overwrite = 'yes'", "overwrite = 'yes' cannot be used. Expected true or false."),
@@ -149,6 +153,14 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, text, says):
     assert done.exit_code == 2 and says in done.stderr, done.stderr
     assert "jazz.toml" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "output").exists()
+
+
+def test_what_a_plugins_own_type_cannot_read_is_refused(tmp_path):
+    """click's int makes a traceback of infinity."""
+    file = tmp_path / "jazz.toml"
+    command = click.Command("train", params=[click.Option(["--bands"], type=int)])
+    with pytest.raises(Refusal, match="bands = inf cannot be used: cannot convert float infinity to integer."):
+        SettingsFile(file, {"bands": float("inf")}).checked(command.params, click.Context(command))
 
 
 def test_a_file_that_is_not_there(tmp_path):
