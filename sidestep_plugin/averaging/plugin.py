@@ -43,7 +43,8 @@ def acestep_options() -> list[click.Option]:
 def engine_planned(run: Run) -> list[str] | None:
     """Begin a mean, or go on with the checkpoint's. Raises Refusal when that is damaged."""
     if not run.options["average"]:
-        return None
+        left = run.resuming and run.kept.get(NAME) is not None
+        return ["Note: the checkpoint's average ends here: this run is without --average."] if left else None
     kept = run.kept.get(NAME)
     averaging = run.state[_KEY] = _Averaging(run, RunningMean() if kept is None else RunningMean.from_state(kept))
     run.variants[NAME] = averaging.tensors

@@ -274,6 +274,7 @@ def _facts(
     if title is not None:
         facts["title"] = title
     if len(reports) > 1:
+        facts = {key: value for key, value in facts.items() if not key.startswith("average_")}
         facts |= {"average_of": ", ".join(told)[:1000], "average_energy": round(done.energy, 6)}
     return facts
 

@@ -359,6 +359,11 @@ def test_the_last_checkpoints_of_a_training(training, load, tmp_path):
     found = merged(output)
     for name in before:
         torch.testing.assert_close(found[name], sum(w[name] for w in mean) / 3, rtol=0.0, atol=1e-6)
+    told = json.loads((folders[-1] / "training_config.json").read_text(encoding="utf-8")) | {"average_steps": 7}
+    (folders[-1] / "training_config.json").write_text(json.dumps(told), encoding="utf-8")
+    assert run(training, "--last", 2, "--output", tmp_path / "again").exit_code == 0
+    again = json.loads((tmp_path / "again" / "training_config.json").read_text(encoding="utf-8"))
+    assert "average_steps" not in again, "it was true of one of them"
     said = CliRunner().invoke(cli, ["inspect", str(output)]).output
     assert "  Mean of:   epoch 2, epoch 3, epoch 4\n" in said and "unchanged since saving" in said
     assert run(training, "--last", 2, "--output", output).exit_code == 2

@@ -196,6 +196,10 @@ def test_it_begins_where_a_checkpoint_has_none(train, capsys):
     assert "Note: the average begins here: the checkpoint has none." in capsys.readouterr().out
     _, facts = saved(second.output / "final" / "average", "lora")
     assert facts["average_of"].startswith("the weights after optimizer steps 3 to 4,")
+    (checkpoint,) = second.output.glob("checkpoints/epoch_2*")
+    third = train("base", max_epochs=3, resume_from=str(checkpoint), **SETTINGS)
+    assert "Note: the checkpoint's average ends here: this run is without --average." in capsys.readouterr().out
+    assert not (third.output / "final" / "average").exists()
 
 
 @pytest.fixture
