@@ -21,6 +21,7 @@ from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
 from sidestep_plugin.variants import words_of
 
+_SONGS: Final = "sidestep.number_of_songs"
 _VERSIONS: Final = ("sidestep-plugin", "torch", "peft", "lycoris-lora", "safetensors")
 
 # Upstream's TrainingConfig has turbo's shift and steps for every model, and local folders.
@@ -73,7 +74,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "dropout": _first(adapter, "dropout", "lora_dropout"),
         "target_modules": _names(getattr(adapter, "target_modules", None)),
         "trained_layers": None,
-        "songs": _songs(run.tensor_dir),
+        "songs": songs_of(run),
         "epoch": None,
         "global_step": None,
         "training_steps": run.steps,
@@ -117,8 +118,13 @@ def _trained_layers(weights: Path) -> int | None:
         return None
 
 
-def _songs(folder: Path | None) -> int | None:
-    return None if folder is None or not folder.is_dir() else len(songs_in(folder)) or None
+def songs_of(run: Run) -> int | None:
+    """The number of songs in the dataset folder when this was first asked: the folder may change while it trains."""
+    if _SONGS not in run.state:
+        folder = run.tensor_dir
+        run.state[_SONGS] = None if folder is None or not folder.is_dir() else len(songs_in(folder)) or None
+    songs: int | None = run.state[_SONGS]
+    return songs
 
 
 def _training_settings(config: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sidestep_plugin.options import Line
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.timesteps.treatment import other_sampler, treatment_of
 
-from .facts import describe_adapter, describe_run
+from .facts import describe_adapter, describe_run, songs_of
 
 
 @hookimpl
@@ -46,6 +46,7 @@ def acestep_options() -> list[click.Option]:
 
 @hookimpl
 def acestep_run_started(run: Run) -> None:
+    songs_of(run)
     run.describe = partial(describe_run, run, treatment_of(run), other_sampler(run))
 
 

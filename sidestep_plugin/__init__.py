@@ -12,9 +12,11 @@ Importing this package imports nothing else: each name is fetched when it is fir
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
 
+TYPE_CHECKING = False  # typing's own takes milliseconds to import, in which Ctrl-C would end with a traceback
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from .engine.attachment import Attachment, attach
     from .errors import DetachError, PluginError, Refusal, UpstreamMismatch
     from .hookspecs import hookimpl

@@ -44,7 +44,7 @@ _as_found: Final[dict[int, Any]] = {}
 """What the first of them has found: the handlers of a program that did not take anything over."""
 
 
-def take_over(handler: Handler) -> dict[int, Any]:
+def take_over(handler: Handler | signal.Handlers) -> dict[int, Any]:
     """Let a function handle these signals from now on.
 
     A signal that was ignored when the program was started, as by nohup or in the background of a script, stays ignored,
@@ -52,7 +52,7 @@ def take_over(handler: Handler) -> dict[int, Any]:
     handlers.
 
     Args:
-        handler: called with the signal's number and the frame, in the main thread.
+        handler: called with the signal's number and the frame, in the main thread; or SIG_IGN.
 
     Returns:
         The handlers that were there before, by signal.

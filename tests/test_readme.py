@@ -60,6 +60,7 @@ def test_every_command_in_the_text_has_a_test():
         ".venv/bin/acestep-train inspect acestep-demo/output/base-lora",  # .ci/run, after the first command
         "acestep-train estimate",  # cli/test_estimate.py
         "acestep-train train --help",  # cli/test_train.py
+        "acestep-train estimate",  # cli/test_estimate.py
         "acestep-train prepare music --model base --output songs",  # preparing/test_command.py
         "acestep-train timesteps --model base --plot timesteps.png",  # test_docs.py
     }
@@ -72,6 +73,7 @@ def cli(*arguments, cwd, trains=True):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment)
 
 
+@pytest.mark.slow
 def test_training_from_the_checkouts_folder(checkout, tmp_path):
     """With no more options than the README's: checkout and models are found from the current directory."""
     from sidestep_plugin import miniature
@@ -103,6 +105,7 @@ def test_pages_that_a_reader_needs_are_linked(page):
     assert f"]({page})" in README.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 

@@ -38,7 +38,7 @@ def write_adapter(
     Raises:
         OSError: the folder cannot be written. An older adapter in it is not changed.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     told = dict(facts) | {"adapter_type": kind.name}
     if kind.alpha_in_config:
@@ -46,7 +46,8 @@ def write_adapter(
     with staged(folder) as stage:
         weights = stage / kind.weight_name
         header = {} if kind.alpha_in_config else _kept(like.file.metadata)
-        save_file(_tensors(kind, layers), weights, metadata=header | {"format": header.get("format", "pt")})
+        # save_file() would tell of a full disk by an error of its own, which is no OSError.
+        weights.write_bytes(save(_tensors(kind, layers), header | {"format": header.get("format", "pt")}))
         if kind.alpha_in_config:
             config = json.dumps(without_nan(_configuration(layers, told, like)), indent=2, sort_keys=True) + "\n"
             (stage / "adapter_config.json").write_text(config, encoding="utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import os
+import signal
 import sys
 from typing import Final
 
@@ -99,6 +101,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="acestep-plain")
     signals.take_over(signals.leave)
+    atexit.register(signals.take_over, signal.SIG_IGN)  # runs last; Python then puts back every handler that is ours
     try:
         cli(prog_name="acestep-train")
     except SystemExit as ended:  # a signal that comes now changes nothing of how it ended

@@ -243,10 +243,9 @@ def _notes(done: Comparison, names: Sequence[str]) -> list[str]:
         if any(before.report is report for before in done.after[: done.after.index(one)]):
             continue  # it was noted at another strength
         if one.known:
-            these = "this" if len(done.songs) == 1 else "these"
             notes.append(
-                f"Note: {name} was trained on {one.known} of {these} {counted(len(done.songs), 'song')}, which makes "
-                "it look better than it is."
+                f"Note: {name} was trained on {one.known} of {'this' if len(done.songs) == 1 else 'these'} "
+                f"{counted(len(done.songs), 'song')}, which makes it look better than it is."
             )
         trained_for = report.facts.get("model_name")
         if trained_for and trained_for != done.model:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,24 +65,29 @@ def ended_by_signals(context: click.Context) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(launch: Launch, progress: Progress) -> Iterator[Callable[[], bool]]:
+def interruptible(launch: Launch, progress: Progress) -> Iterator[Stop]:
     """Let signals end the training after the running step; a second Ctrl-C ends it at once."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[_BEGAN] = True
-    stop = _Stop(launch, progress)
+    stop = Stop(launch, progress)
     with signals.taken_over(stop):
         try:
-            yield lambda: stop.asked
+            yield stop
         except KeyboardInterrupt:
             say(AT_ONCE, err=True)
             sys.exit(INTERRUPTED)
 
 
-class _Stop:
-    """Presses the training's stop button."""
+class Stop:
+    """Presses the training's stop button.
+
+    Attributes:
+        asked: whether a signal has come.
+        complete: to be set once the training has said that it is complete: nothing can be stopped any more.
+    """
 
     def __init__(self, launch: Launch, progress: Progress) -> None:
-        self.asked = False
+        self.asked = self.complete = False
         self._launch, self._progress = launch, progress
         self._pid, self._several = os.getpid(), ranks().several
 
@@ -91,12 +96,18 @@ class _Stop:
             return signals.in_child(number)
         let_go()
         before, self.asked = self.asked, True
+        if self.complete:
+            if before and number in signals.TYPED:
+                os._exit(0)
+            return None
         self._launch.state["should_stop"] = True
         if self._several:  # all of them stop after the same step; whoever started them ends them at once if asked to
             self._launch.state["interrupted"] = True
         elif not before:
             again = " Press Ctrl-C again to stop at once." if number in signals.TYPED else ""
-            _say(self._progress, f"Stopping after this step, and saving.{again}")
+            done = self._progress.step >= self._launch.total_steps
+            what = "All steps are done; what is left is to save." if done else "Stopping after this step, and saving."
+            _say(self._progress, f"{what}{again}")
         elif number in signals.TYPED:
             signal.signal(number, signal.SIG_DFL)
             raise signals.Interrupted

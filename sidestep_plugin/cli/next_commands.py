@@ -25,6 +25,8 @@ def next_commands(request: Request, state: str) -> list[tuple[str, str]]:
     Returns:
         Purposes and commands, quoted for this system's shell.
     """
+    from sidestep_plugin.report.ending import best_place
+
     output = request.output_dir
     overview = ("See what was saved, with losses:", _line("list", output))
     if state == "training":
@@ -32,13 +34,14 @@ def next_commands(request: Request, state: str) -> list[tuple[str, str]]:
     if state != "finished":
         saved = (output / "interrupted").is_dir() or any((output / "checkpoints").glob("*"))
         return [("Resume it:", resuming_line(request)), overview] if saved else []
-    final, best = output / "final", output / "checkpoints" / "best"
+    final, best = output / "final", best_place(output)
     where = [word for flag, place in _places(request) for word in (flag, str(place)) if place is not None]
     model = ["--model", request.model]
     songs = ["--dataset-dir", str(request.dataset_dir)]
     listen = _line("preview", final, *songs, *(model if re.search(r"[\\/]", request.model) else ()), *where)
     commands = [("Listen to it, beside the model without it:", listen)]
-    if _epoch_of(best) not in (None, _epoch_of(final)) and (held_out := _held_out(request, songs)):
+    another = best is not None and _epoch_of(best) not in (None, _epoch_of(final))
+    if another and (held_out := _held_out(request, songs)):
         compare = _line("compare", final, best, *model, *held_out, *where)
         commands.append(("Compare it with the best epoch, on songs that it has not seen:", compare))
     else:

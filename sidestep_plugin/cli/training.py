@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from sidestep_plugin.text import counted
 from . import quiet
 from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
-from .interrupts import interruptible
+from .interrupts import Stop, interruptible
 from .next_commands import next_commands
 from .resumed import resumed_with, settings_to_resume
 from .terminal import say
@@ -61,22 +60,21 @@ def _train(request: Request) -> None:
     launch = prepare(request, say=progress.say, extra_plugins=lambda: extra, kept=settings_to_resume)
     if launch.request.resume_from is not None:
         progress.say(resumed_with(request.plugins, launch.request.resume_from))
-    with interruptible(launch, progress) as interrupted:
-        failure = _run(launch, progress, interrupted)
+    with interruptible(launch, progress) as stop:
+        failure = _run(launch, progress, stop)
         if not ranks().several:
             _say_how_it_ended(launch, progress, failure)
             return
     if failure is not None:
-        tell_failure(failure, asked_to_end=interrupted())
+        tell_failure(failure, asked_to_end=stop.asked)
         sys.exit(FAILED)
     if ranks().first:  # it has saved the adapter, or says why not
         _say_how_it_ended(launch, progress, None)
 
 
-def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) -> str | None:
+def _run(launch: Launch, progress: Progress, stop: Stop) -> str | None:
     """Train | returns why it failed, None if it was finished | raises Refusal; exits when it was interrupted."""
     failure: str | None = None
-    finished = False
     told_otherwise: tuple[str, ...] = ("Epoch", "✅ Epoch", "⏹")  # by the progress display
     if click.get_current_context().info_name == "demo":  # nobody has typed --overwrite there
         told_otherwise += ("Note: --overwrite:", "Note: removed")
@@ -86,7 +84,7 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
         progress.begin(launch.steps_per_epoch, launch.epochs, launch.total_steps)
         try:
             for _, _, message in launch.messages():
-                finished = finished or message.startswith(_COMPLETE)
+                stop.complete = stop.complete or message.startswith(_COMPLETE)
                 if message.startswith("❌"):
                     failure = f"ACE-Step: {message.removeprefix('❌').strip()}"
                 elif not message.startswith(told_otherwise):
@@ -98,8 +96,8 @@ def _run(launch: Launch, progress: Progress, interrupted: Callable[[], bool]) ->
             raise refusal
         if refusal is not None:
             failure = str(refusal)
-        stopped = interrupted() or bool(launch.state.get("interrupted"))  # by a signal, or by --time-limit
-        if failure is None and stopped and not finished and progress.step < launch.total_steps:
+        stopped = stop.asked or bool(launch.state.get("interrupted"))  # by a signal, or by --time-limit
+        if failure is None and stopped and not stop.complete and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
     return failure

@@ -29,15 +29,27 @@ def best_line(output: Path, final: Mapping[str, Any]) -> str | None:
         change = float((entry["variants"][variant] if variant else entry)["change"])
     except (OSError, ValueError, TypeError, LookupError, StopIteration):
         return None
-    place = validation.get("best_in")  # the folder may hold another adapter: the training has looked
+    place = best_place(output)
     which = f" ({variant})" if variant else ""
     told = f"Best epoch: {best}{which}, validation loss {100 * change:+.2f} % vs. no adapter"
-    told += f", in {output / place}" if isinstance(place, str) and (output / place).is_dir() else ""
+    told += f", in {place}" if place is not None else ""
     if final.get("validation_epoch") == best and not variant:
         return f"{told}; final is the same"
     if isinstance(other := final.get("validation_change"), float):
         return f"{told}; final: {100 * other:+.2f} %"
     return f"{told}; final was not validated"
+
+
+def best_place(output: Path) -> Path | None:
+    """The folder with the best adapter of a training, as its report says; None if its adapter is in no checkpoint.
+
+    ``checkpoints/best`` itself may hold another epoch's: the training has looked, and found out if it could be saved.
+    """
+    try:
+        place = read_json_object(output / REPORT)["validation"]["best_in"]
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    return output / place if isinstance(place, str) and (output / place).is_dir() else None
 
 
 def page_in(output: Path) -> Path | None:

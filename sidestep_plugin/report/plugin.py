@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,8 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
             stream.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode("utf-8"))
         lines.append(f"Report: {folder / FILE_NAME}" + (f", page: {PAGE}" if page is not None and page.written else ""))
     except OSError as error:
+        with suppress(OSError):  # an older one would pass for that of this training
+            (folder / FILE_NAME).unlink(missing_ok=True)
         lines.append(f"Warning: no report could be written to {folder}: {error.strerror or error}.")
     return [line for line in lines if line] if ending == "finished" else None
 

@@ -104,14 +104,23 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
         "scheduler": None if upstreams else point.scheduler,
         "files": {name: _sum_of(folder / name) for name in names},
     }
-    try:
-        with replacing(folder / STATE_FILE) as stream:
+    with replacing(folder / STATE_FILE) as stream:
+        try:
             torch.save(content, stream)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's own "unexpected pos", raised while it gives up
-            raise error.__context__ from None
-        raise
+        except RuntimeError as error:  # of a full disk, torch tells how many bytes its archive lacks
+            if (reason := _no_room(error)) is None:
+                raise
+            raise reason from error
     return folder / STATE_FILE
+
+
+def _no_room(error: BaseException) -> OSError | None:
+    """The error of the disk behind one of torch's; None if there is none."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        if isinstance(before, OSError):
+            return before
+        error = before
+    return None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

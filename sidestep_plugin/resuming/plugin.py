@@ -71,6 +71,8 @@ WHEN_OFF: Final = {
 }
 """Facts that are left out when the feature is off, and what they mean then."""
 
+_SONGS: Final = "sidestep.songs_at_the_start"
+
 
 @hookimpl
 def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
@@ -79,7 +81,7 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
         return None
     try:
         kept = point.kept or {name: tell() for name, tell in run.keeps.items()}
-        write_resume_state(saved.folder, dataclasses.replace(point, songs=fingerprint(run.tensor_dir), kept=kept))
+        write_resume_state(saved.folder, dataclasses.replace(point, songs=run.state[_SONGS], kept=kept))
     except OSError as error:
         # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
         (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)
@@ -99,6 +101,7 @@ def engine_opening(run: Run) -> list[str]:
     run.saves = newest_save_number(folder)
     if not run.ranks.first:
         return []
+    run.state[_SONGS] = fingerprint(run.tensor_dir)  # now: a folder may change while its songs are trained on
     warning = None
     if not run.engine.ends_the_program:
         lock = OutputLock(folder)

@@ -56,7 +56,7 @@ def settings_to_start_from(
     if report.adapter.kind != kind:
         found, wanted = BY_NAME[report.adapter.kind].title, BY_NAME[kind].title
         raise Refusal(
-            f"--init-from {adapter} is a {found}, and a {wanted} was asked for. Choose --adapter-type "
+            f"--init-from {adapter} is a {found}, and a {wanted} was asked for. Use --adapter-type "
             f"{report.adapter.kind}."
         )
     own = {name: report.facts.get(name) for name in _ADAPTERS} | {

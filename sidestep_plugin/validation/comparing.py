@@ -54,7 +54,7 @@ class Measured:
         report: what is known about it.
         strength: what it was multiplied by, beside its own strength.
         losses: shape [songs, timesteps, conditions], float64.
-        known: how many of the songs it was trained on, as far as its training has noted that.
+        known: how many of the songs it was trained on, as far as that is known.
     """
 
     path: Path
@@ -166,10 +166,10 @@ def compare(
 
             before = measure("the model without adapter")
             for path, report in zip(adapters, reports, strict=True):
+                known = trained_on(report.adapter.file.path, songs)
                 for strength in strengths:
                     with applied(report.adapter, layers, strength):
                         told = str(path) if len(strengths) == 1 else f"{path} at strength {strength:g}"
-                        known = trained_on(report.adapter.file.path, songs)
                         after.append(Measured(path, report, strength, measure(told), known))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)

@@ -4,6 +4,7 @@ PEFT and LyCORIS make the adapters and play the results; what they add to a laye
 """
 
 import json
+import os
 import re
 import shutil
 
@@ -426,3 +427,21 @@ def test_nothing_of_the_adapters_is_changed(training, tmp_path):
     before = contents()
     assert run(training, "--last", 2, "--output", tmp_path / "mean").exit_code == 0
     assert contents() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files as a full disk does")
+@pytest.mark.parametrize("command", ["average", "universal"])
+def test_a_full_disk_is_told_in_one_line(by_peft, tmp_path, command):
+    """safetensors has an error of its own for it, which is none of Python's."""
+    import resource
+
+    by_peft("one", 1)
+    words = {"average": ["average", "--to-rank", "2"], "universal": ["export", "--to", "universal"]}[command]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        done = CliRunner().invoke(cli, [*words, str(tmp_path / "one"), "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1, done.output
+    assert not list(tmp_path.glob(".out.*")) and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The tables of docs/readers.md are what the programs' rules give (``python tests/tools/readers_table.py``)."""
+"""The tables of docs/readers.md are what the programs' rules give; ``tests/tools/readers_table.py`` writes them."""
 
 import pytest
 

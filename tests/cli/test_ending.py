@@ -71,17 +71,25 @@ def saved(folder, **facts):
     return facts
 
 
+def reported(output, **validation):
+    (output / "training_report.json").write_text(json.dumps({"validation": validation}), encoding="utf-8")
+
+
 def test_the_best_epoch_is_compared_where_it_is_another_one(tmp_path):
     saved(tmp_path / "final" / "adapter", epoch=9)
     assert [command.split()[1] for _, command in next_commands(request(tmp_path, validate=2.0), "finished")] == [
         *("preview", "list", "export")
     ]
     saved(tmp_path / "checkpoints" / "best", epoch=3)
+    reported(tmp_path, best_epoch=3, best_in="checkpoints/best")
     (_, (_, compare), _) = next_commands(request(tmp_path, validate=2.0), "finished")
     assert "checkpoints/best" in Path(shlex.split(compare)[3]).as_posix() and compare.endswith("--validate 2")
     (_, (_, compare), _) = next_commands(request(tmp_path, validation_dir=tmp_path / "other songs"), "finished")
     assert shlex.split(compare)[-1] == str(tmp_path / "other songs")
     (_, (_, other), _) = next_commands(request(tmp_path), "finished")  # best by ACE-Step's own --val-split
+    assert other.split()[1] == "list"
+    reported(tmp_path, best_epoch=7, best_in=None)  # there was no room for it, and epoch 3 is the best before
+    (_, (_, other), _) = next_commands(request(tmp_path, validate=2.0), "finished")
     assert other.split()[1] == "list"
 
 

@@ -77,6 +77,7 @@ def facts_of(folder):
     return json.loads((folder / "final" / "adapter" / "training_config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_from_nothing_to_an_adapter(answer_in_a_terminal, place, monkeypatch):
     seen = answer_in_a_terminal(
         (MODEL, ""), (SONGS, "my songs"), (SAVE, ""), (KIND, ""), (EPOCHS, "2"), (RANK, "4"), (START, "")

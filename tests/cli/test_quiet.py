@@ -38,6 +38,7 @@ def test_warnings_about_optional_packages_are_left_out(capsys):
     assert capsys.readouterr().err == "ACE-Step: something that matters\n"
 
 
+@pytest.mark.slow
 def test_check_begins_with_what_was_asked(tmp_path, checkout):
     line = ("check", "--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints)
     assert printed(*line).startswith("ACE-Step: ")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,8 +64,8 @@ def test_somebody_elses_program_gets_the_handlers_of_the_start(found):
 def stop(found, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = []
-    launch = SimpleNamespace(state={"should_stop": False})
-    made = interrupts._Stop(launch, SimpleNamespace(say=said.append))
+    launch = SimpleNamespace(state={"should_stop": False}, total_steps=4)
+    made = interrupts.Stop(launch, SimpleNamespace(say=said.append, step=3))
     made.said = said
     with signals.taken_over(made):
         yield made
@@ -86,6 +87,26 @@ def test_several_signals_of_one_event_are_one(stop):
     assert len(stop.said) == 1
     with pytest.raises(KeyboardInterrupt):  # somebody is there after all, and does not want to wait
         signal.raise_signal(signal.SIGINT)
+
+
+def test_there_is_no_step_to_stop_after_when_all_are_done(stop):
+    stop._progress.step = 4
+    signal.raise_signal(signal.SIGINT)
+    assert stop.said == ["All steps are done; what is left is to save. Press Ctrl-C again to stop at once."]
+
+
+@pytest.mark.parametrize("before", [(), (signal.SIGINT,)])
+def test_a_training_that_has_said_that_it_is_complete_cannot_be_interrupted_any_more(stop, monkeypatch, before):
+    """Its adapter is saved. Only who asked twice does not get to see the last lines."""
+    for number in before:
+        signal.raise_signal(number)
+    ended, said = [], list(stop.said)
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    stop.complete = True
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.said == said and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert stop.said == said and ended == [0]
 
 
 def test_a_signal_in_the_middle_of_a_line_does_not_fail_the_training(stop, capfd):
@@ -165,6 +186,53 @@ def test_a_signal_before_the_first_line(tmp_path, number):
     with running(line, stderr=subprocess.PIPE, env=environment, preexec_fn=_listening) as process:
         out, errors = process.communicate()
     assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+def test_ctrl_c_in_the_very_first_import():
+    """Of what takes the signals over, before it could."""
+    code = (
+        "import os, signal, sys\n"
+        "from sidestep_plugin.__main__ import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'sidestep_plugin.signals': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv[1:] = ['plugins']\n"
+        "main()\n"
+    )
+    with running([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=_listening) as process:
+        out, errors = process.communicate()
+    assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+def test_next_to_nothing_is_imported_before_ctrl_c_is_taken_over():
+    """What Python has imported by then shows where it was when Ctrl-C is pressed."""
+    code = (
+        "import __future__, importlib, os, signal, sys\n"
+        "before = set(sys.modules)\n"
+        "import sidestep_plugin.__main__\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    line = [sys.executable, "-S", "-c", code]  # without site, which imports what the environment happens to need
+    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[1])}
+    done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", env=environment)
+    assert done.stdout.split() == ["sidestep_plugin", "sidestep_plugin.__main__"], done.stderr
+
+
+def test_ctrl_c_while_python_ends_changes_nothing_of_how_it_ended():
+    """Python puts its own handlers back at its very end, and the one for Ctrl-C would end it by the signal."""
+    code = (
+        "import signal, sys\n"
+        "from sidestep_plugin.cli import main\n"
+        "class Last:\n"
+        "    def __del__(self, end=signal.raise_signal, number=signal.SIGINT): end(number)\n"
+        "sys.kept = Last()\n"
+        "sys.argv[1:] = ['schedule']\n"
+        "main()\n"
+    )
+    with running([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=_listening) as process:
+        out, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "") and "0.9545" in out
 
 
 def test_a_signal_inside_of_exec_is_no_death_by_sigint():

@@ -154,6 +154,7 @@ def test_variant_settles_and_is_reported(run):
     assert "Note: --variant turbo contradicts config.json: is_turbo = false" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_path, kind):
@@ -677,6 +678,7 @@ def test_an_adapter_that_is_no_number_any_more_is_not_saved_over_a_good_one(run,
 # -- what is said before it starts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_takes_time_is_said_before_it_is_loaded(checkout, tmp_path):
     if checkout.real:
         pytest.skip("a process of its own imports the checkout's own environment; see the whole job above")
@@ -739,6 +741,7 @@ def test_a_warm_up_that_ace_step_shortens_is_said(run, trainer, monkeypatch, mor
 # -- looks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     if checkout.real:
@@ -786,6 +789,7 @@ def test_a_program_that_the_shell_finds_is_called_by_its_name(tmp_path, monkeypa
     assert program() == "acestep-train"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="closes a POSIX pipe")
 def test_a_training_goes_on_when_nobody_looks_any_more(tmp_path):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]

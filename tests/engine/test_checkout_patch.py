@@ -193,6 +193,7 @@ def test_an_empty_variable_attaches_nothing(patched):
     assert "attached: []" in import_in(patched, ACESTEP_PLUGINS="")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment, told",
     [

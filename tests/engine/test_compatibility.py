@@ -129,6 +129,7 @@ def old_torchao(tmp_path):
     return os.environ | {"PYTHONPATH": path}
 
 
+@pytest.mark.slow
 def test_a_lora_that_peft_refuses_is_said_by_check_and_before_a_model_is_loaded(tmp_path, old_torchao):
     built = miniature.build(tmp_path / "miniature", models=["acestep-v15-base"])
     folders = ["--acestep-root", str(built.root), "--checkpoint-dir", str(built.checkpoints)]

@@ -60,6 +60,7 @@ def run(checkout):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -171,6 +172,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_that_the_program_starts_get_the_plugins_too(checkout, run):
     (checkout / "worker.py").write_text(WORKER, encoding="utf-8")
     done = run("--plugin", "sidestep", "--cfg-ratio", "0.25", "--", "worker.py", PYTHONPATH=str(checkout))
@@ -232,6 +234,7 @@ def test_without_a_plugin_training_v2_is_left_alone(with_training_v2, run):
     assert done.returncode == 0 and "trained" in done.stdout and "training_v2" not in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_patched_checkout_training_v2_trains_and_the_log_says_what_takes_no_part(with_training_v2, checkout):
     from sidestep_plugin.engine import checkout_patch
 

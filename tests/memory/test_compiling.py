@@ -57,6 +57,7 @@ def skip_if_dropout_differs(checkpointing):
         pytest.skip(f"transformers {version}; ACE-Step asks for a version before 4.58")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind, checkpointing):

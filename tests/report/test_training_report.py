@@ -108,6 +108,17 @@ def test_a_report_that_cannot_be_written_costs_no_adapter(train, monkeypatch):
     assert done.tensors and any("no report could be written" in line for line in done.messages)
 
 
+def test_an_older_report_does_not_pass_for_that_of_this_training(train, monkeypatch):
+    from sidestep_plugin.report import plugin as training_report
+
+    def full(file):
+        file.write_text('{"validation": {"best_in": "checkpoints/best"}}', encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_report, "replacing", full)
+    assert not (train("base").output / training_report.FILE_NAME).exists()
+
+
 def test_steps_fetch_nothing_from_the_device(train, monkeypatch):
     """Values are looked at once an epoch: here the looking is counted."""
     from sidestep_plugin.report import plugin as training_report

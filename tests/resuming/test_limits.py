@@ -173,7 +173,7 @@ def test_its_size_is_taken_over_and_another_one_refused(train):
         settings_to_start_from(adapter, "lora", {}, {"rank": 8})
     with pytest.raises(Refusal, match="has alpha 8, and --alpha is 16. Leave --alpha out."):
         settings_to_start_from(adapter, "lora", {}, {"alpha": 16})
-    with pytest.raises(Refusal, match="is a LoRA, and a LoKr was asked for. Choose --adapter-type lora"):
+    with pytest.raises(Refusal, match="is a LoRA, and a LoKr was asked for. Use --adapter-type lora"):
         settings_to_start_from(adapter, "lokr", {}, {})
     with pytest.raises(Refusal, match="No adapter at"):
         settings_to_start_from(adapter / "nowhere", "lora", {}, {})

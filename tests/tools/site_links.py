@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links from a page to files beside docs/ lead to the repository, or are words without one."""
+"""A hook of mkdocs: a link to a file beside docs/ leads to the repository, or is words where none is known."""
 
 from __future__ import annotations
 

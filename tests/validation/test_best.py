@@ -118,6 +118,7 @@ def test_a_best_adapter_that_is_nowhere_is_not_spoken_of(train, capsys):
     assert "Validation: best epoch 3" in said and read_checkpoint(output / "checkpoints" / "best").point.epochs == 3
 
 
+@pytest.mark.slow
 def test_another_output_folder_gets_the_best_adapter_too(train, overfitting, tmp_path, capsys):
     options = {"validate": 4, "validate_every": 1, "patience": 3}
     settings = {"tensors": overfitting, "max_epochs": 40, "learning_rate": 3e-3}
@@ -225,6 +226,7 @@ def test_resuming_a_training_that_patience_has_ended_changes_nothing(run, tmp_pa
     assert f"Validation after epoch {epochs}:" not in on.output
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_when_patience_had_ended_it_is_finished_at_once(train, overfitting, capsys):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
     settings = {"tensors": overfitting, "max_epochs": 40, "learning_rate": 3e-3}

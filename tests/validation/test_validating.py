@@ -155,7 +155,7 @@ def test_without_lightning_it_is_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("lightning", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_resuming_from_best_equals_an_unbroken_training(
     train,
     trainer,

@@ -109,7 +109,6 @@ CONDITIONS = replace(
 AVERAGE = replace(
     CPU,
     name="cpu-average",
-    base_refined=0,
     arms=(LAW_DROP,),
     lengths=(60, 120),
     guidances=(1.0, 3.0),
