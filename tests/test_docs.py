@@ -142,7 +142,8 @@ def test_the_script_for_batch_jobs(tmp_path):
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, songs=4)
-    (script,) = re.findall(r"```bash\n(.*?)```", PAGES["several-gpus.md"], flags=re.DOTALL)
+    scripts = re.findall(r"```bash\n(.*?)```", PAGES["several-gpus.md"], flags=re.DOTALL)
+    (script,) = [script for script in scripts if script.startswith("resume=")]
     command = f"exec {shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
     script = script.replace("--yes", '--yes --epochs "$EPOCHS" --save-every 100 --device cpu')
     line = ["bash", "-euc", script.replace("acestep-train", command)]

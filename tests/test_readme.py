@@ -58,8 +58,8 @@ def test_every_command_in_the_text_has_a_test():
     found = {" ".join(command.split()) for command in re.findall(r"`([^`]*)`", text) if " " in command}
     assert {command for command in found if re.match(r"(\S*/)?(acestep|pip|python|git)", command)} == {
         ".venv/bin/acestep-train inspect acestep-demo/output/base-lora",  # .ci/run, after the first command
-        "acestep-train train --help",  # cli/test_train.py
         "acestep-train estimate",  # cli/test_estimate.py
+        "acestep-train train --help",  # cli/test_train.py
         "acestep-train prepare music --model base --output songs",  # preparing/test_command.py
         "acestep-train timesteps --model base --plot timesteps.png",  # test_docs.py
     }

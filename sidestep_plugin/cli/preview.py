@@ -79,6 +79,7 @@ def preview(
         acestep-train preview adapters/jazz --dataset-dir songs --strengths 0.6,0.8,1,1.2
     """
     from sidestep_plugin.previews.clips import ClipRequest, decode_saved, make_clips
+    from sidestep_plugin.previews.table import read_table
 
     quiet_third_parties()
     quiet_upstream()
@@ -93,7 +94,9 @@ def preview(
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the clips: {error.strerror or error}: {error.filename or path}.") from None
-    click.echo(f"Listen: {page}")
+    table = read_table(folder)
+    told = "Clips, as latents that nobody can hear yet" if table is not None and any(table.undecoded) else "Listen"
+    click.echo(f"{told}: {page}")
 
 
 def _on_a_page(folder: Path) -> Path:

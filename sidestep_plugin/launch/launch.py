@@ -368,7 +368,7 @@ def _check_upstream(
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
     if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
-        say(f"Note: this version of ACE-Step cannot do: {', '.join(lost)}.")
+        say(f"Note: {seams.cannot_do(module, lost)}.")
     if problem := injection_problem(kind):
         raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)

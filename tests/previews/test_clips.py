@@ -137,6 +137,7 @@ def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, k
     base = load_file(output / "previews" / "base_model" / "01_song_04.safetensors")["latents"]
     done = preview(checkout, output / "final", "--dataset-dir", checkout.tensors, "--device", "cpu")
     assert done.exit_code == 0, done.output
+    assert "Clips, as latents that nobody can hear yet: " in done.output and "Listen" not in done.output
     again = load_file(output / "previews" / "final" / "01_song_04.safetensors")["latents"]
     torch.testing.assert_close(again, made, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(again, base, atol=1e-2)

@@ -136,7 +136,7 @@ def test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not(job, kind
     settings = {"gradient_accumulation_steps": 2, "save_every_n_epochs": 50}
     whole = job("whole", kind, **settings)
     assert job("stopped", kind, stop_at=steps, **settings) == {}
-    assert f"after {steps} training steps" in job.said[-1]
+    assert f"after {steps} training step{'' if steps == 1 else 's'}" in job.said[-1]
     interrupted = job.output / "stopped" / "interrupted"
     assert same(whole, job("stopped", kind, resume_from=interrupted, **settings))
 
