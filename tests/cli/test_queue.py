@@ -45,6 +45,7 @@ def test_a_file_that_cannot_be_read_is_found_before_the_first_training(tmp_path,
     assert done.exit_code == 2 and "Leave --config out" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_that_is_refused_does_not_stop_the_next(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text(f'output-dir = "{name}"\ndataset-dir = "nowhere"\n', encoding="utf-8")

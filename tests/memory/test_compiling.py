@@ -87,6 +87,7 @@ def test_with_quantized_weights(train, backend):
     assert compiler.graphs
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_the_training_goes_on_without(train, load, backend, equal_bits, capsys):
     def failing(graph, inputs):
         raise FileNotFoundError("no compiler: cl is not found\nand more")
