@@ -84,7 +84,7 @@ def test_patience_takes_the_best_of_this_course_and_not_of_one_that_was_left(tra
     output = whole.output
     assert read_checkpoint(output / "checkpoints" / "best").point.epochs == 4
     abandoned, evaluate = weights_in(output / "checkpoints" / "best"), services.evaluate
-    monkeypatch.setattr(services, "evaluate", lambda *given: evaluate(*given) * 2.0)
+    monkeypatch.setattr(services, "evaluate", lambda *given, **more: evaluate(*given, **more) * 2.0)
     settings = {"output_dir": str(output), "max_epochs": 9, "learning_rate": 0.5}
     options = HELD_OUT | {"patience": 2}
     left = train("base", kind, options=options, resume_from=str(checkpoint(output, 2)), **settings)

@@ -388,7 +388,7 @@ def test_a_song_without_a_loss_is_refused_before_the_first_step(train, monkeypat
     from sidestep_plugin.engine import services as validation
 
     evaluate = validation.evaluate
-    monkeypatch.setattr(validation, "evaluate", lambda *args: evaluate(*args) * float("nan"))
+    monkeypatch.setattr(validation, "evaluate", lambda *args, **more: evaluate(*args, **more) * float("nan"))
     result = train("base", options=TWO)
     assert "is NaN or infinite even without an adapter" in result.messages[-1] and not result.losses
 
