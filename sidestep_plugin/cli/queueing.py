@@ -15,6 +15,7 @@ import click
 
 from sidestep_plugin import signals
 from sidestep_plugin.errors import Refusal
+from sidestep_plugin.options import Place
 from sidestep_plugin.text import counted, shown
 
 from .commands import FAILED, INTERRUPTED, UNUSABLE
@@ -141,4 +142,4 @@ def _duration(seconds: float) -> str:
 def queue_option(function: Any) -> Any:
     """``--queue FILE.toml ...``, which :func:`files_in` takes out of the command line."""
     text = "Do several trainings one after the other, each with its own settings file."
-    return click.option("--queue", multiple=True, metavar="FILE.toml ...", help=text)(function)
+    return click.option("--queue", multiple=True, type=Place(), metavar="FILE.toml ...", help=text)(function)
