@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 from sidestep_plugin.adapters.facts import SCHEMA_VERSION, TEXT_SETTINGS
