@@ -137,7 +137,9 @@ class SettingsFile:
                 f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {error.message}"
             ) from None
         except (ValueError, TypeError, OverflowError) as error:  # a plugin's own type, or int(inf)
-            raise Refusal(f"{self.file}: {_written(name)} = {value!r} cannot be used: {sentence(error)}") from None
+            raise Refusal(
+                f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {sentence(error)}"
+            ) from None
         return taken
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def compare(
                     progress(name, number, len(songs))
 
                 done(0)
-                return evaluate(module, songs, grid, conditions, done=done)
+                with as_in_a_training(trainer, module):
+                    return evaluate(module, songs, grid, conditions, done=done)
 
             before = measure("the model without adapter")
             for path, report in zip(adapters, reports, strict=True):
@@ -219,6 +221,19 @@ def _module(trainer: Any, handler: Handler) -> Any:
     config = trainer.LoRAConfig(**{name: value for name, value in settings.items() if name in names})
     module_class = getattr(trainer, LORA.module_class)
     return module_class(handler.model, config, trainer.TrainingConfig(), handler.device, handler.dtype)
+
+
+def as_in_a_training(trainer: Any, module: Any) -> AbstractContextManager[Any]:
+    """A block in which a module that no training has set up computes as it does in one.
+
+    Versions that compute in bf16 on every device cast by themselves on CUDA only: elsewhere it is Fabric that does.
+    """
+    import torch
+
+    kind = torch.device(module.device).type
+    if kind == "cuda" or seams.sampler_style(trainer.sample_discrete_timestep) != "device and dtype":
+        return nullcontext()
+    return torch.autocast(kind, torch.bfloat16)
 
 
 def _check_finite(losses: torch.Tensor, songs: Sequence[Path]) -> None:

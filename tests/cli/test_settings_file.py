@@ -159,7 +159,9 @@ def test_what_a_plugins_own_type_cannot_read_is_refused(tmp_path):
     """click's int makes a traceback of infinity."""
     file = tmp_path / "jazz.toml"
     command = click.Command("train", params=[click.Option(["--bands"], type=int)])
-    with pytest.raises(Refusal, match="bands = inf cannot be used: cannot convert float infinity to integer."):
+    with pytest.raises(
+        Refusal, match="bands = inf cannot be used. Correct it: cannot convert float infinity to integer."
+    ):
         SettingsFile(file, {"bands": float("inf")}).checked(command.params, click.Context(command))
 
 

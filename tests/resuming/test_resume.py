@@ -413,7 +413,7 @@ def test_a_checkpoint_that_upstream_names_zero_gets_its_loss_told(job):
     job("whole", max_epochs=3)
     folder = checkpoint_of(job.output / "whole", 3)
     said = acestep_adapter_saved(
-        run=SimpleNamespace(tensor_dir=None, keeps={}, state={"sidestep.songs_at_the_start": ""}),
+        run=SimpleNamespace(state={"sidestep.songs_at_the_start": ""}, keeps={}),
         saved=SimpleNamespace(
             folder=folder,
             resume_point=read_checkpoint(folder).point,

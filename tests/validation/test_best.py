@@ -380,7 +380,8 @@ def test_a_training_that_was_stopped_after_its_last_checkpoint_gets_its_report(t
     assert same(rest.output / "checkpoints" / "best", whole.output / "checkpoints" / "best")
     on_pages = [read_page(place.output / "index.html") for place in (whole, rest)]
     assert [(data["state"], data["epochs_done"]) for data in on_pages] == [("finished", 3)] * 2
-    assert on_pages[1]["report"] == reports[1]
+    on_no_page = {"trained_songs": reports[1]["trained_songs"]}
+    assert on_pages[1]["report"] | on_no_page == reports[1]
     assert all(torch.equal(whole.tensors[key], rest.tensors[key]) for key in whole.tensors)
 
 
