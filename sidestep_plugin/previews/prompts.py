@@ -34,6 +34,7 @@ from ..engine.song_files import GENERATED, Encoders, Machine, record_of, song_of
 from ..errors import Refusal
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import SongText, text_of_song
+from ..songs.vocabulary import INSTRUMENTAL
 from ..text import shown
 from .conditions import LATENT_CHANNELS, read_silence
 
@@ -97,7 +98,8 @@ def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     name = str(values.get("name") or "").strip() or _name_for(str(values["caption"]))
     told = {
         "caption": values["caption"],
-        "lyrics": values.get("lyrics", ""),
+        # Whoever types a prompt and no lyrics wants nobody to sing; a song without lyrics may have lost them.
+        "lyrics": str(values.get("lyrics", "")).strip() or INSTRUMENTAL,
         "language": values.get("language", ""),
         "bpm": values.get("bpm"),
         "keyscale": values.get("key", ""),
