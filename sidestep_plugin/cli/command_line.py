@@ -78,4 +78,6 @@ def _option(flag: str, value: Any) -> list[str]:
         return [flag]
     if isinstance(value, tuple):  # an option that may be given several times
         return [word for entry in value for word in (flag, str(entry))]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**15:
+        value = int(value)  # --validate 1, as it was typed
     return [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]

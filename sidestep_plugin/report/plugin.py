@@ -137,8 +137,6 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     if page is not None:
         page.ended(ending)
     report = _report(run, notes, ending)
-    if run.engine is not None:
-        report[TRAINED_SONGS] = hashes_of(run.engine.songs)
     lines = _lines(report)
     try:
         with replacing(folder / FILE_NAME) as stream:
@@ -214,6 +212,8 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "rows": rows,
         "rows_without_condition": notes.dropped,
         "cfg_ratio": treatment.cfg_ratio,
+        # While it trains, nobody compares its adapters on the page.
+        **({} if run.engine is None or ending == "training" else {TRAINED_SONGS: hashes_of(run.engine.songs)}),
         **{name: entry for tell in run.reports for name, entry in tell().items()},
     }
 

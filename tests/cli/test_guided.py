@@ -337,7 +337,7 @@ def test_what_can_be_added_is_offered_in_the_last_question(answer, place):
     )
     assert "Expected y, n or b. To add something: previews, title NAME." in seen.text
     assert "Also: validate 1, export comfyui, title Late Jazz" in seen.text and " and 1 held out, " in seen.text
-    assert "--validate 1.0 --title 'Late Jazz' --export comfyui" in seen.text
+    assert "--validate 1 --title 'Late Jazz' --export comfyui" in seen.text
     facts = facts_of(place / "out")
     assert (facts["title"], facts["held_out_songs"]) == ("Late Jazz", 1)
     assert (place / "out" / "final" / "adapter" / "comfyui_lora.safetensors").is_file()
