@@ -228,7 +228,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     losses = [entry["loss"] for entry in report["loss_by_epoch"] if entry["loss"] is not None]
     if losses:
         first, last = (report["loss_by_epoch"][place]["epoch"] for place in (0, -1))
-        parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}, mean of epoch {last} {losses[-1]:.4f}")
+        later = f", mean of epoch {last} {losses[-1]:.4f}" if last != first else ""
+        parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}{later}")
     if report["cfg_ratio"] > 0.0 and report["rows"]:
         share = 100 * report["rows_without_condition"] / report["rows"]
         parts.append(f"{share:.1f} % of {counted(report['rows'], 'row')} without their prompt")
