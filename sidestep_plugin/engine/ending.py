@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.kinds import network_of
 from ..errors import Refusal
 from ..files import room
+from ..text import counted
 from .answers import checked_lines
 from .checkout import place_of
 from .replay import put_parameters, trained_tensors
@@ -46,7 +47,7 @@ def saved_after(host: Host, training: Training, *, failed: bool = False) -> list
         reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}. {room(folder)}"
         return [f"⚠️ The training since the newest checkpoint could not be saved: {reason}"]
     host.interrupted = place_of(host.trainer, str(folder))
-    return [f"💾 Saved as it was after {journal.steps} training steps: {host.interrupted}"]
+    return [f"💾 Saved as it was after {counted(journal.steps, 'training step')}: {host.interrupted}"]
 
 
 def save_checkpoint(host: Host, training: Training, name: str, kept: ResumePoint | None = None) -> bool:
