@@ -46,6 +46,7 @@ docs:
     {{python}} tests/tools/hook_reference.py
     {{python}} tests/tools/api_reference.py
     {{python}} tests/tools/memory_table.py
+    {{python}} tests/tools/readers_table.py
     {{python}} tests/tools/measured_table.py
 
 # What only a GPU shows

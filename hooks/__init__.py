@@ -13,6 +13,7 @@ PLUGINS: Final = (
     ("treatment", "sidestep_plugin.hooks.treatment"),  # which variant a model is, and what follows from it
     ("timesteps", "sidestep_plugin.hooks.timesteps"),  # the timesteps that the variant is trained at
     ("adapters", "sidestep_plugin.adapters.plugin"),  # no other adapter in the model, or in what is saved
+    ("starting", "sidestep_plugin.resuming.starting"),  # from a finished adapter's weights
     ("songs", "sidestep_plugin.songs.plugin"),  # how the songs were made, and their trigger word
     # where it trains, and in how much memory and time
     ("several_gpus", "sidestep_plugin.several_gpus.plugin"),  # one process for each GPU
@@ -28,12 +29,15 @@ PLUGINS: Final = (
     ("condition_dropout", "sidestep_plugin.hooks.condition_dropout"),  # rows without their prompt, for base and sft
     ("pad_masking", "sidestep_plugin.hooks.pad_masking"),  # a song in a batch is told the same as alone
     # what looks at a training and changes nothing
+    ("averaging", "sidestep_plugin.averaging.plugin"),  # a running mean of the adapter, saved beside it
     ("validation", "sidestep_plugin.validation.plugin"),  # the loss on held-out songs
     ("previews", "sidestep_plugin.previews.plugin"),  # clips to listen to
     ("loss_watch", "sidestep_plugin.report.loss_watch"),  # a loss that is NaN for good ends the training
+    ("limits", "sidestep_plugin.resuming.limits"),  # how many steps, and for how long
     ("report", "sidestep_plugin.report.plugin"),  # losses by epoch and by timestep
     # what is saved
     ("metadata", "sidestep_plugin.hooks.metadata"),  # what every adapter says about itself
     ("resuming", "sidestep_plugin.resuming.plugin"),  # checkpoints that a training resumes from
+    ("keeping", "sidestep_plugin.resuming.keeping"),  # how many of them stay
 )
 """Name and module of each part, in the order in which the parts are asked. The order is part of the product."""

@@ -179,6 +179,17 @@ def engine_epoch_ended(run: Run, epoch: int, loss: float) -> Sequence[str] | Non
 
 
 @hookspec
+def engine_waiting(run: Run, what: str, done: int, total: int) -> None:
+    """Show how far something is for which the training waits. An error must not reach the training.
+
+    Args:
+        run: the run.
+        what: such as "Validation".
+        done, total: how much of it is done; equal when it is over.
+    """
+
+
+@hookspec
 def engine_final_saved(run: Run, epochs: int, limits: Mapping[str, float]) -> None:
     """Note that the finished adapter is in its place, in the first process. An error must not reach the training.
 

@@ -1,7 +1,8 @@
 """The hooks: every point at which a plugin can take part in a training. These docstrings are the reference.
 
 A plugin is a module or object with functions marked by :data:`hookimpl`. It is found under the entry-point group
-``acestep.plugins`` and loaded only if the user names it. Plugins are called in the order in which they were named.
+``acestep.plugins`` and loaded only if the user names it; ``acestep-train`` names ``sidestep`` by itself, before the
+others. Plugins are called in the order in which they were named.
 
 A plugin of several files lists them: a module with ``PLUGINS = (("part", "package.module"), ...)`` brings each module
 as a part of the plugin, and the parts are called in that order. Give a hook one implementation in each module: several

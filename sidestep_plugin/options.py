@@ -84,6 +84,25 @@ class SongsOrShare(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # 
         return number
 
 
+class Strengths(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
+    """Strengths of an adapter, such as 0.6,0.8,1: numbers above 0 and up to 10, separated by commas, each once."""
+
+    name = "strengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            strengths = tuple(float(word) for word in str(value).split(","))
+        except ValueError:
+            strengths = ()
+        if not strengths or not all(0.0 < strength <= 10.0 for strength in strengths):
+            self.fail(f"{value!r}: expected numbers above 0 and up to 10, such as 0.6,0.8,1.", param, ctx)
+        if len(set(strengths)) < len(strengths):
+            self.fail(f"{value!r} has a strength twice. Leave one of them out.", param, ctx)
+        return strengths
+
+
 class Line(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
     """One line of text for people: not empty, without control characters, and something that a file can hold."""
 

@@ -5,13 +5,21 @@ They are what others recommend or use, not what this project has measured. Where
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 from .adapters.kinds import BY_NAME, DEFAULT
 
 FEW_SONGS: Final = 20
 MANY_SONGS: Final = 500
+
+SETTINGS: Final = (
+    "epochs", "rank", "alpha", "learning_rate", "batch_size", "gradient_accumulation", "warmup_steps", "save_every",
+)  # fmt: skip
+"""Option names of the settings that are recommended."""
 
 TUTORIAL: Final = "ACE-Step's LoRA tutorial"
 
@@ -29,20 +37,27 @@ class Recommendation:
     reason: str
 
 
-def recommended(songs: int, kind: str = DEFAULT.name) -> dict[str, Recommendation]:
+def recommended(
+    songs: int, kind: str = DEFAULT.name, given: Mapping[str, Any] = MappingProxyType({}), processes: int = 1
+) -> dict[str, Recommendation]:
     """The recommended settings by option name, in the order in which people ask for them.
 
     Args:
-        songs: number of songs in the dataset.
+        songs: number of songs that are trained on.
         kind: name of the kind of adapter.
+        given: settings that are decided already, by option name. They are left out, and the others go with them.
+        processes: on how many GPUs it is trained.
     """
     epochs = _epochs(songs, kind)
-    accumulation = accumulation_for(songs, 1)
+    rounds, batch_size = int(given.get("epochs", epochs.value)), int(given.get("batch_size", 1))
+    accumulation = int(given.get("gradient_accumulation", accumulation_for(songs, batch_size, processes)))
     own = {name: Recommendation(value, reason) for name, (value, reason) in BY_NAME[kind].recommended.items()}
-    return {
+    settings = {
         "epochs": epochs,
         "rank": own["rank"],
-        "alpha": Recommendation(128, "twice the rank, as in every default of ACE-Step's"),
+        "alpha": Recommendation(
+            2 * int(given.get("rank", own["rank"].value)), "twice the rank, as in every default of ACE-Step's"
+        ),
         "learning_rate": own["learning_rate"],
         "batch_size": Recommendation(1, f"{TUTORIAL}; raise it if the memory allows"),
         "gradient_accumulation": Recommendation(
@@ -51,11 +66,12 @@ def recommended(songs: int, kind: str = DEFAULT.name) -> dict[str, Recommendatio
             "of ACE-Step handle the rest badly",
         ),
         "warmup_steps": Recommendation(
-            warmup_for(songs, 1, int(epochs.value), accumulation),
+            warmup_for(songs, batch_size, rounds, accumulation, processes),
             "ACE-Step's default is 100; at most a tenth of the training, which is our own rule",
         ),
-        "save_every": Recommendation(save_every_for(int(epochs.value)), "ten checkpoints to compare, our own rule"),
+        "save_every": Recommendation(save_every_for(rounds), "ten checkpoints to compare, our own rule"),
     }
+    return {name: setting for name, setting in settings.items() if name not in given}
 
 
 def _epochs(songs: int, kind: str) -> Recommendation:
@@ -75,15 +91,20 @@ def _epochs(songs: int, kind: str) -> Recommendation:
     )
 
 
-def accumulation_for(songs: int, batch_size: int) -> int:
-    """Batches per optimizer step: the largest number up to 4 that divides the batches of an epoch."""
-    batches = max(1, -(-songs // batch_size))
-    return next(each for each in (4, 3, 2, 1) if batches % each == 0)
+def batches_for(songs: int, batch_size: int, processes: int = 1) -> int:
+    """Batches of an epoch in each process."""
+    return max(1, math.ceil(math.ceil(songs / processes) / batch_size))
 
 
-def warmup_for(songs: int, batch_size: int, epochs: int, accumulation: int) -> int:
+def accumulation_for(songs: int, batch_size: int, processes: int = 1) -> int:
+    """Batches per optimizer step: the largest number up to 4 in all processes that divides the batches of an epoch."""
+    batches = batches_for(songs, batch_size, processes)
+    return next(each for each in (4, 3, 2, 1) if batches % each == 0 and (each == 1 or each * processes <= 4))
+
+
+def warmup_for(songs: int, batch_size: int, epochs: int, accumulation: int, processes: int = 1) -> int:
     """Optimizer steps of warm-up: ACE-Step's 100, and at most a tenth of the training."""
-    return min(100, epochs * -(-songs // batch_size) // accumulation // 10)
+    return min(100, epochs * batches_for(songs, batch_size, processes) // accumulation // 10)
 
 
 def save_every_for(epochs: int) -> int:

@@ -1,7 +1,8 @@
 """Finds plugins by entry point, loads the ones that were named, checks them, calls them and lists them.
 
-A plugin runs only because somebody named it. Whatever is wrong with a named plugin is an error that says its name:
-a training must never go on with a feature silently missing.
+A plugin of others runs only because somebody named it; ``sidestep``, which is what the commands are for, is named by
+them. Whatever is wrong with a named plugin is an error that says its name: a training must never go on with a feature
+silently missing.
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ class Run:
         engine: what the engine does for the rooms of this package (private; see ``engine/services.py``).
         reports: functions that return entries for the training's report (private).
         keeps: by name, functions that return what a checkpoint keeps for a part of the plugin (private).
+        variants: by name, functions that return other tensors for the adapter, one for each that is trained and in
+            their order, or None while there are none; they are saved in a folder of that name beside it (private).
         resuming: whether this run resumes from a checkpoint (private).
         kept: what that checkpoint kept (private).
         saves: number of the newest checkpoint in the output folder (private).
@@ -154,6 +156,7 @@ class Run:
     engine: Any = None
     reports: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)
     keeps: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    variants: dict[str, Callable[[], Sequence[torch.Tensor] | None]] = field(default_factory=dict)
     resuming: bool = False
     kept: Mapping[str, Any] = field(default_factory=dict)
     saves: int = 0

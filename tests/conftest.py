@@ -118,6 +118,19 @@ def nothing_stays_attached() -> Iterator[None]:
     assert not left, "the test left plugins attached"
 
 
+@pytest.fixture(autouse=True)
+def no_power_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test loses power, and waiting for the disk takes a tenth of the time of a training of a second."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
+def pages_without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing would take half of the time of a training of a second. The tests of the report draw."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr("sidestep_plugin.report.charts.can_draw", lambda: False)
+
+
 @pytest.fixture
 def kinds(trainer: Any) -> list[str]:
     from sidestep_plugin.engine.seams import adapter_types
@@ -329,7 +342,7 @@ def train(
             messages = [text for _, _, text in made.train_from_preprocessed(str(tensors), state, **more)]
         hook.remove()
         rng_state = torch.get_rng_state()
-        weights = [*output.glob("final/**/*.safetensors")]
+        weights = [file for file in output.glob("final/**/*.safetensors") if file.parent.name != "average"]
         return Trained(
             losses=list(made.module.training_losses) if made.module is not None else [],
             tensors=load_file(weights[0]) if weights else {},

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "acestep-train preview OUTPUT --checkpoint-dir DIR",  # previews/test_clips.py
     # preparing/test_command.py, previews/test_prompts.py
     *(command for command in COMMANDS if command.startswith("acestep-train prepare ") or " --prompt " in command),
+    "acestep-train --queue jazz.toml rock.toml folk.toml",  # cli/test_queue.py
     "acestep-train patch apply",  # trainer/test_checkout_patch.py
 }
 
@@ -123,7 +124,7 @@ def test_the_recording_is_what_is_seen(checkout):
     import record_guided
 
     shown = re.findall(r"```text\n(\$ acestep-train.*?)```", PAGES["guided.md"], flags=re.DOTALL)[0]
-    changing = re.compile(r"(^Training  |^Loss by t|^Report: |^Loss: |^Total time: ).*", re.MULTILINE)
+    changing = re.compile(r"(^Training  |^Loss by t|^Report: |^Loss: |^Total time: ).*(\n    \S.*)*", re.MULTILINE)
 
     def steady(text):
         # Numbers may differ in the last digit from one processor to another, and some versions of transformers show a
@@ -141,7 +142,8 @@ def test_the_script_for_batch_jobs(tmp_path):
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path, songs=4)
-    (script,) = re.findall(r"```bash\n(.*?)```", PAGES["cluster-and-notebook.md"], flags=re.DOTALL)
+    scripts = re.findall(r"```bash\n(.*?)```", PAGES["several-gpus.md"], flags=re.DOTALL)
+    (script,) = [script for script in scripts if script.startswith("resume=")]
     command = f"exec {shlex.quote(sys.executable)} -c 'from sidestep_plugin.cli import main; main()'"
     script = script.replace("--yes", '--yes --epochs "$EPOCHS" --save-every 100 --device cpu')
     line = ["bash", "-euc", script.replace("acestep-train", command)]

@@ -18,7 +18,7 @@ def test_nothing_that_was_reported_saved_is_lost(checkout, require_kind):
         pytest.skip("the faults are tried on the miniature")
     pytest.importorskip("lightning", reason="what is tried includes the best checkpoint by validation")
     require_kind("lokr")
-    line = [sys.executable, str(Path(__file__).with_name("faults.py")), "--kills", "8"]
+    line = [sys.executable, str(Path(__file__).with_name("tools") / "faults.py"), "--kills", "8"]
     done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"})
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -31,6 +31,7 @@ OURS = {
     "run",
     "self",
     "song",
+    "stop",
     "step",
     "training",
     "validation",

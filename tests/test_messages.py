@@ -48,7 +48,7 @@ def test_an_error_says_what_to_do(message):
 
 def test_the_page_of_messages_has_words_that_are_printed():
     page = (messages.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    told = re.findall(r"^## `(.*)`$", page, flags=re.MULTILINE)
+    told = re.findall(r"^### `(.*)`$", page, flags=re.MULTILINE)
     assert len(told) >= 12
     texts = [message.text for message in messages.messages()]
     for words in told:
@@ -56,6 +56,7 @@ def test_the_page_of_messages_has_words_that_are_printed():
         assert any(pattern.search(text) for text in texts), f"nothing prints {words!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", pytest.param("cp437", marks=pytest.mark.slow)])
 def test_a_console_that_cannot_show_more_gets_plain_text(tmp_path, encoding):
     line = [*COMMAND, "demo", "--dir", str(tmp_path / "demo")]
@@ -66,9 +67,8 @@ def test_a_console_that_cannot_show_more_gets_plain_text(tmp_path, encoding):
     assert text.isascii() and "?" not in text and "OK Training complete!" in text, text
 
 
-def test_no_colours_are_printed(tmp_path):
-    """Nothing is coloured, so there is nothing for NO_COLOR to switch off."""
-    folder = Path(messages.ROOT / "sidestep_plugin")
-    assert not [
-        file for file in folder.rglob("*.py") if "style(" in file.read_text(encoding="utf-8") and "cli" in file.parts
-    ]
+def test_one_place_colours_lines():
+    """It asks NO_COLOR first: tests/cli/test_progress.py."""
+    command = Path(messages.ROOT / "sidestep_plugin" / "cli")
+    coloured = [file.name for file in command.rglob("*.py") if re.search(r"\b(style|secho)\(", file.read_text("utf-8"))]
+    assert coloured == ["terminal.py"]

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_plugin import finished, prepared
 
+from sidestep_plugin.averaging.mean import RunningMean
 from sidestep_plugin.engine.journal import Journal
 from sidestep_plugin.run import Run, Step, note
 
@@ -123,6 +124,21 @@ def test_what_is_noted_of_a_step_stays_on_the_gpu(on_gpu):
                 finished(step)
     assert watcher.crossings == [] and watcher.calls
     assert journal.steps == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_of_the_adapter_stays_on_the_gpu(on_gpu, dtype):
+    with FakeTensorMode():
+        on_gpu("base")
+        trained, mean = (
+            [torch.nn.Parameter(torch.randn(4, 8, device=CUDA, dtype=dtype)) for _ in range(3)],
+            RunningMean(),
+        )
+        with Watcher() as watcher:
+            for step in (1, 2, 3):
+                mean.add(step, trained)
+    assert watcher.crossings == [] and watcher.calls
+    assert len([name for name in watcher.calls if "_foreach_lerp_" in name]) == 2, "one call for all tensors"
 
 
 def test_an_offloaded_null_condition_is_fetched_once_a_run(on_gpu):

@@ -41,9 +41,9 @@ def test_every_other_command_has_a_test():
     assert commands == {
         "pip install PATH/TO/THIS/CLONE",  # .ci/run, with this clone's path and the pinned torch: the first command
         "acestep-train",  # cli/test_help.py, cli/test_guided.py
-        "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR",  # below
+        "acestep-train --model base --dataset-dir DIR --output-dir DIR",  # below
         # test_docs.py
-        "acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
+        "acestep-train --model base --dataset-dir DIR --output-dir DIR --resume-from latest",
         "acestep-train check",  # below
         "acestep-train run --plugin sidestep -- acestep",  # trainer/test_programs.py, upstream/test_app.py
         "acestep-train patch apply",  # trainer/test_checkout_patch.py
@@ -58,7 +58,8 @@ def test_every_command_in_the_text_has_a_test():
     found = {" ".join(command.split()) for command in re.findall(r"`([^`]*)`", text) if " " in command}
     assert {command for command in found if re.match(r"(\S*/)?(acestep|pip|python|git)", command)} == {
         ".venv/bin/acestep-train inspect acestep-demo/output/base-lora",  # .ci/run, after the first command
-        "acestep-train --plugin sidestep --help",  # cli/test_train.py
+        "acestep-train estimate",  # cli/test_estimate.py
+        "acestep-train train --help",  # cli/test_train.py
         "acestep-train prepare music --model base --output songs",  # preparing/test_command.py
         "acestep-train timesteps --model base --plot timesteps.png",  # test_docs.py
     }
@@ -71,13 +72,14 @@ def cli(*arguments, cwd, trains=True):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, encoding="utf-8", env=environment)
 
 
+@pytest.mark.slow
 def test_training_from_the_checkouts_folder(checkout, tmp_path):
     """With no more options than the README's: checkout and models are found from the current directory."""
     from sidestep_plugin import miniature
 
     built = miniature.build(tmp_path / "built", songs=2)
     output = tmp_path / "output"
-    command = ["--plugin", "sidestep", "--model", "base", "--dataset-dir", built.tensors, "--output-dir", output]
+    command = ["--model", "base", "--dataset-dir", built.tensors, "--output-dir", output]
     done = cli(*command, "--epochs", "2", cwd=built.root)  # 100 epochs would show the same
     assert done.returncode == 0, done.stderr
     shown = next(block for kind, block in BLOCKS if block.startswith("Model: acestep-v15-base"))
@@ -102,6 +104,7 @@ def test_pages_that_a_reader_needs_are_linked(page):
     assert f"]({page})" in README.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_checking_from_the_checkouts_folder(tmp_path):
     from sidestep_plugin import miniature
 

@@ -161,13 +161,16 @@ def test_something_else_where_a_text_belongs(invoke, training, tmp_path, option,
 
 
 def test_an_option_of_the_plugin_without_it(invoke, tmp_path):
-    owner = "is an option of the plugin sidestep. Name that as well:"
-    assert f"--validate {owner} --plugin sidestep" in invoke("--model", "base", "--validate", 1)
-    assert f"--crop-seconds {owner} --plugin sidestep" in invoke("--model", "base", "--crop-seconds=9")
+    owner, without = "is an option of the plugin sidestep, which takes no part. Leave", ("--plugin", "none")
+    assert f"--validate {owner} --plugin none out." in invoke(*without, "--model", "base", "--validate", 1)
+    assert f"--crop-seconds {owner} --plugin none out." in invoke(*without, "--model", "base", "--crop-seconds=9")
+    assert "Name that as well: --plugin sidestep." in invoke("run", "--validate", 1, "--", "acestep")
     (tmp_path / "jazz.toml").write_text("validate = 1\n", encoding="utf-8")
-    assert f'validate {owner} plugin = "sidestep"' in invoke("--model", "base", "--config", "jazz.toml")
+    assert f"validate {owner} it out, or" in invoke(*without, "--model", "base", "--config", "jazz.toml")
+    (tmp_path / "jazz.toml").write_text('plugin = ["none"]\nvalidate = 1\n', encoding="utf-8")
+    assert f"validate {owner} it out, or" in invoke("--model", "base", "--config", "jazz.toml")
     assert "Did you mean" in invoke("--plugin", "sidestep", "--model", "base", "--validat", 1)
-    assert "It may be a plugin's" in invoke("--model", "base", "--nothing-like-it", 1)
+    assert "No such option" in invoke("--model", "base", "--nothing-like-it", 1)
 
 
 def test_a_manifest_of_names_that_are_not_there_is_not_about_subfolders(tmp_path):

@@ -8,7 +8,7 @@ rounded and several adapters can be applied to one model in turn. The operations
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +23,27 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, decomposed: bool = False) -> None:
+def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, strengths: Sequence[float] = (1.0,)) -> None:
     """Refuse an adapter that cannot be applied to a model's decoder.
 
     Args:
         adapter: the adapter.
         shapes: shapes of the decoder's weights by layer; {} if they are not known yet.
         model: the model's name.
-        decomposed: whether weight decomposition (DoRA) is accepted.
+        strengths: what it will be multiplied by, beside its own strength.
 
     Raises:
         Refusal: another kind of adapter, an unknown strength, or layers of another width.
     """
     path = adapter.file.path
     kind = BY_NAME.get(adapter.kind)
-    if kind is None or (adapter.is_dora and not decomposed):
+    if kind is None:
         known = " or ".join(kind.title for kind in KINDS)
-        what = "DoRA" if adapter.is_dora else adapter.kind
-        raise Refusal(f"{path} is a {what}. Expected a {known} without weight decomposition. Leave it out.")
+        raise Refusal(f"{path} is a {adapter.kind}. Expected a {known}. Leave it out.")
+    if adapter.is_dora and any(strength != 1.0 for strength in strengths):
+        raise Refusal(
+            f"{path} has weight decomposition (DoRA), which every program scales in another way. Leave --strengths out."
+        )
     for name, layer in adapter.layers.items():
         if name in adapter.idle:
             continue
@@ -73,12 +76,13 @@ def linear_layers(decoder: torch.nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module], strength: float = 1.0) -> Iterator[None]:
     """Apply an adapter in this block.
 
     Args:
         adapter: what :func:`check_applicable` has accepted.
         layers: the decoder's own layers by name.
+        strength: what it is multiplied by, beside its own strength.
     """
     from safetensors import safe_open
 
@@ -88,6 +92,8 @@ def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module]) -> Iterator
             for name, layer in adapter.layers.items():
                 if name not in adapter.idle:
                     tensors = {part: weights.get_tensor(key) for part, key in layer.parts.items()}
+                    if strength != 1.0:
+                        tensors = kind.scaled(tensors, strength)
                     handles.append(layers[name].register_forward_hook(kind.hook(layer, tensors, layers[name])))
         yield
     finally:

@@ -22,6 +22,7 @@ FACTS: Final = {
     "title": "name of the adapter (--title)",
     "author": "author of the adapter (--author)",
     "trigger": "trigger words for the prompt (--trigger)",
+    "trigger_position": "where they go: before, after or instead of the caption; left out if the songs do not say",
     "license": "licence of the adapter (--license)",
     "created": "when it was saved, ISO 8601 in UTC",
     "model_name": "folder name of the base model, never a path",
@@ -43,6 +44,7 @@ FACTS: Final = {
     "base_weights_loss_change": "what that changed the base model's loss on one song by, as a fraction; else left out",
     "processes": "number of GPUs, each with a process of its own; left out for a single one",
     "compiled": "true if the decoder's blocks were compiled for the training (--compile); else left out",
+    "init_from": "adapter whose weights it was started from (--init-from): title and hash; else left out",
     "adapter_type": "lora or lokr",
     "rank": "rank; for a LoKr, the dimension",
     "alpha": "alpha; the strength is alpha / rank",
@@ -50,7 +52,9 @@ FACTS: Final = {
     "target_modules": "target modules, as set for the training",
     "trained_layers": "number of trained layers; any other layers in the file hold zeros and change nothing",
     "copy_strength": "what this copy was multiplied by (export --strength); else left out",
-    "average_of": "what it is the mean of (acestep-train average); else left out, as is the next",
+    "average_of": "what it is the mean of (--average, acestep-train average); else left out, as are the next",
+    "average_steps": "number of optimizer steps that a running mean was made of (--average)",
+    "average_best_of": "numbers of last checkpoints that it was chosen among, by the loss on some songs (--best-of)",
     "average_energy": "share of the exact mean's energy that it holds after it was cut back to its rank, from 0 to 1",
     "songs": "number of preprocessed songs in the dataset folder",
     "held_out_songs": "number of those that were not trained on (--validate); left out without",
@@ -67,8 +71,9 @@ FACTS: Final = {
 names (numbers, booleans and known words only), and the versions of packages as ``*_version``."""
 
 TEXT_FACTS: Final = frozenset(
-    {"title", "author", "trigger", "license", "created", "model_name", "model_variant", "model_size", "timestep_mode"}
-    | {"timestep_law", "adapter_type", "average_of", "frozen_weights", "base_weights"}
+    {"title", "author", "trigger", "trigger_position", "license", "created", "model_name", "model_variant"}
+    | {"model_size", "timestep_mode", "timestep_law", "adapter_type", "average_of", "average_best_of", "init_from"}
+    | {"frozen_weights", "base_weights"}
 )
 """Those of them that are strings."""
 

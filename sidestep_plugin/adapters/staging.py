@@ -30,6 +30,9 @@ _BESIDE_WEIGHTS: Final = frozenset(
 )
 """Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 
+AVERAGE: Final = "average"
+"""Folder beside an adapter for the mean of its training, which is replaced together with it."""
+
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
@@ -113,7 +116,7 @@ def settle_below(folder: Path) -> None:
 
 def remove_save(folder: Path) -> None:
     """Remove what trainers and plugins have saved in a folder, and the folder unless something else is in it."""
-    for place in (folder / "adapter", folder):
+    for place in (folder / "adapter", folder / AVERAGE, folder):
         for name in sorted(_WEIGHTS | _BESIDE_WEIGHTS):
             (place / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -122,7 +125,7 @@ def remove_save(folder: Path) -> None:
 
 def _keep_the_rest(old: Path, folder: Path) -> None:
     """Move files that the new save does not replace, such as notes or another type of adapter in the same folder."""
-    replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS}
+    replaced = {file.parent for file in folder.rglob("*") if file.name in _WEIGHTS} | {folder / AVERAGE}
     for file in sorted(file for file in old.rglob("*") if file.is_file()):
         place = folder / file.relative_to(old)
         if not place.exists() and not (place.parent in replaced and file.name in _WEIGHTS | _BESIDE_WEIGHTS):

@@ -58,13 +58,13 @@ def cli(ctx: click.Context) -> None:
     See the whole job on a stand-in, on a CPU, in seconds:
         acestep-train demo
     Train on your own preprocessed songs, from your ACE-Step folder:
-        acestep-train --plugin sidestep --model base --dataset-dir DIR --output-dir DIR
+        acestep-train --model base --dataset-dir DIR --output-dir DIR
     All training options:
-        acestep-train --plugin sidestep --help
+        acestep-train train --help
     Train in ACE-Step's own app, with the plugin attached:
         acestep-train run --plugin sidestep -- acestep
 
-    "train" is the default command and may be left out. Without --plugin it trains exactly as ACE-Step does.
+    "train" is the default command and may be left out. With --plugin none it trains exactly as ACE-Step does.
     """
     from .surroundings import settle
 

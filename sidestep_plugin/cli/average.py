@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import Place, WholeNumber
+from sidestep_plugin.options import Place, SongsOrShare, WholeNumber
 from sidestep_plugin.text import counted, shown
 
 from .commands import Command, Unusable
+from .quiet import quiet_third_parties, quiet_upstream
+from .terminal import say
+from .torch_here import require_torch
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
 if TYPE_CHECKING:
     from sidestep_plugin.adapters.averaging import Averaged
@@ -30,6 +35,23 @@ _OF_ONE = ("epoch", "global_step", "validation_epoch", "validation_loss", "valid
 @click.option("--weights", metavar="W,W,...", help="A positive number for each adapter.  [default: all alike]")
 @click.option("--to-rank", type=WholeNumber(1, 65_536), metavar="R", help="Rank of the result.  [default: theirs]")
 @click.option("--title", metavar="TEXT", help="Name of the result.")
+@click.option(
+    "--best-of", metavar="N,N,...", help="Of these numbers of last checkpoints, the one whose mean has the lowest loss."
+)
+@click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="With --best-of: preprocessed songs to choose on.")
+@click.option(
+    "--validate",
+    type=SongsOrShare(),
+    default="0",
+    metavar="N",
+    help="With --best-of: only the songs that a training with --validate N holds out.",
+)
+@click.option("--model", metavar="NAME|DIR", help="With --best-of: model.  [default: the one that they are for]")
+@ACESTEP_ROOT
+@CHECKPOINT_DIR
+@click.option(
+    "--device", default="auto", callback=check_device, metavar="NAME", help="With --best-of: where to compute."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an adapter in the folder.")
 def average(
     paths: tuple[Path, ...],
@@ -39,7 +61,9 @@ def average(
     weights: str | None,
     to_rank: int | None,
     title: str | None,
+    best_of: str | None,
     overwrite: bool,
+    **songs: Any,
 ) -> None:
     """Average adapters, or the checkpoints of a training, or bring one adapter to another rank.
 
@@ -51,14 +75,26 @@ def average(
     Examples:
         acestep-train average adapters/jazz --last 4 --output adapters/jazz-mean
         acestep-train average adapters/jazz --epochs 300-500 --output adapters/jazz-mean
+        acestep-train average adapters/jazz --best-of 2,4,8 --dataset-dir songs --validate 4 --output adapters/jazz-mean
         acestep-train average one/final two/final --weights 2,1 --output both
         acestep-train average adapters/jazz/final --to-rank 16 --output adapters/jazz-16
     """
     from sidestep_plugin.adapters.averaging import average as mean_of
-    from sidestep_plugin.adapters.inspection import inspect_adapter
     from sidestep_plugin.adapters.new_adapter import write_adapter
 
+    chose: list[str] = []
     try:
+        if best_of is not None:
+            _check_output(output, overwrite)
+            last, chose = _best_last(
+                paths, best_of, to_rank, {"last": last, "epochs": epochs, "weights": weights}, songs
+            )
+            if last == 1:
+                for line in [*chose, "Nothing was saved: the newest checkpoint alone has the lowest loss."]:
+                    click.echo(line)
+                return
+        elif songs["dataset_dir"] is not None:
+            raise Refusal("--dataset-dir is for choosing. Say among what: --best-of 2,4,8.")
         chosen, names = _chosen(paths, last, epochs)
         shares = _shares(weights, len(chosen))
         if len(chosen) == 1 and to_rank is None:
@@ -67,21 +103,95 @@ def average(
                 "--to-rank R."
             )
         _check_output(output, overwrite)
-        reports = [inspect_adapter(path) for path in chosen]
-        for report in reports:
-            if report.problems:
-                raise Refusal(f"{report.adapter.file.path} was not averaged: {report.problems[0]} Leave it out.")
+        reports = _reports(chosen)
         _check_rank(reports, to_rank)
         done = mean_of([report.adapter for report in reports], shares, to_rank)
         told = _facts(reports, names, shares, done, title)
+        if best_of is not None:
+            told["average_best_of"] = best_of
         write_adapter(output.absolute(), done.kind, done.layers, told, reports[-1].adapter)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the average: {error.strerror or error}: {error.filename or output}.") from None
-    for line in _lines(reports, done, told, to_rank):
+    for line in [*chose, *_lines(reports, done, told, to_rank)]:
         click.echo(line)
     click.echo(f"Saved: {shown(output, 5000)}")
+
+
+def _reports(paths: list[Path]) -> list[Report]:
+    """What is known about adapters. Raises Refusal for one that cannot be averaged."""
+    from sidestep_plugin.adapters.inspection import inspect_adapter
+
+    reports = [inspect_adapter(path) for path in paths]
+    for report in reports:
+        if report.problems:
+            raise Refusal(f"{report.adapter.file.path} was not averaged: {report.problems[0]} Leave it out.")
+    return reports
+
+
+def _best_last(
+    paths: tuple[Path, ...], best_of: str, rank: int | None, others: dict[str, Any], songs: dict[str, Any]
+) -> tuple[int, list[str]]:
+    """The number of last checkpoints whose mean has the lowest loss on some songs, and lines that say so.
+
+    One checkpoint, the newest, is always among them.
+
+    Raises:
+        Refusal: the numbers, the songs or the model cannot be used.
+    """
+    import tempfile
+
+    from sidestep_plugin.adapters.averaging import average as mean_of
+    from sidestep_plugin.adapters.new_adapter import write_adapter
+    from sidestep_plugin.validation.comparing import compare
+
+    if given := [name for name, value in others.items() if value is not None]:
+        raise Refusal(f"--best-of chooses checkpoints by itself. Leave --{given[0]} out.")
+    if songs["dataset_dir"] is None:
+        raise Refusal("--best-of chooses by the loss on songs that were not trained on. Name them: --dataset-dir DIR.")
+    numbers = [int(word) for word in best_of.split(",") if re.fullmatch(r"\s*\d{1,6}\s*", word)]
+    if len(numbers) != best_of.count(",") + 1 or not all(number > 1 for number in numbers):
+        raise Refusal(f"--best-of {shown(best_of, 80)}: expected whole numbers from 2 on, such as 2,4,8.")
+    numbers = sorted({1, *numbers})
+    chosen, _ = _chosen(paths, numbers[-1], None)
+    reports = _reports(chosen)
+    _check_rank(reports, rank)
+    require_torch()
+    quiet_third_parties()
+    quiet_upstream()
+    model = songs["model"] or reports[-1].facts.get("model_name")
+    if not isinstance(model, str) or not model:
+        raise Refusal("The adapters do not say which model they are for. Name it: --model NAME.")
+    with tempfile.TemporaryDirectory(prefix="sidestep-average-") as folder:
+        places = [chosen[-1]]
+        for number in numbers[1:]:
+            done = mean_of([report.adapter for report in reports[-number:]], None, rank)
+            places.append(Path(folder) / f"last {number}")
+            write_adapter(places[-1], done.kind, done.layers, {}, reports[-1].adapter)
+        found = compare(
+            places,
+            model=model,
+            dataset_dir=songs["dataset_dir"],
+            acestep_root=songs["acestep_root"],
+            checkpoint_dir=songs["checkpoint_dir"],
+            device=songs["device"],
+            held_out=songs["validate"],
+            say=say,
+        )
+    losses = [found.mean(one.losses) for one in found.after]
+    before = found.mean(found.before)
+    finite = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
+    if not finite:
+        raise Refusal("None of these adapters gives a loss that is a number. Choose earlier checkpoints: --epochs A-B.")
+    best = min(finite, key=lambda place: losses[place])
+    count = counted(len(found.songs), "song")
+    lines = [f"Loss on {count} relative to {found.model} without adapter:"]
+    for place, (number, loss) in enumerate(zip(numbers, losses, strict=True)):
+        name = "the newest checkpoint" if number == 1 else f"mean of the last {number}"
+        lines.append(f"  {name:<22} {100 * (loss / before - 1):+.2f} %{'  <-' if place == best else ''}")
+    lines.append(f"It was chosen on {'this song' if count == '1 song' else f'these {count}'}: on others it gains less.")
+    return numbers[best], lines
 
 
 def _chosen(paths: tuple[Path, ...], last: int | None, epochs: str | None) -> tuple[list[Path], list[str]]:
@@ -164,6 +274,7 @@ def _facts(
     if title is not None:
         facts["title"] = title
     if len(reports) > 1:
+        facts = {key: value for key, value in facts.items() if not key.startswith("average_")}
         facts |= {"average_of": ", ".join(told)[:1000], "average_energy": round(done.energy, 6)}
     return facts
 

@@ -12,6 +12,7 @@ from sidestep_plugin.adapters.kinds import NAMES
 from sidestep_plugin.errors import Refusal
 
 from .commands import FAILED, Command, Unusable, echo_json
+from .terminal import say_what_takes_long
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 if TYPE_CHECKING:
@@ -54,15 +55,17 @@ def check(
         quiet.quiet_upstream()
     try:
         root = find_root(acestep_root)
+        if not as_json:
+            click.echo(f"ACE-Step: {root}")
         require_torch()
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
+    say_what_takes_long("Importing ACE-Step's trainer ...")
     kinds: list[AdapterType] = [kind for kind in MODULE_CLASS if kind == adapter_type]
     fitness = examine_checkout(root, checkpoint_folder(checkpoint_dir, root), kinds)
     if as_json:
         echo_json(dataclasses.asdict(fitness))
         sys.exit(0 if fitness.fits else FAILED)
-    click.echo(f"ACE-Step: {fitness.root}")
     click.echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
     for kind in dict.fromkeys(seam.adapter_type for seam in fitness.seams):
         click.echo(f"Compatibility check for {kind}:")

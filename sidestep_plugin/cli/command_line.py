@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .commands import as_said
 from .terminal import program
+from .training_options import usual_defaults
 
 if TYPE_CHECKING:
     from sidestep_plugin.launch.launch import Request
@@ -21,12 +23,17 @@ def command_line(request: Request) -> str:
     return quoted([program(), *words_of(request)])
 
 
-def words_of(request: Request) -> list[str]:
-    """The arguments of the command that does a training without a question."""
+def words_of(request: Request, *, whole: bool = False) -> list[str]:
+    """The arguments of the command that does a training without a question.
+
+    Args:
+        request: the training.
+        whole: whether to name the plugin that takes part anyway.
+    """
     from sidestep_plugin.registry import Registry
 
     words: list[str] = []
-    for name in request.plugins:
+    for name in as_said(request.plugins, whole=whole):
         words += ["--plugin", name]
     words += ["--wins", request.wins] if request.wins else []
     for flag, place in (
@@ -47,6 +54,8 @@ def words_of(request: Request) -> list[str]:
         value = request.options.get(str(option.name))
         if value != option.default:
             words += _option(option.opts[0], value)
+    if request.resume_from is None and request.defaults != usual_defaults(request.plugins):
+        words += ["--settings", request.defaults]
     words += ["--overwrite"] if request.overwrite else []
     words += ["--allow-duplicates"] if request.allow_duplicates else []
     return words
@@ -69,4 +78,6 @@ def _option(flag: str, value: Any) -> list[str]:
         return [flag]
     if isinstance(value, tuple):  # an option that may be given several times
         return [word for entry in value for word in (flag, str(entry))]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**15:
+        value = int(value)  # --validate 1, as it was typed
     return [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]

@@ -17,13 +17,65 @@ UNUSABLE = 2
 _RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
 
 
-_OURS: Final = "sidestep"
+OURS: Final = "sidestep"
+"""The plugin that takes part unless somebody says otherwise."""
+
+NONE: Final = "none"
+"""What ``--plugin`` is given to leave :data:`OURS` out."""
+
+
+def chosen(said: Sequence[str], default: Sequence[str] = (OURS,)) -> tuple[str, ...]:
+    """The plugins that take part: the default ones and those that were named; ``none`` leaves the default ones out.
+
+    Whoever names a default plugin decides about the order, too.
+    """
+    named = tuple(name for name in dict.fromkeys(said) if name != NONE)
+    if NONE in said or (default and set(default) <= set(named)):
+        return named
+    return (*(name for name in default if name not in named), *named)
+
+
+def check_plugins(said: Sequence[str], what: str) -> tuple[str, ...]:
+    """Check the plugins of a command in which none takes part.
+
+    Args:
+        said: the values of ``--plugin``, which people have in their fingers or in a script.
+        what: what the command does without any plugin, for the note that naming one changes nothing.
+
+    Returns:
+        The plugins that would take part. Raises Refusal for one that is not installed.
+    """
+    from sidestep_plugin.registry import Registry
+
+    plugins = chosen(said)
+    Registry.load(plugins)
+    if plugins != (OURS,):
+        click.echo(f"Note: --plugin changes nothing here: {what}.", err=True)
+    return plugins
+
+
+def as_said(plugins: Sequence[str], *, whole: bool = True) -> list[str]:
+    """The values of ``--plugin`` that mean these plugins.
+
+    Args:
+        plugins: those that take part, in their order.
+        whole: whether to name the default plugin as well, where leaving it out means the same.
+    """
+    if OURS not in plugins:
+        return [NONE, *plugins]
+    return list(plugins if whole or plugins[0] != OURS else plugins[1:])
 
 
 class Unusable(click.ClickException):
     """Wrong usage or unusable input: one message on standard error, exit code 2."""
 
     exit_code = UNUSABLE
+
+    def show(self, file: Any = None) -> None:
+        """Print the message on standard error, as it looks best there."""
+        from .terminal import say
+
+        say(f"Error: {self.format_message()}", err=True)
 
 
 def with_hint(error: click.UsageError, typed: Sequence[str]) -> click.UsageError:
@@ -88,7 +140,7 @@ class RefusingCommand(Command):
 
 
 class PluginCommand(RefusingCommand):
-    """A command with ``--plugin NAME ...``, to which the named plugins add their options.
+    """A command with ``--plugin NAME ...``, to which the plugins that take part add their options.
 
     The command's function gets the plugins' names as ``plugins`` and the values of their options as ``options``.
 
@@ -96,11 +148,19 @@ class PluginCommand(RefusingCommand):
     out.
 
     Args:
-        default_plugins: the plugins that take part when none is named.
+        default_plugins: the plugins that take part unless somebody says otherwise.
+        shows: names of the options of :data:`OURS` that the help shows; None for all.
     """
 
-    def __init__(self, *args: Any, default_plugins: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        default_plugins: tuple[str, ...] = (OURS,),
+        shows: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.shows = shows
         self.default_plugins = default_plugins
         self._declared: list[click.Option] = []
 
@@ -111,7 +171,8 @@ class PluginCommand(RefusingCommand):
         plugins: list[str] = []
         try:
             said = self._settings_file(args)
-            plugins = named_plugins(args) or said.plugins or list(self.default_plugins)
+            plugins = list(self._plugins(args, said))
+            ctx.meta["plugins"] = tuple(plugins)
             wins = values_of("--wins", args) or said.wins
             self._declared = Registry.load(plugins, wins[-1] if wins else None).declared_options()
             for option in self._declared:
@@ -123,13 +184,25 @@ class PluginCommand(RefusingCommand):
             raise Unusable(str(refusal)) from refusal
         except click.NoSuchOption as error:
             owner = owner_of(error.option_name.lstrip("-").replace("-", "_"))
-            if owner is not None and owner not in plugins:
-                hint = f"{error.option_name} is an option of the plugin {owner}. Name that as well: --plugin {owner}"
-                raise click.UsageError(hint, ctx) from None
-            if plugins:
+            if owner is None or owner in plugins:
                 raise
-            hint = f"{error.format_message()} It may be a plugin's: name it, as in --plugin sidestep."
+            mend = "Leave --plugin none out" if self.default_plugins else f"Name that as well: --plugin {owner}"
+            hint = f"{error.option_name} is an option of the plugin {owner}, which takes no part. {mend}."
             raise click.UsageError(hint, ctx) from None
+
+    def _plugins(self, args: list[str], said: Any) -> tuple[str, ...]:
+        """The plugins that take part: as typed, as in the settings file, or those of the checkpoint. Raises Refusal."""
+        if typed := named_plugins(args):
+            return chosen(typed, self.default_plugins)
+        if "plugin" in said.values:
+            return chosen(said.plugins or [NONE], self.default_plugins)
+        if resumed := values_of("--resume-from", args) or _texts(said.values.get("resume_from")):
+            from .resumed import plugins_to_resume
+
+            output = values_of("--output-dir", args) or _texts(said.values.get("output_dir"))
+            if (kept := plugins_to_resume(resumed[-1], output[-1] if output else None)) is not None:
+                return kept
+        return self.default_plugins
 
     def _settings_file(self, args: list[str]) -> Any:
         """The settings file that was named, an empty one when none was. Raises Refusal."""
@@ -145,7 +218,7 @@ class PluginCommand(RefusingCommand):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         if self._declared:
-            _write_options(ctx, formatter, "Options of the named plugins", self._declared)
+            _write_options(ctx, formatter, self._title(ctx), self._shown())
             return
         from sidestep_plugin.registry import installed_plugins
 
@@ -153,9 +226,22 @@ class PluginCommand(RefusingCommand):
             with formatter.section("Options of plugins"):
                 formatter.write_dl([(f"--plugin {name} --help", f"shows those of {name}") for name in names])
 
+    def _shown(self) -> Sequence[click.Option]:
+        if self.shows is None:
+            return self._declared
+        from sidestep_plugin.registry import Registry
+
+        ours = {option.name for option in Registry.load((OURS,)).declared_options()}
+        return [option for option in self._declared if option.name not in ours or option.name in self.shows]
+
+    def _title(self, ctx: click.Context) -> str:
+        names = ctx.meta["plugins"]
+        return f"Options of the plugin{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
     def invoke(self, ctx: click.Context) -> Any:
         ctx.params.pop("config", None)
-        ctx.params["plugins"] = ctx.params.pop("plugin") or self.default_plugins
+        ctx.params.pop("plugin")
+        ctx.params["plugins"] = ctx.meta["plugins"]
         ctx.params["options"] = {str(option.name): ctx.params.pop(str(option.name)) for option in self._declared}
         return super().invoke(ctx)
 
@@ -165,10 +251,10 @@ def owner_of(option: str) -> str | None:
     from sidestep_plugin.registry import Registry
 
     try:
-        declared = Registry.load((_OURS,)).declared_options()
+        declared = Registry.load((OURS,)).declared_options()
     except Refusal:  # it is not installed, or is broken; whatever needs it says so
         return None
-    return _OURS if any(one.name == option for one in declared) else None
+    return OURS if any(one.name == option for one in declared) else None
 
 
 def _write_options(
@@ -187,6 +273,10 @@ def without_range(text: str) -> str:
         return text
     kept = _RANGE.sub("", extra.removesuffix("]")).removeprefix("; ").strip()
     return f"{head}  [{kept}]" if kept else head
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else []
 
 
 def named_plugins(args: list[str]) -> list[str]:

@@ -26,7 +26,15 @@ _SETTINGS = {
 }
 
 
-@click.command(cls=PluginCommand, default_plugins=("sidestep",), groups=GROUPS)
+_SHOWN = (
+    *("variant", "timestep_mode", "cfg_ratio", "shift", "num_inference_steps", "crop_seconds"),
+    *("validate", "validate_every", "patience", "max_steps", "time_limit", "keep_last"),
+    *("preview_every", "preview_songs", "preview_seconds", "title", "author", "trigger", "license", "export"),
+)
+"""The plugin's options that say something on a stand-in, for its help. The others work as well."""
+
+
+@click.command(cls=PluginCommand, groups=GROUPS, shows=_SHOWN)
 @click.option(
     "--model", type=click.Choice(["base", "sft", "turbo"]), default="base", show_default=True, help="Kind of model."
 )
@@ -42,7 +50,7 @@ _SETTINGS = {
 @click.option(
     "--songs", "from_audio", is_flag=True, help="Start from wav files that are made on the spot, and end with clips."
 )
-@adapter_and_training_options(_SETTINGS, plugin="sidestep")
+@adapter_and_training_options(_SETTINGS)
 def demo(
     model: str,
     directory: Path,
@@ -56,8 +64,7 @@ def demo(
     """Run the whole job on a tiny stand-in for ACE-Step, on a CPU, in seconds.
 
     It needs no checkout, no network and no GPU. The stand-in makes no music: it shows what happens to each kind of
-    model, and where things end up. Everything else is the code that trains on a real checkout, with the plugin
-    sidestep unless you name another.
+    model, and where things end up. Everything else is the code that trains on a real checkout.
 
     \b
     Examples:
@@ -87,6 +94,7 @@ def demo(
             epochs = settings_from(settings).get("epochs", _SETTINGS["epochs"])
             options = {**options, "preview_every": options["preview_every"] or epochs}
     output = directory / "output" / f"{model}-{adapter_type}"
+    again = (output / "final").is_dir()
     run_training(
         Request(
             model=model,
@@ -102,6 +110,8 @@ def demo(
             overwrite=True,
         )
     )
+    if again:
+        say("It has replaced the earlier demo in that folder.")
     if (losses := _losses(output)) is not None:
         say(f"Mean loss: {losses[0]:.4f} in the first epoch, {losses[1]:.4f} in the last.")
     say(f"See what the adapter says about itself: {quoted([program(), 'inspect', str(output)])}")

@@ -14,9 +14,9 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
 
-from .commands import Command, Unusable, echo_json
+from .commands import OURS, Command, Unusable, chosen, echo_json
 from .torch_here import require_torch
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, plugin_option
 
 if TYPE_CHECKING:
     from sidestep_plugin.memory.estimate import Settings
@@ -39,7 +39,12 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # ge
         return size
 
 
-_RANKS = ", ".join(f"{kind.title} {kind.default_rank}" for kind in KINDS)
+def _usual_rank(kind: str, with_sidestep: bool) -> int:
+    """The rank of a training without ``--rank``: the recommended one, or ACE-Step's own."""
+    return int(BY_NAME[kind].recommended["rank"][0]) if with_sidestep else BY_NAME[kind].default_rank
+
+
+_RANKS = ", ".join(f"{kind.title} {_usual_rank(kind.name, True)}" for kind in KINDS)
 
 
 @click.command(cls=Command)
@@ -71,6 +76,7 @@ _RANKS = ", ".join(f"{kind.title} {kind.default_rank}" for kind in KINDS)
 )
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
+@plugin_option()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def estimate(
     model: str,
@@ -84,6 +90,7 @@ def estimate(
     batch_size: int,
     acestep_root: Path | None,
     checkpoint_dir: Path | None,
+    plugin: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Estimate the memory that a training on a GPU needs, and say with which flags it would fit.
@@ -101,13 +108,14 @@ def estimate(
     from sidestep_plugin.registry import Registry
 
     try:
+        options = frozenset(str(option.name) for option in Registry.load(chosen(plugin)).declared_options())
         require_torch()
         size, notes = _size(model, acestep_root, checkpoint_dir)
         frames, tokens, left_out = _length(dataset_dir, seconds)
         notes += left_out
         settings = Settings(
             kind=adapter_type,
-            rank=rank or BY_NAME[adapter_type].default_rank,
+            rank=rank or _usual_rank(adapter_type, OURS in chosen(plugin)),
             targets=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
             dropout=dropout > 0.0,
             batch_size=batch_size,
@@ -122,7 +130,6 @@ def estimate(
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
     free = _free_memory() if memory is None else memory
-    options = frozenset(str(option.name) for option in Registry.load(("sidestep",)).declared_options())
     rows = rows_for(size, settings, options)
     answer = _Answer(model, size, settings, options, rows, free, memory is not None, notes)
     if as_json:
@@ -174,17 +181,20 @@ class _Answer:
         if self.free is None:
             return "Free memory: unknown, there is no CUDA device. Say how much there is: --memory 12GB"
         memory = f"{shown(self.free)} {'' if self.said else 'are free'}".strip()
+        if not self.options:
+            fits = self.rows[0].needs.fits(self.free)
+            return f"{memory}: enough" if fits else f"{memory}: not enough with a margin. Leave --plugin none out."
         flags = self._flags()
         if flags is None:
             return f"{memory}: none of these fits with a margin. Use shorter songs, or a smaller model."
-        return f"{memory}: enough for --plugin sidestep {' '.join(flags)}"
+        return f"{memory}: enough with {' '.join(flags)}"
 
     def _flags(self) -> list[str] | None:
         """The cheapest flags with which it fits; None if there are none."""
         from sidestep_plugin.memory.estimate import needs
         from sidestep_plugin.memory.savings import enough
 
-        if self.free is None:
+        if self.free is None or not self.options:
             return None
         free, now = self.free, self.settings.but(checkpointing=False)
         if needs(self.size, now).fits(free):

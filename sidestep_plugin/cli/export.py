@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output",
     type=Place(path_type=Path),
-    help="File or folder to write. [default: comfyui_lora.safetensors, or universal/, beside the adapter]",
+    help="File or folder to write. [default: comfyui_lora.safetensors, or a folder, beside the adapter]",
 )
 @click.option(
     "--alpha",
@@ -77,6 +78,7 @@ def export(
         acestep-train export adapters/jazz/final --to universal --output share/jazz.safetensors
     """
     from sidestep_plugin.adapters.base_weights import weights_in_folder
+    from sidestep_plugin.adapters.best_beside import better_than
     from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:
@@ -102,6 +104,8 @@ def export(
         raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
     for line in lines:
         click.echo(line)
+    if better := better_than(report.adapter.file.path):
+        click.echo(f"Note: {shown(better, 5000)}")
     if (generate := report.generate).shift is not None and not generate.guess:
         steps = counted(generate.num_inference_steps, "step")
         click.echo(f"Generate with shift {generate.shift}, {steps}, CFG {generate.cfg}.")
@@ -138,7 +142,7 @@ def _universal(report: Report, output: Path | None, strength: float, overwrite: 
     source = report.adapter
     check_universal(source)
     place = source.file.path.absolute().parent
-    target = output or (place.parent if place.name == "adapter" else place) / "universal"
+    target = output or (place.parent if place.name == "adapter" else place) / _name_of(place)
     if target.suffix == ".safetensors":
         if target.is_dir():
             raise Refusal(f"{target} is a folder. Choose another --output.")
@@ -159,6 +163,21 @@ def _universal(report: Report, output: Path | None, strength: float, overwrite: 
         lines.append("Its tensors are fp32: with the strength multiplied in, 16 bits would round them.")
     lines += [f"Note: {note}" for note in notes(source)]
     return [*lines, "Load it with strength 1.0."]
+
+
+def _name_of(place: Path) -> str:
+    """A name for the copy of an adapter in a folder: that of its training, so that the app can load two of them.
+
+    ACE-Step's app calls an adapter by its folder, takes a name only once, and PEFT takes none with a dot.
+    """
+    saved = place.parent if place.name == "adapter" else place
+    if saved.name in ("final", "interrupted"):
+        name = saved.parent.name
+    elif saved.parent.name == "checkpoints":
+        name = f"{saved.parent.parent.name}-{saved.name.partition('_loss_')[0]}"
+    else:
+        return "universal"
+    return re.sub(r"[^\w-]+", "_", name).strip("_") or "universal"
 
 
 def _check_file(target: Path, source: Path, overwrite: bool) -> None:

@@ -30,6 +30,7 @@ def inspect(path: Path, as_json: bool) -> None:
     The exit code is 0, or 2 if the adapter cannot be read or has a problem.
     """
     from sidestep_plugin.adapters import report
+    from sidestep_plugin.adapters.best_beside import better_than
     from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:
@@ -43,6 +44,8 @@ def inspect(path: Path, as_json: bool) -> None:
     else:
         for line in report.as_text(found):
             click.echo(line)
+        if better := better_than(found.adapter.file.path):
+            click.echo(f"  {'Note:':<11}{shown(better, 5000)}")
         for problem in found.problems:
             click.echo(f"Problem: {shown(problem, 5000)}", err=True)
     sys.exit(UNUSABLE if found.problems else 0)

@@ -39,7 +39,7 @@ def list_checkpoints(output: Path, as_json: bool) -> None:
     if as_json:
         echo_json([dataclasses.asdict(entry) for entry in entries])
         return
-    for line in _table(entries):
+    for line in [*_table(entries), "", *_remarks(entries, output.absolute())]:
         click.echo(line)
 
 
@@ -48,6 +48,9 @@ def _table(entries: Sequence[Saved]) -> Sequence[str]:
     for entry in entries:
         change = entry.validation_change
         told = ["" if change is None else f"validation {100 * change:+.2f} %"]
+        if entry.average is not None:
+            change = entry.average_change
+            told.append("average" if change is None else f"average {100 * change:+.2f} %")
         notes = ", ".join(filter(None, [*told, "" if entry.resumable else "cannot be resumed from"]))
         rows.append(
             (
@@ -64,6 +67,18 @@ def _table(entries: Sequence[Saved]) -> Sequence[str]:
     for name, *numbers, note in rows:
         right = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([f"{name:<{widths[0]}}", *right, note]).rstrip())
+    return lines
+
+
+def _remarks(entries: Sequence[Saved], output: Path) -> Sequence[str]:
+    """What the columns mean, and which adapter to take."""
+    from sidestep_plugin.adapters.best_beside import better_than_final
+
+    lines = ["loss: mean over the training steps of that epoch. The loss in a folder's name is ACE-Step's own count."]
+    if any(entry.validation_change is not None for entry in entries):
+        lines.append("validation: loss on the held-out songs, relative to the model without adapter; lower is better.")
+    if better := better_than_final(output):
+        lines.append(f"Note: {better}")
     return lines
 
 

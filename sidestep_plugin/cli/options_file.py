@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sidestep_plugin.hookspecs import hookimpl
 from sidestep_plugin.run import NEXT_COMMANDS
 
+from .commands import as_said
 from .next_commands import next_commands
 from .settings_file import FILE_NAME, write
 
@@ -64,7 +65,7 @@ def options_of(request: Request, run: Run) -> str:
         "The options of this training. To repeat it:",
         f"    acestep-train --config {FILE_NAME} --dataset-dir DIR --output-dir DIR{_folders(run)}",
     ]
-    values: dict[str, Any] = {"plugin": list(request.plugins), "wins": request.wins}
+    values: dict[str, Any] = {"plugin": as_said(request.plugins), "wins": request.wins}
     # A path says where things are on this machine.
     if re.search(r"[\\/~]", request.model):
         name = re.split(r"[\\/]", request.model.rstrip("\\/"))[-1]

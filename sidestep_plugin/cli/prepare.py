@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Line, Place
 
-from .commands import INTERRUPTED, Command, Unusable
+from .commands import INTERRUPTED, OURS, Command, Unusable, chosen
 from .quiet import quiet_third_parties, quiet_upstream
 from .terminal import say
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device, plugin_option
 
 if TYPE_CHECKING:
     from sidestep_plugin.preparing.job import Done
@@ -24,7 +25,7 @@ _GROUPS = {
     "Needed": ("model", "output"),
     "Texts": ("dataset", "trigger", "trigger_position", "as_typed", "texts", "strict"),
     "Usual": ("renew", "dry_run", "low_memory", "acestep_root", "checkpoint_dir", "device"),
-    "Expert": ("conditions", "max_seconds", "debug"),
+    "Expert": ("conditions", "plugin", "max_seconds", "debug"),
 }
 
 
@@ -52,10 +53,9 @@ _GROUPS = {
 @click.option(
     "--conditions",
     type=click.Choice(["generated", "upstream"]),
-    default="generated",
-    show_default=True,
-    help="Encode texts as the app generates, or as its preprocessing does (to compare).",
+    help="Encode texts as the app generates, or as its preprocessing does.  [default: generated]",
 )
+@plugin_option()
 @click.option(
     "--max-seconds",
     type=FiniteFloat(0.04, 600.0),
@@ -84,6 +84,8 @@ def prepare(
     dry_run: bool,
     max_seconds: float,
     debug: bool,
+    conditions: str | None,
+    plugin: tuple[str, ...],
     **asked: Any,
 ) -> None:
     """Prepare songs to train on, from audio and the texts beside it.
@@ -101,7 +103,9 @@ def prepare(
     if not debug:
         quiet_upstream()
     try:
-        request = _request(audio_dir, output, renew, trigger, trigger_position, dry_run, longest=max_seconds, **asked)
+        conditions = conditions or _conditions(plugin)
+        asked |= {"longest": max_seconds, "conditions": conditions}
+        request = _request(audio_dir, output, renew, trigger, trigger_position, dry_run, **asked)
         if dry_run:
             _show(request)
         else:
@@ -120,6 +124,15 @@ def prepare(
     except KeyboardInterrupt:
         say("Interrupted. Finished songs are complete; the same command goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _conditions(said: Sequence[str]) -> str:
+    """How texts are encoded when nobody says it: without the plugin sidestep, as ACE-Step's preprocessing does."""
+    from sidestep_plugin.registry import Registry
+
+    plugins = chosen(said)
+    Registry.load(plugins)
+    return "generated" if OURS in plugins else "upstream"
 
 
 def _request(

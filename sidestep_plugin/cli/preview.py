@@ -11,10 +11,10 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Line, Place, WholeNumber
 from sidestep_plugin.text import shown
 
-from .commands import Command, Unusable
+from .commands import Command, Unusable, check_plugins
 from .quiet import quiet_third_parties, quiet_upstream
 from .torch_here import require_torch
-from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
+from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, STRENGTHS, check_device, plugin_option
 
 if TYPE_CHECKING:
     from sidestep_plugin.previews.prompts import Prompt
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--cfg", type=FiniteFloat(1.0, 30.0), metavar="X", help="Guidance scale.  [default: 7, turbo none]")
 @click.option("--seed", type=WholeNumber(0, 2**32 - 1), metavar="N", help="Seed of the noise.  [default: 42]")
+@STRENGTHS
 @click.option(
     "--device",
     default="auto",
@@ -53,8 +54,10 @@ if TYPE_CHECKING:
     metavar="DEVICE",
     help="auto, cpu, cuda, cuda:N, mps or xpu.",
 )
+@plugin_option()
 def preview(
     path: Path,
+    plugin: tuple[str, ...],
     prompt: str | None,
     lyrics: Path | None,
     language: str | None,
@@ -67,19 +70,22 @@ def preview(
 
     ADAPTER is the folder of a checkpoint, of a finished adapter or of a training. If the training has left its
     previews as latents, and no --dataset-dir is given, these are decoded. In a training's own folder, clips are made
-    with the songs and the settings of those that are there.
+    with the songs and the settings of those that are there. --strengths makes clips at each of several strengths.
 
     \b
-    Example:
+    Examples:
         acestep-train preview adapters/jazz/checkpoints/epoch_20_loss_0.7312 --dataset-dir songs
         acestep-train preview adapters/jazz --prompt "late night jazz, brushes" --without
+        acestep-train preview adapters/jazz --dataset-dir songs --strengths 0.6,0.8,1,1.2
     """
     from sidestep_plugin.previews.clips import ClipRequest, decode_saved, make_clips
+    from sidestep_plugin.previews.table import read_table
 
     quiet_third_parties()
     quiet_upstream()
     said = {"language": language, "bpm": bpm, "key": key, "time_signature": time_signature}
     try:
+        check_plugins(plugin, "clips are generated as the model generates")
         require_torch()
         request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
         folder = decode_saved(request, click.echo) or make_clips(request, click.echo)
@@ -88,7 +94,9 @@ def preview(
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the clips: {error.strerror or error}: {error.filename or path}.") from None
-    click.echo(f"Listen: {page}")
+    table = read_table(folder)
+    told = "Clips, as latents that nobody can hear yet" if table is not None and any(table.undecoded) else "Listen"
+    click.echo(f"{told}: {page}")
 
 
 def _on_a_page(folder: Path) -> Path:

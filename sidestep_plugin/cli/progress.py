@@ -13,17 +13,17 @@ import click
 from sidestep_plugin.hookspecs import hookimpl
 from sidestep_plugin.text import counted
 
-from .terminal import say, unread
+from .terminal import for_people, say, unread
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
-    from sidestep_plugin.run import Step
+    from sidestep_plugin.run import Run, Step
 
 _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed curve
 _SECONDS_BETWEEN_LINES = 30.0
-_BAR, _NARROW_BAR = 16, 6  # characters
-_WIDE = 120  # columns of a terminal
+_BAR, _NARROW_BAR = 16, 6  # characters that the bar has at least; it takes what the words leave
+_WIDE, _NOT_NARROW = 120, 100  # columns of a terminal
 _TIMED_STEPS = 10  # after which the rest is estimated
 _WORTH_SAYING = 60.0  # seconds that are left
 
@@ -40,39 +40,42 @@ class Progress:
         self.loss: float | None = None
         self.newest = 0.0
         self.best_epoch: int | None = None
+        self.rate: float | None = None
+        self.memory = 0
         self._steps_per_epoch = 1
-        self._epochs = self._first_step = 1
+        self._epochs = self._first_step = self._steps = 1
         self._bar: ProgressBar[int] | None = None
-        self._began = self._first = self._shown = time.monotonic()
+        self._began = self._first = self._shown = self._looked = time.monotonic()
+        self._paused = 0.0  # seconds since the first step in which nothing was trained
+        self._waiting = False
 
-    def begin(self, steps_per_epoch: int, epochs: int) -> None:
+    def begin(self, steps_per_epoch: int, epochs: int, steps: int | None = None) -> None:
         """Start the display, now that the number of steps is known."""
         self._began = time.monotonic()
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
+        self._steps = self._steps_per_epoch * epochs if steps is None else steps
         if sys.stdout is not None and sys.stdout.isatty():
             self._bar = click.progressbar(
-                length=self._steps_per_epoch * epochs,
-                label="Training",
+                length=self._steps,
+                label=_label(),
+                bar_template="%(label)s[%(bar)s]  %(info)s",
                 show_pos=True,
                 show_eta=False,  # click would count the steps of earlier runs as done by this one
                 show_percent=False,
                 item_show_func=lambda _: self._status(self._room()),
-                width=_BAR if shutil.get_terminal_size().columns >= _WIDE else _NARROW_BAR,
+                width=_least(),
                 update_min_steps=1,
             )
-            self._bar.render_progress()
+            self._draw()
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
         with unread(sys.stdout):
             if self._bar is None:
-                click.echo(text)
+                click.echo(for_people(text, sys.stdout))
                 return
-            blank = " " * (shutil.get_terminal_size().columns - 1)
-            click.echo(f"\r{blank}\r{text}")
-            # click draws the bar only when its text changes.
-            self._bar._last_line = None
-            self._bar.render_progress()
+            click.echo(f"\r{_blank()}\r{for_people(text, sys.stdout)}")
+            self._draw()
 
     def end(self) -> None:
         """Leave the bar as it is, and print the total time below it."""
@@ -83,6 +86,22 @@ class Progress:
         if self.began:
             steps = self.step - self._first_step + 1
             say(f"Total time: {_duration(time.monotonic() - self._began)} for {counted(steps, 'training step')}")
+
+    @hookimpl
+    def engine_waiting(self, run: Run, what: str, done: int, total: int) -> None:
+        """Show on a terminal what the training waits for, in place of the bar."""
+        if self._bar is None or not total:
+            return
+        with unread(sys.stdout):
+            self._waiting = done < total
+            if not self._waiting:
+                click.echo(f"\r{_blank()}\r", nl=False)
+                self._draw()
+                return
+            counts = f"  {done}/{total}"
+            room = shutil.get_terminal_size().columns - 1 - len(f"{what}  []{counts}")
+            filled = round(room * done / total)
+            click.echo(f"\r{what}  [{'#' * filled}{'-' * (room - filled)}]{counts}", nl=False)
 
     @hookimpl
     def acestep_step_finished(self, step: Step) -> None:
@@ -96,6 +115,8 @@ class Progress:
             self.began, self._first_step = True, step.run.steps
             self._first = self._shown = time.monotonic()  # the setup does not count for the rate
         self.best_epoch = getattr(step.run, "best_epoch", None)
+        self._paused = getattr(step.run, "paused", 0.0)
+        self._look(step)
         self.step = step.run.steps  # of a resumed training with those before it
         if math.isfinite(self.newest):  # upstream skips single steps that are not finite
             before = self.newest if self.loss is None else self.loss
@@ -107,7 +128,7 @@ class Progress:
 
     def _say_how_long(self) -> None:
         """Say once what an epoch takes, by the clock and without asking the device."""
-        a_step = 1.0 / self._rate()
+        a_step = 1.0 / self._rate()  # what it waits for is not known yet
         epoch, rest = a_step * self._steps_per_epoch, a_step * (self._total - self.step)
         if rest < _WORTH_SAYING:
             return
@@ -118,6 +139,7 @@ class Progress:
 
     def _show(self) -> None:
         if self._bar is not None:
+            self._fit()
             self._bar.update(self.step - self._bar.pos, self.step)
             return
         now = time.monotonic()
@@ -125,37 +147,83 @@ class Progress:
             self._shown = now
             click.echo(f"step {self.step}/{self._total}, {self._status()}")
 
+    def _look(self, step: Step) -> None:
+        """Read the learning rate and the memory of the GPU, once a second and without waiting for it."""
+        now, engine = time.monotonic(), getattr(step.run, "engine", None)
+        if self._bar is None or engine is None or (self.rate is not None and now - self._looked < 1.0):
+            return
+        self._looked, self.rate = now, engine.learning_rate
+        if step.device.type == "cuda":
+            import torch
+
+            self.memory = torch.cuda.max_memory_allocated(step.device)
+
+    def _fit(self) -> None:
+        """Let the bar take the room that the words leave."""
+        if self._bar is not None:
+            self._bar.width = _least()
+            self._bar.width += max(0, self._room() - len(self._status(self._room())))
+
+    def _draw(self) -> None:
+        """Draw the bar, also where its text is the same: click would leave it out."""
+        if self._bar is not None and not self._waiting:
+            self._fit()
+            self._bar._last_line = None
+            self._bar.render_progress()
+
     @property
     def _total(self) -> int:
-        return self._steps_per_epoch * self._epochs
+        return self._steps
 
     def _room(self) -> int:
         """Characters beside the bar: a line that wraps could not be written over."""
         assert self._bar is not None
-        clutter = len(f"Training  []  {self._total}/{self._total}  ") + self._bar.width
+        clutter = len(f"{_label()}[]  {self._total}/{self._total}  ") + self._bar.width
         return shutil.get_terminal_size().columns - 1 - clutter
 
-    def _rate(self) -> float:
-        """Steps per second that this run has computed; 0 until its second step."""
-        done = self.step - self._first_step
-        return done / max(time.monotonic() - self._first, 1e-9) if done > 0 else 0.0
+    def _rate(self, *, alone: bool = False) -> float:
+        """Steps per second that this run has computed; 0 until its second step.
+
+        Args:
+            alone: without the time of validations, previews and checkpoints between two epochs.
+        """
+        done, seconds = self.step - self._first_step, time.monotonic() - self._first
+        return done / max(seconds - self._paused * alone, 1e-9) if done > 0 else 0.0
 
     def _status(self, room: int | None = None) -> str:
         """Epoch, loss, rate and times; what does not fit into the room is left out, the rate first."""
         epoch = min(self._epochs, (max(self.step, 1) - 1) // self._steps_per_epoch + 1)
         loss = "-" if self.loss is None else f"{self.loss:.4f}"
         parts = {"epoch": f"epoch {epoch}/{self._epochs}", "loss": f"loss (smoothed) {loss}"}
+        if self.rate is not None:
+            parts["lr"] = f"lr {self.rate:.1e}"
         if self.best_epoch is not None:
             parts["best"] = f"best epoch {self.best_epoch}"
+        if self.memory:
+            parts["memory"] = f"GPU {self.memory / 2**30:.1f} GiB"
         if rate := self._rate():
-            parts["rate"] = f"{rate:.2f} steps/s"
+            parts["rate"] = f"{self._rate(alone=True):.2f} steps/s"
             parts["elapsed"] = f"{_duration(time.monotonic() - self._began)} elapsed"
             if self.step < self._total:
                 parts["left"] = f"{_duration((self._total - self.step) / rate)} left"
-        for name in ("rate", "elapsed", "left", "best"):
+        for name in ("lr", "rate", "elapsed", "memory", "left", "best"):
             if room is not None and len(", ".join(parts.values())) > room:
                 parts.pop(name, None)
         return ", ".join(parts.values())
+
+
+def _least() -> int:
+    """Characters that the bar has at least."""
+    return _BAR if shutil.get_terminal_size().columns >= _WIDE else _NARROW_BAR
+
+
+def _label() -> str:
+    """What stands before the bar, where there is room for it."""
+    return "Training  " if shutil.get_terminal_size().columns >= _NOT_NARROW else ""
+
+
+def _blank() -> str:
+    return " " * (shutil.get_terminal_size().columns - 1)
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 @click.option(
     "--clip", "clips", type=Place(path_type=Path), multiple=True, metavar="FILE", help="A clip to take along."
 )
+@click.option("--previews", is_flag=True, help="Take the clips along that the training's previews have of it.")
 @click.option("--model", metavar="NAME|DIR", help="Its base model. Only for a LoKr with weight decomposition.")
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
@@ -31,6 +32,7 @@ def publish(
     output: Path,
     name: str | None,
     clips: tuple[Path, ...],
+    previews: bool,
     model: str | None,
     acestep_root: Path | None,
     checkpoint_dir: Path | None,
@@ -39,8 +41,8 @@ def publish(
     """Make a folder of an adapter that can be shared, as on Hugging Face.
 
     It holds the adapter as it was trained, a copy for all other programs, a card (README.md), the options of the
-    training, and clips that are named. No path, no name of this machine and no name of a song is in it. Nothing is
-    uploaded, and the adapter is not changed.
+    training, and clips that are named or, with --previews, those of the training. No path, no name of this machine and
+    no name of a song is in it. Nothing is uploaded, and the adapter is not changed.
 
     \b
     Example:
@@ -50,6 +52,7 @@ def publish(
     from sidestep_plugin.adapters.inspection import inspect_adapter
     from sidestep_plugin.adapters.kinds import BY_NAME, DEFAULT
     from sidestep_plugin.adapters.publishing import publish as make
+    from sidestep_plugin.previews.clips import clips_of
 
     from .export import model_folder
 
@@ -66,6 +69,8 @@ def publish(
             raise Refusal(f"{output} is no folder. Choose another --output.")
         if output.is_dir() and any(output.iterdir()) and not overwrite:
             raise Refusal(f"{output} is not empty. Choose another --output, or use --overwrite.")
+        if previews:
+            clips += tuple(clips_of(report))
         base = None if model is None else weights_in_folder(model_folder(model, acestep_root, checkpoint_dir))
         files = make(report.adapter, report.facts, output.absolute(), called, clips=clips, base=base)
     except Refusal as refusal:
@@ -87,7 +92,7 @@ def publish(
 
 def _name_of(title: str, adapter: Path) -> str:
     """A name for the files: from the title, unless it is the default one, else of the file or the training's folder."""
-    usual = ("final", "adapter", "checkpoints", "best", adapter.absolute().anchor)
+    usual = ("final", "adapter", "average", "checkpoints", "best", adapter.absolute().anchor)
     names = [name for name in adapter.absolute().parts if name not in usual]
     words = names[-1].removesuffix(".safetensors") if not title or re.match(r"(LoRA|LoKr) for ", title) else title
     return re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-").lower()[:80] or "adapter"

@@ -24,7 +24,7 @@ _USUAL_SECONDS = 180
 def recommended(songs: int, adapter_type: str, as_json: bool) -> None:
     """Print recommended settings for a number of songs, and where each of them comes from.
 
-    They are what others recommend or use. The guided start proposes the same.
+    They are what others recommend or use. A training takes them unless you say otherwise.
 
     \b
     Example:
@@ -40,7 +40,9 @@ def recommended(songs: int, adapter_type: str, as_json: bool) -> None:
     width = max(map(len, words))
     for word, setting in zip(words, settings.values(), strict=True):
         click.echo(f"{word:<{width}}  {setting.reason}")
-    click.echo(f"\nOn a command line:\n  --adapter-type {adapter_type} {' '.join(words)}")
+    needed = f"acestep-train --model base --dataset-dir SONGS --output-dir ADAPTER --adapter-type {adapter_type}"
+    click.echo("\nA training uses these for whatever is left out. To write them down, or to change one:")
+    click.echo(f"  {needed} {' '.join(words)}")
     for line in _times(songs * int(settings["epochs"].value), adapter_type):
         click.echo(line)
 

@@ -28,9 +28,9 @@ class RunningCommand(PluginCommand):
             return start()
 
 
-@click.command(cls=RunningCommand, context_settings={"allow_interspersed_args": False})
+@click.command(cls=RunningCommand, default_plugins=(), context_settings={"allow_interspersed_args": False})
 @ACESTEP_ROOT
-@plugin_option()
+@plugin_option(None)
 @WINS
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND ...")

@@ -18,7 +18,7 @@ from sidestep_plugin.text import is_control, sentence
 FILE_NAME: Final = "training_options.toml"
 """The file beside every adapter with the options of its training."""
 
-_NOT_IN_A_FILE: Final = frozenset({"config", "help"})
+_NOT_IN_A_FILE: Final = frozenset({"config", "help", "queue"})
 _LISTS_OF_WORDS: Final = frozenset({"target_modules"})
 """Options whose value on a command line is a list with commas."""
 
@@ -107,10 +107,10 @@ class SettingsFile:
                 unknown = f"{self.file}: there is no option {_written(name)}."
                 if isinstance(self.values[name], dict):
                     raise Refusal(f"{unknown} Expected options without sections: leave [{name}] out.")
-                if (owner := owner_of(name)) is not None and owner not in self.plugins:
+                if (owner := owner_of(name)) is not None and owner not in ctx.meta["plugins"]:
                     raise Refusal(
-                        f"{self.file}: {_written(name)} is an option of the plugin {owner}. Name that as well: "
-                        f'plugin = "{owner}"'
+                        f"{self.file}: {_written(name)} is an option of the plugin {owner}, which takes no part. Leave "
+                        "it out, or the plugin none."
                     )
                 if near := difflib.get_close_matches(name, options, n=1):
                     raise Refusal(f"{unknown} Did you mean {_written(near[0])}?")
@@ -137,7 +137,9 @@ class SettingsFile:
                 f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {error.message}"
             ) from None
         except (ValueError, TypeError, OverflowError) as error:  # a plugin's own type, or int(inf)
-            raise Refusal(f"{self.file}: {_written(name)} = {value!r} cannot be used: {sentence(error)}") from None
+            raise Refusal(
+                f"{self.file}: {_written(name)} = {value!r} cannot be used. Correct it: {sentence(error)}"
+            ) from None
         return taken
 
 

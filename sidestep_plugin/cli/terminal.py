@@ -15,9 +15,59 @@ NAME = "acestep-train"
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line, if anybody can still read it."""
+    """Print lines, if anybody can still read them."""
     with unread(sys.stderr if err else sys.stdout):
-        click.echo(text, err=err)
+        click.echo(for_people(text, sys.stderr if err else sys.stdout), err=err)
+
+
+def say_what_takes_long(text: str) -> None:
+    """Print a line about what is waited for, if somebody sits at a terminal: a pipe gets the result only."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        say(text, err=True)
+
+
+_STYLES = (
+    (("Error", "❌"), {"fg": "red", "bold": True}),
+    (("Warning:", "⚠"), {"fg": "yellow"}),
+    (("✅", "Adapter", "Best epoch", "Page: ", "Next:", "To resume:", "Interrupted", "Settings: "), {"bold": True}),
+    (("Importing ", "Loading ", "📂", "🧠", "🚀", "🎯", "ℹ"), {"dim": True}),
+)
+"""How lines look on a terminal, by what they begin with; all others look as usual."""
+
+_IN_ONE_PIECE = ("  ", "Adapter", "Page: ", "For ComfyUI: ", "Report: ", "💾", "✅")
+"""What lines begin with that hold a command or a path, which somebody may copy."""
+
+
+def for_people(text: str, stream: TextIO | None) -> str:
+    """Lines as they look on a terminal: wrapped between words, and the important ones stand out.
+
+    Without a terminal they stay as they are.
+    """
+    if stream is None or not stream.isatty():
+        return text
+    return "\n".join(_styled(_wrapped(line)) for line in text.split("\n"))
+
+
+def _wrapped(line: str) -> str:
+    import shutil
+
+    room = shutil.get_terminal_size().columns - 1
+    if len(line) < room or room < 20:
+        return line
+    if line.startswith(_IN_ONE_PIECE):
+        path, remark, rest = line.rpartition(" (")
+        return f"{path}\n    ({rest}" if remark and line.endswith(")") else line
+    import textwrap
+
+    more = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    return textwrap.fill(line, room, subsequent_indent="    ", **more)  # type: ignore[arg-type]
+
+
+def _styled(line: str) -> str:
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return line
+    style = next((style for beginnings, style in _STYLES if line.startswith(beginnings)), None)
+    return line if style is None else click.style(line, **style)
 
 
 @contextmanager

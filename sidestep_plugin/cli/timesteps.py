@@ -16,7 +16,7 @@ from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 
 
-@click.command(cls=PluginCommand, default_plugins=("sidestep",))
+@click.command(cls=PluginCommand, shows=("variant", "timestep_mode"))
 @click.option("--model", required=True, metavar="NAME|DIR", help="Model: base, sft, turbo, xl-base, ..., or a path.")
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
@@ -39,7 +39,7 @@ from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 @click.option("--seed", type=WholeNumber(0, 2**63 - 1), metavar="N", default=42, show_default=True, help="Random seed.")
 @click.option("--plot", type=Place(path_type=Path), metavar="FILE.png", help="Also draw a picture; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@plugin_option("sidestep")
+@plugin_option()
 @WINS
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 def timesteps(

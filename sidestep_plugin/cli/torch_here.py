@@ -7,15 +7,22 @@ import sys
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.text import sentence
 
+from .terminal import say_what_takes_long
 
-def require_torch() -> None:
-    """Import torch.
+
+def require_torch(*, told: bool = False) -> None:
+    """Import torch, and say so at a terminal, because it takes seconds.
+
+    Args:
+        told: whether that has been said already.
 
     Raises:
         Refusal: it is not installed, or its libraries cannot be loaded.
     """
     if "torch" in sys.modules:
         return
+    if not told:
+        say_what_takes_long("Importing torch ...")
     try:
         import torch  # noqa: F401
     except Exception as error:  # a missing library is an OSError, a bad $TORCH_LOGS a ValueError

@@ -12,19 +12,30 @@ from sidestep_plugin.options import Place
 
 from . import terminal
 from .commands import PluginCommand
+from .queueing import files_in, queue_option, run_queue
 from .training_options import (
     ACESTEP_ROOT,
     CHECKPOINT_DIR,
+    DEFAULTS,
     FOLDER,
     GROUPS,
-    GUIDED_PLUGIN,
     adapter_and_training_options,
     check_device,
     settings_from,
+    usual_defaults,
 )
 
 
-@click.command(cls=PluginCommand, groups=GROUPS)
+class _TrainCommand(PluginCommand):
+    """A training, or a queue of them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        files, words = files_in(args)
+        ctx.meta["words"] = words
+        return super().parse_args(ctx, [*words, *(f"--queue={file}" for file in files)])
+
+
+@click.command(cls=_TrainCommand, groups=GROUPS)
 @click.option("--model", metavar="NAME|DIR", help="Model to train for: base, sft, turbo, xl-base, ..., or its folder.")
 @click.option("--dataset-dir", type=FOLDER, metavar="DIR", help="Folder of preprocessed songs (.pt files).")
 @click.option("--output-dir", type=FOLDER, metavar="DIR", help="Folder for checkpoints and the finished adapter.")
@@ -45,6 +56,13 @@ from .training_options import (
 @click.option("--overwrite", is_flag=True, help="Replace the adapters of an earlier training in --output-dir.")
 @click.option("--allow-duplicates", is_flag=True, help="Train on songs that are in the dataset more than once.")
 @click.option("--config", type=Place(), metavar="FILE.toml", help="Read options from a file. The command line wins.")
+@click.option(
+    "--settings",
+    type=click.Choice(DEFAULTS),
+    metavar="FROM",
+    help="Settings that are left out: recommended, or upstream, which are ACE-Step's own.",
+)
+@queue_option
 @adapter_and_training_options()
 def train(
     model: str | None,
@@ -61,16 +79,20 @@ def train(
     plugins: tuple[str, ...],
     wins: str | None,
     options: dict[str, Any],
-    **settings: Any,
+    settings: str | None,
+    queue: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Train a LoRA or LoKr with ACE-Step's own trainer.
 
     \b
     Example:
-        acestep-train --plugin sidestep --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
+        acestep-train --model base --dataset-dir tensors/jazz --output-dir adapters/jazz
 
-    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing, and trains with the plugin
-    sidestep unless another one is named.
+    On a terminal, it asks for --model, --dataset-dir and --output-dir if they are missing.
+
+    The plugin sidestep trains each model the way it was trained. Settings that are left out are those that are
+    recommended for the number of songs. --plugin none trains exactly as ACE-Step does.
 
     Before the first step it prints how the model is trained, and why. Ctrl-C stops the training after the current
     step, saves it, and prints the command that resumes it as if it had never stopped.
@@ -82,17 +104,13 @@ def train(
     from .training import run_training
 
     context = click.get_current_context()
+    if queue:
+        context.exit(run_queue(queue, context.meta["words"]))
     needed = {"model": model, "dataset_dir": dataset_dir, "output_dir": output_dir}
     missing = [param for param in context.command.params if param.name in needed and needed[param.name] is None]
     asks = bool(missing) and not yes and terminal.on_a_terminal()
     if missing and not asks:
         raise click.MissingParameter(ctx=context, param=missing[0])
-    if asks and context.get_parameter_source("plugin") is ParameterSource.DEFAULT:
-        # The same questions mean the same training, whatever the command line says besides.
-        from sidestep_plugin.registry import Registry
-
-        plugins = (GUIDED_PLUGIN,)
-        options = Registry.load(plugins, wins).resolve_options({})
     request = Request(
         model=model or "",
         dataset_dir=dataset_dir or Path(),
@@ -100,7 +118,8 @@ def train(
         adapter_type=adapter_type,
         acestep_root=acestep_root,
         checkpoint_dir=checkpoint_dir,
-        settings=settings_from(settings),
+        settings=settings_from(given),
+        defaults=settings or usual_defaults(plugins),
         plugins=plugins,
         wins=wins,
         options=options,
@@ -113,5 +132,7 @@ def train(
         from .guided import ask
 
         said = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        request = ask(request, {*context.params, *settings, "variant"} - said)
+        if context.get_parameter_source("plugin") is not ParameterSource.DEFAULT:
+            said.add("plugin")
+        request = ask(request, {*context.params, *given, "variant", "plugin"} - said)
     run_training(request)

@@ -18,6 +18,7 @@ from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import Stop, interruptible
 from .next_commands import next_commands
+from .resumed import resumed_with, settings_to_resume
 from .terminal import say
 from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
@@ -56,7 +57,9 @@ def _train(request: Request) -> None:
     extra: dict[str, object] = {"progress": progress}
     if request.plugins:  # without one, a training leaves the files that ACE-Step leaves, and no others
         extra["options_file"] = OptionsFile(request)
-    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra)
+    launch = prepare(request, say=progress.say, extra_plugins=lambda: extra, kept=settings_to_resume)
+    if launch.request.resume_from is not None:
+        progress.say(resumed_with(request.plugins, launch.request.resume_from))
     with interruptible(launch, progress) as stop:
         failure = _run(launch, progress, stop)
         if not ranks().several:
@@ -78,7 +81,7 @@ def _run(launch: Launch, progress: Progress, stop: Stop) -> str | None:
     with launch.lock, launch.attachment:
         for line in notes_on_settings(launch):
             progress.say(line)
-        progress.begin(launch.steps_per_epoch, launch.epochs)
+        progress.begin(launch.steps_per_epoch, launch.epochs, launch.total_steps)
         try:
             for _, _, message in launch.messages():
                 stop.complete = stop.complete or message.startswith(_COMPLETE)
@@ -93,7 +96,7 @@ def _run(launch: Launch, progress: Progress, stop: Stop) -> str | None:
             raise refusal
         if refusal is not None:
             failure = str(refusal)
-        stopped = stop.asked or (ranks().several and bool(launch.state.get("interrupted")))
+        stopped = stop.asked or bool(launch.state.get("interrupted"))  # by a signal, or by --time-limit
         if failure is None and stopped and not stop.complete and progress.step < launch.total_steps:
             _say_what_was_saved(launch, progress)
             sys.exit(INTERRUPTED)
@@ -122,7 +125,7 @@ def say_that_torch_is_imported() -> None:
     """Print what takes the next seconds, unless it is imported already, and import it. Raises Refusal."""
     if "torch" not in sys.modules:
         say("Importing torch ...")
-    require_torch()
+    require_torch(told=True)
 
 
 def notes_on_settings(launch: Launch) -> list[str]:

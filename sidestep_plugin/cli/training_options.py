@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,10 @@ import click
 
 from sidestep_plugin.adapters.kinds import DEFAULT, KINDS, NAMES
 from sidestep_plugin.errors import Refusal
-from sidestep_plugin.options import FiniteFloat, Place, WholeNumber
+from sidestep_plugin.options import FiniteFloat, Place, Strengths, WholeNumber
+from sidestep_plugin.recommended import SETTINGS
+
+from .commands import NONE, OURS
 
 FOLDER: Final = Place(path_type=Path)
 
@@ -34,8 +37,11 @@ UPSTREAMS_DEFAULTS: Final = {
 }
 """What ACE-Step takes for an option that is left out."""
 
+DEFAULTS: Final = ("recommended", "upstream")
+"""Whose settings can be taken for those that are left out."""
+
 GROUPS: Final = {
-    "Needed": ("plugin", "model", "dataset_dir", "output_dir"),
+    "Needed": ("model", "dataset_dir", "output_dir"),
     "Usual": (
         "adapter_type",
         "epochs",
@@ -48,9 +54,12 @@ GROUPS: Final = {
         "resume_from",
         "overwrite",
         "config",
+        "settings",
+        "queue",
         "acestep_root",
         "checkpoint_dir",
         "directory",
+        "plugin",
     ),
     "Expert": (
         "device",
@@ -72,9 +81,6 @@ GROUPS: Final = {
 }
 """The options of train and demo as their help shows them."""
 
-GUIDED_PLUGIN: Final = "sidestep"
-"""The plugin of the guided start when none is named."""
-
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 ACESTEP_ROOT: Final[Decorator] = click.option(
@@ -89,17 +95,29 @@ CHECKPOINT_DIR: Final[Decorator] = click.option(
     metavar="DIR",
     help="Folder of models.  [default: $ACESTEP_CHECKPOINTS_DIR, else checkpoints/]",
 )
+STRENGTHS: Final[Decorator] = click.option(
+    "--strengths",
+    type=Strengths(),
+    default="1",
+    metavar="S,S,...",
+    help="Strengths of the adapter, such as 0.6,0.8,1,1.2.  [default: 1, as trained]",
+)
 WINS: Final[Decorator] = click.option(
     "--wins", metavar="NAME", help="Which plugin samples the timesteps, if two of them want to."
 )
 
 
-def plugin_option(default: str | None = None) -> Decorator:
-    """``--plugin NAME``, for a command that trains as ACE-Step does without one, or one with a default plugin."""
-    without = "Without it: as ACE-Step trains." if default is None else f" [default: {default}]"
-    return click.option(
-        "--plugin", multiple=True, metavar="NAME", help=f"Plugin to use; may be given several times. {without}"
-    )
+def plugin_option(default: str | None = OURS) -> Decorator:
+    """``--plugin NAME``, for a command in which a plugin takes part unless somebody says otherwise, or none."""
+    text = "Plugin to use; may be given several times."
+    if default is not None:
+        text = f"Plugin beside {default}; {NONE}: without {default}, as ACE-Step trains."
+    return click.option("--plugin", multiple=True, metavar="NAME|none" if default else "NAME", help=text)
+
+
+def usual_defaults(plugins: Sequence[str]) -> str:
+    """Whose settings are taken for those that are left out, when nobody says it: one of :data:`DEFAULTS`."""
+    return DEFAULTS[0] if OURS in plugins else DEFAULTS[1]
 
 
 def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -110,24 +128,27 @@ def check_device(_: click.Context, __: click.Parameter, value: str) -> str:
 
 
 def adapter_and_training_options(
-    defaults: Mapping[str, Any] | None = None, *, plugin: str | None = None
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of a training that have nothing to do with where things are: shared by train and demo.
 
     Args:
         defaults: settings of the command in place of ACE-Step's own, for its help.
-        plugin: the plugin that takes part when none is named.
     """
     own = defaults or {}
 
     def setting(flag: str, kind: click.ParamType[Any] | None, metavar: str, text: str) -> Decorator:
         name = flag.removeprefix("--").replace("-", "_")
-        told = f"default: {own[name]}" if name in own else f"ACE-Step's default: {UPSTREAMS_DEFAULTS[name]}"
+        told = f"ACE-Step's default: {UPSTREAMS_DEFAULTS[name]}"
+        if name in own:
+            told = f"default: {own[name]}"
+        elif name in SETTINGS:
+            told = f"default: recommended; ACE-Step's: {UPSTREAMS_DEFAULTS[name]}"
         return click.option(flag, type=kind, metavar=metavar, help=f"{text}  [{told}]")
 
     positive = WholeNumber(1, 10**9)
     options: tuple[Decorator, ...] = (
-        plugin_option(plugin),
+        plugin_option(),
         WINS,
         click.option(
             "--adapter-type",
@@ -137,7 +158,7 @@ def adapter_and_training_options(
             help="Kind of adapter.",
         ),
         setting("--rank", WholeNumber(min=1), "N", "Size of the adapter."),
-        setting("--alpha", positive, "N", "Its strength is alpha / rank."),
+        setting("--alpha", positive, "N", "Strength: alpha / rank."),
         setting("--dropout", FiniteFloat(0.0, 1.0, max_open=True), "X", "LoRA dropout, from 0 to below 1."),
         setting("--target-modules", None, "NAMES", "Layers to adapt."),
         *(own_option(name, metavar, text) for kind in KINDS for name, (metavar, text) in kind.options.items()),

@@ -58,7 +58,7 @@ def start_workers(request: Request) -> None:
     context = click.get_current_context()
     if context.info_name == "demo":
         raise Refusal("The demo trains in one process. Leave --devices and --nodes out.")
-    words = [*words_of(request), "--yes", *(["--debug"] if context.meta["debug"] else [])]
+    words = [*words_of(request, whole=True), "--yes", *(["--debug"] if context.meta["debug"] else [])]
     code = Workers(plan, [sys.executable, "-m", "sidestep_plugin", "train", *words]).run()
     if code == FAILED:
         _say_how_to_resume(request)

@@ -18,7 +18,7 @@ from ..variants import member_of
 from .checkout import import_trainer
 from .injection import injection_problem
 from .models import download_command, models_in
-from .seams import Found, adapter_types, examine
+from .seams import Found, adapter_types, cannot_do, examine
 
 _VERSIONS: Final = (
     "sidestep-plugin",
@@ -93,9 +93,9 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
         problems = [f"{title_of(kind)} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(title_of(kind) for kind, problem in verdicts if not problem)
-        good = [f"Compatible: {fitting} can be trained with --plugin sidestep"] if fitting else []
+        good = [f"Compatible: {fitting} can be trained"] if fitting else []
         lost = dict.fromkeys(seam.without for seam in seams if seam.status != "found" and seam.without)
-        limits = [f"This version of ACE-Step cannot do: {', '.join(lost)}"] if lost and fitting else []
+        limits = [cannot_do(trainer, lost)] if lost and fitting else []
         fits, verdict = not problems, ". ".join(good + limits + problems)
     except UpstreamMismatch as mismatch:
         fits, verdict = False, str(mismatch).removesuffix(".")

@@ -32,6 +32,7 @@ class Training:
         ending: saves the finished adapter of a training that a plugin has ended; None otherwise.
         limits: the plugin's options that ended it, and up to which value each of them would have.
         failure: why it failed, as upstream or the engine reports it; "" while it has not.
+        variant: which of ``run.variants`` is in the adapter's place now; "" for what is trained.
     """
 
     run: Run
@@ -45,6 +46,7 @@ class Training:
     ending: Callable[[], Sequence[str]] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
+    variant: str = ""
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """Stop upstream's loop after this step; the training counts as finished."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,10 +16,12 @@ from ..text import counted
 from .answers import checked_lines
 from .checkout import place_of
 from .replay import put_parameters, trained_tensors
-from .shapes import SAVE_FUNCTIONS
+from .shapes import SAVE_FUNCTIONS, WEIGHT_FILES
 from .weights import live_weights, put_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from ..run import ResumePoint
     from .current import Training
     from .host import Host
@@ -94,11 +96,11 @@ def put(training: Training, point: ResumePoint, folder: Path | None = None) -> N
     assert journal is not None
     if journal.catching_up:  # what comes then would replace them
         journal.catch_up(run)
-    put_weights(run, point)
+    put_weights(run, point.weights)
     put_parameters(trained_tensors(journal.scheduler), point)
     journal.holds = point
-    weights = () if folder is None else sorted(folder.rglob("*.safetensors"))
-    journal.copy_of = weights[0].parent if weights else None
+    places = [] if folder is None else [folder / name for name in WEIGHT_FILES[run.adapter_type]]
+    journal.copy_of = next((place.parent for place in places if place.is_file()), None)
 
 
 @contextmanager
@@ -117,6 +119,32 @@ def _in_the_adapter(training: Training, point: ResumePoint) -> Iterator[None]:
     finally:
         put(training, before)
         run.steps, journal.holds, journal.copy_of = steps, holds, copy_of
+
+
+@contextmanager
+def in_its_place(training: Training, name: str, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Other tensors in place of those that are trained; afterwards these are what they were, bit for bit.
+
+    Args:
+        name: which of the run's variants they are.
+        tensors: one for each trained tensor, of its shape and any dtype.
+    """
+    import torch
+
+    journal = training.journal
+    assert journal is not None
+    trained = trained_tensors(journal.scheduler)
+    with torch.no_grad():
+        now = [weight.detach().clone() for weight in trained]
+        try:
+            training.variant = name
+            for weight, value in zip(trained, tensors, strict=True):
+                weight.copy_(value)
+            yield
+        finally:
+            training.variant = ""
+            for weight, value in zip(trained, now, strict=True):
+                weight.copy_(value)
 
 
 def _copied(value: Any) -> Any:

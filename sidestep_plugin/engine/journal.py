@@ -104,6 +104,11 @@ class Journal:
         return self._epochs_begun - (self._in_epoch != self._steps_per_epoch and self._epochs_begun > 0)
 
     @property
+    def place_in_epoch(self) -> tuple[int, int | None]:
+        """Training steps of the epoch that are done, and how many it has; None before the first epoch."""
+        return self._in_epoch, self._steps_per_epoch
+
+    @property
     def steps(self) -> int:
         """Training steps done, including those of earlier runs."""
         return len(self._losses)

@@ -74,7 +74,7 @@ class Replay:
         """Compare the checkpoint with the adapter, once and before the first step. Raises Refusal."""
         if self._checked:
             return
-        check_weights(run, self.point)
+        check_weights(run, self.point.weights)
         if scheduler is None:
             raise Refusal(
                 "This version of ACE-Step creates its optimizer in an unknown way, so nothing can be resumed in it. "
@@ -122,7 +122,7 @@ class Replay:
                     "The checkpoint does not fit this adapter: other tensors were trained in it than are trained here. "
                     "Resume with the settings that it was made with."
                 )
-        put_weights(run, point)
+        put_weights(run, point.weights)
         put_parameters(trained, point)
         lines = _restore_optimizer(point, scheduler, trained)
         if point.random is not None:

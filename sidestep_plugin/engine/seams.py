@@ -340,3 +340,10 @@ def in_use(trainer: Any, kinds: Iterable[AdapterType], uses: Callable[[str], boo
             # A sampler of an unknown shape is left alone where it is only looked at.
             if owner is not None and not (seam.optional and any(seam.problem(trainer, kind) for kind in wanted)):
                 yield owner, seam
+
+
+def cannot_do(module: Any, lost: Iterable[str]) -> str:
+    """What a trainer cannot do, as a sentence without its full stop, and what to do where a package is missing."""
+    if getattr(module, "LIGHTNING_AVAILABLE", True):
+        return f"This version of ACE-Step cannot do: {', '.join(lost)}"
+    return f"Without the package lightning, ACE-Step cannot do: {', '.join(lost)} (pip install lightning)"

@@ -11,10 +11,12 @@ from ..errors import Refusal
 from ..songs.dataset import songs_in
 from .checkout import place_of
 from .decoders import plain_decoder, undisturbed, without_adapter
-from .ending import in_ram, put, save_checkpoint, save_weights
+from .ending import in_its_place, in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
 from .loggers import log_entries
+from .processes import INTERRUPTED, STOP
 from .replay import trained_tensors
+from .weights import live_weights, put_weights
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,28 @@ class Services:
         return [] if journal is None or journal.scheduler is None else trained_tensors(journal.scheduler)
 
     @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps so far, by upstream's scheduler of the learning rate; 0 before it exists."""
+        journal = self._training.journal
+        return 0 if journal is None or journal.scheduler is None else int(journal.scheduler.last_epoch)
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of those of ``run.variants`` that there are by now."""
+        return [name for name, tensors in self._training.run.variants.items() if tensors() is not None]
+
+    @property
+    def variant(self) -> str:
+        """Which of ``run.variants`` is in the adapter's place now; "" for what is trained."""
+        return self._training.variant
+
+    @property
+    def held(self) -> ResumePoint | None:
+        """The checkpoint that is in the adapter's place while it is saved; None for what is trained."""
+        journal = self._training.journal
+        return None if journal is None else journal.holds
+
+    @property
     def epochs_before(self) -> int:
         """Epochs that were complete before the one that upstream's loop is in; 0 before the first one."""
         journal = self._training.journal
@@ -119,6 +143,12 @@ class Services:
         """A block in which the model is the base model."""
         return without_adapter(self._training.trainer.module)
 
+    def in_its_place(self, variant: str) -> AbstractContextManager[None]:
+        """A block in which one of :attr:`variants` is in the adapter's place; it is put back bit for bit."""
+        tensors = self._training.run.variants[variant]()
+        assert tensors is not None
+        return in_its_place(self._training, variant, tensors)
+
     def evaluate(
         self,
         songs: Sequence[Path],
@@ -126,6 +156,7 @@ class Services:
         conditions: Sequence[bool],
         *,
         adapter: bool = True,
+        variant: str = "",
     ) -> torch.Tensor:
         """Upstream's loss of each song at each timestep and condition, and nothing is different afterwards.
 
@@ -134,16 +165,36 @@ class Services:
             timesteps: the t, from 0 to 1.
             conditions: with the song's condition (True), the model's null condition (False), or both.
             adapter: whether with the adapter.
+            variant: one of :attr:`variants` in place of it.
 
         Returns:
             The losses, shape [songs, timesteps, conditions], float64 on the CPU; in several processes, those of the
             first one everywhere.
         """
         module, run = self._training.trainer.module, self._training.run
-        with nullcontext() if adapter else self.without_adapter():
-            losses = evaluate(module, songs, timesteps, conditions)
+
+        def done(number: int) -> None:
+            self.waiting("Validation", number, len(songs))
+
+        block: AbstractContextManager[None] = nullcontext() if adapter else self.without_adapter()
+        if variant:
+            block = self.in_its_place(variant)
+        with block:
+            done(0)
+            losses = evaluate(module, songs, timesteps, conditions, done=done)
         shared: torch.Tensor = run.gather(losses)[0]
         return shared
+
+    def waiting(self, what: str, done: int, total: int) -> None:
+        """Show how far something is for which the training waits, where somebody looks."""
+        self._host.registry.call("engine_waiting", run=self._training.run, what=what, done=done, total=total)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the next optimizer step; None before the optimizer exists."""
+        journal = self._training.journal
+        rates = [] if journal is None or journal.scheduler is None else journal.scheduler.get_last_lr()
+        return float(rates[0]) if rates else None
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
@@ -186,6 +237,27 @@ class Services:
             folder: where it was read from; None for one that was kept in RAM.
         """
         put(self._training, point, folder)
+
+    @property
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors as they are now, under the names that they are saved with. Raises Refusal."""
+        return live_weights(self._training.run)
+
+    def put_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors into the adapter that is trained, by the names that they are saved with. Raises Refusal."""
+        put_weights(self._training.run, weights)
+
+    @property
+    def place_in_epoch(self) -> tuple[int, int | None]:
+        """Training steps of the epoch that have begun, and how many it has; None if that is not known."""
+        journal = self._training.journal
+        return (0, None) if journal is None else journal.place_in_epoch
+
+    def stop(self, line: str) -> None:
+        """Stop the training after this step and save it, as the stop button does, and tell the user a line."""
+        if (state := self._training.state) is not None:
+            state[STOP] = state[INTERRUPTED] = True
+            self.announce(line)
 
     def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
         """End the training after this step as a finished one.

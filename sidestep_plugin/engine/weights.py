@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
-from ..run import ResumePoint, Run
+from ..run import Run
 from ..text import counted
 from .decoders import plain_decoder
 
@@ -35,30 +36,30 @@ def check_finite(run: Run) -> None:
             )
 
 
-def put_weights(run: Run, point: ResumePoint) -> None:
-    """Load a checkpoint's tensors into the adapter, and check that they are there. Raises Refusal."""
+def put_weights(run: Run, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load tensors of a file into the adapter, and check that they are there. Raises Refusal."""
     import torch
 
-    live = check_weights(run, point)
+    live = check_weights(run, weights)
     module = run.module_ref() if run.module_ref else None
     assert module is not None
-    BY_NAME[run.adapter_type].load(module, live, point.weights)
+    BY_NAME[run.adapter_type].load(module, live, weights)
     for name, tensor in live_weights(run).items():
-        if not torch.equal(tensor.cpu(), point.weights[name].to(tensor.dtype)):
+        if not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
             raise Refusal(
                 f"After loading the checkpoint, the adapter's tensor {name} differs from it. "
                 "Resume from another checkpoint, or start again without it."
             )
 
 
-def check_weights(run: Run, point: ResumePoint) -> dict[str, torch.Tensor]:
+def check_weights(run: Run, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's tensors, if the checkpoint has the same names and shapes. Raises Refusal."""
     live = live_weights(run)
-    missing = sorted(live.keys() - point.weights.keys())
-    foreign = sorted(point.weights.keys() - live.keys())
-    shapes = [name for name in live if name in point.weights and live[name].shape != point.weights[name].shape]
+    missing = sorted(live.keys() - weights.keys())
+    foreign = sorted(weights.keys() - live.keys())
+    shapes = [name for name in live if name in weights and live[name].shape != weights[name].shape]
     if not live or missing or foreign or shapes:
-        example = f"{shapes[0]} has shape {list(point.weights[shapes[0]].shape)} there" if shapes else ""
+        example = f"{shapes[0]} has shape {list(weights[shapes[0]].shape)} there" if shapes else ""
         example = example or f"{(missing or foreign or ['an adapter without tensors'])[0]} is only on one side"
         raise Refusal(
             f"The checkpoint does not fit this adapter: of {len(live)} tensors {len(missing)} are missing in it and "

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..engine import seams
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
-from ..engine.configs import build_configs, check_rank
+from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
 from ..engine.current import CommandLine, command_line
 from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
@@ -60,9 +61,11 @@ from ..engine.seams import FINAL, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
+from ..recommended import SETTINGS, batches_for, recommended
 from ..registry import Registry
 from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
+from ..resuming.starting import settings_to_start_from
 from ..run import AdapterType, ModelFacts
 from ..songs.dataset import Dataset, inspect_dataset
 from ..songs.fit import check_songs, check_width
@@ -70,7 +73,7 @@ from ..songs.values import check_values
 from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
 from ..variants import member_of
-from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume
+from .output_folder import LATEST, check_undescribed, check_unused, checkpoint_to_resume, settings_of_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +87,9 @@ class Request:
 
     Attributes:
         model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given; the rest have upstream's
-            defaults.
+        settings: training and adapter settings by option name, only those that were given. When a training is
+            resumed, the rest are those of its checkpoint.
+        defaults: where the rest come from in a new training: "recommended" for its number of songs, or "upstream".
         plugins: names of plugins; none: upstream's own training.
         wins: the plugin that samples the timesteps when two of them could.
         options: the plugins' options, only those that were given.
@@ -102,6 +106,7 @@ class Request:
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    defaults: str = "upstream"
     plugins: tuple[str, ...] = ()
     wins: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,6 +125,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         decided: what was decided before the model was loaded, for the training that begins.
+        most_steps: the most training steps; None without a limit.
         total_steps: training steps that upstream will run, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
@@ -134,10 +140,11 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     decided: CommandLine
+    most_steps: int | None = None
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
+        return min(self.steps_per_epoch * self.epochs, self.most_steps or sys.maxsize)
 
     def messages(self) -> Iterator[tuple[int, float, str]]:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
@@ -189,6 +196,7 @@ def prepare(
     *,
     say: Callable[[str], None],
     extra_plugins: Callable[[], Mapping[str, object]] = dict,
+    kept: Callable[[Path, AdapterType], Mapping[str, Any]] = settings_of_checkpoint,
 ) -> Launch:
     """Check a request, cheap checks first, then load the model and attach the plugins.
 
@@ -196,23 +204,28 @@ def prepare(
         request: what the user asked for.
         say: takes each line meant for the user.
         extra_plugins: makes plugin objects that are not installed, such as a progress display.
+        kept: reads the settings that a checkpoint was trained with.
 
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
     lock = OutputLock(request.output_dir.absolute())
     try:
-        return _prepared(request, lock, say, extra_plugins)
+        return _prepared(request, lock, say, extra_plugins, kept)
     except BaseException:
         lock.release()
         raise
 
 
 def _prepared(
-    request: Request, lock: OutputLock, say: Callable[[str], None], extra_plugins: Callable[[], Mapping[str, object]]
+    request: Request,
+    lock: OutputLock,
+    say: Callable[[str], None],
+    extra_plugins: Callable[[], Mapping[str, object]],
+    kept: Callable[[Path, AdapterType], Mapping[str, Any]],
 ) -> Launch:
     _stay_offline()
-    latest = request.resume_from == LATEST
+    asked, latest = request, request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     plan = plan_of(registry, options)
@@ -221,6 +234,13 @@ def _prepared(
     root, model = in_all(lambda: _find(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
+    if resumed is not None:
+        of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
+        request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
+    elif (start := options.get("init_from")) is not None:
+        request = dataclasses.replace(
+            request, settings=told_by_first(lambda: _settings_to_start_from(start, request, kept))
+        )
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = in_all(lambda: _check_songs(request, model))
@@ -234,14 +254,18 @@ def _prepared(
             | of_the_songs(dataset.folder)
         )
     out = held_out(registry, dataset.files, options, upstream.training_config)
+    request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
     _announce(request, registry, model, device, say)
     handler = in_turns(lambda: _load(model, device, dataset))
     for name, plugin in extra_plugins().items():
         registry.register(plugin, name)
+    options = registry.resolve_options(request.options)  # with the defaults of those that came just now
     folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
     attachment = attach_registry(upstream.module, registry, options, folders, say)
-    return _made(request, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+    # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
+    asked = dataclasses.replace(asked, resume_from=request.resume_from)
+    return _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -269,6 +293,15 @@ def _stay_offline() -> None:
     """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _settings_to_start_from(
+    adapter: Path, request: Request, kept: Callable[[Path, AdapterType], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a training that starts from an adapter's weights, which decide about its size. Raises Refusal."""
+    kind, given = request.adapter_type, request.settings
+    known = kept(find_weights(adapter).parent, kind)
+    return {**settings_to_start_from(adapter, kind, known, given), **given}
 
 
 def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
@@ -335,7 +368,7 @@ def _check_upstream(
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
     if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
-        say(f"Note: this version of ACE-Step cannot do: {', '.join(lost)}.")
+        say(f"Note: {seams.cannot_do(module, lost)}.")
     if problem := injection_problem(kind):
         raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
@@ -351,6 +384,48 @@ def _check_upstream(
     if request.resume_from is not None and "resume_from" not in arguments and not registry.implements("engine_resume"):
         raise Refusal(f"This ACE-Step cannot resume a {kind} training. Start it without --resume-from.")
     return _Upstream(module, trainer_class, adapter_config, training_config)
+
+
+def _with_settings(
+    request: Request,
+    upstream: _Upstream,
+    dataset: Dataset,
+    held: int,
+    most: int | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Request, _Upstream]:
+    """Decide about the settings that were left out, and say so.
+
+    Args:
+        held: number of songs that are held out.
+        most: the most training steps; None without a limit.
+    """
+    missing = [name for name in SETTINGS if name not in request.settings]
+    songs = dataset.songs - held - _upstreams(dataset.songs, request.settings.get("val_split", 0.0))
+    kind, given = request.adapter_type, request.settings
+    if most is not None and "epochs" not in given:  # the learning rate has run its course when that many are done
+        batches = batches_for(songs, int(given.get("batch_size", 1)), ranks().world_size)
+        given = {**given, "epochs": math.ceil(most / batches)}
+    if missing and request.defaults == "recommended" and request.resume_from is None:
+        usual = recommended(songs, kind, given, ranks().world_size)
+        settings = {**given, **{name: setting.value for name, setting in usual.items()}}
+        configs = build_configs(upstream.module, kind, settings, request.output_dir, device)
+        request = dataclasses.replace(request, settings=settings)
+        upstream = dataclasses.replace(upstream, adapter_config=configs[0], training_config=configs[1])
+        source = f"recommended for {counted(songs, 'song')}; acestep-train recommended --songs {songs} says why"
+    else:
+        source = "ACE-Step's own"
+    if missing:
+        fields = {**ADAPTER_FIELDS[kind], **TRAINING_FIELDS}
+        configs = (upstream.adapter_config, upstream.training_config)
+        values = {
+            name: next((getattr(config, fields[name]) for config in configs if hasattr(config, fields[name])), None)
+            for name in missing
+        }
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value is not None)
+        say(f"Settings: {words} ({source})")
+    return request, upstream
 
 
 def _check_values(
@@ -389,7 +464,7 @@ def upstreams_timesteps(facts: ModelFacts) -> str | None:
     name = member_of(treatment.variant, facts.name)
     return (
         f"Warning: without a plugin ACE-Step trains {facts.name or 'this model'} at turbo's 8 timesteps{dropout}, "
-        f"not the way {name} was trained. To train it the way {name} was trained, add --plugin sidestep."
+        f"not the way {name} was trained. To train it the way {name} was trained, leave --plugin none out."
     )
 
 
@@ -426,17 +501,28 @@ def _made(
         attachment.detach()
         raise
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
+    steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
     return Launch(
         request=request,
         attachment=attachment,
         lock=lock,
         trainer=trainer,
         dataset=dataset,
-        steps_per_epoch=math.ceil(math.ceil(left / ranks().world_size) / config.batch_size),
+        steps_per_epoch=steps,
         epochs=config.max_epochs,
         state={"should_stop": False},
         decided=decided,
+        most_steps=_rounded_up(attachment.options.get("max_steps"), steps, config),
     )
+
+
+def _rounded_up(most: int | None, steps_per_epoch: int, config: Any) -> int | None:
+    """The training step of an optimizer step behind which a training of at most so many steps ends."""
+    if most is None:
+        return None
+    each = max(1, int(getattr(config, "gradient_accumulation_steps", 1)))
+    epochs, rest = divmod(most, steps_per_epoch)
+    return epochs * steps_per_epoch + min(steps_per_epoch, math.ceil(rest / each) * each)
 
 
 def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from ..adapters.facts import read_training_config
 from ..adapters.staging import settle_below
+from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
 from ..engine.ending import INTERRUPTED
 from ..engine.seams import FINAL
 from ..errors import Refusal
 from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
+from ..run import AdapterType
 
 LATEST: Final = Path("latest")
 """Stands for the newest checkpoint below the output folder."""
@@ -26,6 +29,15 @@ def check_unused(output: Path, resumed: Path | None) -> None:
             f"{output} already holds the adapters of a training ({', '.join(found)}). Choose another --output-dir, "
             "resume that training with --resume-from latest, or replace it with --overwrite."
         )
+
+
+def settings_of_checkpoint(folder: Path, kind: AdapterType) -> dict[str, Any]:
+    """The settings that a checkpoint says it was trained with, by option name; {} if it does not."""
+    facts = read_training_config(folder / "adapter") or read_training_config(folder) or {}
+    if facts.get("adapter_type") != kind:
+        return {}
+    names = {name: name for name in ADAPTER_FIELDS[kind]} | TRAINING_FIELDS
+    return {name: facts[fact] for name, fact in names.items() if facts.get(fact) is not None}
 
 
 def check_undescribed(output: Path) -> None:

@@ -2,7 +2,7 @@
 
 Each row of the weight has a scale of its own (symmetric, weight only). The layer computes in the type of its input, or
 in autocast's. Only the bytes are kept for the backward pass, which multiplies them out again: torchao and
-optimum-quanto keep a copy in bf16 for it, or fail where ACE-Step's loop casts the decoder (docs/less-memory.md).
+optimum-quanto keep a copy in bf16 for it, or fail where ACE-Step's loop casts the decoder (docs/memory.md).
 """
 
 from __future__ import annotations

@@ -34,13 +34,15 @@ def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) ->
     Args:
         size: the decoder.
         settings: the training.
-        options: names of the plugin's options.
+        options: names of the plugin's options; without any, ACE-Step alone.
     """
     alone = settings.but(frozen="fp32", checkpointing=True)
     rows = [Row("ACE-Step alone (fp32, checkpointing on)", (), needs(size, alone))]
+    if not options:
+        return rows
     first = "--gradient-checkpointing off"
     now = settings.but(frozen="bf16", checkpointing=False)
-    rows.append(Row(f"--plugin sidestep {first}", (first,), needs(size, now)))
+    rows.append(Row(f"with sidestep, {first}", (first,), needs(size, now)))
     flags: list[str] = []
     for saving, then in savings_for(now, options):
         need = needs(size, then)

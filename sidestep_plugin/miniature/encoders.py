@@ -67,7 +67,7 @@ def _write_wav(file: Path, number: int, seconds: float, bpm: int) -> None:
         stream.setnchannels(2)
         stream.setsampwidth(2)
         stream.setframerate(_RATE)
-        stream.writeframes(bytes(samples.repeat_interleave(2).untyped_storage()))
+        stream.writeframes(samples.repeat_interleave(2).numpy().tobytes())
 
 
 def _write_vae(folder: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.layers import Adapter
+from ..adapters.staging import AVERAGE
 from ..engine.checkout import find_root, import_trainer
 from ..engine.models import (
     check_weights,
@@ -30,6 +31,7 @@ from ..songs.fit import check_width
 from ..songs.song_text import holds
 from ..text import counted, shown
 from ..timesteps.treatment import Treatment, decide_treatment
+from .clip_files import is_sound
 from .conditions import Song, choose_songs, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
 from .making import decode_rest, freed, generated, heard, open_table, write_row
@@ -39,6 +41,10 @@ from .table import BASE, FILE_NAME, FOLDER, Table, read_table
 
 if TYPE_CHECKING:
     import torch
+
+
+_AVERAGED: Final = f", {AVERAGE}"
+"""End of what the clips of an average are called."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class ClipRequest:
         output: folder for the clips; None for those of the adapter's training.
         prompt: a prompt to generate from, instead of songs.
         without: with `prompt`, whether the model without the adapter is heard beside it.
+        strengths: what the adapter is multiplied by in turn, beside its own strength; each is a row of clips.
     """
 
     path: Path
@@ -66,6 +73,7 @@ class ClipRequest:
     device: str = "auto"
     prompt: Prompt | None = None
     without: bool = False
+    strengths: tuple[float, ...] = (1.0,)
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
@@ -132,9 +140,10 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
     layers = linear_layers(model.decoder)
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    check_applicable(report.adapter, shapes, facts.name, decomposed=True)
+    check_applicable(report.adapter, shapes, facts.name, strengths=request.strengths)
     say(f"Generating {counted(len(songs), 'song')}: {settings.in_words} ...")
-    rows = _rows(model, report.adapter, layers, songs, silence, settings, label, epoch, base=not table.has(BASE))
+    named = _named(label, request.strengths)
+    rows = _rows(model, report.adapter, layers, songs, silence, settings, named, epoch, base=not table.has(BASE))
     del model, layers
     vae = None if vae_folder is None else load_vae(vae_folder, device)
     for name, number, latents in rows:
@@ -151,18 +160,24 @@ def _rows(
     songs: list[Song],
     silence: torch.Tensor,
     settings: PreviewSettings,
-    label: str,
+    named: Mapping[str, float],
     epoch: int | None,
     *,
     base: bool,
 ) -> list[tuple[str, int | None, list[torch.Tensor]]]:
-    """The latents of the adapter, and with `base` those of the model without it before them."""
+    """The latents of the adapter at each strength, and with `base` those of the model without it before them."""
     rows: list[tuple[str, int | None, list[torch.Tensor]]] = []
     if base:
         rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
-    with applied(adapter, layers):
-        rows.append((label, epoch, list(generated(model, songs, silence, settings))))
+    for label, strength in named.items():
+        with applied(adapter, layers, strength):
+            rows.append((label, epoch, list(generated(model, songs, silence, settings))))
     return rows
+
+
+def _named(label: str, strengths: Sequence[float]) -> dict[str, float]:
+    """What the row of each strength is called: the trained one has no number."""
+    return {label if strength == 1.0 else f"{label} x {strength:g}": strength for strength in strengths}
 
 
 def _from_prompt(
@@ -194,7 +209,7 @@ def _from_prompt(
     model = load_model(model_folder, device).model
     layers = linear_layers(model.decoder)
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    check_applicable(report.adapter, shapes, model_folder.name, decomposed=True)
+    check_applicable(report.adapter, shapes, model_folder.name, strengths=request.strengths)
     with tempfile.TemporaryDirectory(prefix="sidestep-prompts-") as folder:
         files = encode_prompts([prompt], model, model_folder, Path(folder), root)
         songs = [look_at(file, prompt.seconds) for file in files]
@@ -202,7 +217,8 @@ def _from_prompt(
         say(f"Generating {prompt.seconds:g} s: {settings.in_words} ...")
         base = request.without and not table.has(BASE)
         silence = read_silence(model_folder)
-        rows = _rows(model, report.adapter, layers, songs, silence, settings, label, epoch, base=base)
+        named = _named(label, request.strengths)
+        rows = _rows(model, report.adapter, layers, songs, silence, settings, named, epoch, base=base)
     del model, layers
     freed(device)
     vae = None if vae_folder is None else load_vae(vae_folder, device)
@@ -211,6 +227,25 @@ def _from_prompt(
     if vae is None:
         say(f"Note: the clip is saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
     return output
+
+
+def clips_of(report: Report) -> list[Path]:
+    """The sounds that the previews of a training have of a saved adapter, at its trained strength.
+
+    Raises:
+        Refusal: there are none.
+    """
+    folder, label, _ = _place(ClipRequest(report.adapter.file.path), report)
+    table = read_table(folder)
+    names = [label] if label.endswith(_AVERAGED) else [label, f"epoch {report.facts.get('epoch')}"]
+    rows = [] if table is None else [row for name in names for row in table.rows if row.label == name]
+    clips = [folder / clip for clip in rows[0].clips if is_sound(clip)] if rows else []
+    if not clips:
+        what = "are latents" if rows else "there are none"
+        raise Refusal(
+            f"No clips of this adapter in {folder}: {what}. Make some: acestep-train preview, or name files: --clip."
+        )
+    return clips
 
 
 def _model_named(request: ClipRequest, report: Report) -> str:
@@ -223,12 +258,14 @@ def _model_named(request: ClipRequest, report: Report) -> str:
 def _place(request: ClipRequest, report: Report) -> tuple[Path, str, int | None]:
     """Where the clips go, what the row is called, and the number of its epoch."""
     folder = report.adapter.file.path.absolute().parent
-    folder = folder.parent if folder.name == "adapter" else folder
+    average = folder.name == AVERAGE
+    folder = folder.parent if folder.name in ("adapter", AVERAGE) else folder
     training = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     belongs = folder.parent.name == "checkpoints" or folder.name in ("final", "interrupted")
     said = report.facts.get("epoch")
     epoch = said if isinstance(said, int) and folder.name not in ("final", "best", "interrupted") else None
     label = folder.name if epoch is None else f"epoch {epoch}"
+    label += _AVERAGED if average else ""
     return request.output or (training if belongs else folder) / FOLDER, label, epoch
 
 

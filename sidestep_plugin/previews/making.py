@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 
 
 def generated(
-    model: Any, songs: Sequence[Song], silence: torch.Tensor, settings: PreviewSettings
+    model: Any,
+    songs: Sequence[Song],
+    silence: torch.Tensor,
+    settings: PreviewSettings,
+    done: Callable[[int], None] = lambda _: None,
 ) -> Iterator[torch.Tensor]:
     """The latents of each song in turn, shape [1,T,64], fp32 on the CPU.
 
     The decoder has to be in eval mode. Random numbers come from a generator of their own.
+
+    Args:
+        done: called with the number of songs that are done, first with 0.
 
     Raises:
         Refusal: the model generated something that is not a number.
@@ -35,6 +42,7 @@ def generated(
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
     for place, song in enumerate(songs):
+        done(place)
         conditions = read_conditions(song, silence, device, dtype)
         noise = noise_for(settings.seed + place, song.frames, device, dtype)
         latents = generate(model, decoder, conditions, settings, noise).float().cpu()

@@ -257,12 +257,21 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
         plan.table = _table(run, plan, folder, lines)
     table = plan.table
     rows: list[tuple[str, int, float | None, list[torch.Tensor]]] = []
-    if not table.has(BASE):
+    first = not table.has(BASE)
+    total = (first + (epoch > 0)) * len(plan.songs)
+
+    def clips() -> list[torch.Tensor]:
+        before = len(rows) * len(plan.songs)
+        told = partial(_told, run, before, total)
+        return list(generated(run.model, plan.songs, plan.silence, plan.settings, told))
+
+    if first:
         with run.engine.without_adapter():
-            rows.append((BASE, 0, None, list(generated(run.model, plan.songs, plan.silence, plan.settings))))
+            rows.append((BASE, 0, None, clips()))
     if epoch > 0:
-        latents = list(generated(run.model, plan.songs, plan.silence, plan.settings))
+        latents = clips()
         rows.append((f"epoch {epoch}", epoch, loss, latents))
+    run.engine.waiting("Previews", total, total)
     logged = {}
     heard = _decoded(run, plan, device, [latents for *_, latents in rows], lines)
     for (label, number, mean, latents), sounds in zip(rows, heard, strict=True):
@@ -273,6 +282,10 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
         plan.told = True
         lines.append(_costs(len(rows) * len(plan.songs), time.monotonic() - began, peak, device, folder))
     return EpochNews(tuple(lines), logged)
+
+
+def _told(run: Run, before: int, total: int, done: int) -> None:
+    run.engine.waiting("Previews", before + done, total)
 
 
 def _table(run: Run, plan: _Plan, folder: Path, lines: list[str]) -> Table:

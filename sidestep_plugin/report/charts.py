@@ -96,7 +96,8 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> str:
     }
     stream = io.BytesIO()
     with rc_context(settings):  # type: ignore[arg-type]
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=_SIZE, layout=None)
+        figure.subplots_adjust(left=0.15, right=0.98, bottom=0.16, top=0.84 if name.startswith("validation") else 0.97)
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -175,6 +176,10 @@ def _validation(validation: Mapping[str, Any], axes: Axes) -> None:
         axes.plot(epochs, values, color=_LOW if low else _HIGH, lw=1.0, alpha=0.5, label=label)
     means = [float("nan") if entry["change"] is None else 100.0 * entry["change"] for entry in known]
     axes.plot(epochs, means, color=_TEXT, lw=2.0, marker=_marker(known), ms=3.5, label="mean")
+    for name in dict.fromkeys(name for entry in known for name in entry.get("variants", {})):
+        found = [entry.get("variants", {}).get(name, {}).get("change") for entry in known]
+        changes = [float("nan") if change is None else 100.0 * change for change in found]
+        axes.plot(epochs, changes, color=_LOSS, lw=2.0, marker=_marker(known), ms=3.5, label=name)
     if validation["best_epoch"] is not None:
         axes.axvline(validation["best_epoch"], color=_LOSS, lw=1.2, ls="--", label=f"best: {validation['best_epoch']}")
     axes.axhline(0.0, color=_TEXT, lw=0.8, alpha=0.5)

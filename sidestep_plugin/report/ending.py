@@ -24,13 +24,16 @@ def best_line(output: Path, final: Mapping[str, Any]) -> str | None:
     try:
         validation = read_json_object(output / REPORT)["validation"]
         best = int(validation["best_epoch"])
-        change = next(float(entry["change"]) for entry in validation["epochs"] if entry["epoch"] == best)
+        variant = validation.get("best_variant")
+        entry = next(entry for entry in validation["epochs"] if entry["epoch"] == best)
+        change = float((entry["variants"][variant] if variant else entry)["change"])
     except (OSError, ValueError, TypeError, LookupError, StopIteration):
         return None
     place = best_place(output)
-    told = f"Best epoch: {best}, validation loss {100 * change:+.2f} % vs. no adapter"
+    which = f" ({variant})" if variant else ""
+    told = f"Best epoch: {best}{which}, validation loss {100 * change:+.2f} % vs. no adapter"
     told += f", in {place}" if place is not None else ""
-    if final.get("validation_epoch") == best:
+    if final.get("validation_epoch") == best and not variant:
         return f"{told}; final is the same"
     if isinstance(other := final.get("validation_change"), float):
         return f"{told}; final: {100 * other:+.2f} %"

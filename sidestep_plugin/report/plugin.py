@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ..files import replacing
 from ..hookspecs import hookimpl
 from ..run import ROWS_WITHOUT_CONDITION, Run, Step
+from ..songs.trained_on import ENTRY as TRAINED_SONGS
+from ..songs.trained_on import hashes_of
 from ..text import counted
 from ..timesteps.shares import band_of
 from ..timesteps.treatment import treatment_of
@@ -210,6 +212,8 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "rows": rows,
         "rows_without_condition": notes.dropped,
         "cfg_ratio": treatment.cfg_ratio,
+        # While it trains, nobody compares its adapters on the page.
+        **({} if run.engine is None or ending == "training" else {TRAINED_SONGS: hashes_of(run.engine.songs)}),
         **{name: entry for tell in run.reports for name, entry in tell().items()},
     }
 
@@ -224,7 +228,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     losses = [entry["loss"] for entry in report["loss_by_epoch"] if entry["loss"] is not None]
     if losses:
         first, last = (report["loss_by_epoch"][place]["epoch"] for place in (0, -1))
-        parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}, mean of epoch {last} {losses[-1]:.4f}")
+        later = f", mean of epoch {last} {losses[-1]:.4f}" if last != first else ""
+        parts.append(f"Loss: mean of epoch {first} {losses[0]:.4f}{later}")
     if report["cfg_ratio"] > 0.0 and report["rows"]:
         share = 100 * report["rows_without_condition"] / report["rows"]
         parts.append(f"{share:.1f} % of {counted(report['rows'], 'row')} without their prompt")

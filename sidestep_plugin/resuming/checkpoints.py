@@ -255,8 +255,8 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
     """
     notes: list[str] = []
     began = _began(output)
-    for folder in sorted(checkpoints_in(output), key=_order, reverse=True):
-        number, saved_at = _order(folder)
+    for folder in sorted(checkpoints_in(output), key=saved_before, reverse=True):
+        number, saved_at = saved_before(folder)
         if number == 0 and saved_at < began:
             notes.append(f"Note: {folder.name} and older ones are of the training that --overwrite replaced.")
             break
@@ -279,7 +279,7 @@ def newest_checkpoint(output: Path) -> tuple[Path, list[str]]:
 
 def newest_save_number(output: Path) -> int:
     """The highest number of a save in an output folder; 0 when there is none with a number."""
-    return max((number for number, _ in map(_order, checkpoints_in(output)) if number < _UNREADABLE), default=0)
+    return max((number for number, _ in map(saved_before, checkpoints_in(output)) if number < _UNREADABLE), default=0)
 
 
 def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> None:
@@ -337,7 +337,7 @@ def checkpoints_in(output: Path) -> Iterator[Path]:
                 yield folder
 
 
-def _order(folder: Path) -> tuple[int, float]:
+def saved_before(folder: Path) -> tuple[int, float]:
     """The larger, the newer: the number of the save, which no clock can change.
 
     Checkpoints of earlier versions and of upstream alone have no number and are older than any with one. Only a time

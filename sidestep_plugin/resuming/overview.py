@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..adapters.facts import read_training_config
+from ..adapters.staging import AVERAGE
 from ..errors import Refusal
 from ..files import read_json_object
 
@@ -30,6 +31,8 @@ class Saved:
         optimizer_steps: optimizer steps done; None if unknown.
         loss: mean loss of its last epoch; None if unknown.
         validation_change: validation loss relative to the model without adapter, -0.02 is 2 % lower; None if unknown.
+        average: folder of the average beside it, relative to the output folder; None without one (--average).
+        average_change: the average's validation loss relative to the model without adapter; None if unknown.
         bytes: size of all files in the folder.
         resumable: whether a training can be resumed from it.
     """
@@ -40,6 +43,8 @@ class Saved:
     optimizer_steps: int | None
     loss: float | None
     validation_change: float | None
+    average: str | None
+    average_change: float | None
     bytes: int
     resumable: bool
 
@@ -58,7 +63,8 @@ def saved_in(output: Path) -> list[Saved]:
     found = []
     for folder in _folders(output):
         files = [file for file in folder.rglob("*") if file.is_file()]
-        weights = next((file for file in files if file.suffix == ".safetensors"), None)
+        own = (file for file in files if file.suffix == ".safetensors" and file.relative_to(folder).parts[0] != AVERAGE)
+        weights = next(own, None)
         if weights is None:
             continue
         facts = read_training_config(weights.parent) or {}
@@ -74,6 +80,8 @@ def saved_in(output: Path) -> list[Saved]:
             loss = _loss_in(folder)
         if loss is None and name is not None and name[2] and float(name[2]) > 0.0:
             loss = float(name[2])  # by ACE-Step's own count, which some versions leave at zero
+        averaged = any(file.parent == folder / AVERAGE and file.suffix == ".safetensors" for file in files)
+        of_average = (read_training_config(folder / AVERAGE) if averaged else None) or {}
         found.append(
             Saved(
                 name=folder.relative_to(output).as_posix(),
@@ -82,6 +90,8 @@ def saved_in(output: Path) -> list[Saved]:
                 optimizer_steps=_whole(facts.get("global_step")),
                 loss=loss,
                 validation_change=_number(facts.get("validation_change")),
+                average=(folder / AVERAGE).relative_to(output).as_posix() if averaged else None,
+                average_change=_number(of_average.get("validation_change")),
                 bytes=sum(file.stat().st_size for file in files),
                 resumable=any((folder / state).is_file() for state in (STATE_FILE, UPSTREAMS_FILE)),
             )

@@ -85,7 +85,9 @@ def acestep_adapter_saved(run: Run, saved: SavedAdapter) -> list[str] | None:
     except OSError as error:
         # Without our state, upstream's would pass for a checkpoint that upstream alone made, and be resumed otherwise.
         (saved.folder / UPSTREAMS_FILE).unlink(missing_ok=True)
-        return [f"Warning: no training can be resumed from {saved.destination.parent}: {error.strerror or error}."]
+        within = len(saved.weights.relative_to(saved.folder).parts)
+        checkpoint = saved.destination.parents[within - 1]
+        return [f"Warning: no training can be resumed from {checkpoint}: {error.strerror or error}."]
     if "loss_0.0000" in str(saved.destination) and point.losses is not None and point.steps_per_epoch:
         mean = float(point.losses[-point.steps_per_epoch :].float().mean())
         return [f"Note: ACE-Step names this checkpoint loss_0.0000; the mean loss of its epoch was {mean:.4f}."]

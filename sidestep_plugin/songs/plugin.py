@@ -18,9 +18,12 @@ def acestep_run_started(run: Run) -> list[str]:
     model = ModelFacts.from_model(run.model).name
     read = [song for song, problem in map(read_song, files) if not problem]
     lines = [upstream_notice(run.tensor_dir, [making_of(song) for song in read], model)]
-    if word := run.options.get("trigger"):
+    trigger = trigger_of_songs(run.tensor_dir, files)
+    word = run.options.get("trigger")
+    if trigger is not None and word in (None, trigger.word):
+        run.facts.append(lambda: {"trigger": trigger.word, "trigger_position": trigger.position})
+    if word:
         lines.append(not_held(word, files))
-    elif trigger := trigger_of_songs(run.tensor_dir, files):
-        run.facts.append(lambda: {"trigger": trigger.word})
+    elif trigger is not None:
         lines.append(f'Trigger word: "{trigger.word}" (from {trigger.source})')
     return [f"Note: {line}" if not line.startswith("Trigger") else line for line in lines if line]

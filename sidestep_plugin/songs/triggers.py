@@ -36,6 +36,8 @@ def trigger_of_songs(folder: Path, files: Sequence[Path]) -> Trigger | None:
         return trigger_of(folder)
     (word, position), _ = said.most_common(1)[0]
     ours = [known for upstreams, known in POSITIONS.items() if position in (upstreams, known)]
+    if not ours and (listed := trigger_of(folder)) is not None and listed.word == word:
+        ours = [listed.position]
     return Trigger(word, ours[0] if ours else "before", "the songs")
 
 

@@ -80,8 +80,7 @@ def check_values(files: Sequence[Path], *, mask_nan: bool, say: Callable[[str], 
 
 
 _OFFER: Final = (
-    "Preprocess these again, or set those values to zero for this training: --plugin sidestep --mask-nan "
-    "(the files stay as they are)"
+    "Preprocess these again, or set those values to zero for this training: --mask-nan (the files stay as they are)"
 )
 
 

@@ -35,6 +35,7 @@ from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_songs, check_width
+from ..songs.trained_on import trained_on
 from ..songs.values import check_values
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment
@@ -43,6 +44,25 @@ from .held_out import choose, number_of
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of an adapter.
+
+    Attributes:
+        path: as the user named it.
+        report: what is known about it.
+        strength: what it was multiplied by, beside its own strength.
+        losses: shape [songs, timesteps, conditions], float64.
+        known: how many of the songs it was trained on, as far as that is known.
+    """
+
+    path: Path
+    report: Report
+    strength: float
+    losses: torch.Tensor
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,7 @@ class Comparison:
         timesteps: the t.
         conditions: the last axis of the losses: with the condition (True), with the null condition (False).
         before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
-        after: the adapters, and their losses in the same form.
+        after: what was measured of each adapter, at each strength.
     """
 
     model: str
@@ -65,7 +85,7 @@ class Comparison:
     timesteps: tuple[float, ...]
     conditions: tuple[bool, ...]
     before: torch.Tensor
-    after: tuple[tuple[Report, torch.Tensor], ...]
+    after: tuple[Measured, ...]
 
     def mean(self, losses: torch.Tensor) -> float:
         """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
@@ -82,13 +102,14 @@ class Comparison:
 def compare(
     adapters: Sequence[Path],
     *,
-    model: str,
+    model: str | None,
     dataset_dir: Path,
     acestep_root: Path | None = None,
     checkpoint_dir: Path | None = None,
     device: str = "auto",
     variant: Variant | None = None,
     held_out: float = 0.0,
+    strengths: Sequence[float] = (1.0,),
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
@@ -96,9 +117,10 @@ def compare(
 
     Args:
         adapters: weights files, or folders of adapters, checkpoints or trainings.
-        model: alias, folder name or path.
+        model: alias, folder name or path; None: the one that the adapters were trained for.
         dataset_dir: preprocessed songs.
         held_out: evaluate only the songs that ``--validate`` holds out with this value; 0: all songs.
+        strengths: what each adapter is multiplied by in turn, beside its own strength.
         say: takes a line before everything that takes long.
         progress: called with the name of what is evaluated, the number of songs done and their total.
 
@@ -106,12 +128,12 @@ def compare(
         Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
-    folder = find_model(model, checkpoint_folder(checkpoint_dir, root))
+    folder = find_model(model or _model_of(adapters), checkpoint_folder(checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
     check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
     shapes = decoder_shapes(folder)
-    reports = [_checked(path, shapes, facts.name) for path in adapters]
+    reports = [_checked(path, shapes, facts.name, strengths) for path in adapters]
     restrict_gpus(device)
     where = pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
@@ -128,12 +150,12 @@ def compare(
     layers = linear_layers(handler.model.decoder)
     for report in reports:
         loaded = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        check_applicable(report.adapter, loaded, facts.name, decomposed=True)
+        check_applicable(report.adapter, loaded, facts.name, strengths=strengths)
     conditions = (True,) if null is None else (True, False)
     grid = validation_grid(treatment)
     with attached_to_evaluate(trainer):
         module = _module(trainer, handler)
-        after: list[tuple[Report, torch.Tensor]] = []
+        after: list[Measured] = []
         with without_adapter(module):
 
             def measure(name: str) -> torch.Tensor:
@@ -146,19 +168,38 @@ def compare(
 
             before = measure("the model without adapter")
             for path, report in zip(adapters, reports, strict=True):
-                with applied(report.adapter, layers):
-                    after.append((report, measure(str(path))))
+                known = trained_on(report.adapter.file.path, songs)
+                for strength in strengths:
+                    with applied(report.adapter, layers, strength):
+                        told = str(path) if len(strengths) == 1 else f"{path} at strength {strength:g}"
+                        after.append(Measured(path, report, strength, measure(told), known))
     _check_finite(before, songs)
     names = tuple(song.name for song in songs)
     return Comparison(facts.name, treatment, names, grid, conditions, before, tuple(after))
 
 
-def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str) -> Report:
+def _model_of(adapters: Sequence[Path]) -> str:
+    """The model that all adapters say they were trained for. Raises Refusal."""
+    names = {path: _inspected(path).facts.get("model_name") for path in adapters}
+    silent = [path for path, name in names.items() if not isinstance(name, str)]
+    if silent:
+        raise Refusal(f"{silent[0]} does not say for which model it was trained. Name the model: --model NAME.")
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{path}: {name}" for path, name in names.items())
+        raise Refusal(f"The adapters were trained for different models ({told}). Name one: --model NAME.")
+    return str(next(iter(names.values())))
+
+
+def _inspected(path: Path) -> Report:
     try:
-        report = inspect_adapter(path)
+        return inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
-    check_applicable(report.adapter, shapes, model, decomposed=True)
+
+
+def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
+    report = _inspected(path)
+    check_applicable(report.adapter, shapes, model, strengths=strengths)
     return report
 
 

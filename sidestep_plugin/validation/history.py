@@ -48,11 +48,13 @@ class Validation:
         losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the
             CPU.
         seconds: how long it took.
+        variants: the same losses of other tensors in the adapter's place, by their name, such as "average".
     """
 
     epoch: int
     losses: torch.Tensor
     seconds: float
+    variants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class History:
         every: epochs between validations.
         patience: validations without a better one after which the training stops; None: never.
         losses: by epoch, shape [songs, timesteps, conditions], float64.
+        variants: those of other tensors in the adapter's place, by name and epoch.
         lost: epochs whose adapter is in no checkpoint any more, so none of them can be the best.
         times: when each validation of this run ended, and how long it took, in seconds.
     """
@@ -98,6 +101,7 @@ class History:
     every: int
     patience: int | None
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    variants: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
     times: list[tuple[float, float]] = field(default_factory=list)
     warned: bool = False
@@ -110,35 +114,57 @@ class History:
         """The validated epochs, without epoch 0."""
         return sorted(epoch for epoch in self.losses if epoch > 0)
 
-    def mean(self, epoch: int) -> float:
-        """The loss that the training minimizes, on the held-out songs."""
-        by_condition = self.losses[epoch].mean(dim=(0, 1)).tolist()
+    def mean(self, epoch: int, variant: str = "") -> float:
+        """The loss that the training minimizes, on the held-out songs, of the adapter or of a variant of it."""
+        by_condition = self._losses(epoch, variant).mean(dim=(0, 1)).tolist()
         if len(by_condition) == 1:
             return float(by_condition[0])
         return float((1.0 - self.null_share) * by_condition[0] + self.null_share * by_condition[1])
 
-    def by_t(self, epoch: int, condition: int = 0) -> list[float]:
+    def by_t(self, epoch: int, condition: int = 0, variant: str = "") -> list[float]:
         """Mean loss of the songs at each timestep."""
-        values: list[float] = self.losses[epoch][:, :, condition].mean(dim=0).tolist()
+        values: list[float] = self._losses(epoch, variant)[:, :, condition].mean(dim=0).tolist()
         return values
 
-    def change(self, epoch: int) -> float:
+    def change(self, epoch: int, variant: str = "") -> float:
         """The mean relative to the model without adapter: -0.02 is 2 % lower."""
-        return self.mean(epoch) / self.mean(0) - 1.0
+        return self.mean(epoch, variant) / self.mean(0) - 1.0
 
-    def changes_by_t(self, epoch: int) -> list[float]:
+    def changes_by_t(self, epoch: int, variant: str = "") -> list[float]:
         """The same at each timestep."""
-        return [now / before - 1.0 for now, before in zip(self.by_t(epoch), self.by_t(0), strict=True)]
+        pairs = zip(self.by_t(epoch, variant=variant), self.by_t(0), strict=True)
+        return [now / before - 1.0 for now, before in pairs]
 
-    def improved(self, epoch: int) -> int:
+    def improved(self, epoch: int, variant: str = "") -> int:
         """At how many timesteps the loss is lower than without adapter."""
-        return sum(change < 0.0 for change in self.changes_by_t(epoch))
+        return sum(change < 0.0 for change in self.changes_by_t(epoch, variant))
+
+    def _losses(self, epoch: int, variant: str) -> torch.Tensor:
+        return self.variants[variant][epoch] if variant and epoch > 0 else self.losses[epoch]
+
+    def measured(self, epoch: int) -> list[str]:
+        """What was measured after an epoch: "" for the adapter, and the names of its variants."""
+        return ["", *(name for name, losses in self.variants.items() if epoch in losses)]
 
     @property
     def best(self) -> int | None:
-        """The epoch with the lowest mean, the first of several; None before the first validation with a finite loss."""
-        finite = [epoch for epoch in self.trained if epoch not in self.lost and math.isfinite(self.mean(epoch))]
-        return min(finite, key=lambda epoch: (self.mean(epoch), epoch), default=None)
+        """The epoch with the lowest mean, the first of several; None before the first validation with a finite loss.
+
+        The mean is that of the adapter or of a variant of it.
+        """
+        found = self._lowest_of_all()
+        return None if found is None else found[0]
+
+    @property
+    def best_variant(self) -> str:
+        """What has the lowest mean: "" for the adapter of the best epoch, or the name of a variant of it."""
+        found = self._lowest_of_all()
+        return "" if found is None else found[1]
+
+    def _lowest_of_all(self) -> tuple[int, str] | None:
+        known = [(epoch, name) for epoch in self.trained if epoch not in self.lost for name in self.measured(epoch)]
+        finite = [(epoch, name) for epoch, name in known if math.isfinite(self.mean(epoch, name))]
+        return min(finite, key=lambda one: (self.mean(*one), one), default=None)
 
     @property
     def waited(self) -> int:
@@ -162,6 +188,8 @@ class History:
         """Add a validation and say what follows from it. Raises Refusal when the model itself has no loss."""
         epoch = validation.epoch
         self.losses[epoch] = validation.losses
+        for name, losses in validation.variants.items():
+            self.variants.setdefault(name, {})[epoch] = losses
         self.times.append((time.monotonic(), validation.seconds))
         if epoch == 0:
             self._check_baseline()
@@ -197,13 +225,15 @@ class History:
 
     def _line(self, epoch: int) -> str:
         change, best = self.change(epoch), self.best
+        variants = "".join(f", {name} {percent(self.change(epoch, name))}" for name in self.measured(epoch)[1:])
         told = (
-            f"Validation after epoch {epoch}: loss {self.mean(epoch):.4f} ({percent(change)} vs. no adapter), lower at "
-            f"{self.improved(epoch)} of {len(self.timesteps)} timesteps"
+            f"Validation after epoch {epoch}: loss {self.mean(epoch):.4f} ({percent(change)} vs. no adapter{variants})"
+            f", lower at {self.improved(epoch)} of {len(self.timesteps)} timesteps"
         )
+        which = f" ({self.best_variant})" if self.best_variant else ""
         if best is None or best == epoch:
-            return f"{told}; the best so far"
-        return f"{told}; best: epoch {best} ({percent(self.change(best))})"
+            return f"{told}; the best so far{which}"
+        return f"{told}; best: epoch {best}{which} ({percent(self.change(best, self.best_variant))})"
 
     def _warning(self, epoch: int) -> str:
         return (
@@ -244,6 +274,8 @@ class History:
             "validation/loss": self.mean(epoch),
             "validation/change to the model without adapter": self.change(epoch),
         }
+        for name in self.measured(epoch)[1:]:
+            logged[f"validation/loss of the {name}"] = self.mean(epoch, name)
         logged["validation/share of t improved"] = self.improved(epoch) / len(self.timesteps)
         for place, condition in enumerate(self.conditions):
             for t, loss, before in zip(self.timesteps, self.by_t(epoch, place), self.by_t(0, place), strict=True):
@@ -253,17 +285,19 @@ class History:
 
     # -- keeping and telling -----------------------------------------------------------------------------------------
 
-    def facts(self, epoch: int | None) -> dict[str, Any]:
+    def facts(self, epoch: int | None, variant: str = "") -> dict[str, Any]:
         """For an adapter that is saved as it was after an epoch; None: it was saved within one."""
         held_out = {} if self.from_folder else {"held_out_songs": len(self.songs)}
         facts: dict[str, Any] = held_out | {"validation_songs": len(self.songs)}
-        if epoch not in self.trained or not math.isfinite(self.mean(epoch)):
+        if epoch is None or epoch not in self.trained or variant not in self.measured(epoch):
+            return facts
+        if not math.isfinite(self.mean(epoch, variant)):
             return facts
         return facts | {
             "validation_epoch": epoch,
-            "validation_loss": round(self.mean(epoch), 6),
-            "validation_change": round(self.change(epoch), 6),
-            "validation_improved": round(self.improved(epoch) / len(self.timesteps), 6),
+            "validation_loss": round(self.mean(epoch, variant), 6),
+            "validation_change": round(self.change(epoch, variant), 6),
+            "validation_improved": round(self.improved(epoch, variant) / len(self.timesteps), 6),
         }
 
     def report(self, place: str | None) -> dict[str, Any]:
@@ -282,6 +316,7 @@ class History:
                     else {}
                 ),
                 "loss_by_song": [_finite(loss) for loss in self.losses[epoch][:, :, 0].mean(dim=1).tolist()],
+                **({"variants": variants} if (variants := self._variants_of(epoch)) else {}),
             }
 
         return {
@@ -291,8 +326,15 @@ class History:
             "every": self.every,
             "patience": self.patience,
             "best_epoch": self.best,
+            **({"best_variant": self.best_variant} if self.best_variant else {}),
             "best_in": place,
             "epochs": [entry(epoch) for epoch in sorted(self.losses)],
+        }
+
+    def _variants_of(self, epoch: int) -> dict[str, Any]:
+        return {
+            name: {"loss": _finite(self.mean(epoch, name)), "change": _finite(self.change(epoch, name))}
+            for name in self.measured(epoch)[1:]
         }
 
     def summary(self, place: str | None) -> str:
@@ -306,10 +348,13 @@ class History:
             return "Validation: the best adapter of this training is in no checkpoint any more"
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
+        name = self.best_variant
+        which = f" ({name})" if name else ""
         told = (
-            f"Validation: best epoch {best}, loss {self.mean(best):.4f} ({percent(self.change(best))} vs. no adapter)"
+            f"Validation: best epoch {best}{which}, loss {self.mean(best, name):.4f} "
+            f"({percent(self.change(best, name))} vs. no adapter)"
         )
-        worse = "; none was better than the model without adapter" if self.change(best) >= 0.0 else ""
+        worse = "; none was better than the model without adapter" if self.change(best, name) >= 0.0 else ""
         where = f", in {place}" if place else "; its adapter is in no checkpoint"
         took = f". It took {sum(took for _, took in self.times):.3g} s in all" if self.times else ""
         return f"{told}{where}{worse}{took}"
@@ -332,6 +377,7 @@ class History:
     def take_over(self, before: History) -> None:
         """Go on where an earlier run of this training was."""
         self.losses, self.lost = dict(before.losses), set(before.lost)
+        self.variants = {name: dict(losses) for name, losses in before.variants.items()}
         self.warned, self.apart = before.warned, before.apart
 
     def as_state(self) -> dict[str, Any]:
@@ -344,6 +390,7 @@ class History:
             "null_share": self.null_share,
             "conditions": list(self.conditions),
             "losses": dict(self.losses),
+            "variants": {name: dict(losses) for name, losses in self.variants.items()},
             "lost": sorted(self.lost),
             "warned": self.warned,
             "apart": self.apart,
@@ -363,6 +410,10 @@ class History:
                 every=1,
                 patience=None,
                 losses={int(epoch): losses for epoch, losses in state["losses"].items()},
+                variants={
+                    str(name): {int(epoch): losses for epoch, losses in found.items()}
+                    for name, found in state.get("variants", {}).items()
+                },
                 lost={int(epoch) for epoch in state.get("lost", ())},
                 warned=bool(state["warned"]),
                 apart=bool(state["apart"]),

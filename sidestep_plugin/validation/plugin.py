@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -34,6 +34,9 @@ from ..timesteps.treatment import treatment_of
 from ..variants import guidance
 from .held_out import check_apart, choose, number_of
 from .history import History, Validation, usual_interval
+
+if TYPE_CHECKING:
+    import torch
 
 _KEY: Final = "sidestep.validation"
 """Where a run keeps its validation."""
@@ -161,7 +164,8 @@ def engine_planned(run: Run) -> list[str] | None:
     timesteps = validation_grid(treatment)
     trained = len(songs_in(run.tensor_dir)) - len(run.held_out)
     epochs = int(getattr(run.training_config, "max_epochs", 1))
-    usual, cost = usual_interval(len(songs) * len(timesteps) * (1 + guided), trained, epochs)
+    forwards = len(songs) * len(timesteps) * (1 + guided) * (1 + len(run.variants))
+    usual, cost = usual_interval(forwards, trained, epochs)
     every = run.options["validate_every"] or usual
     history = History(
         songs=[song.name for song in songs],
@@ -184,7 +188,7 @@ def engine_planned(run: Run) -> list[str] | None:
         )
     validator = run.state[_KEY] = _Validator(run, songs, history)
     run.best_epoch = history.best
-    run.facts.append(lambda: history.facts(run.engine.epochs_done))
+    run.facts.append(lambda: history.facts(run.engine.epochs_done, run.engine.variant))
     run.reports.append(lambda: {"validation": history.report(validator.best_in)} if history.losses else {})
     run.keeps[_KEPT] = history.as_state
     return lines
@@ -247,8 +251,11 @@ class _Validator:
         """Evaluate the songs, save the best adapter, end the training when patience is over. Returns lines."""
         run, history, began = self._run, self.history, time.monotonic()
         changed = self._changed()
+        variants: dict[str, torch.Tensor] = {}
         if not changed:
-            losses = run.engine.evaluate(self.songs, history.timesteps, history.conditions, adapter=epoch > 0)
+            grid = (self.songs, history.timesteps, history.conditions)
+            losses = run.engine.evaluate(*grid, adapter=epoch > 0)
+            variants = {name: run.engine.evaluate(*grid, variant=name) for name in run.engine.variants if epoch > 0}
             changed = self._changed()  # perhaps while they were being read
         if changed and epoch == 0:
             raise Refusal(f"{changed}. Put the song back, or start the training again.")
@@ -257,7 +264,7 @@ class _Validator:
                 f"Warning: no validation after epoch {epoch}: {changed}. The training goes on. To have the next epochs "
                 "validated, put the song back."
             ]
-        verdict = history.judge(Validation(epoch, losses, time.monotonic() - began))
+        verdict = history.judge(Validation(epoch, losses, time.monotonic() - began, variants))
         run.engine.log(verdict.log, epoch)
         if verdict.best:
             run.best_epoch = epoch
@@ -394,6 +401,8 @@ class _Validator:
                 point = run.engine.read(place) if point is None else point
                 run.engine.put(point, place)
                 which = f"the best adapter, of epoch {point.epochs}"
+                if history.best_variant:
+                    which += f" (its {history.best_variant} in final/{history.best_variant})"
                 run.steps = point.steps_done or steps
             else:
                 lines.append(
@@ -414,6 +423,8 @@ class _Validator:
         place = None if best is None or self._unsaved is not None else self._place_of(best)
         folder = self._run.engine.folder
         shown = None if place is None else place.relative_to(folder) if place.is_relative_to(folder) else place
+        if shown is not None and self.history.best_variant:
+            shown = shown / self.history.best_variant
         self.best_in = shown.as_posix() if shown is not None and not shown.is_absolute() else None  # no local path
         return self.history.summary(None if shown is None else shown.as_posix())
 

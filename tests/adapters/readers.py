@@ -7,6 +7,8 @@ that it was read from. All take a weights file, or the folder that it lies in, a
 import json
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .comfyui_rules import play
@@ -29,7 +31,42 @@ def pairs_in(file, prefixes=("base_model.model.",)):
 
 
 def weights_in(path):
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    """The file of a folder, or the file itself."""
+    if path.is_file():
+        return path
+    lokr = path / "lokr_weights.safetensors"
+    return lokr if lokr.is_file() else path / "adapter_model.safetensors"
+
+
+def lokr_in(path):
+    return any(".lokr_w" in key for key in load_file(weights_in(path)))
+
+
+def _lokr_by_acestep_cpp(path, before):
+    with safe_open(weights_in(path), framework="pt") as opened:
+        config = json.loads((opened.metadata() or {}).get("lokr_config", "{}"))
+    modules, found = {}, {}
+    for key, tensor in load_file(weights_in(path)).items():
+        name, _, part = key.rpartition(".")
+        modules.setdefault(name, {})[part] = tensor.float()
+    for layer, weight in before.items():
+        mine = modules.get(f"lycoris_{layer.replace('.', '_')}", {})
+        whole = "lokr_w2" in mine
+        if (
+            weight.dim() != 2
+            or "lokr_w1" not in mine
+            or "alpha" not in mine
+            or (whole and not config.get("linear_dim"))
+        ):
+            continue
+        second = mine["lokr_w2"] if whole else mine["lokr_w2_a"] @ mine["lokr_w2_b"]
+        rank = config["linear_dim"] if whole else len(mine["lokr_w2_b"])
+        change = torch.kron(mine["lokr_w1"], second) * (mine["alpha"] / rank)
+        if (scale := mine.get("dora_scale")) is not None:
+            changed = weight + change
+            change = changed * (scale.reshape(-1, 1) / changed.norm(dim=1, keepdim=True)) - weight
+        found[layer] = change
+    return found
 
 
 def demon(path, before):
@@ -39,7 +76,14 @@ def demon(path, before):
 
 
 def wan2gp(path, before):
-    """Wan2GP by mmgp 3.8.2, offload.py: alpha / rank from the tensor beside the layer, 1 without it."""
+    """Wan2GP by mmgp 3.8.2, offload.py: alpha / rank from the tensor beside the layer, 1 without it.
+
+    It plays whole factors of a LoKr under a layer's own name, whatever alpha is. Names as LyCORIS writes them mean no
+    layer, and a file with a name that means none is refused. That Wan2GP itself translates no names but
+    "base_model.model." was read at 8681e9f7.
+    """
+    if lokr_in(path):
+        return {}
     pairs, alphas = pairs_in(weights_in(path))
     return {
         layer: pair["B"] @ pair["A"] * (alphas[layer] / len(pair["A"]) if layer in alphas else 1.0)
@@ -52,7 +96,12 @@ def acestep_cpp(path, before):
 
     Alpha is the tensor's, else the whole number after "lora_alpha" in the adapter_config.json of the file's folder,
     else the rank. Patterns and rsLoRA are not read. A, B and their product are rounded to bf16.
+
+    Of a LoKr, whole first factors are read, and its alpha is divided by the second factor's rank or, if that is whole,
+    by linear_dim of the header's lokr_config. Weight decomposition is LyCORIS' own: by the norms of the changed weight.
     """
+    if lokr_in(path):
+        return _lokr_by_acestep_cpp(path, before)
     config = (path if path.is_dir() else path.parent) / "adapter_config.json"
     said = int(float(json.loads(config.read_text(encoding="utf-8")).get("lora_alpha", 0))) if config.is_file() else 0
     pairs, alphas = pairs_in(weights_in(path), ("base_model.model.", "diffusion_model.", "decoder."))
@@ -73,8 +122,6 @@ def comfyui(path, before):
 
 def hot_step_trigger(path):
     """Trigger and position by scragnog/HOT-Step-CPP, server/src/services/adapters/stMetadata.ts, readAdapterTrigger."""
-    from safetensors import safe_open
-
     with safe_open(weights_in(Path(path)), framework="pt") as opened:
         header = opened.metadata()
     trigger = (header.get("hot_step_trigger") or header.get("modelspec.trigger_phrase") or "").strip()

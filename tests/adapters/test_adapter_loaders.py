@@ -125,7 +125,7 @@ def saved(checkout, trainer, require_kind, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         # It would change the log of the tests after this one.
         monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
-        line = [f"--plugin={plugin}"] if plugin else []
+        line = [f"--plugin={plugin or 'none'}"]
         line += ["--model", model, "--adapter-type", kind, "--epochs", "2", "--batch-size", "2", "--save-every", "1"]
         line += ["--rank", "4", "--alpha", "8", "--device", "cpu", "--acestep-root", checkout.root]
         line += ["--checkpoint-dir", checkout.checkpoints, "--dataset-dir", checkout.tensors]

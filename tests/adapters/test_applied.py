@@ -65,10 +65,10 @@ def test_a_lora_adds_what_peft_adds(decoder, tmp_path, dora):
     made.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = made(X)
-    torch.testing.assert_close(ours(tmp_path, made.unload(), decomposed=dora), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(tmp_path, made.unload()), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("decomposed", [{}, {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}])
+@pytest.mark.parametrize("decomposed", [{}, {"dora_wd": True}, {"dora_wd": True, "wd_on_out": False}])
 def test_a_lokr_adds_what_lycoris_adds(decoder, tmp_path, decomposed):
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_name": [".*proj.*"]})
@@ -83,13 +83,48 @@ def test_a_lokr_adds_what_lycoris_adds(decoder, tmp_path, decomposed):
     )
     for lora in network.loras:
         lora.restore()
-    found = ours(tmp_path, decoder, decomposed=bool(decomposed))
+    assert read_adapter(tmp_path).is_dora == bool(decomposed)
+    found = ours(tmp_path, decoder)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_decomposed_adapter_is_refused_where_it_was_not_asked_for(decoder, tmp_path):
+@pytest.mark.parametrize("strength", [0.5, 1.5])
+@pytest.mark.parametrize("kind", ["lora", "lokr", "lokr, decomposed factors"])
+def test_at_another_strength_it_adds_so_many_times_as_much(decoder, tmp_path, kind, strength):
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+        made = peft.get_peft_model(decoder, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+        moved(weight for weight in made.parameters() if weight.requires_grad)
+        made.save_pretrained(tmp_path)
+        decoder = made.unload()
+    else:
+        lycoris = pytest.importorskip("lycoris")
+        lycoris.LycorisNetwork.apply_preset({"target_name": [".*proj.*"]})
+        both = {"decompose_both": True} if "factors" in kind else {}
+        network = lycoris.create_lycoris(decoder, 1.0, linear_dim=1, linear_alpha=2, algo="lokr", **both)
+        network.apply_to()
+        moved(network.parameters())
+        tensors = {name: weight.contiguous() for name, weight in network.state_dict().items()}
+        save_file(tensors, tmp_path / "lokr_weights.safetensors")
+        for lora in network.loras:
+            lora.restore()
+    adapter, layers = read_adapter(tmp_path), linear_layers(decoder)
+    (name, *_) = [name for name in layers if name.endswith("q_proj")]
+    x = torch.randn(3, layers[name].in_features, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = layers[name](x)
+        with applied(adapter, layers):
+            once = layers[name](x)
+        with applied(adapter, layers, strength):
+            found = layers[name](x)
+    assert not torch.allclose(once, before, atol=1e-3)
+    torch.testing.assert_close(found - before, strength * (once - before), atol=1e-5, rtol=1e-4)
+
+
+def test_a_decomposed_adapter_has_one_strength(decoder, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
     peft.get_peft_model(decoder, config).save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match="is a DoRA. Expected a LoRA or LoKr without weight decomposition"):
-        check_applicable(read_adapter(tmp_path), {}, "m")
+    check_applicable(read_adapter(tmp_path), {}, "m")
+    with pytest.raises(Refusal, match="has weight decomposition .DoRA., .*Leave --strengths out"):
+        check_applicable(read_adapter(tmp_path), {}, "m", strengths=(1.0, 0.8))

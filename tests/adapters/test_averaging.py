@@ -5,6 +5,7 @@ PEFT and LyCORIS make the adapters and play the results; what they add to a laye
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -358,6 +359,11 @@ def test_the_last_checkpoints_of_a_training(training, load, tmp_path):
     found = merged(output)
     for name in before:
         torch.testing.assert_close(found[name], sum(w[name] for w in mean) / 3, rtol=0.0, atol=1e-6)
+    told = json.loads((folders[-1] / "training_config.json").read_text(encoding="utf-8")) | {"average_steps": 7}
+    (folders[-1] / "training_config.json").write_text(json.dumps(told), encoding="utf-8")
+    assert run(training, "--last", 2, "--output", tmp_path / "again").exit_code == 0
+    again = json.loads((tmp_path / "again" / "training_config.json").read_text(encoding="utf-8"))
+    assert "average_steps" not in again, "it was true of one of them"
     said = CliRunner().invoke(cli, ["inspect", str(output)]).output
     assert "  Mean of:   epoch 2, epoch 3, epoch 4\n" in said and "unchanged since saving" in said
     assert run(training, "--last", 2, "--output", output).exit_code == 2
@@ -374,6 +380,47 @@ def test_epochs_from_and_to(training, tmp_path):
         (("--last", 5), "--last 5: "),
         (("--last", 1, "--epochs", "1-2"), "Leave one of them out"),
         ((training, "--last", 2), "Name one --output-dir"),
+    ):
+        refused(tmp_path / "out", training, *words, says=says)
+
+
+def test_the_best_of_several_means_is_chosen_on_songs(training, checkout, tmp_path):
+    where = ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints, "--device", "cpu"]
+    songs = ["--dataset-dir", checkout.tensors, "--validate", 1, *where]
+    output = tmp_path / "mean"
+    # The newest checkpoint of such a short training is the best one: made worse, so that there is something to choose.
+    (file,) = training.glob("final/adapter/adapter_model.safetensors")
+    for newest in (file, *training.glob("checkpoints/epoch_4*/adapter/adapter_model.safetensors")):
+        tensors = {name: -tensor if "lora_B" in name else tensor for name, tensor in load_file(newest).items()}
+        newest.unlink()
+        save_file(tensors, newest)
+    done = run(training, "--best-of", "2,3,4", "--output", output, *songs)
+    assert done.exit_code == 0, done.output
+    changes = re.findall(r"^  (the newest checkpoint|mean of the last \d) +([+-][\d.]+) %(  <-)?$", done.output, re.M)
+    assert [name for name, *_ in changes] == ["the newest checkpoint", *(f"mean of the last {n}" for n in (2, 3, 4))]
+    best = min(range(4), key=lambda place: float(changes[place][1]))
+    assert [bool(mark) for *_, mark in changes] == [place == best for place in range(4)] and best > 0
+    assert "It was chosen on this song: on others it gains less.\n" in done.output
+    facts = json.loads((output / "training_config.json").read_text(encoding="utf-8"))
+    assert facts["average_best_of"] == "2,3,4"
+    assert run(training, "--last", best + 1, "--output", tmp_path / "same").exit_code == 0
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (output, tmp_path / "same"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_newest_checkpoint_may_be_the_best(training, checkout, tmp_path):
+    where = ["--acestep-root", checkout.root, "--checkpoint-dir", checkout.checkpoints, "--device", "cpu"]
+    songs = ["--dataset-dir", checkout.tensors, *where]
+    done = run(training, "--best-of", "2", "--output", tmp_path / "mean", *songs)
+    assert done.exit_code == 0 and not (tmp_path / "mean").exists()
+    assert done.output.endswith("Nothing was saved: the newest checkpoint alone has the lowest loss.\n")
+    for words, says in (
+        (("--best-of", "2"), "Name them: --dataset-dir DIR"),
+        (("--best-of", "2,x", *songs), "expected whole numbers from 2 on, such as 2,4,8"),
+        (("--best-of", "1,2", *songs), "expected whole numbers from 2 on"),
+        (("--best-of", "9", *songs), "--last 9: "),
+        (("--best-of", "2", "--last", 2, *songs), "Leave --last out"),
+        (("--last", 2, *songs), "Say among what: --best-of"),
     ):
         refused(tmp_path / "out", training, *words, says=says)
 

@@ -264,6 +264,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_adapter_is_one_clear_error(name, ask, tmp_path):
     make, says = REFUSED[name]
@@ -428,6 +429,7 @@ NEIGHBOURS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_strange_neighbours_do_no_harm(name, ask, tmp_path):
     make, says = NEIGHBOURS[name]

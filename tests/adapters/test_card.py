@@ -115,6 +115,26 @@ def files_in(folder):
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
+def test_clips_of_the_previews_are_taken_along_if_asked(trained, tmp_path):
+    from sidestep_plugin.previews.table import Row, Table
+
+    final = trained()
+    refused = publish(final, tmp_path / "none", "--previews")
+    assert refused.exit_code == 2 and "Make some: acestep-train preview" in refused.output
+    previews, songs = final.parent / "previews", [{"name": "secret", "seconds": 0.2}]
+    rows = [Row(label, 1, None, [f"{label[:5]}/01_secret.wav"]) for label in ("base model", "epoch 1", "final x 0.5")]
+    for row in rows:
+        (previews / row.clips[0]).parent.mkdir(parents=True)
+        (previews / row.clips[0]).write_bytes(row.label.encode())
+    Table({"model_name": "base", "songs": songs, "settings": {}}, rows).write(previews)
+    assert publish(final, tmp_path / "without").exit_code == 0
+    assert not [*(tmp_path / "without").glob("clip*")]
+    done = publish(final, tmp_path / "share", "--previews")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "share" / "clip-1.wav").read_bytes() == b"epoch 1"
+    assert not [file for file in files_in(tmp_path / "share") if "secret" in file or "clip-2" in file]
+
+
 @pytest.fixture
 def trained(train):
     def run(kind="lora", **options):

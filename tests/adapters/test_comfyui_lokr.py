@@ -82,6 +82,20 @@ def test_the_alpha_of_a_lokr_matters(by_upstream):
     check_differs(tensors, before, after)
 
 
+@pytest.mark.parametrize("settings", [{}, {"full_matrix": True}, {"decompose_both": True, "factor": 8}])
+def test_a_strength_can_be_written_into_a_copy_of_a_lokr(by_upstream, settings):
+    """Alpha alone would not do it: it has no effect in full matrices."""
+    folder, before, after = by_upstream(**settings)
+    tensors = exported(folder, "--strength", 0.6)
+    check_same(tensors, before, {name: before[name] + 0.6 * (after[name] - before[name]) for name in before})
+
+
+def test_a_decomposed_lokr_takes_no_strength(by_upstream, tmp_path):
+    folder, before, _ = by_upstream(weight_decompose=True)
+    model = base_model(tmp_path / "model", before)
+    refused(folder, "--model", model, "--strength", 0.5, says="has weight decomposition, which no factor scales")
+
+
 def exact_or_refused(folder, before, after):
     if export(folder).exit_code == 0:
         check_same(load_file(folder / "comfyui_lokr.safetensors"), before, after)
@@ -168,7 +182,7 @@ def test_a_decomposed_lokr_is_applied_as_lycoris_applies_it(by_lycoris, columns)
     layers = {name: decoder.get_submodule(name) for name in before if before[name].dim() == 2}
     for name in set(adapter.layers) - layers.keys():
         del adapter.layers[name]
-    check_applicable(adapter, {name: tuple(weight.shape) for name, weight in before.items()}, "it", decomposed=True)
+    check_applicable(adapter, {name: tuple(weight.shape) for name, weight in before.items()}, "it")
     with applied(adapter, layers):
         played = measured(decoder, {name: before[name] for name in layers})
     for name in layers:

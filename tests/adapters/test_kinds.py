@@ -136,7 +136,10 @@ main()
     [
         (["--help"], "lora|lokr|loha"),
         (["recommended", "--adapter-type", "loha"], "--rank 64"),
-        (["estimate", "--model", "base", "--seconds", "60", "--adapter-type", "loha"], "Adapter: LoHa of rank 16"),
+        (
+            ["estimate", "--model", "base", "--seconds", "60", "--adapter-type", "loha", "--plugin", "none"],
+            "Adapter: LoHa of rank 16",
+        ),
     ],
     ids=["train", "recommended", "estimate"],
 )

@@ -198,7 +198,7 @@ def test_it_carries_the_trigger_and_all_facts(train, tmp_path):
     assert (found["facts"]["rank"], found["facts"]["alpha"], found["strengths"]) == (4, 4, {"1.0": 16})
     assert not [note for note in found["notes"] if "strength" in note] and found["problems"] == []
     exported(folder)
-    assert sorted(file.name for file in (folder / "universal").iterdir()) == [
+    assert sorted(file.name for file in (folder / folder.parent.name).iterdir()) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "training_config.json"),
     ]
 
@@ -231,3 +231,20 @@ def test_what_cannot_play_everywhere_is_refused_or_told(by_peft, train, require_
     assert not (tmp_path / "x.safetensors").exists()
     require_kind("lokr")
     refused(train("base", "lokr", max_epochs=1).output, says="is a LoKr, which diffusers and DEMON do not play")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("jazz/final/adapter", "jazz"),
+        ("My jazz, v1.5/final/adapter", "My_jazz_v1_5"),
+        ("jazz/checkpoints/epoch_10_loss_0.7312/adapter", "jazz-epoch_10"),
+        ("jazz/checkpoints/best/adapter", "jazz-best"),
+        ("downloads", "universal"),
+    ],
+)
+def test_a_copy_has_the_name_of_its_training_without_dots(tmp_path, folder, name):
+    """ACE-Step's app calls an adapter by its folder and takes a name only once; PEFT takes no name with a dot."""
+    from sidestep_plugin.cli.export import _name_of
+
+    assert _name_of(tmp_path / folder) == name

@@ -39,7 +39,7 @@ def test_a_card_that_is_too_small_is_told_the_cheapest_flags(estimate):
     assert "Model: xl-turbo, 4,168,897,088 parameters" in said
     assert "Note: xl-turbo is not on this machine" in said and "guessed" in said
     *_, verdict = said.splitlines()
-    assert verdict.startswith("12.0 GiB: enough for --plugin sidestep --gradient-checkpointing on")
+    assert verdict.startswith("12.0 GiB: enough with --gradient-checkpointing on")
     rows = [line for line in said.splitlines() if line.endswith((" yes", " no"))]
     assert rows[0].startswith("ACE-Step alone") and rows[0].endswith(" no") and rows[-1].endswith(" yes")
 
@@ -52,7 +52,9 @@ def test_without_a_gpu_it_asks_for_the_memory(estimate, monkeypatch):
 def test_free_memory_of_a_gpu_is_asked_for(estimate, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (5 * 2**30, 8 * 2**30))
-    assert "5.0 GiB are free: enough for --plugin sidestep" in estimate("--model", "base", "--seconds", "60")
+    assert "5.0 GiB are free: enough with --gradient-checkpointing off" in estimate(
+        "--model", "base", "--seconds", "60"
+    )
 
 
 @pytest.mark.parametrize(

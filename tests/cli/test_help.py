@@ -93,11 +93,11 @@ def test_every_help_text_fits_its_line(words):
     assert [text for text in options if text.count("\n") > 1] == []
 
 
-def test_options_are_in_groups_with_the_plugin_first():
+def test_options_are_in_groups_with_those_of_the_plugin_last():
     text = shown("train")
-    places = [text.index(f"\n{title}:\n") for title in ("Needed", "Usual", "Expert", "Options of plugins")]
+    places = [text.index(f"\n{title}:\n") for title in ("Needed", "Usual", "Expert", "Options of the plugin sidestep")]
     assert places == sorted(places)
-    assert re.search(r"Needed:\n  --plugin NAME .*\n  --model .*\n  --dataset-dir .*\n  --output-dir ", text)
+    assert re.search(r"Needed:\n  --model .*\n  --dataset-dir .*\n  --output-dir ", text)
     # Every option of its own has a group; only --help has none.
     assert re.findall(r"^  (-\S+)", text.partition("\nOptions:\n")[2], flags=re.MULTILINE)[0] == "-h,"
 
@@ -106,9 +106,20 @@ def test_the_demos_defaults_are_its_own():
     text = shown("demo")
     for name, value in _SETTINGS.items():
         assert re.search(rf"--{name.replace('_', '-')} .*\[default: {value}\]", text), name
-    assert re.search(r"--plugin NAME .*\[default: sidestep\]", text)
-    assert re.search(r"--plugin NAME .*\[default: sidestep\]", shown("timesteps"))
-    assert "as ACE-Step trains" not in text and "as ACE-Step trains" not in shown("timesteps")
+    for command in ("train", "demo", "timesteps", "estimate", "compare", "preview", "prepare"):
+        assert re.search(r"--plugin NAME\|none .* none: without sidestep", shown(command)), command
+
+
+def test_what_says_nothing_there_is_not_in_the_help_and_works():
+    assert set(re.findall(r"^  (--[a-z-]+)", shown("timesteps").partition("plugin sidestep:")[2], re.MULTILINE)) == {
+        "--variant",
+        "--timestep-mode",
+    }
+    for option in ("--devices", "--rendezvous", "--base-weights", "--compile", "--init-from"):
+        assert option in shown("train") and option not in shown("demo"), option
+    assert "--validate" in shown("demo") and "--preview-every" in shown("demo")
+    done = CliRunner().invoke(cli, ["timesteps", "--model=nowhere", "--cfg-ratio=0.1"])
+    assert "No such option" not in done.stderr
 
 
 def test_without_a_word_and_without_a_terminal_it_is_the_help():

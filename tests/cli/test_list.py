@@ -32,7 +32,8 @@ def test_every_checkpoint_is_listed_with_its_epochs_mean_loss(train, kind):
         assert entry["bytes"] == sum(file.stat().st_size for file in files)
 
     lines = run(done.output).output.splitlines()
-    assert lines[0].split() == ["epoch", "steps", "loss", "MB"] and len(lines) == 5
+    assert lines[0].split() == ["epoch", "steps", "loss", "MB"] and lines[5] == "" and len(lines) == 7
+    assert lines[6].startswith("loss: mean over the training steps of that epoch. The loss in a folder's name is ACE")
     assert lines[1].split()[1:4] == ["1", "3", f"{means[0]:.4f}"]
     assert "final" in lines[4] and lines[4].endswith("cannot be resumed from")
 

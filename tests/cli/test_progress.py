@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import COMMAND
+from terminal import as_seen
 
 from sidestep_plugin.cli import progress as showing
 from sidestep_plugin.cli.progress import Progress
@@ -115,3 +116,92 @@ def test_the_best_epoch_is_in_the_bar():
     assert "best epoch" not in progress._status()
     progress.best_epoch = 3
     assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=40)
+
+
+# -- on a terminal ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of so many columns: ``terminal(80)``."""
+
+    def of(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(showing.sys.stdout, "isatty", lambda: True, raising=False)
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    return of
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_the_bar_takes_the_room_that_the_words_leave(stepping, terminal, capsys, columns):
+    terminal(columns)
+    stepping.progress.begin(10, 10)
+    for number in range(51, 61):
+        stepping(number)
+    line = as_seen(capsys.readouterr().out).splitlines()[-1].rstrip()
+    assert columns - 3 <= len(line) <= columns - 1  # it has room for a longer number of steps
+    assert re.search(r"\[#{3,}-{2,}\]  60/100  epoch 6/10, loss", line)
+
+
+def test_the_learning_rate_and_the_memory_are_in_a_wide_bar(stepping, terminal):
+    terminal(160)
+    stepping.progress.begin(10, 10)
+    stepping.progress.rate, stepping.progress.memory = 1e-4, 3 * 2**30
+    stepping(51), stepping(52)
+    assert "loss (smoothed) 1.0000, lr 1.0e-04, GPU 3.0 GiB, 0.50 steps/s" in stepping.progress._status()
+    assert "lr" not in stepping.progress._status(60) and "left" in stepping.progress._status(60)
+
+
+def test_what_is_waited_for_takes_the_place_of_the_bar(stepping, terminal, capsys):
+    terminal(60)
+    stepping.progress.begin(10, 10)
+    stepping.progress.engine_waiting(None, "Validation", 3, 4)
+    shown = capsys.readouterr().out.split("\r")[-1]
+    assert re.fullmatch(r"Validation  \[#{30,}-{10,}\]  3/4", shown) and len(shown) == 59
+    stepping.progress.say("A line")
+    assert "0/100" not in capsys.readouterr().out, "the bar is not drawn over it"
+    stepping.progress.engine_waiting(None, "Validation", 4, 4)
+    assert "0/100" in capsys.readouterr().out.split("\r")[-1]
+
+
+def test_a_pipe_gets_no_bar_and_no_colours(stepping, capsys):
+    stepping.progress.engine_waiting(None, "Validation", 3, 4)
+    stepping.progress.say("Warning: " + "a long line " * 30)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out and "\r" not in out
+
+
+def test_time_between_epochs_is_no_part_of_the_rate_and_one_of_the_time_left(stepping):
+    stepping(51), stepping(52)
+    stepping.progress._paused = 1.0
+    assert "1.00 steps/s" in stepping.progress._status() and "0:01:36 left" in stepping.progress._status()
+
+
+# -- lines -----------------------------------------------------------------------------------------------------------
+
+
+def seen(text, terminal, columns=40):
+    from sidestep_plugin.cli.terminal import for_people
+
+    terminal(columns)
+    return for_people(text, showing.sys.stdout)
+
+
+def test_words_are_not_broken_and_commands_and_paths_stay_in_one_piece(terminal):
+    words = "Timesteps: continuous, maximum of two logit-normal draws, mu -0.4"
+    assert all(len(line) < 40 for line in seen(words, terminal).split("\n"))
+    assert seen(words, terminal).replace("\n    ", " ") == words
+    command = "To resume:\n  acestep-train --dataset-dir " + "x" * 60
+    assert "x" * 60 in seen(command, terminal) and seen(command, terminal).count("\n") == 1
+    page = f"Page: /home/{'x' * 40}/index.html (open it)"
+    assert f"{'x' * 40}/index.html\n    (open it)" in seen(page, terminal)
+
+
+def test_important_lines_stand_out_unless_somebody_wants_no_colours(terminal, monkeypatch):
+    for line, code in (("Warning: x", 33), ("Error: x", 31), ("Adapter: x", 1), ("Loading x", 2)):
+        assert seen(line, terminal).startswith(f"\x1b[{code}m") and seen(line, terminal).endswith("\x1b[0m")
+    assert seen("Note: x", terminal) == "Note: x"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert seen("Warning: x", terminal) == "Warning: x"

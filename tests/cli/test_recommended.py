@@ -57,9 +57,10 @@ def test_warm_up_is_at_most_a_tenth_of_the_training():
 def test_it_is_printed_as_options_that_the_training_takes():
     text = run("--songs", 13)
     line = text.splitlines()[-1].split()
+    assert line.pop(0) == "acestep-train"
     from sidestep_plugin.cli.train import train
 
-    parsed = train.make_context("train", [*line, "--model", "base"]).params
+    parsed = train.make_context("train", line).params
     for name, setting in recommended(13).items():
         assert parsed[name] == setting.value
         assert setting.reason in text

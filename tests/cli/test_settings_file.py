@@ -119,7 +119,7 @@ def test_it_never_takes_the_last_room_on_a_disk(run, tmp_path, monkeypatch):
 
 
 def test_without_a_plugin_no_file_is_added(run, tmp_path):
-    done = run(FILE.replace('plugin = ["sidestep"]', "").replace("title", "# title"))
+    done = run(FILE.replace('plugin = ["sidestep"]', 'plugin = "none"').replace("title", "# title"))
     assert done.exit_code == 0, done.output
     assert not list((tmp_path / "output").rglob(FILE_NAME))
 
@@ -159,7 +159,9 @@ def test_what_a_plugins_own_type_cannot_read_is_refused(tmp_path):
     """click's int makes a traceback of infinity."""
     file = tmp_path / "jazz.toml"
     command = click.Command("train", params=[click.Option(["--bands"], type=int)])
-    with pytest.raises(Refusal, match="bands = inf cannot be used: cannot convert float infinity to integer."):
+    with pytest.raises(
+        Refusal, match="bands = inf cannot be used. Correct it: cannot convert float infinity to integer."
+    ):
         SettingsFile(file, {"bands": float("inf")}).checked(command.params, click.Context(command))
 
 

@@ -77,6 +77,7 @@ def test_a_gpu_that_is_hidden_is_said(monkeypatch):
         pick_device("cuda")
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_named(checkout, tmp_path):
     (tmp_path / "a file").write_text("", encoding="utf-8")
     unusable = tmp_path / "a file" / "cache"

@@ -189,10 +189,12 @@ def test_a_patched_checkout_attaches_sidestep_and_makes_room_for_whoever_attache
     assert "wrapped: True" in said
 
 
+@pytest.mark.slow
 def test_an_empty_variable_attaches_nothing(patched):
     assert "attached: []" in import_in(patched, ACESTEP_PLUGINS="")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment, told",
     [
@@ -210,6 +212,7 @@ def test_what_cannot_be_attached_ends_trainings_with_a_message_and_nothing_else(
     assert told in log, "the log must say it too"
 
 
+@pytest.mark.slow
 def test_who_attaches_himself_is_not_blocked_and_afterwards_all_is_as_it_was(patched):
     code = JOB.partition("print(")[0] + (
         "train = lambda: list(trainer.LoRATrainer.train_from_preprocessed(None, ''))[0][2]\n"
@@ -221,6 +224,7 @@ def test_who_attaches_himself_is_not_blocked_and_afterwards_all_is_as_it_was(pat
     import_in(patched, code, ACESTEP_PLUGINS="nothing-like-it")
 
 
+@pytest.mark.slow
 def test_a_variable_of_another_program_is_warned_about(patched):
     said, log = import_in(patched, SIDESTEP_INSTALL_DIR="elsewhere")
     assert "attached: [['sidestep']]" in said

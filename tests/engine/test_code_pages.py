@@ -45,6 +45,7 @@ def assert_told(done, folder, page):
     assert "links" not in error and not (folder / "output").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no other code page than UTF-8")
 def test_a_system_with_another_code_page(checkout, job, tmp_path):
     if checkout.real:

@@ -90,6 +90,7 @@ def test_rounding_to_bf16_is_no_change(trainer, load, module_for, batch_of, mode
         hook.remove()
 
 
+@pytest.mark.slow
 def test_a_checkout_like_that_is_told_by_check(tmp_path):
     """The same in a checkout of its own, whose file really says so."""
     root = miniature.write_checkout(tmp_path / "checkout")

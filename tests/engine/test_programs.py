@@ -60,6 +60,7 @@ def run(checkout):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -84,6 +85,7 @@ def test_without_a_plugin_nothing_is_attached(run):
     assert "attached: []" in done.stdout and "sampler: False" in done.stdout
 
 
+@pytest.mark.slow
 def test_in_a_patched_checkout_the_command_line_decides(run, checkout):
     from sidestep_plugin.engine import checkout_patch as patching
 
@@ -96,6 +98,7 @@ def test_in_a_patched_checkout_the_command_line_decides(run, checkout):
         patching.revert(checkout)
 
 
+@pytest.mark.slow
 def test_what_the_command_raises_is_its_own(run):
     done = run("--plugin", "sidestep", "--", "acestep-app", "--fail")
     assert done.returncode == 1
@@ -171,6 +174,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_that_the_program_starts_get_the_plugins_too(checkout, run):
     (checkout / "worker.py").write_text(WORKER, encoding="utf-8")
     done = run("--plugin", "sidestep", "--cfg-ratio", "0.25", "--", "worker.py", PYTHONPATH=str(checkout))
@@ -220,6 +224,7 @@ def with_training_v2(checkout):
     return script
 
 
+@pytest.mark.slow
 def test_training_v2_is_refused_by_name(with_training_v2, run):
     done = run("--plugin", "sidestep", "--", with_training_v2.name)
     assert done.returncode != 0 and "trained" not in done.stdout
@@ -227,11 +232,13 @@ def test_training_v2_is_refused_by_name(with_training_v2, run):
     assert "Train with acestep-train --plugin" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_plugin_training_v2_is_left_alone(with_training_v2, run):
     done = run("--", with_training_v2.name)
     assert done.returncode == 0 and "trained" in done.stdout and "training_v2" not in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_patched_checkout_training_v2_trains_and_the_log_says_what_takes_no_part(with_training_v2, checkout):
     from sidestep_plugin.engine import checkout_patch
 

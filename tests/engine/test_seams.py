@@ -12,7 +12,7 @@ import pytest
 
 from sidestep_plugin import UpstreamMismatch, attach
 from sidestep_plugin.engine.checkout import find_root
-from sidestep_plugin.engine.seams import examine, require
+from sidestep_plugin.engine.seams import cannot_do, examine, require
 
 TRAINER = """
     {sampler}
@@ -181,3 +181,12 @@ def test_a_trainer_that_cannot_be_imported_shows_upstreams_own_error(tmp_path, c
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "cannot be imported. ACE-Step's own error" in done.stdout and expected in done.stdout
+
+
+def test_what_is_missing_is_said_with_its_reason():
+    """Somebody without Lightning has no old version of ACE-Step, and can mend it."""
+    from types import SimpleNamespace
+
+    old, bare = SimpleNamespace(LIGHTNING_AVAILABLE=True), SimpleNamespace(LIGHTNING_AVAILABLE=False)
+    assert cannot_do(old, ["a", "b"]) == "This version of ACE-Step cannot do: a, b"
+    assert cannot_do(bare, ["a"]) == "Without the package lightning, ACE-Step cannot do: a (pip install lightning)"

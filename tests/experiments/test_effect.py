@@ -268,6 +268,36 @@ def test_arms_of_one_seed_start_from_the_same_adapter(small):
     assert any(value.any() for name, value in one[6].items() if name.endswith("lora_A"))
 
 
+def test_means_over_the_steps_count_step_k_as_a_power_of_k(small):
+    kept, means = [], runs.Means(("tenth", "third"))
+
+    class Kept(runs.Means):
+        def add(self, weights):
+            kept.append(weights)
+            means.add(weights)
+
+    preset, cell = replace(TINY, songs=(8,), lengths=(3, 6)), runs.Cell("far", 8, 3, LAW_DROP)
+    domain = data.target_domain("far", data.base_domain(preset.channels, preset.hidden), 3)
+    made = runs.training_songs(preset, domain, cell)
+    weights = dict(runs.train(preset, small.trainer, small.model, cell, made, small.out / "work", means=Kept(())))
+    _, unwatched = trained(small, LAW_DROP)
+    assert len(kept) == 6 and all(torch.equal(kept[-1][key], value) for key, value in weights[6].items())
+    assert all(torch.equal(unwatched[6][key], value) for key, value in weights[6].items())
+    found = means.now()
+    assert found.keys() == {"tenth", "third", "third, exact"}
+    layer = next(key for key in kept[0] if key.endswith("lora_A")).removesuffix(".lora_A")
+    shares = [k**4 / sum(j**4 for j in range(1, 7)) for k in range(1, 7)]
+    ups, downs = [each[f"{layer}.lora_B"] for each in kept], [each[f"{layer}.lora_A"] for each in kept]
+    expected = sum(share * up for share, up in zip(shares, ups, strict=True))
+    assert torch.allclose(found["third"][f"{layer}.lora_B"], expected, atol=1e-6)
+    exact = sum(share * up @ down for share, up, down in zip(shares, ups, downs, strict=True))
+    made = found["third, exact"]
+    cut = made[f"{layer}.lora_B"] @ made[f"{layer}.lora_A"]
+    assert made[f"{layer}.lora_A"].shape == kept[0][f"{layer}.lora_A"].shape
+    left = torch.linalg.svdvals(exact)[TINY.rank :].square().sum().sqrt()
+    assert torch.linalg.norm(exact - cut) == pytest.approx(float(left), rel=1e-3, abs=1e-7)
+
+
 def test_a_copy_with_the_adapters_weights_computes_what_the_adapter_computes(small):
     from peft import LoraConfig, get_peft_model
 

@@ -57,6 +57,7 @@ def skip_if_dropout_differs(checkpointing):
         pytest.skip(f"transformers {version}; ACE-Step asks for a version before 4.58")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_training_with_compiled_blocks(train, load, backend, capsys, kind, checkpointing):
@@ -86,6 +87,7 @@ def test_with_quantized_weights(train, backend):
     assert compiler.graphs
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_the_training_goes_on_without(train, load, backend, equal_bits, capsys):
     def failing(graph, inputs):
         raise FileNotFoundError("no compiler: cl is not found\nand more")

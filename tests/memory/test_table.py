@@ -1,4 +1,4 @@
-"""The table of docs/will-it-fit.md is what the estimate computes: ``python tests/tools/memory_table.py`` writes it."""
+"""The table of docs/memory.md is what the estimate computes: ``python tests/tools/memory_table.py`` writes it."""
 
 from memory_table import PAGE, page
 

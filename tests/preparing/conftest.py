@@ -20,7 +20,7 @@ def write_wav(file, seconds=2.0, *, rate=48000, channels=2, seed=0):
         stream.setnchannels(channels)
         stream.setsampwidth(2)
         stream.setframerate(rate)
-        stream.writeframes(bytes(samples.untyped_storage()))
+        stream.writeframes(samples.numpy().tobytes())
     return file
 
 

@@ -9,22 +9,25 @@ import subprocess
 import time
 
 import pytest
+from click.testing import CliRunner
 from conftest import COMMAND, running
 from preparing.conftest import write_texts, write_wav
 from preparing.parts import digests, songs_of
 
+from sidestep_plugin.cli import cli
+
 
 @pytest.fixture
-def command(checkout, checkpoints, tmp_path):
-    """Run the command in a process of its own | returns exit code, standard output and standard error."""
+def command(checkout, checkpoints, tmp_path, monkeypatch):
+    """Run the command in this process. Returns exit code, standard output and standard error."""
     if checkout.real:
         pytest.skip("the real VAE's encoder takes minutes on a CPU")
+    monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        line = [*COMMAND, "prepare", *map(str, words), "--acestep-root", str(checkout.root)]
-        line += ["--checkpoint-dir", str(checkpoints), "--device", "cpu"]
-        done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, timeout=300)
-        return done.returncode, done.stdout, done.stderr
+        line = ["prepare", *map(str, words), "--acestep-root", str(checkout.root)]
+        done = CliRunner().invoke(cli, [*line, "--checkpoint-dir", str(checkpoints), "--device", "cpu"])
+        return done.exit_code, done.stdout, done.stderr
 
     return run
 
@@ -83,10 +86,6 @@ def test_songs_that_cannot_be_prepared_end_it_with_exit_code_2(command, music, t
     ],
 )
 def test_wrong_usage_is_said_in_a_line_or_two(checkout, checkpoints, music, tmp_path, monkeypatch, words, message):
-    from click.testing import CliRunner
-
-    from sidestep_plugin.cli import cli
-
     monkeypatch.chdir(tmp_path)
     where = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkpoints), "--device", "cpu"]
     result = CliRunner().invoke(cli, ["prepare", *words, *where])

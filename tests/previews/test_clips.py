@@ -137,6 +137,7 @@ def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, k
     base = load_file(output / "previews" / "base_model" / "01_song_04.safetensors")["latents"]
     done = preview(checkout, output / "final", "--dataset-dir", checkout.tensors, "--device", "cpu")
     assert done.exit_code == 0, done.output
+    assert "Clips, as latents that nobody can hear yet: " in done.output and "Listen" not in done.output
     again = load_file(output / "previews" / "final" / "01_song_04.safetensors")["latents"]
     torch.testing.assert_close(again, made, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(again, base, atol=1e-2)
@@ -144,6 +145,13 @@ def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, k
     assert [row.label for row in read_table(output / "previews").rows] == ["base model", "epoch 2", "final"]
     apart = preview(checkout, output, "--dataset-dir", checkout.tensors, "--seed", 1)
     assert apart.exit_code == 2 and "cannot be compared with these" in apart.output
+    told = ["--dataset-dir", checkout.tensors, "--device", "cpu"]
+    assert preview(checkout, output / "final", *told, "--strengths", "0.5,1").exit_code == 0
+    labels = [row.label for row in read_table(output / "previews").rows]
+    assert labels == ["base model", "epoch 2", "final x 0.5", "final"]
+    half = load_file(output / "previews" / "final_x_0.5" / "01_song_04.safetensors")["latents"]
+    assert not torch.allclose(half, again, atol=1e-2) and not torch.allclose(half, base, atol=1e-2)
+    assert "final x 0.5" in (output / "index.html").read_text(encoding="utf-8")
     nothing = preview(checkout, output / "final")
     assert nothing.exit_code == 2 and "--dataset-dir DIR" in nothing.output
 

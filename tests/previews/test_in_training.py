@@ -51,7 +51,9 @@ class Looking:
         self.seen.append((epoch, modes, len(trained), any(weight.grad is not None for weight in trained)))
 
 
-@pytest.mark.parametrize("model, kind", [("base", "lora"), ("base", "lokr"), ("turbo", "lora")])
+@pytest.mark.parametrize(
+    "model, kind", [("base", "lora"), ("base", "lokr"), pytest.param("turbo", "lora", marks=pytest.mark.slow)]
+)
 def test_the_adapter_is_the_same_bit_for_bit(train, trainer, equal_bits, capsys, model, kind):
     """Dropout on (its default), condition dropout on (base), gradients waiting at the end of each epoch."""
     looking = Looking()
@@ -120,6 +122,7 @@ def test_twins_are_equal_when_the_adapter_is_zero(train, kind):
     assert all(torch.equal(base[name], trained[name]) for name in base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off(train, kind, tmp_path):
     """And it gives the adapter and the clips of the whole run; every second epoch is heard, and the last one."""
@@ -297,6 +300,7 @@ def test_a_new_training_moves_the_clips_of_the_one_before_aside_even_without_pre
     assert [row.label for row in read_table(tmp_path / "previews-1").rows] == ["base model", "epoch 1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ONE | {"preview_every": 2}, {"num_inference_steps": 3}])
 def test_an_abandoned_branch_leaves_the_page(train, capsys, tmp_path, options):
     """Resuming from an earlier checkpoint: what was made after it belongs to another adapter."""

@@ -233,7 +233,7 @@ def test_warnings_are_on_it(train):
 # -- that it changes nothing -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_the_training_is_the_same_bit_for_bit(train, equal_bits, every_epoch, monkeypatch, kind):
     """With the page after every epoch, and with none at all."""
 

@@ -48,10 +48,11 @@ def test_the_report_is_what_happened(train, load, model, kind):
     assert report["seconds_per_step"] > 0
 
 
-def test_it_is_said_before_upstreams_last_word(train):
-    done = train("base", max_epochs=2)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_it_is_said_before_upstreams_last_word(train, epochs):
+    done = train("base", max_epochs=epochs)
     (said,) = [line for line in done.messages if line.startswith("Loss: ")]
-    assert "rows without their prompt" in said and "s per step" in said
+    assert said.count("mean of epoch") == epochs and "rows without their prompt" in said and "s per step" in said
     assert any(line.startswith("Loss by t: ") for line in done.messages)
     assert done.messages[-1].startswith("✅ Training complete") and "Report: " in done.messages[-2]
 

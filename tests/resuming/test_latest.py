@@ -30,7 +30,7 @@ def run(checkout, trainer, tmp_path, monkeypatch):
     places = {"acestep-root": checkout.root, "checkpoint-dir": checkout.checkpoints, "dataset-dir": checkout.tensors}
 
     def invoke(*arguments, plugin="sidestep"):
-        line = [f"--plugin={plugin}"] if plugin else []
+        line = [f"--plugin={plugin or 'none'}"]
         line += ["--model", "base", "--output-dir", tmp_path / "output", *QUICK, *arguments]
         for name, folder in places.items():
             line += [f"--{name}", folder]
@@ -254,6 +254,7 @@ def test_a_checkpoint_whose_state_found_no_room_is_none(run, tmp_path, monkeypat
     result = run("--epochs", 2)
     assert result.exit_code == 0 and "no training can be resumed from" in result.output, result.output
     second = next((tmp_path / "output" / "checkpoints").glob("epoch_2*"))
+    assert f"resumed from {second}: No space left" in result.output
     assert list(second.rglob("*.safetensors")) and not (second / checkpoints.UPSTREAMS_FILE).exists()
     assert newest_checkpoint(tmp_path / "output")[0].name.startswith("epoch_1")
 

@@ -14,7 +14,7 @@ from several_gpus import job
 from several_gpus.processes import done
 
 KINDS = ("lora", "lokr")
-INJECTED = {"inject": True, "ordered": True, "songs": 6, "options": {"cfg_ratio": 0.0}}
+INJECTED = {"inject": True, "ordered": True, "songs": 6, "options": {"cfg_ratio": 0.0, "average": True}}
 PLAIN = {"dropout": 0.1, "options": {"cfg_ratio": 0.5}}
 
 
@@ -81,8 +81,8 @@ def schedule(output):
     return [state["scheduler_state_dict"]["_last_lr"] for state in states]
 
 
-def adapter(output):
-    (file,) = output.glob("final/**/*.safetensors")
+def adapter(output, *, average=False):
+    (file,) = (file for file in output.glob("final/**/*.safetensors") if (file.parent.name == "average") == average)
     return load_file(file)
 
 
@@ -94,6 +94,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(two, alone, kind, req
     assert one["weights"] and one["weights"] == first["weights"] == second["weights"]
     ours, its = adapter(output), adapter(place)
     assert ours.keys() == its.keys() and all(torch.equal(ours[name], its[name]) for name in ours)
+    averages = [adapter(folder, average=True) for folder in (output, place)]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
     assert first["losses"] == one["losses"][0::2] and second["losses"] == one["losses"][1::2]
     assert schedule(output) == schedule(place)
 

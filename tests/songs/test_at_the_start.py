@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -37,7 +38,21 @@ def test_songs_without_a_trigger_say_nothing(started):
 def test_the_trigger_of_the_songs_becomes_the_adapters(started):
     lines, facts = started({"caption": "zyx jazz", "custom_tag": "zyx"}, {"caption": "zyx rock", "custom_tag": "zyx"})
     assert 'Trigger word: "zyx" (from the songs)' in lines
-    assert facts["trigger"] == "zyx"
+    assert facts["trigger"] == "zyx" and facts["trigger_position"] == "before"
+
+
+@pytest.mark.parametrize("word", [None, "zyx", "other"])
+@pytest.mark.parametrize("told", ["prepared", "manifest"])
+def test_where_the_trigger_goes_becomes_a_fact(started, tmp_path, told, word):
+    """From what `prepare --trigger-position` has noted in the songs, or from upstream's manifest."""
+    metadata = {"caption": "jazz, zyx", "custom_tag": "zyx"}
+    if told == "prepared":
+        metadata["prepared"] = {"trigger": "zyx", "trigger_position": "after"}
+    else:
+        manifest = {"metadata": {"custom_tag": "zyx", "tag_position": "append"}, "samples": ["song0.pt"]}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    _, facts = started(metadata, trigger=word)
+    assert facts == ({} if word == "other" else {"trigger": "zyx", "trigger_position": "after"})
 
 
 def test_a_trigger_that_no_caption_holds_is_told_and_kept_as_it_was_said(started):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -42,6 +43,7 @@ class Faults:
     def __init__(self, work: Path, seed: int) -> None:
         import torch
 
+        import sidestep_plugin
         from sidestep_plugin import miniature
         from sidestep_plugin.engine.checkout import import_trainer
         from sidestep_plugin.engine.models import find_model, load_model
@@ -53,6 +55,7 @@ class Faults:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.losses: list[str] = []
         self.reported: set[str] = set()
+        self.adapter_only: set[str] = set()
         self.usual = 1.0
         self.whole = {}
         # Here, so that no training has to import them: the trainer itself, and what it and we import late.
@@ -63,10 +66,11 @@ class Faults:
             "lycoris",
             "torch.utils.tensorboard",
             "tensorboard",
-            "sidestep_plugin.cli",
+            *(module.name for module in pkgutil.walk_packages(sidestep_plugin.__path__, "sidestep_plugin.")),
         ):
-            with suppress(ImportError):
-                importlib.import_module(name)
+            if not name.endswith("__main__"):
+                with suppress(ImportError):
+                    importlib.import_module(name)
         load_model(find_model("base", self.built.checkpoints), torch.device("cpu"))
         for kind in ("lora", "lokr"):
             self.train(work / f"whole-{kind}", kind)  # and what comes even later
@@ -131,6 +135,7 @@ class Faults:
         """Remember what was reported as saved."""
         self.reported |= {f"epoch_{number}" for number in re.findall(r"Checkpoint saved at epoch (\d+)", said)}
         self.reported |= {"interrupted"} if "Saved as it was after" in said else set()
+        self.adapter_only |= set(re.findall(r"no training can be resumed from .*?([^/\n]+):", said))
         self.reported |= {"final"} if re.search(r"^Adapter: ", said, re.MULTILINE) else set()
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -148,6 +153,9 @@ class Faults:
             self.losses.append(f"{fault}: {name} was reported as saved and is gone")
         for name, folder in there.items():
             if name in ("checkpoints", "logs", "final", "overwritten"):
+                continue
+            if folder.name in self.adapter_only and any(folder.rglob("*.safetensors")):
+                self.counts[fault, "adapter saved without what resuming needs, and told so"] += 1
                 continue
             try:
                 read_checkpoint(folder)
@@ -170,7 +178,7 @@ class Faults:
     @contextmanager
     def folder(self) -> Iterator[Path]:
         output = Path(tempfile.mkdtemp(dir=self.work, prefix="output-"))
-        self.reported = set()
+        self.reported, self.adapter_only = set(), set()
         yield output
         shutil.rmtree(output, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Writes the table of docs/will-it-fit.md: ``python tests/tools/memory_table.py``. Nothing in it is measured."""
+"""Writes the table of docs/memory.md: ``python tests/tools/memory_table.py``. Nothing in it is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sidestep_plugin.memory.known import TWO_B, XL
 from sidestep_plugin.memory.table import rows_for
 from sidestep_plugin.registry import Registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "will-it-fit.md"
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->\n"
 CARDS = (8, 12, 16, 24)
 SETTINGS = Settings(rank=64, frames=180 * 25)

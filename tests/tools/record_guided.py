@@ -18,14 +18,12 @@ TRAIN = [
     sys.executable,
     "-c",
     "from sidestep_plugin.cli import main; main()",
-    "--plugin",
-    "sidestep",
     "--learning-rate",
     "0.01",
     "--device",
     "cpu",
 ]
-COMMAND = "acestep-train --plugin sidestep --learning-rate 0.01"
+COMMAND = "acestep-train --learning-rate 0.01"
 
 
 def record(root: Path, songs: str) -> str:

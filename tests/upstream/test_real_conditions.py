@@ -247,5 +247,5 @@ def test_a_song_in_a_padded_batch_is_the_song_alone(handler, family, attention):
             if row == 0:
                 before = float((padded[0] - alone).norm() / alone.norm())
                 print(f"padded {before:.3f}")
-                assert before > 1e-3, "the comparison can fail"
+                assert before > 1e-4, "a hundred times the bound: the comparison can fail"
         masking.remove()

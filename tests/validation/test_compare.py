@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -109,6 +111,38 @@ def test_an_adapter_of_nan_is_no_candidate(compare, tmp_path):
     assert done.exit_code == 0 and "No adapter gives a loss that is a number" in done.stdout
 
 
+def test_each_adapter_at_several_strengths(compare, tmp_path):
+    """Half the strength is the adapter with half the weights."""
+    pytest.importorskip("matplotlib")
+    one, half = lora(tmp_path / "one", value=0.5), lora(tmp_path / "half", value=0.25)
+    picture = tmp_path / "strengths.png"
+    done = compare(one, half, "--strengths", "0.5,1", "--validate", 1, "--json", "--plot", picture)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["adapters"]
+    assert [entry["strength"] for entry in found] == [0.5, 1.0, 0.5, 1.0]
+    assert [entry["name"].rpartition("/")[2] for entry in found] == ["one x 0.5", "one x 1", "half x 0.5", "half x 1"]
+    assert found[0]["loss_by_t"] == found[3]["loss_by_t"] != found[1]["loss_by_t"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for words in ("0", "1,1", "a", "-1", "11", ""):
+        wrong = compare(one, "--strengths", words)
+        assert wrong.exit_code == 2 and "trength" in wrong.stderr, words
+
+
+def test_the_best_strength_can_be_written_into_a_copy(compare, train, tmp_path):
+    """The last line says the command, and the copy plays so at strength 1."""
+    trained = train("base", max_epochs=1).output / "final"
+    done = compare(trained, "--strengths", "1,2", "--validate", 1)
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("Lowest loss: ")]
+    assert row.split(",")[0].endswith("final x 2"), "after one epoch it can be stronger"
+    words = shlex.split(done.stdout.splitlines()[-1].partition(": ")[2])
+    assert words[1:] == ["export", str(trained), "--to", "universal", "--strength", "2"]
+    assert CliRunner().invoke(cli, [*words[1:], "--output", str(tmp_path / "copy")]).exit_code == 0
+    alike = json.loads(compare(trained, tmp_path / "copy", "--strengths", "1,2", "--validate", 1, "--json").stdout)
+    assert alike["adapters"][2]["loss_by_t"] == pytest.approx(alike["adapters"][1]["loss_by_t"], rel=1e-5)
+    assert "To make a copy" not in compare(trained, "--validate", 1).stdout
+
+
 @pytest.mark.parametrize(
     "made, told",
     [
@@ -132,3 +166,27 @@ def test_what_is_no_adapter_and_no_song_is_refused(compare, checkout, tmp_path):
     assert done.exit_code == 2 and "--plot" in done.stderr
     done = compare(adapter, "--validate", 6)
     assert done.exit_code == 2 and "would hold out 6 of 6 songs" in done.stderr
+
+
+def test_the_model_is_the_adapters_songs_that_it_knows_are_told_and_no_difference_is_none(train, checkout, tmp_path):
+    output = train("base", options={"validate": 1, "validate_every": 5}, max_epochs=1).output
+    places = ["--acestep-root", str(checkout.root), "--checkpoint-dir", str(checkout.checkpoints), "--device", "cpu"]
+    line = ["compare", str(output / "final"), str(output), "--dataset-dir", str(checkout.tensors), *places]
+    done = CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "relative to acestep-v15-base without adapter" in done.output
+    for name in (output / "final", output):
+        note = f"Note: {name} was trained on 5 of these 6 songs, which makes it look better than it is."
+        assert note in done.output, done.output
+    assert re.search(r"^No difference between .* and .*, [-+]\d+\.\d\d %, with 15 % of it without", done.output, re.M)
+
+    done = CliRunner().invoke(cli, [*line, "--validate", "1"], catch_exceptions=False)
+    assert "was trained on" not in done.output, "the song that was held out is not one of them"
+
+    (file,) = (output / "final").rglob("training_config.json")
+    shutil.copytree(file.parent, tmp_path / "silent")
+    for name in ("training_config.json", "README.md"):
+        (tmp_path / "silent" / name).unlink()
+    save_file(load_file(file.parent / "adapter_model.safetensors"), tmp_path / "silent" / "adapter_model.safetensors")
+    done = CliRunner().invoke(cli, [*line[:2], str(tmp_path / "silent"), *line[3:]])
+    assert done.exit_code == 2 and "silent does not say for which model it was trained" in done.stderr, done.output

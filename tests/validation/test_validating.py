@@ -154,7 +154,7 @@ def test_without_lightning_it_is_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("lightning", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_resuming_from_best_equals_an_unbroken_training(
     train,
     trainer,
@@ -215,21 +215,21 @@ def evaluated_alone(trainer, handler, module_for, kind, point, folder):
     return evaluated(trainer, module, choose(songs_in(folder), 4), grid)
 
 
-def test_what_fails_between_two_epochs_without_lightning_is_reported(train, trainer, monkeypatch):
+def test_what_fails_between_two_epochs_without_lightning_is_reported(train, trainer, checkout, monkeypatch):
     """As upstream reports what fails in its own loop, and the training is saved."""
     from sidestep_plugin.engine import services
 
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
     evaluate, calls = services.evaluate, iter(range(100))
 
-    def fails_in_epoch_1(*given):
+    def fails_in_epoch_1(*given, **more):
         if next(calls) == 1:
             raise RuntimeError("out of memory")
-        return evaluate(*given)
+        return evaluate(*given, **more)
 
     monkeypatch.setattr(services, "evaluate", fails_in_epoch_1)
     done = train("base", options=TWO)
-    if not done.losses:
+    if checkout.real and not done.losses:
         pytest.skip("this version of ACE-Step cannot train without Lightning here")
     assert done.messages[-1].startswith("❌") and "RuntimeError: out of memory" in done.messages[-1]
     assert (done.output / "interrupted").is_dir() and not done.tensors
@@ -387,7 +387,7 @@ def test_a_song_without_a_loss_is_refused_before_the_first_step(train, monkeypat
     from sidestep_plugin.engine import services as validation
 
     evaluate = validation.evaluate
-    monkeypatch.setattr(validation, "evaluate", lambda *args: evaluate(*args) * float("nan"))
+    monkeypatch.setattr(validation, "evaluate", lambda *given, **more: evaluate(*given, **more) * float("nan"))
     result = train("base", options=TWO)
     assert "is NaN or infinite even without an adapter" in result.messages[-1] and not result.losses
 

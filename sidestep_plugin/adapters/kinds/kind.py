@@ -167,6 +167,15 @@ class Kind(ABC):
         """A forward hook that adds to the output of a module what the layer does."""
 
     @abstractmethod
+    def scaled(self, tensors: Mapping[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
+        """The tensors of a layer that does so many times as much, without weight decomposition; the scaled one in fp32.
+
+        Args:
+            tensors: by the names in ``Layer.parts``.
+            strength: the factor.
+        """
+
+    @abstractmethod
     def try_on(self, module: torch.nn.Module) -> None:
         """Put a small adapter onto a module with a linear layer ``q_proj``, to see whether its library works here.
 

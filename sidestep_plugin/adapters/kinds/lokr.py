@@ -88,6 +88,10 @@ class _Lokr(Kind):
         changed = base + self.change(layer, tensors).to(base.device).reshape(base.shape)
         return adding((decomposed(changed, tensors["magnitude"]) if "magnitude" in tensors else changed) - base)
 
+    def scaled(self, tensors: Mapping[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
+        part = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+        return {**tensors, part: tensors[part].float() * strength}
+
     def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
         """The Kronecker product that is nearest to the sum of several, with the first one's alpha and decompositions.
 

@@ -68,6 +68,9 @@ class _Lora(Kind):
 
         return add
 
+    def scaled(self, tensors: Mapping[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
+        return {**tensors, "B": tensors["B"].float() * strength}
+
     def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
         """The factors side by side, cut back: alpha is the rank, so that the strength is 1 in every program."""
         import torch

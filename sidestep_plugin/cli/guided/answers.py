@@ -43,8 +43,13 @@ class Answers:
 
     @property
     def songs(self) -> int:
-        """Number of songs, 1 as long as they are not known."""
-        return self.dataset.songs if self.dataset is not None else 1
+        """Number of songs that are trained on, 1 as long as they are not known."""
+        if self.dataset is None:
+            return 1
+        from sidestep_plugin.validation.held_out import number_of
+
+        said = self.request.options.get("validate")
+        return self.dataset.songs - (number_of(said, self.dataset.songs) if said else 0)
 
     @property
     def begins_anew(self) -> bool:

@@ -12,6 +12,7 @@ from sidestep_plugin.errors import Refusal
 from ..command_line import command_line
 from .answers import Answers, Question
 from .checks import check_said
+from .extras import add, offered
 from .questions import QUESTIONS
 from .summary import summary
 
@@ -94,13 +95,24 @@ def _confirm(answers: Answers) -> None:
         click.echo(f"  {line}")
     click.echo("\nThe same without questions:")
     click.echo(f"  {command_line(answers.request)}\n")
+    if more := offered(answers):
+        click.echo("Type one or more of these, with commas between them, to add:")
+        width = max(map(len, more))
+        for name, what in more.items():
+            click.echo(f"  {name:<{width}}  {what}")
     while True:
-        text = str(click.prompt(f"Start? [Y/n/{BACK}]", default="y", show_default=False)).strip().lower()
-        if text in ("y", "yes"):
+        text = str(click.prompt(f"Start? [Y/n/{BACK}]", default="y", show_default=False)).strip()
+        if text.lower() in ("y", "yes"):
             return
-        if text in ("n", "no"):
+        if text.lower() in ("n", "no"):
             click.echo("Nothing was started, nothing was written.")
             raise SystemExit(0)
-        if text == BACK:
+        if text.lower() == BACK:
             raise GoBack
-        click.echo(f"  Expected y, n or {BACK}.")
+        try:
+            add(answers, text)
+        except Refusal as refusal:
+            click.echo(f"  {refusal}")
+            continue
+        _confirm(answers)
+        return

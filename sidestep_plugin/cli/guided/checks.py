@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from sidestep_plugin import recommended
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
+from sidestep_plugin.recommended import recommended
 from sidestep_plugin.text import counted
 
 from ..torch_here import require_torch
@@ -76,11 +76,26 @@ def model(answers: Answers, text: str) -> list[str]:
             raise Refusal(f"There is no number {text}: expected 1 to {len(answers.models)}, a name, or a path.")
         text = answers.models[int(text) - 1]
     text = at_home(text)
+    if (models := _models_below(Path(text))) and not (Path(text) / "config.json").is_file():
+        answers.set(checkpoint_dir=Path(text))
+        answers.models = models
+        listed = "; ".join(f"{number} {name}" for number, name in enumerate(models, start=1))
+        raise Refusal(f"{text} is a folder of models. Type the number or the name of one: {listed}.")
     folder = find_model(text, checkpoints(answers))
     _say_that_torch_is_imported()
     check_weights(folder, ModelFacts.from_folder(folder))
     answers.set(model=text)
     return []
+
+
+def _models_below(folder: Path) -> list[str]:
+    """The models in a folder; [] if it is none, or if it is not there."""
+    from sidestep_plugin.engine.models import models_in
+
+    try:
+        return models_in(folder) if folder.is_dir() else []
+    except OSError:
+        return []
 
 
 def variant_is_unclear(answers: Answers) -> bool:
@@ -153,9 +168,11 @@ def output(answers: Answers, text: str) -> list[str]:
 
 def resume(answers: Answers) -> list[str]:
     """Take a checkpoint, the newest if none was named, and the settings that it was made with."""
-    from sidestep_plugin.engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
     from sidestep_plugin.launch.launch import LATEST
+    from sidestep_plugin.registry import Registry
     from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
+
+    from ..resumed import plugins_of, settings_to_resume
 
     said, notes = answers.request.resume_from, list[str]()
     if said is None or said == LATEST:
@@ -165,12 +182,17 @@ def resume(answers: Answers) -> list[str]:
         folder = said.absolute()
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
+    kept = plugins_of(checkpoint.folder) if "plugin" in answers.asked else None
+    if kept is not None and kept != answers.request.plugins:
+        options = Registry.load(kept, answers.request.wins).resolve_options({})
+        given = {name: value for name, value in answers.request.options.items() if name in options}
+        answers.set(plugins=kept, options=options | given)
+        notes.append(f"with the plugins of that training: {', '.join(kept) or 'none'}")
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
     answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
-    named = {name: name for name in ADAPTER_FIELDS[answers.request.adapter_type]} | TRAINING_FIELDS
-    for name, fact in named.items():
-        if name in answers.asked and facts.get(fact) is not None:
-            answers.setting(name, facts[fact])
+    for name, value in settings_to_resume(checkpoint.folder, answers.request.adapter_type).items():
+        if name in answers.asked:
+            answers.setting(name, value)
     answers.checkpoint = f"{folder.name} ({checkpoint.point.where})"
     return [*notes, f"{answers.checkpoint}, with the settings that it was made with"]
 
@@ -190,20 +212,11 @@ def epochs(answers: Answers, text: str) -> list[str]:
     answers.setting("epochs", number)
     if not answers.begins_anew:
         return []
-    settings = answers.request.settings
-    batch_size = settings.get("batch_size") or 1
-    accumulation = settings.get("gradient_accumulation") or recommended.accumulation_for(answers.songs, batch_size)
-    usual = recommended.recommended(answers.songs, answers.request.adapter_type)
-    values = {
-        "save_every": recommended.save_every_for(number),
-        "batch_size": batch_size,
-        "gradient_accumulation": accumulation,
-        "learning_rate": usual["learning_rate"].value,
-        "warmup_steps": recommended.warmup_for(answers.songs, batch_size, number, accumulation),
-    }
-    for name, value in values.items():
-        if name in answers.asked:
-            answers.setting(name, value)
+    request = answers.request
+    given = {name: value for name, value in request.settings.items() if name not in answers.asked or name == "epochs"}
+    for name, setting in recommended(answers.songs, request.adapter_type, given).items():
+        if name not in ("rank", "alpha"):  # asked for next
+            answers.setting(name, setting.value)
     return []
 
 
@@ -238,4 +251,4 @@ def _whole(text: str, what: str) -> int:
 def _say_that_torch_is_imported() -> None:
     if "torch" not in sys.modules:
         click.echo("  Importing torch ...")
-    require_torch()
+    require_torch(told=True)

@@ -11,6 +11,14 @@ from sidestep_plugin.recommended import recommended
 from . import checks
 from .answers import Answers, Question
 
+_FOR_WHAT: Final = {
+    "turbo": "8 steps without guidance: 8 passes through the model for a clip, with the others 100",
+    "base": "50 steps with guidance (CFG); the one that the others were made from",
+    "sft": "50 steps with guidance (CFG); base, fine-tuned by ACE-Step",
+    "xl": "the same three with more than twice the weights, which take more memory and time",
+}
+"""What each family of models is for, for somebody who has to choose."""
+
 
 def _list_models(answers: Answers) -> list[str]:
     from sidestep_plugin.engine.compatibility import examine_model
@@ -26,6 +34,7 @@ def _list_models(answers: Answers) -> list[str]:
         found = examine_model(folder / name)
         size = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         lines.append(f"  {number}  {name:<{width}}  {found.variant or 'variant not known':<8}  {checks.in_bytes(size)}")
+    lines += ["Choose the one that you will generate with:", *(f"  {name}: {what}" for name, what in _FOR_WHAT.items())]
     return lines
 
 
@@ -65,7 +74,7 @@ QUESTIONS: Final = (
     ),
     Question(
         "dataset_dir",
-        lambda _: ["Songs: the folder of .pt files that ACE-Step's preprocessing wrote"],
+        lambda _: ["Songs: the folder of .pt files that acestep-train prepare, or ACE-Step's preprocessing, has made"],
         "Folder",
         lambda _: None,
         checks.songs,

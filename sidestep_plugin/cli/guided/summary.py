@@ -45,7 +45,7 @@ def _amounts(answers: Answers) -> list[str]:
     lines = []
     if answers.dataset is not None:
         lines.append(
-            f"Songs: {answers.songs}, {answers.dataset.minutes:.1f} minutes; "
+            f"Songs: {answers.songs}{_held_out(answers)}, {answers.dataset.minutes:.1f} minutes; "
             f"{counted(epochs * batches, 'training step')}, "
             f"{counted(epochs * batches // accumulation, 'optimizer step')}"
         )
@@ -65,6 +65,12 @@ def _amounts(answers: Answers) -> list[str]:
             f"{counted(checkpoints, 'checkpoint')} of {in_bytes(each)})"
         )
     return lines
+
+
+def _held_out(answers: Answers) -> str:
+    assert answers.dataset is not None
+    held_out = answers.dataset.songs - answers.songs
+    return f" and {held_out} held out" if held_out else ""
 
 
 def _time(answers: Answers, epochs: int) -> str:
@@ -97,7 +103,14 @@ def _in_words(answers: Answers) -> list[str]:
     )
     how = "" if request.resume_from is None else f"resumes from {answers.checkpoint}"
     how = how or ("replaces what is there" if request.overwrite else "new")
-    return [f"Train: {request.adapter_type}, {settings}", f"Save to: {request.output_dir} ({how})"]
+    more = [
+        f"{name.replace('_', ' ')} {request.options[name]:g}"
+        for name in ("validate", "preview_every")
+        if request.options.get(name)
+    ]
+    more += [f"{name} {request.options[name]}" for name in ("export", "title") if request.options.get(name)]
+    also = [f"Also: {', '.join(more)}"] if more else []
+    return [f"Train: {request.adapter_type}, {settings}", *also, f"Save to: {request.output_dir} ({how})"]
 
 
 def adapter_size(model: Path, kind: str, rank: int, targets: Collection[str]) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import shutil
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.foreign import check_holds_tensors
+from ...adapters.kinds import BY_NAME
 from ...adapters.staging import published, staged
 from ...errors import Refusal, UpstreamMismatch
-from ...files import room
-from ...run import AdapterType, SavedAdapter
+from ...files import move, room
+from ...run import AdapterType, Run, SavedAdapter
 from ...text import sentence
 from ..checkout import place_of
 from ..current import running_training, saving
@@ -73,6 +76,8 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                         copy_of=None if journal is None else journal.copy_of,
                     )
                     host.ask_and_announce("acestep_adapter_saved", run=run, saved=saved)
+                    if journal is not None and run.variants:
+                        _save_variants(host, run, saved)
         except Refusal as refusal:
             host.refusal = host.refusal or refusal
             raise
@@ -88,13 +93,60 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
         if journal is not None:
             journal.finished, journal.unsaved = journal.finished or final, False
             # Fewer epochs than were asked for, when a plugin has ended the training.
-            epochs = journal.whole_epochs or getattr(run.training_config, "max_epochs", None)
+            by_plugin = training is not None and training.ending is not None
+            whole = journal.whole_epochs
+            epochs = whole if by_plugin else whole or getattr(run.training_config, "max_epochs", None)
             if final and isinstance(epochs, int):
-                limits = {} if training is None or training.ending is None else training.limits
+                limits = training.limits if training is not None and by_plugin else {}
                 host.registry.call("engine_final_saved", run=run, epochs=epochs, limits=limits)
         return result.replace(str(stage), str(folder)) if isinstance(result, str) else result
 
     return save
+
+
+def _save_variants(host: Host, run: Run, saved: SavedAdapter) -> None:
+    """Save the run's variants of an adapter, each in a folder of its name beside it. What cannot be saved is told.
+
+    Raises:
+        Refusal: a plugin refuses what was saved.
+    """
+    kind = BY_NAME[saved.adapter_type]
+    module = run.module_ref() if run.module_ref else None
+    for name in run.engine.variants if module is not None else ():
+        folder = saved.folder / name
+        place = saved.destination.parents[len(saved.weights.relative_to(saved.folder).parts) - 1] / name
+        token = saving.set(True)
+        try:
+            with run.engine.in_its_place(name):
+                written = kind.save(host.trainer, module, folder)
+                check_holds_tensors(written)
+                if written != folder:  # the adapter's folder is what the app calls it
+                    for file in sorted(written.iterdir()):
+                        move(file, folder / file.name)
+                    written.rmdir()
+                beside = None if saved.copy_of is None else _beside(saved.copy_of, name)
+                adapter = dataclasses.replace(
+                    saved,
+                    weights=folder / kind.weight_name,
+                    destination=place / kind.weight_name,
+                    folder=folder,
+                    resume_point=None,
+                    copy_of=beside,
+                )
+                host.ask_and_announce("acestep_adapter_saved", run=run, saved=adapter)
+        except Refusal:
+            raise
+        except Exception as error:  # the adapter itself is saved
+            shutil.rmtree(folder, ignore_errors=True)
+            host.announce(f"Warning: {place} could not be saved: {sentence(error)} {room(place.parent)}")
+        finally:
+            saving.reset(token)
+
+
+def _beside(weights: Path, name: str) -> Path | None:
+    """The folder of a variant beside saved weights, which are in a folder below the checkpoint's or in it."""
+    found = (place / name for place in (weights, weights.parent))
+    return next((place for place in found if place.is_dir()), None)
 
 
 def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:

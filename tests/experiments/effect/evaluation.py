@@ -54,7 +54,7 @@ def evaluate(
     jobs = [("", guidances, None)]
     if last and weights is not None:
         jobs.append((", adapter off on null", (preset.adapter_off,), model.decoder))
-    for how, wanted, null_decoder in jobs:
+    for how, wanted, null_decoder in jobs if guidances else ():
         noise = noise_like(new, 6000 + cell.seed)
         many = generate(
             model,

@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from . import base_model, data, runs
 from .evaluation import Bench, evaluate
 from .judge import judge
 from .measures import Scale
-from .presets import Preset
+from .presets import EXACT, Preset
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sidestep-plugin")
 Say = Callable[[str], None]
@@ -75,10 +76,16 @@ def run_cell(bench: Bench, trainer: Any, cell: runs.Cell, out: Path) -> dict[str
     if cell.arm is None:
         found["lengths"]["0"] = evaluate(bench, cell, target, training, None, last=True)
     else:
-        trained = runs.train(preset, trainer, bench.model, cell, training, out / "work")
-        for steps, weights in list(trained):
-            last = steps == max(preset.lengths)
+        means = runs.Means(preset.means) if preset.means else None
+        trained = runs.train(preset, trainer, bench.model, cell, training, out / "work", means=means)
+        measured = [(steps, weights, {} if means is None else means.now()) for steps, weights in trained]
+        for steps, weights, averaged in measured:
+            last = steps == max(preset.lengths) and means is None
             found["lengths"][str(steps)] = evaluate(bench, cell, target, training, weights, last)
+            for name, mean in averaged.items():
+                of_mean = found.setdefault("means", {}).setdefault(name, {})
+                looked = bench if name == EXACT else replace(bench, preset=replace(preset, early=()))
+                of_mean[str(steps)] = evaluate(looked, cell, target, training, mean, False)
     found["seconds"] = round(time.monotonic() - began, 1)
     return found
 

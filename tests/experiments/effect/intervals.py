@@ -30,6 +30,12 @@ CONTRASTS: dict[str, Contrast] = {
     "dropout − none": {"eight+drop": 0.5, "law+drop": 0.5, "eight": -0.5, "law": -0.5},
     "30 % high t − plugin": {"law+drop+high": 1.0, "law+drop": -1.0},
     "padded − as generated": {"law+drop+padded": 1.0, "law+drop": -1.0},
+    "tenth − newest": {"mean of a tenth": 1.0, "law+drop": -1.0},
+    "third − newest": {"mean of a third": 1.0, "law+drop": -1.0},
+    "half − newest": {"mean of a half": 1.0, "law+drop": -1.0},
+    "third − tenth": {"mean of a third": 1.0, "mean of a tenth": -1.0},
+    "half − third": {"mean of a half": 1.0, "mean of a third": -1.0},
+    "third − exact third": {"mean of a third": 1.0, "mean of a third, exact": -1.0},
     "interaction": {"law+drop": 1.0, "law": -1.0, "eight+drop": -1.0, "eight": 1.0},
 }
 

@@ -34,6 +34,10 @@ EIGHT_DROP = Arm("eight+drop", "discrete", 0.15)
 LAW = Arm("law", "continuous", 0.0)
 LAW_DROP = Arm("law+drop", "continuous", 0.15)
 ARMS = (UPSTREAM, EIGHT_DROP, LAW, LAW_DROP)
+MEANS = {"tenth": 18, "third": 4, "half": 2}
+"""Means over the steps of a training, by the part of it that they are as old as: step k counts as k to this power."""
+EXACT = "third"
+"""The one of them that songs are generated with, and that is also taken of B A instead of A and B."""
 HIGH = Arm("law+drop+high", "continuous", 0.15, high_share=0.3)
 PADDED = Arm("law+drop+padded", "continuous", 0.15, padded=True)
 
@@ -57,6 +61,7 @@ class Preset:
             are also generated with the adapter off on the null pass.
         generation_steps, bands: steps of a generation; bands of t of the held-out loss.
         guide: "plain" guidance, or "apg": the checkout's own, as ACE-Step generates with.
+        means: names in `MEANS`, which are measured at each length beside the adapter itself.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Preset:
     bands: int = 16
     arms: tuple[Arm, ...] = ARMS
     guide: str = "plain"
+    means: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -100,6 +106,16 @@ CONDITIONS = replace(
     CPU, name="cpu-conditions", arms=(UPSTREAM, LAW_DROP, PADDED), lengths=(120,), guidances=(1.0, 3.0)
 )
 """Conditions padded and without their opening, against conditions as generated."""
+AVERAGE = replace(
+    CPU,
+    name="cpu-average",
+    arms=(LAW_DROP,),
+    lengths=(60, 120),
+    guidances=(1.0, 3.0),
+    early=(1.0, 3.0),
+    means=("tenth", "third", "half"),
+)
+"""Means of the adapter over its training, half way and at the end; songs are generated with one of them."""
 GPU = Preset(
     "gpu",
     device="cuda",
@@ -137,4 +153,4 @@ TINY = replace(
     rank=2,
 )
 """For the test of the pipeline: its numbers mean nothing."""
-PRESETS = {preset.name: preset for preset in (CPU, APG, CONDITIONS, GPU, TINY)}
+PRESETS = {preset.name: preset for preset in (CPU, APG, CONDITIONS, AVERAGE, GPU, TINY)}

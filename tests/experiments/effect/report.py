@@ -50,9 +50,10 @@ def load(out: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted((out / "cells").glob("*.json")):
         cell = read_json(file)
-        for length, measured in cell["lengths"].items():
-            where = {key: cell[key] for key in ("domain", "songs", "seed", "arm")}
-            rows.append(where | {"length": int(length), "values": flat(measured)})
+        where = {key: cell[key] for key in ("domain", "songs", "seed", "arm")}
+        for name, lengths in ({"": cell["lengths"]} | cell.get("means", {})).items():
+            arm = {"arm": f"mean of a {name}"} if name else {}
+            rows += [where | arm | {"length": int(at), "values": flat(found)} for at, found in lengths.items()]
     whole = finished(out)
     return [row for row in rows if row["songs"] in whole] if whole else rows
 
@@ -170,7 +171,7 @@ def _others(rows: Sequence[Mapping[str, Any]], where: dict[str, Any]) -> list[st
     lines = []
     for name in [
         name
-        for name in ("plugin − ACE-Step", "30 % high t − plugin", "padded − as generated")
+        for name in ("plugin − ACE-Step", "30 % high t − plugin", "padded − as generated", "third − newest")
         if set(CONTRASTS[name]) <= arms
     ]:
         lines += [f"| {name}, loss at t | with condition | without condition |", "| --- | ---: | ---: |"]
@@ -188,6 +189,8 @@ def _others(rows: Sequence[Mapping[str, Any]], where: dict[str, Any]) -> list[st
     off, own = "guidance 3, adapter off on null/energy", "guidance 3/energy"
     for arm in sorted({row["arm"] for row in rows} - {"untrained"}):
         both = [_by_seed(rows, measure, {arm: 1.0}, where) for measure in (off, own)]
+        if not all(both):
+            continue
         lines.append(f"| {arm}, distance, guidance 3: adapter off − on for the null pass | {_shown(_paired(*both))} |")
     return lines
 

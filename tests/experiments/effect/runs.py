@@ -24,7 +24,7 @@ from sidestep_plugin.timesteps.schedule import logit_normal
 
 from . import data
 from .base_model import MU, SIGMA
-from .presets import Arm, Preset
+from .presets import EXACT, MEANS, Arm, Preset
 
 SCALE = 2.0
 """alpha / rank: ACE-Step's own default, 128 / 64."""
@@ -94,6 +94,59 @@ class HighT:
         return torch.where(torch.rand(batch_size, device=device) < self._share, high, torch.maximum(*draws))
 
 
+class Means:
+    """Means of an adapter's matrices over its optimizer steps, in float64.
+
+    Args:
+        names: which of ``MEANS``.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names, self._steps = names, 0
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._products: dict[str, Tensor] = {}
+
+    def add(self, weights: Mapping[str, Tensor]) -> None:
+        """Add the weights after another step."""
+        self._steps += 1
+        for name in self._names:
+            share = _share(self._steps, MEANS[name])
+            nothing = {key: torch.zeros_like(value).double() for key, value in weights.items()}
+            mean = self._sums.setdefault(name, nothing)
+            for key, value in weights.items():
+                mean[key].lerp_(value.double(), share)
+        if EXACT in self._names:
+            share = _share(self._steps, MEANS[EXACT])
+            for layer, product in _products(weights).items():
+                self._products.setdefault(layer, torch.zeros_like(product)).lerp_(product, share)
+
+    def now(self) -> dict[str, dict[str, Tensor]]:
+        """The means by name, each as :func:`adapter_weights` has them; the exact one is called "third, exact"."""
+        found = {name: {key: value.float() for key, value in mean.items()} for name, mean in self._sums.items()}
+        if self._products:
+            ranks = {key: len(value) for key, value in self._sums[EXACT].items() if key.endswith("A")}
+            found[f"{EXACT}, exact"] = exact = {}
+            for layer, product in self._products.items():
+                left, values, right = torch.linalg.svd(product, full_matrices=False)
+                rank, root = ranks[f"{layer}.lora_A"], values.sqrt()
+                exact[f"{layer}.lora_B"] = (left * root)[:, :rank].float()
+                exact[f"{layer}.lora_A"] = (root[:, None] * right)[:rank].float()
+        return found
+
+
+def _share(steps: int, power: int) -> float:
+    """The share of the newest of so many steps, where step k counts as k to a power."""
+    return float(steps**power / sum(k**power for k in range(1, steps + 1)))
+
+
+def _products(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removesuffix(".lora_A"): weights[f"{name[:-1]}B"].double() @ value.double()
+        for name, value in weights.items()
+        if name.endswith(".lora_A")
+    }
+
+
 def train(
     preset: Preset,
     trainer: Any,
@@ -102,6 +155,7 @@ def train(
     songs: data.Songs,
     work: Path,
     watchers: Mapping[str, object] | None = None,
+    means: Means | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Train one adapter | yields (steps, its weights) at each of the preset's lengths, shortest first.
 
@@ -110,6 +164,7 @@ def train(
         model: the base model; it is not changed.
         work: a folder for songs and what upstream writes; it is removed.
         watchers: more plugins, by name, which must only look.
+        means: takes the weights after every step.
 
     Raises:
         RuntimeError: the training ended before the last length; the message holds upstream's own.
@@ -131,7 +186,7 @@ def train(
         "pin_memory": False,
         "persistent_workers": False,
         "seed": 100 * cell.seed,
-        "log_every_n_steps": math.gcd(*preset.lengths),
+        "log_every_n_steps": math.gcd(*preset.lengths) if means is None else 1,
         "output_dir": str(work / "output"),
     }
     adapter = trainer.LoRAConfig(r=preset.rank, alpha=int(SCALE * preset.rank), dropout=0.0)
@@ -142,6 +197,7 @@ def train(
         plugins["high-t"] = HighT(cell.arm.high_share)
     said: list[str] = []
     reached: set[int] = set()
+    newest = 0
     with attach(
         trainer,
         options=options,
@@ -153,6 +209,9 @@ def train(
         made = trainer.LoRATrainer(handler, adapter, _known(trainer.TrainingConfig, settings))
         for step, _, message in made.train_from_preprocessed(str(work / "songs"), {"should_stop": False}):
             said.append(message)
+            if means is not None and step > newest:
+                newest = step
+                means.add(adapter_weights(handler.model.decoder))
             if step in preset.lengths and step not in reached:
                 reached.add(step)
                 yield step, adapter_weights(handler.model.decoder)

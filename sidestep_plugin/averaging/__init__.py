@@ -1,0 +1,1 @@
+"""A running mean of the adapter while it trains (``--average``)."""
