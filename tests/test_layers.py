@@ -53,6 +53,7 @@ ALLOWED = {
     ("sidestep_plugin/engine/programs.py", "sys.argv"): "the command line of the program that we run",
     ("sidestep_plugin/engine/wrappers/loaders.py", "loader.__class__"): "one loader, which upstream has just made",
     ("sidestep_plugin/engine/wrappers/loaders.py", "loader.worker_init_fn"): "the same loader",
+    ("sidestep_plugin/engine/wrappers/loaders.py", "loader.generator"): "the same loader, for one call, and taken back",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__name__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__qualname__"): "a class of ours",
     ("sidestep_plugin/engine/wrappers/loaders.py", "Watched.__module__"): "a class of ours",

@@ -13,7 +13,7 @@ from sidestep_plugin.text import counted, sentence
 
 NOUNS = (
     "song", "step", "epoch", "checkpoint", "layer", "tensor", "validation", "optimizer step", "training step", "file",
-    "clip", "batch", "minute", "model", "row", "track", "process", "GPU",
+    "clip", "block", "batch", "minute", "model", "row", "track", "process", "GPU",
 )  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def test_a_training_of_one_song_one_step_and_one_checkpoint(checkout, trainer, t
         ["compare", "out", *models, "--dataset-dir=held out", "--device=cpu"],
         ["preview", "out", *models, "--dataset-dir=songs", "--device=cpu", "--songs=1", "--seconds=0.2"],
         ["preview", "out", *models, "--dataset-dir=songs", "--device=cpu", "--songs=2"],
+        ["export", "out", "--to=universal"],
         ["schedule", "--steps=1"],
         ["recommended", "--songs=1"],
     ]
@@ -69,3 +70,20 @@ def test_a_training_of_one_song_one_step_and_one_checkpoint(checkout, trainer, t
         assert not re.search(rf"\b(?<![.,:/-])1 ({'|'.join(NOUNS)})e?s\b", said), (words[0], said)
         assert not re.search(r"(?<!\.)\.\.(?![./])", said), (words[0], said)
         assert "Traceback" not in said
+
+
+def test_a_training_that_was_saved_after_one_step(checkout, trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep_plugin.cli.quiet.quiet_upstream", lambda: None)
+    compute, calls = trainer.F.mse_loss, []
+
+    def fails_in_the_second_step(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return compute(*arguments, **more)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", fails_in_the_second_step)
+    line = ["train", "--plugin=sidestep", f"--acestep-root={checkout.root}", f"--checkpoint-dir={checkout.checkpoints}"]
+    line += ["--model=base", f"--dataset-dir={checkout.tensors}", f"--output-dir={tmp_path / 'out'}", "--device=cpu"]
+    done = CliRunner().invoke(cli, [*line, "--epochs=1", "--gradient-accumulation=1"], catch_exceptions=False)
+    assert "Saved as it was after 1 training step:" in done.output, done.output

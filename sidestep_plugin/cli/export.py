@@ -11,7 +11,7 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import special_kind
 from sidestep_plugin.options import FiniteFloat, Place
-from sidestep_plugin.text import shown
+from sidestep_plugin.text import counted, shown
 
 from .commands import Unusable
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
@@ -107,7 +107,8 @@ def export(
     if better := better_than(report.adapter.file.path):
         click.echo(f"Note: {shown(better, 5000)}")
     if (generate := report.generate).shift is not None and not generate.guess:
-        click.echo(f"Generate with shift {generate.shift}, {generate.num_inference_steps} steps, CFG {generate.cfg}.")
+        steps = counted(generate.num_inference_steps, "step")
+        click.echo(f"Generate with shift {generate.shift}, {steps}, CFG {generate.cfg}.")
 
 
 def _comfyui(

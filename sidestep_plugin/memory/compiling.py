@@ -15,6 +15,7 @@ import click
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,8 @@ def engine_model_ready(run: Run, decoder: torch.nn.Module) -> list[str] | None:
 
     _compile_modules(run, blocks, not_compiled)
     return [
-        f"Compile: {len(blocks)} blocks in the first steps, which take longer (rounds differently: not the same result)"
+        f"Compile: {counted(len(blocks), 'block')} in the first steps, which take longer (rounds differently: not the "
+        "same result)"
     ]
 
 

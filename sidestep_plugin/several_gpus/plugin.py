@@ -106,7 +106,7 @@ def _outcome(run: Run, songs: int, steps: int) -> list[str]:
     ]
     if twice := -songs % count:
         lines.append(
-            f"Note: {songs} songs cannot be divided by {count}, so each epoch trains {twice} of them twice "
+            f"Note: {counted(songs, 'song')} cannot be divided by {count}, so each epoch trains {twice} of them twice "
             "(others each time)."
         )
     return lines

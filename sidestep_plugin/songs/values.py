@@ -6,6 +6,7 @@ times of the file, so that later questions in the same process cost no second re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..errors import Refusal
+from ..files import special_kind
 from .one_song import MASK_OF, SONG_TENSORS, load_song
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def hash_of(file: Path) -> str:
     """SHA-256 of a file's bytes | raises OSError."""
     key = key_of(file)
     if key not in _hashes:
+        if kind := special_kind(file):  # a named pipe would be waited for
+            raise OSError(errno.EINVAL, f"it is a {kind}", str(file))
         with file.open("rb") as stream:
             _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _hashes[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -141,3 +142,11 @@ def test_what_is_no_song_is_left_to_the_other_checks(tmp_path):
     assert check_values([tmp_path / "a.pt"], mask_nan=False) == 0
     with pytest.raises(Refusal, match="cannot be read"):
         inspect_dataset(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_in_place_of_a_song_is_not_waited_for(tmp_path):
+    """As where a validated song is looked at again in mid-training."""
+    os.mkfifo(tmp_path / "song.pt")
+    with pytest.raises(OSError, match="it is a named pipe"):
+        hash_of(tmp_path / "song.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +54,42 @@ def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Calla
     return loader
 
 
+@contextmanager
+def _without_a_seed(loader: Any) -> Iterator[None]:
+    """Begin a pass without drawing a seed for its worker processes from torch's global generator.
+
+    Persistent workers are started, and their seed is drawn, in the first pass of a loader. In a resumed training that
+    pass was replayed, and one number drawn later would shuffle the songs, and make all noise, otherwise than without
+    the stop. What reads songs draws nothing, so the seed itself does not matter.
+    """
+    import torch
+
+    before, loader.generator = loader.generator, torch.Generator().manual_seed(torch.initial_seed())
+    try:
+        yield
+    finally:
+        loader.generator = before
+
+
 def _watched(loader: Any, passes: Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]) -> Any:
     """Route every pass of a DataLoader through `passes`, which is given the loader's own iterator and its length.
 
     The loader stays an instance of upstream's class: Lightning inspects it closely.
     """
     own = type(loader)
+    count, begun = 0, False
 
     class Watched(own):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Iterator[Any]:
-            return passes(super().__iter__, len(self))
+            nonlocal count
+            count += 1
+            return passes(partial(self._begin, super().__iter__, count), len(self))
+
+        def _begin(self, begin: Callable[[], Iterator[Any]], number: int) -> Iterator[Any]:
+            nonlocal begun
+            late, begun = number > 1 and not begun, True
+            with _without_a_seed(self) if late and self.persistent_workers else nullcontext():
+                return begin()
 
     Watched.__name__, Watched.__qualname__, Watched.__module__ = own.__name__, own.__qualname__, own.__module__
     loader.__class__ = Watched
