@@ -14,7 +14,9 @@ from sidestep_plugin.signals import INTERRUPTED as INTERRUPTED
 FAILED = 1
 UNUSABLE = 2
 
-_RANGE: Final = re.compile(r"(; )?\b(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?\b-?[\d.e+-]+<=?x(?![<>=\w])")
+_RANGE: Final = re.compile(
+    r"(; )?(?<![\w.-])(-?[\d.e+-]+<=?)?x(<=?|>=?)[\d.e+-]+|(; )?(?<![\w.-])-?[\d.e+-]+<=?x(?![<>=\w])"
+)
 
 
 OURS: Final = "sidestep"

@@ -79,6 +79,7 @@ def test_no_range_of_numbers_is_shown(words):
         ("Model.  [required]", "Model.  [required]"),
         ("Layers.  [ACE-Step's default: q_proj]", "Layers.  [ACE-Step's default: q_proj]"),
         ("No bracket.", "No bracket."),
+        ("Factor.  [default: -1]  [-1<=x<=1000000000]", "Factor.  [default: -1]"),
     ],
 )
 def test_only_the_range_is_left_out(record, kept):
