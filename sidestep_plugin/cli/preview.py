@@ -93,7 +93,8 @@ def preview(
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
-        raise Unusable(f"Cannot write the clips: {error.strerror or error}: {error.filename or path}.") from None
+        where = error.filename or asked["output"] or path
+        raise Unusable(f"Cannot write the clips: {error.strerror or error}: {where}.") from None
     table = read_table(folder)
     told = "Clips, as latents that nobody can hear yet" if table is not None and any(table.undecoded) else "Listen"
     click.echo(f"{told}: {page}")

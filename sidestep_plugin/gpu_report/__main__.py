@@ -17,6 +17,7 @@ import click
 from ..errors import Refusal
 from ..files import read_json_object, replacing
 from ..measured.reading import SCHEMA_VERSION, driver_says
+from ..options import FiniteFloat, Place, WholeNumber
 from .jobs import SIZES, WAYS, Job, jobs
 
 _LOOKS: Final = ("validation", "previews", "hooks")
@@ -28,7 +29,7 @@ _SAME: Final = ("system", "python", "torch", "cuda", "driver", "sidestep-plugin"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--acestep-root", type=click.Path(path_type=Path), metavar="DIR", help="ACE-Step's folder.  [default: .]")
+@click.option("--acestep-root", type=Place(path_type=Path), metavar="DIR", help="ACE-Step's folder.  [default: .]")
 @click.option(
     "--size",
     "sizes",
@@ -38,22 +39,22 @@ _SAME: Final = ("system", "python", "torch", "cuda", "driver", "sidestep-plugin"
     show_default=True,
     help="Size of the model, with random weights. May be repeated.",
 )
-@click.option("--budget", type=click.FloatRange(1, 86_400), default=600.0, show_default=True, help="Seconds in all.")
-@click.option("--out", type=click.Path(path_type=Path), default="gpu_report.json", show_default=True, help="The file.")
+@click.option("--budget", type=FiniteFloat(1, 86_400), default=600.0, show_default=True, help="Seconds in all.")
+@click.option("--out", type=Place(path_type=Path), default="gpu_report.json", show_default=True, help="The file.")
 @click.option(
     "--song-seconds",
     "lengths",
-    type=click.FloatRange(1, 3600),
+    type=FiniteFloat(1, 3600),
     multiple=True,
     default=(180.0, 60.0),
     show_default=True,
     help="Length of the songs. May be repeated.",
 )
-@click.option("--rank", type=click.IntRange(1, 4096), default=64, show_default=True, help="Of the adapters.")
-@click.option("--songs", type=click.IntRange(4, 1000), default=8, show_default=True, help="Songs; two epochs of them.")
+@click.option("--rank", type=WholeNumber(1, 4096), default=64, show_default=True, help="Of the adapters.")
+@click.option("--songs", type=WholeNumber(4, 1000), default=8, show_default=True, help="Songs; two epochs of them.")
 @click.option("--only", type=click.Choice([*WAYS, *_LOOKS]), multiple=True, help="Measure this alone. May be repeated.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a dry run.")
-@click.option("--job", hidden=True, type=click.Path(path_type=Path))
+@click.option("--job", hidden=True, type=Place(path_type=Path))
 def main(
     acestep_root: Path | None,
     sizes: tuple[str, ...],

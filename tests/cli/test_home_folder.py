@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from sidestep_plugin.cli import COMMANDS, cli
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
+from sidestep_plugin.gpu_report import __main__ as gpu_report
 from sidestep_plugin.options import Place
 from sidestep_plugin.registry import Registry
 
@@ -40,6 +41,7 @@ def test_every_option_and_argument_that_names_a_place_knows_it():
     ctx = click.Context(cli)
     parameters = [parameter for command in all_commands(cli, ctx) for parameter in command.params]
     parameters += Registry.load(("sidestep",)).declared_options()
+    parameters += gpu_report.main.params
     assert len(parameters) > 100 and set(COMMANDS) == set(cli.list_commands(ctx))
     places = [parameter for parameter in parameters if isinstance(parameter.type, click.Path)]
     assert len(places) > 20
