@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -124,7 +125,11 @@ def test_the_same_resume_by_upstream_alone_gives_another_adapter(job, trainer):
         pytest.skip("this checkout's trainer cannot resume")
     pytest.importorskip("lightning", reason="without Lightning upstream ignores resume_from")
     whole = job("whole", plugins=None)
-    resumed = job("resumed", plugins=None, resume_from=checkpoint_of(job.output / "whole", 3))
+    checkpoint = checkpoint_of(job.output / "whole", 3)
+    own_guard = getattr(sys.modules.get("acestep.training.lora_utils"), "_safe_checkpoint_dir", None)
+    if own_guard is not None and own_guard(str(checkpoint)) is None:
+        pytest.skip("this version takes no checkpoint whose path is absolute")
+    resumed = job("resumed", plugins=None, resume_from=checkpoint)
     assert any("Resumed from epoch 3" in line for line in job.said)
     assert not same(whole, resumed)
 
