@@ -751,7 +751,8 @@ def test_a_terminal_gets_a_progress_bar(checkout, tmp_path):
     seen = in_a_terminal([*COMMAND, "demo", "--dir", tmp_path / "demo"], [], cwd=tmp_path, width=120)
     assert seen.code == 0
     assert "12/12" in seen.text
-    assert re.search(r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed", seen.text)
+    bar = r"epoch 4/4, loss \(smoothed\) \d\.\d{4}, lr 1\.0e-02, \d+\.\d\d steps/s, \d:\d\d:\d\d elapsed"
+    assert re.search(bar, seen.text)
 
 
 @pytest.mark.slow
