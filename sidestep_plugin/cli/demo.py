@@ -130,7 +130,7 @@ def _prepared(miniature: Miniature, directory: Path, model: str) -> Path:
     songs = directory / "songs"
     say(f"Four wav files with their texts: {audio}")
     words = [program(), "prepare", str(audio), "--model", model, "--output", str(songs)]
-    say(quoted([*words, "--acestep-root", str(miniature.root)]))
+    say("  " + quoted([*words, "--acestep-root", str(miniature.root)]))
     run_prepare(PrepareRequest(audio.absolute(), model, songs.absolute(), acestep_root=miniature.root, device="cpu"))
     return songs
 

@@ -266,7 +266,9 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
     if not frames:
         if dataset_dir.is_dir():
             inspect_dataset(dataset_dir, allow_duplicates=None)  # says what is there instead of songs
-        raise Refusal(f"No songs in {dataset_dir}: expected .pt files from ACE-Step's preprocessing. Name another.")
+        raise Refusal(
+            f"No songs in {dataset_dir}: expected .pt files, which acestep-train prepare makes. Name another folder."
+        )
     refused = "It is left out here, a training refuses it"
     notes = [f"{song.name} {problem}. {refused}." for song, problem in damaged.items()]
     return frames, tokens, notes

@@ -100,7 +100,7 @@ def plan(request: PrepareRequest, *, look: bool = False) -> Plan:
     removed = _compare_with_output(request, songs)
     if request.strict and (bad := [song for song in songs if song.problems or song.unusable]):
         lines = [f"{shown(song.name)}: {'; '.join([*filter(None, [song.unusable]), *song.problems])}" for song in bad]
-        raise Refusal(f"--strict, and {counted(len(bad), 'song')} with problems. " + " | ".join(lines))
+        raise Refusal("\n".join([f"--strict, and {counted(len(bad), 'song')} with problems:", *lines]))
     return Plan(tuple(songs), tuple(notes), tuple(removed))
 
 

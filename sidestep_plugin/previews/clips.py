@@ -193,7 +193,7 @@ def _from_prompt(
     say: Callable[[str], None],
 ) -> Path:
     """Generate a clip from a prompt, in a folder of its own. Returns that folder."""
-    for line in (*prompt.text.changes, *prompt.text.problems):
+    for line in (*prompt.text.changes, *prompt.problems):
         say(f"Note: {line}")
     trigger = report.facts.get("trigger")
     if isinstance(trigger, str) and trigger and not holds(prompt.text.caption, trigger):

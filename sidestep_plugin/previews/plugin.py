@@ -144,15 +144,16 @@ def acestep_run_started(run: Run) -> list[str] | None:
         raise Refusal("The model has no null_condition_emb, which guidance needs. Use --preview-cfg 1.")
     seconds = run.options["preview_seconds"]
     folder = Path(str(getattr(run.model.config, "_name_or_path", "") or ""))
-    lines, songs = _from_prompts(run, folder)
+    lines, prompts = _from_prompts(run, folder)
+    songs: list[Song] = []
     if run.options["preview_prompts"] is None or run.options["preview_songs"] != SONGS:
         chosen = choose_songs(songs_in(run.tensor_dir), run.options["preview_songs"])
-        songs += [look_at(file, seconds) for file in chosen]
+        songs = [look_at(file, seconds) for file in chosen]
     settings = PreviewSettings(
         treatment.shift, treatment.num_inference_steps, guidance, run.options["preview_seed"], seconds
     )
     often = "every epoch" if every == 1 else f"every {every} epochs"
-    names = ", ".join(song.name for song in songs)
+    names = ", ".join(song.name for song in (*prompts, *songs))
     lines += [f"Previews: {often}, {names}, {settings.in_words} (does not change training)"]
     short = [
         f"{song.name} {song.seconds:.1f} s" for song in songs if song.seconds < seconds and song.frames == song.whole
@@ -165,7 +166,7 @@ def acestep_run_started(run: Run) -> list[str] | None:
         if reason := why_not(vae):
             vae = None
             lines.append(f"Note: previews are saved as latents, because {reason}. To hear them later: {_LATER}")
-    run.state[_KEY] = _Plan(every, songs, settings, read_silence(folder), vae)
+    run.state[_KEY] = _Plan(every, [*prompts, *songs], settings, read_silence(folder), vae)
     return lines
 
 
@@ -178,7 +179,7 @@ def _from_prompts(run: Run, model_folder: Path) -> tuple[list[str], list[Song]]:
     folder = Path(tempfile.mkdtemp(prefix="sidestep-prompts-"))
     run.engine.at_end(partial(shutil.rmtree, folder, ignore_errors=True))
     files = encode_prompts(prompts, run.model, model_folder, folder)
-    lines = [f"Warning: prompt {prompt.name}: {problem}" for prompt in prompts for problem in prompt.text.problems]
+    lines = [f"Warning: prompt {prompt.name}: {problem}" for prompt in prompts for problem in prompt.problems]
     return lines, [look_at(each, prompt.seconds) for each, prompt in zip(files, prompts, strict=True)]
 
 

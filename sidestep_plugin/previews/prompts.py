@@ -74,6 +74,14 @@ class Prompt:
         """Eight signs that tell one prompt from another."""
         return hashlib.sha256(repr((words_of(self.text, 1), self.seconds)).encode()).hexdigest()[:8]
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the model does not know of it, or is told in place of what is missing.
+
+        Advice about files beside a song is left out: a prompt has none.
+        """
+        return tuple(re.sub(r"\. (Write|Name it in) .*", "", problem) for problem in self.text.problems)
+
 
 def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     """A prompt from its fields, as in the file.

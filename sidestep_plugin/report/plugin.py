@@ -141,7 +141,8 @@ def acestep_run_ended(run: Run, ending: str, folder: Path) -> list[str] | None:
     try:
         with replacing(folder / FILE_NAME) as stream:
             stream.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode("utf-8"))
-        lines.append(f"Report: {folder / FILE_NAME}" + (f", page: {PAGE}" if page is not None and page.written else ""))
+        beside = f" (page: {PAGE})" if page is not None and page.written else ""
+        lines.append(f"Report: {folder / FILE_NAME}{beside}")
     except OSError as error:
         with suppress(OSError):  # an older one would pass for that of this training
             (folder / FILE_NAME).unlink(missing_ok=True)

@@ -112,13 +112,13 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     if folder.is_file():
         raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
     if not folder.is_dir():
-        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files from ACE-Step's preprocessing.")
+        raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files, which acestep-train prepare makes.")
     missing: list[str] = []
     outside: list[str] = []
     files = list(_song_files(folder, missing, outside))
     if not files and not outside:
         found = _instead_of_songs(folder, missing)
-        raise Refusal(f"No songs in {folder}: expected .pt files from ACE-Step's preprocessing{found}.")
+        raise Refusal(f"No songs in {folder}: expected .pt files, which acestep-train prepare makes{found}.")
     return files, missing, outside
 
 
@@ -159,8 +159,8 @@ def _instead_of_songs(folder: Path, missing: list[str]) -> str:
         return "" if entries else ", and the folder is empty"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(audio.items()))
     return (
-        f", found audio ({kinds}). Preprocess it first: in ACE-Step's LoRA training tab, scan the folder under Dataset "
-        "Builder, press Preprocess, and train on the folder of .pt files that this writes"
+        f", found audio ({kinds}). Prepare it first: acestep-train prepare AUDIO_DIR --model MODEL --output SONGS, and "
+        "train on the folder SONGS. Songs that ACE-Step's LoRA training tab has preprocessed work, too"
     )
 
 

@@ -41,7 +41,7 @@ def prompts(tmp_path):
 def test_a_file_is_read_and_values_are_brought_into_the_models_words(prompts):
     piano, choir = read_prompts(prompts)
     assert (piano.name, piano.seconds, piano.text.keyscale, piano.text.timesignature) == ("piano", 2.0, "A minor", "4")
-    assert piano.text.lyrics == "[Instrumental]" and piano.text.problems == ()
+    assert piano.text.lyrics == "[Instrumental]" and piano.text.problems == piano.problems == ()
     assert (choir.name, choir.text.language) == ("chor-leise-und-weit", "de")
     assert choir.text.lyrics == "[Strophe]\nÜber den Flüssen"
 

@@ -173,7 +173,7 @@ def test_short_epochs_do_not_wait_for_the_page(train, monkeypatch):
 def test_the_announcement_says_where_it_is(train, capsys):
     done = train("base", max_epochs=1)
     assert capsys.readouterr().out.count(f"Page: {done.output / FILE_NAME} (open it in a browser") == 1
-    assert any(line.endswith("training_report.json, page: index.html") for line in done.messages)
+    assert any(line.endswith("training_report.json (page: index.html)") for line in done.messages)
 
 
 def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(train, every_epoch):

@@ -316,10 +316,10 @@ def test_a_folder_of_audio_is_told_how_to_become_songs(tmp_path):
     for name in ("a.wav", "b.WAV", "c.mp3", "cover.png"):
         (tmp_path / name).touch()
     with pytest.raises(
-        Refusal, match=r"No songs in .*: .*, found audio \(1 \.mp3, 2 \.wav\).*Preprocess it first"
+        Refusal, match=r"No songs in .*: .*, found audio \(1 \.mp3, 2 \.wav\).*Prepare it first"
     ) as told:
         inspect_dataset(tmp_path)
-    assert "Dataset Builder" in str(told.value)
+    assert "acestep-train prepare AUDIO_DIR" in str(told.value)
 
 
 # -- what must never happen ------------------------------------------------------------------------------------------
