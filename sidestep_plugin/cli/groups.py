@@ -68,8 +68,12 @@ class DefaultGroup(LazyGroup):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            import difflib
+
             from .commands import with_hint
 
+            if near := difflib.get_close_matches(args[0], self.lazy, n=1):
+                error = click.UsageError(f"{error.message.rstrip('.')}. Did you mean {near[0]}?", error.ctx)
             raise with_hint(error, args) from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

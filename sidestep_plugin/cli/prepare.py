@@ -11,9 +11,10 @@ import click
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import FiniteFloat, Line, Place
 
+from .command_line import quoted
 from .commands import INTERRUPTED, OURS, Command, Unusable, chosen
 from .quiet import quiet_third_parties, quiet_upstream
-from .terminal import say
+from .terminal import program, say
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device, plugin_option
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def prepare(
             _show(request)
         else:
             run_prepare(request)
+            _say_next(request, str(output))
     except Refusal as refusal:
         if debug:
             raise
@@ -202,6 +204,18 @@ def _tell(plan: Plan) -> None:
         if song.make != "nothing":
             for line in song.notes:
                 say(f"Note: {shown(song.name, 80)}: {shown(line, 1000)}")
+
+
+def _say_next(request: PrepareRequest, output: str) -> None:
+    """The commands for finished songs, with their folder as it was typed."""
+    where = (("--acestep-root", request.acestep_root), ("--checkpoint-dir", request.checkpoint_dir))
+    train = [f"--model={request.model}", f"--dataset-dir={output}", "--output-dir=OUTPUT"]
+    train += [f"{flag}={place}" for flag, place in where if place is not None]
+    say("Next:")
+    say("  Look at them:")
+    say(f"    {quoted([program(), 'songs', output])}")
+    say("  Train on them, into a new folder OUTPUT:")
+    say(f"    {quoted([program(), *(word for said in train for word in said.split('=', 1))])}")
 
 
 def _sum_up(request: PrepareRequest, done: Done) -> None:

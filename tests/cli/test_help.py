@@ -59,7 +59,7 @@ def test_every_command_is_where_the_group_looks_for_it(name):
 
 def test_a_command_that_does_not_exist():
     done = CliRunner().invoke(cli, ["trian"])
-    assert done.exit_code == 2 and "No such command 'trian'" in done.stderr
+    assert done.exit_code == 2 and "No such command 'trian'. Did you mean train?" in done.stderr
 
 
 @pytest.mark.parametrize("words", [("train",), ("--plugin", "sidestep"), ("demo",), ("timesteps",), ("schedule",)])

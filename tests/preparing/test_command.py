@@ -40,6 +40,10 @@ def test_what_is_printed_and_that_it_is_done(command, music, tmp_path):
     assert f"3 songs prepared: {tmp_path / 'songs'}" in out
     code, out, err = command("music", "--model", "base", "--output", "songs")
     assert (code, err) == (0, "") and "3 songs as before" in out and "Loading" not in out
+    looked, train = [line.strip() for line in out.splitlines() if line.startswith("    ")]
+    assert (
+        looked.endswith("acestep-train songs songs") and "--model base --dataset-dir songs --output-dir OUTPUT" in train
+    )
 
 
 def test_a_dry_run_shows_what_the_model_is_told_and_writes_nothing(command, music, tmp_path):
