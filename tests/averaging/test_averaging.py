@@ -139,10 +139,14 @@ def test_the_training_is_the_same_and_the_average_is_the_mean_of_its_steps(train
         assert "average_of" not in of_adapter and "average_steps" not in of_adapter
         assert (facts["rank"], facts["alpha"]) == (of_adapter["rank"], of_adapter["alpha"])
         if kind == "lora":  # in PEFT's order, which is that of the optimizer
-            expected = [weights_of(list(values)) for values in zip(*steps[:made], strict=True)]
-            by_size = sorted(expected, key=lambda tensor: (tensor.shape, float(tensor.sum())))
-            found = sorted(tensors.values(), key=lambda tensor: (tensor.shape, float(tensor.sum())))
-            assert all(torch.allclose(a.double(), b, atol=1e-6) for a, b in zip(found, by_size, strict=True)), name
+            rounded = next(iter(tensors.values())).dtype
+            expected = [weights_of(list(values)).to(rounded) for values in zip(*steps[:made], strict=True)]
+            by_size = sorted(expected, key=lambda tensor: (tensor.shape, tensor.flatten().tolist()))
+            found = sorted(tensors.values(), key=lambda tensor: (tensor.shape, tensor.flatten().tolist()))
+            # The first versions train and save in bf16; the mean is made in fp32 and rounded once.
+            rounding = 2.0**-8 if found[0].dtype == torch.bfloat16 else 0.0
+            for mean, exact in zip(found, by_size, strict=True):
+                assert torch.allclose(mean, exact, rtol=rounding, atol=1e-6), name
     changed = [not torch.equal(tensors[name], adapter[name]) for name in tensors if "alpha" not in name]
     assert any(changed), "the mean is not the newest adapter"
     of_plain = read_json_object(own(plain.output / "final", kind) / "training_config.json")
@@ -179,23 +183,25 @@ def test_a_resumed_training_has_the_average_of_an_unbroken_one(train, kind):
     stopped = train("base", kind, options=ON, max_epochs=3, extra_plugins={"stops": Stopper(10)}, **SETTINGS)
     folder = stopped.output / "interrupted"
     point = read_checkpoint(folder).point
-    assert (point.epochs, point.steps, point.kept["average"]["steps"]) == (1, 4, 3)
-    resumed = train("base", kind, options=ON, max_epochs=3, resume_from=str(folder), **SETTINGS)
     one, facts = saved(whole.output / "final" / "average", kind)
+    made = 3 if facts["average_steps"] == 6 else 2  # the first versions carry an epoch's rest over, without a step
+    assert (point.epochs, point.steps, point.kept["average"]["steps"]) == (1, 4, made)
+    resumed = train("base", kind, options=ON, max_epochs=3, resume_from=str(folder), **SETTINGS)
     other, of_resumed = saved(resumed.output / "final" / "average", kind)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert facts["average_of"] == of_resumed["average_of"]
     assert (folder / "average").is_dir(), "it is beside every adapter"
 
 
-def test_it_begins_where_a_checkpoint_has_none(train, capsys):
+def test_it_begins_where_a_checkpoint_has_none(train, steps, capsys):
     first = train("base", max_epochs=1, **SETTINGS)
+    made = len(steps)  # 2, or 1 where the rest of an epoch is carried over
     capsys.readouterr()
     (checkpoint,) = first.output.glob("checkpoints/epoch_1*")
     second = train("base", options=ON, resume_from=str(checkpoint), **SETTINGS)
     assert "Note: the average begins here: the checkpoint has none." in capsys.readouterr().out
     _, facts = saved(second.output / "final" / "average", "lora")
-    assert facts["average_of"].startswith("the weights after optimizer steps 3 to 4,")
+    assert facts["average_of"].startswith(f"the weights after optimizer steps {made + 1} to {made + 2},")
     (checkpoint,) = second.output.glob("checkpoints/epoch_2*")
     third = train("base", max_epochs=3, resume_from=str(checkpoint), **SETTINGS)
     assert "Note: the checkpoint's average ends here: this run is without --average." in capsys.readouterr().out
