@@ -333,6 +333,7 @@ LINKS = {
 }
 
 
+@pytest.mark.slow
 @posix_only
 @pytest.mark.parametrize("name", LINKS)
 def test_links_and_pipes_are_told_and_not_followed(name, ask, tmp_path):

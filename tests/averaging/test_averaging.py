@@ -176,6 +176,7 @@ class Stopper:
             running_training.get().state["should_stop"] = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_resumed_training_has_the_average_of_an_unbroken_one(train, kind):
     """It was saved within an epoch, right behind an optimizer step that no training step had followed yet."""
@@ -226,6 +227,7 @@ def judged(monkeypatch):
     return planned
 
 
+@pytest.mark.slow
 def test_the_average_is_validated_in_the_same_line_and_can_be_the_best(train, judged, capsys):
     judged |= {(0, ""): 1.0, (1, ""): 0.9, (1, "average"): 0.5, (2, ""): 0.8, (2, "average"): 0.6}
     result = train("base", options=ON | {"validate": 2, "validate_every": 1}, **SETTINGS)
@@ -261,6 +263,7 @@ def test_the_average_is_validated_in_the_same_line_and_can_be_the_best(train, ju
     assert any("best: epoch 1 (average) (-50.00 %)" in line for line in capsys.readouterr().out.splitlines()), resumed
 
 
+@pytest.mark.slow
 def test_patience_leaves_the_average_of_the_best_epoch(train, judged, capsys):
     judged |= {(0, ""): 1.0, **{(epoch, name): 0.9 for epoch in (1, 2, 3) for name in ("", "average")}}
     judged |= {(2, "average"): 0.4}

@@ -136,6 +136,7 @@ def test_a_quotation_mark_at_the_end_of_a_windows_path(monkeypatch):
 # -- a Python in which torch is broken -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

@@ -194,6 +194,7 @@ def test_resuming_takes_the_settings_of_the_checkpoint(answer, place):
     assert (facts["rank"], facts["learning_rate"], facts["batch_size"], facts["max_epochs"]) == (2, 0.001, 2, 3)
 
 
+@pytest.mark.slow
 def test_what_was_said_of_resuming_and_overwriting_is_kept(answer, place):
     first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, "")]
     assert answer(*first).code == 0
@@ -285,6 +286,7 @@ def test_ctrl_c_while_it_trains_prints_the_command_that_resumes(answer_in_a_term
     assert done.returncode == 0 and "✅ Resumed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_everything_as_it_was(answer_in_a_terminal, place):
     from terminal import CTRL_C
 

@@ -129,6 +129,7 @@ def test_a_forked_process_does_not_stop_for_its_parent(stop):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_reads_songs_goes_on_and_ends_with_its_training(tmp_path):
     """Schedulers signal every process of a job; the training still needs this one for its step."""
     program = tmp_path / "loads.py"

@@ -696,6 +696,7 @@ def test_what_takes_time_is_said_before_it_is_loaded(checkout, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_torch_is_imported_after_that_was_said():
     """The line would come too late if printing it took torch."""
     code = (
@@ -707,6 +708,7 @@ def test_torch_is_imported_after_that_was_said():
     assert done.stdout.strip() == "Importing torch ... False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -181,6 +181,7 @@ def import_in(root, code=JOB, **environment):
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_patched_checkout_attaches_sidestep_and_makes_room_for_whoever_attaches_himself(patched):
     said, _ = import_in(patched, SIDESTEP_CFG_RATIO="0.25")
     assert "attached: [['sidestep']]" in said

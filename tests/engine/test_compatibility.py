@@ -71,6 +71,7 @@ def test_json_holds_the_same(check, checkout, trainer):
     assert {model["name"]: model["member"] for model in fitness["models"]}["acestep-v15-turbo-shift1"] == "turbo-shift1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [

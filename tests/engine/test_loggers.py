@@ -37,6 +37,7 @@ def told_of_the_log(text):
     return [line for line in text.splitlines() if "log ends here" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_ends_the_log_and_not_the_training(train, equal_bits, full_disk, capsys, kind):
     undisturbed = train("base", kind, **SETTINGS)

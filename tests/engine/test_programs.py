@@ -80,6 +80,7 @@ def test_every_way_to_name_a_command(command, run):
     assert done.returncode == 3, "the command's exit code is its own"
 
 
+@pytest.mark.slow
 def test_without_a_plugin_nothing_is_attached(run):
     done = run("--", "acestep-app")
     assert "attached: []" in done.stdout and "sampler: False" in done.stdout
@@ -105,6 +106,7 @@ def test_what_the_command_raises_is_its_own(run):
     assert "Traceback" in done.stderr and "OSError: the app's own trouble" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, told",
     [

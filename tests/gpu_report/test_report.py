@@ -206,6 +206,7 @@ def test_models_of_a_real_checkout_are_as_large_as_said(checkout, trainer, size,
     assert not config.is_turbo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "validation", "previews", "hooks"])
 def test_each_kind_is_measured(trainer, load, tmp_path, monkeypatch, kind):
     """In this process, on the miniature's model and four short songs."""

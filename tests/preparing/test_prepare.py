@@ -106,6 +106,7 @@ def test_a_changed_caption_makes_only_its_conditions_anew(prepare, music, monkey
     assert now["two"]["metadata"]["prepared"]["sound"] == songs["two"]["metadata"]["prepared"]["sound"]
 
 
+@pytest.mark.slow
 def test_a_changed_song_is_made_anew(prepare, music):
     first = songs_of(prepare(music).folder)
     write_wav(music / "two.wav", 3.0, seed=77)
@@ -124,6 +125,7 @@ def test_a_removed_song_is_named_and_no_longer_listed(prepare, music):
     assert (again.folder / "two.pt").is_file(), "nothing is deleted"
 
 
+@pytest.mark.slow
 def test_another_model_makes_new_conditions_and_keeps_the_latents(prepare, music, monkeypatch):
     first = songs_of(prepare(music).folder)
     nothing_loads(monkeypatch, "load_vae")
@@ -135,6 +137,7 @@ def test_another_model_makes_new_conditions_and_keeps_the_latents(prepare, music
         assert song["metadata"]["prepared"]["model"] == "acestep-v15-turbo"
 
 
+@pytest.mark.slow
 def test_the_same_model_under_another_name_is_said_in_the_songs(prepare, music, checkpoints):
     """Training refuses songs of another model by its name, so a name that is wrong would be a dead end."""
     prepare(music)
@@ -146,6 +149,7 @@ def test_the_same_model_under_another_name_is_said_in_the_songs(prepare, music, 
     assert {song["metadata"]["prepared"]["model"] for song in songs_of(again.folder).values()} == {"my-tune-of-base"}
 
 
+@pytest.mark.slow
 def test_low_memory_writes_the_same_bytes_and_loads_one_after_the_other(prepare, music, tmp_path, monkeypatch):
     one = prepare(music, tmp_path / "a")
     loaded = []
@@ -188,6 +192,7 @@ _STAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, number, low_memory",
     [pytest.param(*case, marks=() if case[1:] == (2, 0) else pytest.mark.slow) for case in _STAGES],
@@ -266,6 +271,7 @@ def test_upstreams_conditions_can_be_made_for_comparison(prepare, music, app, ch
 # -- renewing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_renewed_songs_are_prepared_songs_without_their_audio(prepare, music, tmp_path):
     upstreams = prepare(music, tmp_path / "old", conditions="upstream")
     prepared = prepare(music, tmp_path / "new")
@@ -275,6 +281,7 @@ def test_renewed_songs_are_prepared_songs_without_their_audio(prepare, music, tm
     assert digests(renewed.folder) == digests(prepared.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "lokr"])
 def test_songs_of_the_apps_own_preprocessing_are_renewed(prepare, music, tmp_path, app, mode):
     from importlib import import_module
@@ -314,6 +321,7 @@ def test_songs_of_the_apps_own_preprocessing_are_renewed(prepare, music, tmp_pat
     assert song["metadata"]["audio_path"] == "two.wav", "no local path"
 
 
+@pytest.mark.slow
 def test_renewing_again_does_nothing(prepare, music, tmp_path, monkeypatch):
     old = prepare(music, tmp_path / "old")
     prepare(old.folder, tmp_path / "new", renew=True)

@@ -74,6 +74,7 @@ def test_the_adapter_is_the_same_bit_for_bit(train, trainer, equal_bits, capsys,
         assert not any(waiting for *_, waiting in looking.seen), "called before the last optimizer step"
 
 
+@pytest.mark.slow
 def test_under_autocast_with_frozen_weights_in_bf16(train, trainer, load, equal_bits, capsys, monkeypatch):
     """As on a GPU: weights of two types, and latents in fp32 between the steps."""
     for name in ("_precision", "_select_fabric_precision"):
@@ -98,6 +99,7 @@ def test_the_apps_settings_are_environment_variables():
     assert (options["preview_every"], options["preview_songs"], unknown) == (5, "a,b", [])
 
 
+@pytest.mark.slow
 def test_drawing_in_a_preview_changes_nothing(train, equal_bits, monkeypatch):
     """Whatever the model's own generation code draws from the global generator."""
     from sidestep_plugin.previews import making
@@ -151,6 +153,7 @@ def test_a_resumed_run_without_a_table_makes_the_base_row_with_the_adapter_off(t
     assert not (tmp_path / "one" / "previews-1").exists()
 
 
+@pytest.mark.slow
 def test_clips_of_an_earlier_training_are_moved_aside(train, capsys, tmp_path):
     song = {"name": "other", "seconds": 1.0}
     earlier = Table(
@@ -186,6 +189,7 @@ def test_with_a_vae_there_are_wav_files_and_tensorboard_has_them(train, trainer,
     assert logged or not getattr(trainer, "LIGHTNING_AVAILABLE", False)
 
 
+@pytest.mark.slow
 def test_the_vae_of_the_app_is_used_where_it_is(train, load, vae_there):
     handler = load("base")
 
@@ -210,6 +214,7 @@ def broken(*_, **__):
     raise RuntimeError("CUDA out of memory")
 
 
+@pytest.mark.slow
 def test_a_preview_that_fails_warns_once_and_the_training_goes_on(train, equal_bits, capsys, monkeypatch):
     from sidestep_plugin.previews import making
 
@@ -222,6 +227,7 @@ def test_a_preview_that_fails_warns_once_and_the_training_goes_on(train, equal_b
     assert out.count("Clips of any saved adapter: ") == 1
 
 
+@pytest.mark.slow
 def test_a_vae_that_fails_leaves_latents(train, vae_there, capsys, monkeypatch):
     from sidestep_plugin.previews import making
 
@@ -291,6 +297,7 @@ def test_defaults_from_an_earlier_settings_file_are_no_mistake(train):
 ONE = ON | {"preview_songs": "1", "preview_seconds": 0.4}
 
 
+@pytest.mark.slow
 def test_a_new_training_moves_the_clips_of_the_one_before_aside_even_without_previews(train, capsys, tmp_path):
     train("base", options=ONE, max_epochs=1, output_dir=str(tmp_path))
     capsys.readouterr()
@@ -325,6 +332,7 @@ def test_an_abandoned_branch_leaves_the_page(train, capsys, tmp_path, options):
     assert torch.equal(moved, next(iter(old.values()))) and not (tmp_path / "previews" / "epoch_3").exists()
 
 
+@pytest.mark.slow
 def test_a_row_that_another_program_adds_meanwhile_stays(train, tmp_path):
     """``acestep-train preview`` of a checkpoint, while the training goes on."""
 
@@ -340,6 +348,7 @@ def test_a_row_that_another_program_adds_meanwhile_stays(train, tmp_path):
     assert [row["label"] for row in rows(tmp_path)] == ["base model", "epoch 1", "epoch 2", "best"]
 
 
+@pytest.mark.slow
 def test_the_last_epoch_is_heard_when_patience_ends_the_training(train):
     options = ONE | {"preview_every": 100, "validate": 1, "validate_every": 1, "patience": 1}
     done = train("base", options=options, max_epochs=6, batch_size=6, learning_rate=0.0)

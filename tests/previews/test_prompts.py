@@ -117,6 +117,7 @@ def test_prompts_are_heard_while_it_trains_and_change_no_bit(train, handler, pro
         assert (clip.getframerate(), clip.getnframes()) == (48000, 96000)
 
 
+@pytest.mark.slow
 def test_songs_are_heard_too_if_they_are_named(train, handler, prompts, checkout):
     if checkout.real:
         pytest.skip("the songs are the miniature's")
@@ -126,6 +127,7 @@ def test_songs_are_heard_too_if_they_are_named(train, handler, prompts, checkout
     assert [song["name"] for song in table["songs"]] == ["piano", "chor-leise-und-weit", "song_03"]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_heard_from_an_adapter_with_and_without_it(train, handler, checkpoints, checkout, tmp_path):  # noqa: F811
     from sidestep_plugin.previews.clips import ClipRequest, make_clips
 

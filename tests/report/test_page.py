@@ -147,6 +147,7 @@ def test_a_finished_training_is_told_as_a_whole(train):
         assert found.tags.count("svg") == 4
 
 
+@pytest.mark.slow
 def test_it_is_written_anew_after_every_epoch(train, every_epoch):
     train("base", max_epochs=3, options={"validate": 1, "validate_every": 2})
     assert [(state, epoch) for state, epoch, _ in every_epoch] == [
@@ -176,6 +177,7 @@ def test_the_announcement_says_where_it_is(train, capsys):
     assert any(line.endswith("training_report.json (page: index.html)") for line in done.messages)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(train, every_epoch):
     stopped = train("base", max_epochs=4, extra_plugins={"stopper": Stopper(7)})
     found, data = on_page(stopped.output), data_on(stopped.output)
@@ -201,6 +203,7 @@ def test_a_failed_training_says_why(train):
     assert data["saved"] == str(done.output / "interrupted") and "finished" not in found.words.split("Loss")[0]
 
 
+@pytest.mark.slow
 def test_patience_is_no_last_epoch(train):
     options = {"validate": 1, "validate_every": 1, "patience": 1}
     done = train("base", options=options, max_epochs=9, batch_size=6, learning_rate=0.0)
@@ -251,6 +254,7 @@ def test_the_training_is_the_same_bit_for_bit(train, equal_bits, every_epoch, mo
     assert equal_bits(with_page, without) and states() == after
 
 
+@pytest.mark.slow
 def test_drawing_leaves_matplotlib_as_it_was(train):
     matplotlib = pytest.importorskip("matplotlib", reason="curves need matplotlib")
     before = dict(matplotlib.rcParams)
@@ -259,6 +263,7 @@ def test_drawing_leaves_matplotlib_as_it_was(train):
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a font is missing")])
 def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(train, monkeypatch, capsys, error):
     def failing(*_):
@@ -340,6 +345,7 @@ def some_data(train, shared):
     return shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["training", "finished", "stopped", "failed"])
 @pytest.mark.parametrize("epochs", [2, 80])
 def test_texts_of_strangers_are_text_and_nothing_comes_from_elsewhere(some_data, epochs, state):

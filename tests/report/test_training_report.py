@@ -77,6 +77,7 @@ def test_tensorboard_gets_the_histogram_of_t_and_the_loss_by_band(train, trainer
     assert bands and "train/loss" in events.Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_reports_the_epochs_before_it(train):
     first = train("base", max_epochs=2)
     (checkpoint,) = (first.output / "checkpoints").glob("epoch_2*")
@@ -87,6 +88,7 @@ def test_a_resumed_training_reports_the_epochs_before_it(train):
     assert (text["training_steps"], text["steps_of_this_run"]) == (12, 6)
 
 
+@pytest.mark.slow
 def test_it_keeps_every_epoch_whatever_lies_there_and_however_often_it_was_stopped(train):
     first = train("base", max_epochs=3)
     (first.output / "training_report.json").write_text('{"loss_by_epoch": [{"epoch": 1e400}]}', encoding="utf-8")

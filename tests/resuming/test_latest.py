@@ -61,6 +61,7 @@ def resumed_from(result):
 # -- the clock -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_clock_that_was_set_back(run, monkeypatch, tmp_path):
     """Saves after it are the newest all the same, also in a training that began anew before."""
     assert run("--epochs", 1).exit_code == 0
@@ -76,6 +77,7 @@ def test_a_checkpoint_dated_ahead_does_not_stay_the_newest(run, tmp_path):
     assert resumed_from(run("--epochs", 3, "--resume-from", "latest")) == "epoch_2"
 
 
+@pytest.mark.slow
 def test_the_order_of_saving_counts_and_not_the_epoch(run, tmp_path):
     """Somebody goes back to an earlier checkpoint: what is saved from there on is newer than what was there."""
     output = tmp_path / "output"
@@ -86,6 +88,7 @@ def test_the_order_of_saving_counts_and_not_the_epoch(run, tmp_path):
     assert (read_checkpoint(folder).point.epochs, notes) == (2, [])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_earlier_versions_are_ordered_as_they_were(run, tmp_path):
     output = tmp_path / "output"
     assert run("--epochs", 3).exit_code == 0
@@ -104,6 +107,7 @@ def test_checkpoints_of_earlier_versions_are_ordered_as_they_were(run, tmp_path)
     assert newest_checkpoint(output)[0].name.startswith("epoch_4")
 
 
+@pytest.mark.slow
 def test_a_state_that_nothing_can_be_made_of_is_skipped(run, tmp_path):
     output = tmp_path / "output"
     assert run("--epochs", 3).exit_code == 0
@@ -115,6 +119,7 @@ def test_a_state_that_nothing_can_be_made_of_is_skipped(run, tmp_path):
     assert "Note: skipped epoch_3" in result.output and "is not complete: what was saved" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -153,6 +158,7 @@ def test_a_named_pipe_for_the_time_of_an_earlier_version_is_not_waited_for(run, 
 # -- overwriting -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", ["sidestep", None])
 def test_overwriting_leaves_no_checkpoint_of_the_training_before(run, tmp_path, plugin):
     output = tmp_path / "output"
@@ -182,6 +188,7 @@ def test_a_new_training_that_saves_nothing_puts_the_old_checkpoints_back(run, tr
     assert after == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_training_set_aside_is_no_checkpoint_of_the_next(run, tmp_path):
     from sidestep_plugin.resuming.overwriting import Overwriting
 
@@ -203,6 +210,7 @@ def test_what_a_killed_training_set_aside_is_no_checkpoint_of_the_next(run, tmp_
 # -- a finished training ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_said_to_be_finished(run, tmp_path):
     output = tmp_path / "output"
     settings = ("--save-every", 2)  # the last checkpoint is not the end
@@ -218,6 +226,7 @@ def test_a_finished_training_is_said_to_be_finished(run, tmp_path):
     assert "finished after 4 epochs" in run("--epochs", 4, *settings, "--resume-from", "latest").output
 
 
+@pytest.mark.slow
 def test_a_training_that_went_on_after_its_end_is_not_finished(run, tmp_path):
     output = tmp_path / "output"
     assert run("--epochs", 2).exit_code == 0

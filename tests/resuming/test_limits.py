@@ -90,6 +90,7 @@ def test_what_is_no_length_of_time(text):
 # -- how many checkpoints --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_stay_and_everything_else_that_is_no_checkpoint_of_an_epoch(train, tmp_path):
     output = tmp_path / "output"
     others = [output / "checkpoints" / "average", output / "checkpoints" / "my epoch_1"]
@@ -135,6 +136,7 @@ def test_a_checkpoint_is_removed_only_when_the_next_one_is_there(train, tmp_path
 # -- from a finished adapter -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_starts_from_the_weights_of_an_adapter(train, capsys, kind):
     before = train("base", kind, max_epochs=1)

@@ -102,6 +102,7 @@ def test_patience_takes_the_best_of_this_course_and_not_of_one_that_was_left(tra
     assert by_name["final"] == by_name["checkpoints/best"] == 2
 
 
+@pytest.mark.slow
 def test_a_best_adapter_that_is_nowhere_is_not_spoken_of(train, capsys):
     """Neither best nor a checkpoint of its epoch is left: the best of what can be had counts."""
     output = train("base", options=HELD_OUT, max_epochs=2, save_every_n_epochs=2).output
@@ -141,6 +142,7 @@ def test_another_output_folder_gets_the_best_adapter_too(train, overfitting, tmp
 # -- a best adapter that could not be saved --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_best_adapter_that_could_not_be_saved_is_saved_later(
     train, overfitting, no_room_for_best, equal_bits, capsys, kind
@@ -171,6 +173,7 @@ def test_a_best_adapter_that_could_not_be_saved_is_saved_later(
     assert {name: facts[name] for name in named} == {name: wanted[name] for name in named}
 
 
+@pytest.mark.slow
 def test_patience_takes_the_best_adapter_though_it_was_never_saved(train, overfitting, no_room_for_best, capsys):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
     settings = {"tensors": overfitting, "max_epochs": 40, "learning_rate": 3e-3, "save_every_n_epochs": 100}
@@ -205,6 +208,7 @@ def run(checkout, trainer, overfitting, tmp_path, monkeypatch):
     return invoke
 
 
+@pytest.mark.slow
 def test_resuming_a_training_that_patience_has_ended_changes_nothing(run, tmp_path):
     output = tmp_path / "output"
     first = run("--patience=2", "--save-every=1")
@@ -241,6 +245,7 @@ def test_a_training_that_was_killed_when_patience_had_ended_it_is_finished_at_on
     assert same(whole.output / "final", whole.output / "checkpoints" / "best")
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_validation_that_ends_a_training_is_no_interruption(
     train, overfitting, trainer, load, monkeypatch
 ):
@@ -269,6 +274,7 @@ def test_a_stop_during_the_validation_that_ends_a_training_is_no_interruption(
 # -- what is validated -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_held_out_song_that_changes_is_not_validated_on(train, checkout, folder_of, measured, capsys):
     """And when it is put back, the validation goes on with the same numbers."""
     songs = songs_in(checkout.tensors)
@@ -305,6 +311,7 @@ def test_a_held_out_song_that_is_gone_costs_no_training(train, checkout, folder_
     assert sorted(measured) == [0] and done.tensors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_no_number_of_another_epoch(train):
     """Also where another batch size gives two epochs the same number of steps."""
     first = train("base", options={"validate": 2, "validate_every": 1}, batch_size=1, max_epochs=2)
@@ -336,6 +343,7 @@ def test_songs_that_were_trained_on_are_not_held_out_later(train, checkout, fold
     assert not resumed.losses and not resumed.tensors
 
 
+@pytest.mark.slow
 def test_other_contents_of_the_held_out_songs_are_named_on_resume(train, checkout, folder_of, capsys):
     songs = songs_in(checkout.tensors)
     folder = folder_of(songs)
@@ -348,6 +356,7 @@ def test_other_contents_of_the_held_out_songs_are_named_on_resume(train, checkou
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_which_songs_are_held_out_is_decided_once(train, run, checkout, monkeypatch):
     from sidestep_plugin.validation import plugin
 
@@ -363,6 +372,7 @@ def test_which_songs_are_held_out_is_decided_once(train, run, checkout, monkeypa
 # -- what a resumed training leaves ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_after_its_last_checkpoint_gets_its_report(train, capsys):
     """Nothing is left to compute then: the report is about what the runs before have computed."""
     whole = train("base", options=HELD_OUT, max_epochs=3)
