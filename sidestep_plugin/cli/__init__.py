@@ -12,6 +12,8 @@ from typing import Final
 import click
 
 from sidestep_plugin import __version__, signals
+from sidestep_plugin.errors import Refusal
+from sidestep_plugin.ranks import ranks
 
 from .groups import DefaultGroup
 from .terminal import unread
@@ -93,6 +95,14 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
 
 
+def _one_of_several() -> bool:
+    """Whether this is one of the processes of a training; variables that say nothing sensible were refused before."""
+    try:
+        return ranks().several
+    except Refusal:
+        return False
+
+
 def main() -> None:
     """``acestep-train`` with the words of ``sys.argv``. Ends the program."""
     # A console that cannot show a character should show another, not end the training.
@@ -111,4 +121,6 @@ def main() -> None:
                     stream.flush()
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         signals.take_over(lambda *_: os._exit(code))
+        if code and _one_of_several():  # threads that still hold a connection would abort the process while Python ends
+            os._exit(code)
         raise

@@ -125,7 +125,7 @@ MUTATIONS = [
     Mutation(
         "the newest adapter as final where the best was promised",
         "sidestep_plugin/engine/ending.py",
-        "    put_weights(run, point)\n",
+        "    put_weights(run, point.weights)\n",
         "",
         "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
