@@ -20,7 +20,8 @@ from ..registry import Registry
 from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
-from .seams import EVALUATE, FOLDERS, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
+from .seams import EVALUATE, FOLDERS, in_use, require
+from .shapes import MODULE_CLASS, TRAINER_CLASS, adapter_types
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
 from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
 

@@ -74,22 +74,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
         UpstreamMismatch: upstream's code cannot be imported (its own error is shown), or another checkout's
             ``acestep`` has already been imported in this process.
     """
-    if root is not None and str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        # The caller decides about plugins, even in a patched checkout, which loads some by itself.
-        with not_automatic():
-            trainer = importlib.import_module(TRAINER)
-    except Exception as error:  # upstream's code may raise anything at import
-        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
-        raise UpstreamMismatch(
-            f"{TRAINER} cannot be imported. ACE-Step's own error: {sentence(f'{type(error).__name__}: {error}')} "
-            + (
-                "Use the Python environment in which ACE-Step runs, or install its requirements there."
-                if missing
-                else "The same import fails without any plugin. Try another version of ACE-Step."
-            )
-        ) from error
+    trainer = import_module_of(TRAINER, root, "The same import fails without any plugin.")
     found = Path(str(trainer.__file__)).resolve()
     # The package folder may be a symbolic link.
     if root is not None and not found.is_relative_to((root / "acestep").resolve()):
@@ -97,6 +82,34 @@ def import_trainer(root: Path | None = None) -> ModuleType:
             f"acestep was imported from {found.parents[2]}, not from {root}. Start a new process for another checkout."
         )
     return trainer
+
+
+def import_module_of(name: str, root: Path | None, elsewhere: str) -> ModuleType:
+    """Import one of upstream's modules, from a checkout when one is given.
+
+    Args:
+        name: of the module.
+        root: as for :func:`import_trainer`.
+        elsewhere: a sentence for the message about an error in upstream's own code: where it comes up, too.
+
+    Raises:
+        UpstreamMismatch: upstream's code cannot be imported; its own error is shown.
+    """
+    if root is not None and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        # The caller decides about plugins, even in a patched checkout, which loads some by itself.
+        with not_automatic():
+            return importlib.import_module(name)
+    except Exception as error:  # upstream's code may raise anything at import
+        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
+        what_to_do = (
+            "Use the Python environment in which ACE-Step runs, or install its requirements there."
+            if missing
+            else f"{elsewhere} Try another version of ACE-Step."
+        )
+        reason = sentence(f"{type(error).__name__}: {error}")
+        raise UpstreamMismatch(f"{name} cannot be imported. ACE-Step's own error: {reason} {what_to_do}") from error
 
 
 def place_of(trainer: Any, said: str) -> Path:

@@ -18,7 +18,8 @@ from ..variants import member_of
 from .checkout import import_trainer
 from .injection import injection_problem
 from .models import download_command, models_in
-from .seams import Found, adapter_types, cannot_do, examine
+from .seams import Found, cannot_do, examine
+from .shapes import adapter_types
 
 _VERSIONS: Final = (
     "sidestep-plugin",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from ..adapters.kinds import BY_NAME, KINDS
 from ..errors import Refusal
 from ..run import AdapterType, ModelFacts
-from .shapes import CONFIG_CLASS
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +74,7 @@ def build_configs(
     }
     training["output_dir"] = str(output_dir.absolute())
     return (
-        _build(getattr(module, CONFIG_CLASS[kind]), adapter, {}, fields),
+        _build(getattr(module, BY_NAME[kind].config_class), adapter, {}, fields),
         _build(module.TrainingConfig, training, ours, TRAINING_FIELDS),
     )
 

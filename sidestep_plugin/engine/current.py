@@ -48,12 +48,6 @@ class Training:
     failure: str = ""
     variant: str = ""
 
-    def finish(self, ending: Callable[[], Sequence[str]], limits: Mapping[str, float]) -> None:
-        """Stop upstream's loop after this step; the training counts as finished."""
-        if self.state is not None:
-            self.ending, self.limits = ending, limits
-            self.state["should_stop"] = True
-
 
 @dataclass(frozen=True, eq=False)
 class CommandLine:

@@ -7,13 +7,13 @@ thing that it reports, logs as the epoch's loss, saves or reads after that comes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import PluginError, Refusal
-from ..run import Clip, EpochNews
+from ..errors import PluginError
+from ..run import Clip, EpochNews, Run
 from .answers import checked_lines, described
-from .checkout import place_of
 from .loggers import log_entries
 
 if TYPE_CHECKING:
@@ -27,9 +27,10 @@ EPOCH_LOSS: Final = "train/epoch_loss"
 def began(host: Host, training: Training) -> None:
     """Before the first batch that this run computes. Raises Refusal."""
     run = training.run
-    _ask(host, training, "engine_training_began", run=run)
-    if not run.resuming and training.journal is not None and not training.journal.steps:
-        _between(host, training, 0, None)
+    with _pause(host, run):
+        host.ask_and_announce("engine_training_began", run=run)
+        if not run.resuming and training.journal is not None and not training.journal.steps:
+            _between(host, training, 0, None)
 
 
 def ended(host: Host, training: Training) -> None:
@@ -39,45 +40,33 @@ def ended(host: Host, training: Training) -> None:
         return
     (epoch, loss), journal.epoch_to_end = journal.epoch_to_end, None
     run = training.run
-    try:
+    with host.refusing():
         for plugin, entries in host.registry.call("acestep_epoch_finished", run=run, epoch=epoch, loss=loss):
             _log(host, training, plugin, entries, epoch)
-    except Refusal as refusal:  # upstream reports it as a failure
-        host.refusal = refusal
-        raise
-    _ask(host, training, "engine_epoch_ended", run=run, epoch=epoch, loss=loss)
-    _between(host, training, epoch, loss)
+    with _pause(host, run):
+        host.ask_and_announce("engine_epoch_ended", run=run, epoch=epoch, loss=loss)
+        _between(host, training, epoch, loss)
 
 
-def _ask(host: Host, training: Training, hook: str, **asked: Any) -> None:
-    """Call one of the engine's own hooks; what it takes is not the training's time."""
+@contextmanager
+def _pause(host: Host, run: Run) -> Iterator[None]:
+    """What this block takes is not the training's time, once that has begun."""
     since = time.monotonic()
     try:
-        host.ask_and_announce(hook, **asked)
-    except Refusal as refusal:
-        host.refusal = refusal
-        raise
+        with host.refusing():
+            yield
     finally:
-        if training.run.steps > training.run.resumed_at:
-            training.run.paused += time.monotonic() - since
+        if run.steps > run.resumed_at:
+            run.paused += time.monotonic() - since
 
 
 def _between(host: Host, training: Training, epoch: int, loss: float | None) -> None:
-    run, since = training.run, time.monotonic()
-    folder = place_of(host.trainer, str(run.training_config.output_dir))
-    try:
-        asked = {"run": run, "epoch": epoch, "loss": loss, "folder": folder}
-        for plugin, news in host.registry.call("acestep_between_epochs", **asked):
-            _check_news(plugin, news)
-            for line in checked_lines(plugin, "acestep_between_epochs", news.lines):
-                host.announce(line)
-            log_entries(host, training, news.logged, epoch)
-    except Refusal as refusal:
-        host.refusal = refusal
-        raise
-    finally:
-        if epoch:
-            run.paused += time.monotonic() - since
+    asked = {"run": training.run, "epoch": epoch, "loss": loss, "folder": training.run.engine.folder}
+    for plugin, news in host.registry.call("acestep_between_epochs", **asked):
+        _check_news(plugin, news)
+        for line in checked_lines(plugin, "acestep_between_epochs", news.lines):
+            host.announce(line)
+        log_entries(host, training, news.logged, epoch)
 
 
 def _log(host: Host, training: Training, plugin: str, entries: Any, epoch: int) -> None:
@@ -112,7 +101,7 @@ def _not_loggable(name: Any, value: Any) -> str | None:
 
 
 def _check_news(plugin: str, news: Any) -> None:
-    """Raise PluginError for an answer that cannot be told."""
+    """Raises PluginError for an answer that cannot be told."""
     if not isinstance(news, EpochNews):
         raise PluginError(
             f"Plugin {plugin!r} returned {described(news)} from acestep_between_epochs, expected an EpochNews."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -125,6 +126,15 @@ class Host:
             if saved is run.model_ref() or (module is not None and saved is network_of(module)):
                 return run
         return None
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """A block whose refusal is kept in :attr:`refusal`: upstream reports it like any other failure."""
+        try:
+            yield
+        except Refusal as refusal:
+            self.refusal = refusal
+            raise
 
     def ask_and_announce(self, hook: str, **arguments: Any) -> None:
         """Call a hook of every plugin and announce the lines that they return. Raises Refusal."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import PluginError, Refusal
@@ -18,7 +19,7 @@ from ..run import ProcessPlan
 from ..text import counted
 from .answers import described
 from .meeting import SaidElsewhere as SaidElsewhere
-from .meeting import meet
+from .meeting import first_line, meet, refusal_of
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +155,7 @@ def _hearing_signals(act: Callable[[], T]) -> T:
     if not failed:
         return done[0]
     if isinstance(failed[0], RuntimeError) and not isinstance(failed[0], NotImplementedError):
-        reason = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0].rstrip(". ")
+        reason = first_line(failed[0])
         raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from failed[0]
     raise failed[0]
 
@@ -179,8 +180,7 @@ def use_own_gpu(device: torch.device) -> None:
     if here.local_world_size > (count := torch.cuda.device_count()):
         raise Refusal(
             f"{here.local_world_size} processes were started on this machine, and torch sees "
-            f"{counted(count, 'GPU')}. Start "
-            "as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
+            f"{counted(count, 'GPU')}. Start as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
         )
     torch.cuda.set_device(here.local_rank)
 
@@ -247,10 +247,7 @@ def in_all(look: Callable[[], T]) -> T:
 
 def _told(rank: int, host: str, text: str) -> Refusal:
     """A refusal of another process, as this one raises it: the first process of each machine tells it."""
-    if ranks().local_rank:
-        return SaidElsewhere(text)
-    told = f"Process {rank} on {host}: {text}"
-    return Refusal(told)
+    return SaidElsewhere(text) if ranks().local_rank else Refusal(f"Process {rank} on {host}: {text}")
 
 
 def told_by_first(decide: Callable[[], Any]) -> Any:
@@ -296,11 +293,11 @@ def check_agreement(said: Mapping[str, Any]) -> None:
                     f"{_difference(its, value)}. Give every machine the same songs, model, checkpoints, programs and "
                     "options."
                 )
-                raise SaidElsewhere(text) if ranks().local_rank else Refusal(text)
+                raise refusal_of(ranks(), text)
 
 
 def _difference(its: Any, value: Any) -> str:
-    """What one process has and not the first one; of mappings only the entries that differ."""
+    """What one process has and not the first one; of mappings only the first entries that differ."""
     if not isinstance(its, Mapping) or not isinstance(value, Mapping):
         return f"{its} and not {value}"
     kinds = {
@@ -308,11 +305,11 @@ def _difference(its: Any, value: Any) -> str:
         "it lacks": [name for name in value if name not in its],
         "it also has": [name for name in its if name not in value],
     }
-    return "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in kinds.items() if names)
 
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return "; ".join(f"{kind} {some(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def lost_connection(text: str) -> bool:
@@ -323,7 +320,7 @@ def lost_connection(text: str) -> bool:
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
-class SharedState(MutableMapping[str, Any]):
+class SharedState(UserDict[str, Any]):
     """Upstream's training state, whose stop button stops all processes after the same step.
 
     Upstream asks for it once before every step. If one process was told to stop, the answer is yes in all of them.
@@ -337,7 +334,8 @@ class SharedState(MutableMapping[str, Any]):
     """
 
     def __init__(self, own: MutableMapping[str, Any], announce: Callable[[str], None]) -> None:
-        self._own, self._announce = own, announce
+        self.data: Any = own  # the very object, not a copy
+        self._announce = announce
         own.setdefault(STOP, False)
         self.agreed = False
 
@@ -345,29 +343,17 @@ class SharedState(MutableMapping[str, Any]):
         if key == STOP:
             self._agree()
             return self.agreed
-        return self._own[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._own[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._own[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)
+        return self.data[key]
 
     def _agree(self) -> None:
         import torch
         import torch.distributed as dist
 
-        wishes = torch.tensor([bool(self._own.get(key)) for key in (STOP, INTERRUPTED)], dtype=torch.uint8)
+        wishes = torch.tensor([bool(self.data.get(key)) for key in (STOP, INTERRUPTED)], dtype=torch.uint8)
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=_groups["cpu"])
         stop, interrupted = map(bool, wishes.tolist())
         if stop:
-            self.agreed = self._own[STOP] = True
-            self._own[INTERRUPTED] = interrupted
+            self.agreed = self.data[STOP] = True
+            self.data[INTERRUPTED] = interrupted
             if interrupted:
                 self._announce("Stopping after this step, and saving.")

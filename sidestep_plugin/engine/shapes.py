@@ -19,9 +19,6 @@ from ..run import AdapterType
 
 SAMPLER = "sample_discrete_timestep"
 
-SHOWN: Final[dict[AdapterType, str]] = {kind.name: kind.title for kind in KINDS}
-"""What a kind of adapter is called in messages."""
-
 MODULE_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.module_class for kind in KINDS}
 TRAINER_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.trainer_class for kind in KINDS}
 CONFIG_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.config_class for kind in KINDS}
@@ -31,6 +28,9 @@ WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.weigh
 
 FINAL: Final = "final"
 """Folder below the output folder into which upstream saves the finished adapter."""
+
+INTERRUPTED: Final = "interrupted"
+"""Folder below it for the checkpoint of a training that was stopped or failed."""
 
 _DROPOUT: Final = re.compile(r"\w*(null_cond|cfg_drop|cond_drop|condition_drop|drop_cond|cfg_ratio)\w*", re.IGNORECASE)
 """Names that a training step has only when it replaces conditions by itself."""
@@ -88,7 +88,7 @@ def save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
 
 
 def lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
-    function = _resolve(trainer, name)
+    function = resolve(trainer, name)
     try:
         known = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -98,9 +98,10 @@ def lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
     return f"it takes {_signature_text(function)}, expected a parameter {parameter}"
 
 
-def _resolve(trainer: Any, dotted: str) -> Any:
+def resolve(trainer: Any, dotted: str) -> Any:
+    """What a dotted name of the trainer's module stands for, "" for the module itself; None where there is nothing."""
     value = trainer
-    for part in dotted.split("."):
+    for part in dotted.split(".") if dotted else ():
         value = getattr(value, part, None)
     return value
 

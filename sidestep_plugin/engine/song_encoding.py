@@ -11,15 +11,15 @@ model code and put the whole decoder on the GPU.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal, UpstreamMismatch
-from .checkout import not_automatic
+from .checkout import import_module_of, not_automatic
 
 if TYPE_CHECKING:
     import torch
@@ -114,21 +114,7 @@ def import_handler(root: Path | None = None) -> Any:
     Raises:
         UpstreamMismatch: it cannot be imported, or lacks a function that is needed; says which.
     """
-    if root is not None and str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        with not_automatic():
-            handler = importlib.import_module(HANDLER).AceStepHandler
-    except Exception as error:  # upstream's code may raise anything at import
-        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
-        raise UpstreamMismatch(
-            f"{HANDLER} cannot be imported. ACE-Step's own error: {type(error).__name__}: {error}. "
-            + (
-                "Use the Python environment in which ACE-Step runs, or install its requirements there."
-                if missing
-                else "Its app does not start either. Try another version of ACE-Step."
-            )
-        ) from error
+    handler = getattr(import_module_of(HANDLER, root, "Its app does not start either."), "AceStepHandler", None)
     if lacking := [name for name in _NEEDED if not callable(getattr(handler, name, None))]:
         raise UpstreamMismatch(
             f"{HANDLER}.AceStepHandler has no {', '.join(lacking)}, so conditions as generated cannot be made. "
@@ -272,11 +258,7 @@ def encode_as_upstream(handler: Any, words: Words, frames: int) -> Encoded:
             f"The preprocessing of this ACE-Step has other functions ({type(error).__name__}: {error}), so "
             "--conditions upstream cannot be made. Use ACE-Step's main repository, or its own LoRA tab."
         ) from error
-
-    def count(text: str) -> int:
-        return len(handler.text_tokenizer(text).input_ids)
-
-    told = Told(prompt, sung, count(prompt), count(sung))
+    told = _told(handler, prompt, sung)
     return Encoded(states[0].cpu().clone(), mask[0].cpu().clone(), latents[0].cpu().clone(), told)
 
 
@@ -321,12 +303,12 @@ def _batch_of(handler: Any, words: Words, frames: int) -> tuple[Any, Told]:
         raise _changed("_prepare_batch", error) from error
     if not whole.endswith(f"\n\n{sung}"):
         raise _changed("_prepare_batch", ValueError("the lyrics are not at the end of the text"))
-    prompt = whole[: -len(sung) - 2]
+    return batch, _told(handler, whole[: -len(sung) - 2], sung)
 
-    def count(text: str) -> int:
-        return len(handler.text_tokenizer(text).input_ids)
 
-    return batch, Told(prompt, sung, count(prompt), count(sung))
+def _told(handler: Any, prompt: str, lyrics: str) -> Told:
+    prompt_tokens, lyric_tokens = (len(handler.text_tokenizer(text).input_ids) for text in (prompt, lyrics))
+    return Told(prompt, lyrics, prompt_tokens, lyric_tokens)
 
 
 def encode_audio(vae: Any, audio: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -396,8 +378,6 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 def attention_on(device: torch.device) -> str:
     """How the app's attention is computed on a device: by flash attention where it is installed, else by torch."""
-    import importlib.util
-
     import torch
 
     if device.type != "cuda":
@@ -420,23 +400,12 @@ def find_text_encoder(checkpoints: Path) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """The text encoder's tokenizer, from local files. Raises Refusal."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # any of a dozen types
-        raise _cannot_load(folder, error) from error
+    return _loaded("AutoTokenizer", folder)
 
 
 def load_text_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The text encoder, from local files, on a device. Raises Refusal."""
-    from transformers import AutoModel
-
-    try:
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise _cannot_load(folder, error) from error
-    return model.to(dtype).to(device).eval()
+    return _loaded("AutoModel", folder).to(dtype).to(device).eval()
 
 
 def load_condition_encoder(folder: Path, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
@@ -444,36 +413,28 @@ def load_condition_encoder(folder: Path, device: torch.device, dtype: torch.dtyp
 
     The decoder is read into the CPU's memory and never reaches the device.
     """
-    from transformers import AutoModel
+    import transformers
 
-    try:
-        model = AutoModel.from_pretrained(
-            str(folder),
-            trust_remote_code=True,
-            local_files_only=True,
-            attn_implementation=attention,
-            **{_dtype_name(): dtype},
-        )
-    except (Exception, SystemExit) as error:  # the model's own code may do anything
-        raise _cannot_load(folder, error) from error
+    of_dtype = (
+        "dtype" if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) >= (4, 56) else "torch_dtype"
+    )
+    settings = {"trust_remote_code": True, "attn_implementation": attention, of_dtype: dtype}
+    model = _loaded("AutoModel", folder, **settings)
     model.config._attn_implementation = attention
     model.decoder = None
     model.encoder.to(device, dtype)
     return model.eval()
 
 
-def _dtype_name() -> str:
-    import re
-
+def _loaded(kind: str, folder: Path, **settings: Any) -> Any:
+    """What one of transformers' Auto classes makes of local files. Raises Refusal."""
     import transformers
 
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
-
-
-def _cannot_load(folder: Path, error: BaseException) -> Refusal:
-    reason = " ".join(str(error).split())
-    return Refusal(
-        f"{folder} cannot be loaded: {type(error).__name__}: {reason}. Use ACE-Step's own Python environment; if you "
-        "do, download it again."
-    )
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **settings)
+    except (Exception, SystemExit) as error:  # the model's own code may do anything
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{folder} cannot be loaded: {type(error).__name__}: {reason}. Use ACE-Step's own Python environment; if "
+            "you do, download it again."
+        ) from error

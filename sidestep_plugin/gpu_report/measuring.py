@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .. import attach
 from ..adapters.kinds import BY_NAME
-from ..engine import seams
+from ..engine import shapes
 from ..engine.checkout import import_trainer
 from ..errors import Refusal
 from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, Settings, needs
@@ -181,7 +181,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         torch.cuda.reset_peak_memory_stats()
     losses, messages = [], []
     with attached:
-        made = getattr(trainer, seams.TRAINER_CLASS[job.adapter])(handler, adapter, config)
+        made = getattr(trainer, shapes.TRAINER_CLASS[job.adapter])(handler, adapter, config)
         for _, loss, text in made.train_from_preprocessed(str(songs), {"should_stop": False}):
             messages.append(str(text))
             losses += [float(loss)] if loss else []
@@ -198,7 +198,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
 
 
 def _adapter_config(trainer: Any, job: Job) -> Any:
-    made = getattr(trainer, seams.CONFIG_CLASS[job.adapter], None)
+    made = getattr(trainer, shapes.CONFIG_CLASS[job.adapter], None)
     if made is None:
         raise Refusal(f"This version of ACE-Step trains no {job.adapter}. Use a newer one.")
     fields = BY_NAME[job.adapter].fields
@@ -320,7 +320,7 @@ def _hooks(trainer: Any, handler: Handler, job: Job) -> dict[str, Any]:
 
     adapter = _adapter_config(trainer, job)
     config = _known(trainer.TrainingConfig, seed=1)
-    made = getattr(trainer, seams.MODULE_CLASS[job.adapter])
+    made = getattr(trainer, shapes.MODULE_CLASS[job.adapter])
     module = made(handler.model, adapter, config, handler.device, handler.dtype)
     width = int(handler.model.null_condition_emb.shape[-1])
     noise = {

@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
-from ..engine import seams
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
 from ..engine.current import CommandLine, command_line
-from ..engine.ending import INTERRUPTED
 from ..engine.holding_out import held_out
 from ..engine.injection import injection_problem
 from ..engine.models import (
@@ -49,15 +47,9 @@ from ..engine.processes import (
     told_by_first,
     use_own_gpu,
 )
-from ..engine.sameness import (
-    of_the_model,
-    of_the_options,
-    of_the_plugins,
-    of_the_settings,
-    of_the_songs,
-    of_the_trainer,
-)
-from ..engine.seams import FINAL, WEIGHT_FILES
+from ..engine.sameness import of_the_model, of_the_training
+from ..engine.seams import cannot_do, require
+from ..engine.shapes import FINAL, INTERRUPTED, TRAINER_CLASS, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
@@ -246,13 +238,9 @@ def _prepared(
     dataset = in_all(lambda: _check_songs(request, model))
     upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
     if ranks().several:
-        check_agreement(
-            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
-            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
-            | of_the_trainer(upstream.module)
-            | of_the_model(model.folder)
-            | of_the_songs(dataset.folder)
-        )
+        configs = (upstream.adapter_config, upstream.training_config)
+        asked_of = (upstream.module, registry, options, plan.own, request.adapter_type)
+        check_agreement(of_the_training(*asked_of, *configs, dataset.folder) | of_the_model(model.folder))
     out = held_out(registry, dataset.files, options, upstream.training_config)
     request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
     told_by_first(lambda: _check_values(dataset, upstream, options, say))
@@ -367,10 +355,10 @@ def _check_upstream(
     kind = request.adapter_type
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
-    if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
-        say(f"Note: {seams.cannot_do(module, lost)}.")
+    if lost := dict.fromkeys(require(module, kind, registry.implements)):
+        say(f"Note: {cannot_do(module, lost)}.")
     if problem := injection_problem(kind):
-        raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
+        raise Refusal(f"Mend this Python environment, in which no {BY_NAME[kind].title} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
@@ -379,7 +367,7 @@ def _check_upstream(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "
             "with Lightning only. Leave --val-split out."
         )
-    trainer_class = getattr(module, seams.TRAINER_CLASS[kind])
+    trainer_class = getattr(module, TRAINER_CLASS[kind])
     arguments = inspect.signature(trainer_class.train_from_preprocessed).parameters
     if request.resume_from is not None and "resume_from" not in arguments and not registry.implements("engine_resume"):
         raise Refusal(f"This ACE-Step cannot resume a {kind} training. Start it without --resume-from.")

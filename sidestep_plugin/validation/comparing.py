@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.kinds.lora import LORA
-from ..engine import seams
+from ..engine import shapes
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
 from ..engine.decoders import without_adapter
@@ -207,7 +207,7 @@ def _module(trainer: Any, handler: Handler) -> Any:
     """Upstream's training module around a model. The LoRA that it injects is disabled by the caller."""
     import torch
 
-    if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+    if shapes.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
         handler.model.to(torch.bfloat16)  # these versions compute in bf16 on every device
         handler = dataclasses.replace(handler, dtype=torch.bfloat16)
     elif handler.dtype is torch.bfloat16:
@@ -231,7 +231,7 @@ def as_in_a_training(trainer: Any, module: Any) -> AbstractContextManager[Any]:
     import torch
 
     kind = torch.device(module.device).type
-    if kind == "cuda" or seams.sampler_style(trainer.sample_discrete_timestep) != "device and dtype":
+    if kind == "cuda" or shapes.sampler_style(trainer.sample_discrete_timestep) != "device and dtype":
         return nullcontext()
     return torch.autocast(kind, torch.bfloat16)
 

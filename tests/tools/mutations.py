@@ -117,7 +117,7 @@ MUTATIONS = [
     ),
     Mutation(
         "songs that are held out trained on all the same",
-        "sidestep_plugin/engine/wrappers/held_out_songs.py",
+        "sidestep_plugin/engine/wrappers/songs.py",
         "        if out:\n",
         "        if False:\n",
         "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",

@@ -9,7 +9,7 @@ from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError, Refusal
+from ...errors import PluginError
 from ...run import AdapterType, Run, Step, note
 from ..answers import check_replaced, counted, described, writes
 from ..current import running_step
@@ -32,7 +32,7 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
 
     @wraps(original)
     def training_step(module: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with host.refusing():
             run = host.run_of_step(module, kind)
             if evaluating.get() is not None:
                 return _evaluated(host, original, run, module, batch, prepares=prepares)
@@ -68,10 +68,7 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 # A copy: nothing that a plugin does to it reaches the training.
                 note(step, loss=loss.detach().clone())
                 host.registry.call("acestep_step_finished", step=step)
-        except Refusal as refusal:
-            host.refusal = refusal
-            raise
-        return loss
+            return loss
 
     return training_step
 

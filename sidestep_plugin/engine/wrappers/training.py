@@ -28,14 +28,7 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
-from ..sameness import (
-    of_the_loaded_model,
-    of_the_options,
-    of_the_plugins,
-    of_the_settings,
-    of_the_songs,
-    of_the_trainer,
-)
+from ..sameness import of_the_loaded_model, of_the_training
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -134,16 +127,13 @@ def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
+    configs = (run.adapter_config, run.training_config)
     return {
-        **of_the_trainer(host.trainer),
+        **of_the_training(
+            host.trainer, host.registry, run.options, plan.own, run.adapter_type, *configs, run.tensor_dir
+        ),
         **of_the_loaded_model(run.model),
-        **of_the_songs(run.tensor_dir),
-        **of_the_plugins(host.registry),
         "list of held-out songs": sorted(song.name for song in run.held_out),
-        "adapter type": run.adapter_type,
-        "adapter's settings": repr(run.adapter_config),
-        **of_the_settings(run.training_config),
-        **of_the_options(run.options, plan.own),
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 
