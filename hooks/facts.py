@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.targets import trained_shapes
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import without_nan
+from sidestep_plugin.registry import version_of
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
@@ -79,7 +78,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "global_step": None,
         "training_steps": run.steps,
     }
-    versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
+    versions = {f"{name.replace('-', '_')}_version": found for name in _VERSIONS if (found := version_of(name))}
     # Facts win: a future setting of upstream's may have the same name.
     return (
         dict(without_nan(facts))
@@ -138,14 +137,6 @@ def _training_settings(config: Any) -> dict[str, Any]:
         for name, value in settings.items()
         if name not in _NOT_A_SETTING and (isinstance(value, bool | int | float) or name in TEXT_SETTINGS)
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _first(config: Any, *names: str) -> Any:

@@ -19,7 +19,7 @@ import click
 import pluggy
 
 from . import engine_hookspecs, hookspecs
-from .errors import PluginError, Refusal
+from .errors import PluginError, Refusal, unusable_answer
 from .options import resolve_options
 
 if TYPE_CHECKING:
@@ -208,9 +208,7 @@ class Registry:
         for name, caller in self.callers(hook):
             answers += [(name, answer) for answer in self.ask(name, caller, hook, arguments)]
             if answers and hook in hookspecs.SILENT:
-                raise PluginError(
-                    f"Plugin {name!r} returned {described(answers[-1][1])} from {hook}, expected nothing."
-                )
+                raise unusable_answer(name, hook, described(answers[-1][1]), "nothing")
         return answers
 
     def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
@@ -235,9 +233,7 @@ class Registry:
         options: list[click.Option] = []
         for plugin, declared in self.call("acestep_options"):
             if not isinstance(declared, Sequence) or not all(isinstance(option, click.Option) for option in declared):
-                raise PluginError(
-                    f"Plugin {plugin!r} returned {declared!r} from acestep_options, expected click options."
-                )
+                raise unusable_answer(plugin, "acestep_options", repr(declared), "click options")
             for option in declared:
                 owner = owners.setdefault(str(option.name), plugin)
                 if owner != plugin:
@@ -306,6 +302,16 @@ def list_plugins() -> list[Listing]:
             error = str(refusal)
         listings.append(Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error))
     return listings
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def owner_of(part: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Final
 
 from ..adapters.kinds import BY_NAME, DEFAULT, title_of
 from ..errors import Refusal, UpstreamMismatch
-from ..registry import Listing, list_plugins
+from ..registry import Listing, list_plugins, version_of
 from ..run import AdapterType, ModelFacts
 from ..timesteps.treatment import decide_variant
 from ..variants import member_of
@@ -112,7 +111,10 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
         fits=fits,
         verdict=f"{verdict}.",
         seams=tuple(seams),
-        versions=_versions(),
+        versions={
+            "python": platform.python_version(),
+            **{name: version_of(name) or "not installed" for name in _VERSIONS},
+        },
         checkpoint_dir=str(checkpoints),
         models=models,
         plugins=tuple(list_plugins()),
@@ -131,15 +133,4 @@ def examine_model(folder: Path) -> FoundModel:
 def _uninstalled(kind: AdapterType) -> str:
     """What this kind of adapter needs and is not installed, "" when nothing is missing."""
     needed = BY_NAME[kind].package
-    return f"{needed} is not installed (pip install {needed})" if _version(needed) is None else ""
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: _version(name) or "not installed" for name in _VERSIONS}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return f"{needed} is not installed (pip install {needed})" if version_of(needed) is None else ""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..run import ProcessPlan
 
 if TYPE_CHECKING:
     from ..run import Run, Step
     from .journal import Journal
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -68,3 +70,13 @@ running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", defau
 running_training: ContextVar[Training | None] = ContextVar("acestep_running_training", default=None)
 command_line: ContextVar[CommandLine | None] = ContextVar("acestep_command_line", default=None)
 saving: ContextVar[bool] = ContextVar("acestep_saving", default=False)
+
+
+@contextmanager
+def during(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """A block in which a context variable has a value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import PluginError
+from ..errors import unusable_answer
 from ..run import Clip, EpochNews, Run
 from .answers import checked_lines, described
 from .loggers import log_entries
@@ -71,17 +71,12 @@ def _between(host: Host, training: Training, epoch: int, loss: float | None) -> 
 
 def _log(host: Host, training: Training, plugin: str, entries: Any, epoch: int) -> None:
     """Write what a plugin returned for an epoch to upstream's log. Raises PluginError."""
+    hook = "acestep_epoch_finished"
     if not isinstance(entries, Mapping):
-        raise PluginError(
-            f"Plugin {plugin!r} returned {described(entries)} from acestep_epoch_finished, expected numbers "
-            "and tensors by name."
-        )
+        raise unusable_answer(plugin, hook, described(entries), "numbers and tensors by name")
     for name, value in entries.items():
         if (wrong := _not_loggable(name, value)) is not None:
-            raise PluginError(
-                f"Plugin {plugin!r} returned {wrong} from acestep_epoch_finished, expected numbers, or tensors of "
-                "finite values, by name."
-            )
+            raise unusable_answer(plugin, hook, wrong, "numbers, or tensors of finite values, by name")
     log_entries(host, training, entries, epoch)
 
 
@@ -102,14 +97,10 @@ def _not_loggable(name: Any, value: Any) -> str | None:
 
 def _check_news(plugin: str, news: Any) -> None:
     """Raises PluginError for an answer that cannot be told."""
+    hook = "acestep_between_epochs"
     if not isinstance(news, EpochNews):
-        raise PluginError(
-            f"Plugin {plugin!r} returned {described(news)} from acestep_between_epochs, expected an EpochNews."
-        )
+        raise unusable_answer(plugin, hook, described(news), "an EpochNews")
     entries = news.logged.items() if isinstance(news.logged, Mapping) else [(None, news.logged)]
     for name, value in entries:
         if not isinstance(name, str) or not isinstance(value, int | float | Clip):
-            raise PluginError(
-                f"Plugin {plugin!r} returned {name!r} as {described(value)} from acestep_between_epochs, expected "
-                "numbers and clips by name."
-            )
+            raise unusable_answer(plugin, hook, f"{name!r} as {described(value)}", "numbers and clips by name")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..songs.one_song import SONG_TENSORS, load_song
+from .current import during
 from .decoders import undisturbed, without_ddp
 
 if TYPE_CHECKING:
@@ -91,11 +92,8 @@ def evaluate(
             for column, t in enumerate(timesteps):
                 for place, condition in enumerate(conditions):
                     point = Point(t, noise_seed(song, column), condition, check=row == column == 0)
-                    token = evaluating.set(point)
-                    try:
+                    with during(evaluating, point):
                         losses[row, column, place] = float(module.training_step(batch))
-                    finally:
-                        evaluating.reset(token)
             if done is not None:
                 done(row + 1)
     return losses

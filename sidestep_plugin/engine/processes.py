@@ -6,15 +6,15 @@ also where gradients go over NCCL: nothing here waits for a GPU.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import threading
 from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from ..errors import PluginError, Refusal
+from ..errors import Refusal, unusable_answer
 from ..ranks import ranks
+from ..registry import version_of
 from ..run import ProcessPlan
 from ..text import counted
 from .answers import described
@@ -55,9 +55,7 @@ def plan_of(registry: Registry, options: Mapping[str, Any]) -> ProcessPlan:
     here = ranks()
     for plugin, plan in registry.call("engine_plan_processes", options=options, ranks=here):
         if not isinstance(plan, ProcessPlan):
-            raise PluginError(
-                f"Plugin {plugin!r} returned {described(plan)} from engine_plan_processes, expected a ProcessPlan."
-            )
+            raise unusable_answer(plugin, "engine_plan_processes", described(plan), "a ProcessPlan")
         return plan
     if here.several:
         raise Refusal(
@@ -124,13 +122,7 @@ def join(device: str, say: Callable[[str], None]) -> None:
 
 def _versions() -> dict[str, str]:
     """Versions of what decides, without the build: machines may have other GPUs."""
-    versions = {}
-    for name in _DECIDE:
-        try:
-            versions[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return {name: (version_of(name) or "not installed").partition("+")[0] for name in _DECIDE}
 
 
 class LostProcess(Refusal):

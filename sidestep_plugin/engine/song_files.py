@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import io
 import json
 import struct
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import is_companion, replacing
+from ..registry import version_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import POSITIONS, SongText
 from ..songs.values import hash_of
@@ -126,10 +126,7 @@ class Machine:
         """With the versions of torch, of this project, and of upstream where its checkout is known."""
         import torch
 
-        try:
-            plugin = importlib.metadata.version("sidestep-plugin")
-        except importlib.metadata.PackageNotFoundError:
-            plugin = ""
+        plugin = version_of("sidestep-plugin") or ""
         name = str(dtype).removeprefix("torch.")
         return cls(device, name, attention, str(torch.__version__), version_of_upstream(root), plugin)
 
@@ -217,14 +214,13 @@ def bytes_of(song: Mapping[str, Any]) -> bytes:
     import torch
 
     # A pickle also tells which of its texts are one object. Read from JSON, that depends on the content alone.
-    plain = {name: value if isinstance(value, torch.Tensor) else _plain(value) for name, value in song.items()}
+    plain = {
+        name: value if isinstance(value, torch.Tensor) else json.loads(json.dumps(value))
+        for name, value in song.items()
+    }
     buffer = io.BytesIO()
     torch.save(plain, buffer)
     return buffer.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def write_song(file: Path, song: Mapping[str, Any]) -> None:

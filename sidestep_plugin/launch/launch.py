@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
+from ..engine.answers import held_out
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
 from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
-from ..engine.current import CommandLine, command_line
-from ..engine.holding_out import held_out
+from ..engine.current import CommandLine, command_line, during
 from ..engine.injection import injection_problem
 from ..engine.models import (
     Handler,
@@ -151,11 +151,8 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(self.decided)
-                try:
+                with during(command_line, self.decided):
                     report = next(running, None)
-                finally:
-                    command_line.reset(token)
                 if report is None:
                     break
                 yield report

@@ -18,7 +18,7 @@ from ...files import move, room
 from ...run import AdapterType, Run, SavedAdapter
 from ...text import sentence
 from ..checkout import place_of
-from ..current import running_training, saving
+from ..current import during, running_training, saving
 from ..epochs import ended
 from ..shapes import FINAL, WEIGHT_FILES
 from ..weights import check_finite
@@ -57,11 +57,8 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 return said
             with staged(folder) as stage:
                 call.arguments["output_dir"] = str(stage)
-                token = saving.set(True)
-                try:
+                with during(saving, True):
                     result = original(*call.args, **call.kwargs)
-                finally:
-                    saving.reset(token)
                 check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
@@ -115,9 +112,8 @@ def _save_variants(host: Host, run: Run, saved: SavedAdapter) -> None:
     for name in run.engine.variants if module is not None else ():
         folder = saved.folder / name
         place = saved.destination.parents[len(saved.weights.relative_to(saved.folder).parts) - 1] / name
-        token = saving.set(True)
         try:
-            with run.engine.in_its_place(name):
+            with during(saving, True), run.engine.in_its_place(name):
                 written = kind.save(host.trainer, module, folder)
                 check_holds_tensors(written)
                 if written != folder:  # the adapter's folder is what the app calls it
@@ -139,8 +135,6 @@ def _save_variants(host: Host, run: Run, saved: SavedAdapter) -> None:
         except Exception as error:  # the adapter itself is saved
             shutil.rmtree(folder, ignore_errors=True)
             host.announce(f"Warning: {place} could not be saved: {sentence(error)} {room(place.parent)}")
-        finally:
-            saving.reset(token)
 
 
 def _beside(weights: Path, name: str) -> Path | None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import PluginError, Refusal
+from ...errors import Refusal, unusable_answer
 from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
-from ..answers import described
-from ..current import Training, command_line, running_training
+from ..answers import described, held_out
+from ..current import Training, command_line, during, running_training
 from ..ending import saved_after, summed_up
 from ..epochs import began, ended
-from ..holding_out import held_out
 from ..journal import Journal
 from ..processes import (
     SharedState,
@@ -159,38 +158,37 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
     """Yield what upstream reports. A run that is stopped or fails is saved."""
     run, journal = training.run, training.journal
     step, loss = 0, 0.0
+
+    def told(lines: Sequence[str]) -> Iterator[tuple[int, float, str]]:
+        return ((step, loss, line) for line in _noted(host, training, lines))
+
     try:
         # The generator may outlive the block of attach(); from then on it would be upstream's own training.
         while host.attached:
-            token = running_training.set(training)
             try:
-                report = next(running, None)
-                if getattr(training.trainer, "fabric", None) is None:  # the engine tells by its log
-                    ended(host, training)
+                with during(running_training, training):
+                    report = next(running, None)
+                    if getattr(training.trainer, "fabric", None) is None:  # the engine tells by its log
+                        ended(host, training)
             except Exception as error:  # upstream reports what is raised within its own loop
-                told = str(error) if isinstance(error, Refusal) else f"Training failed: {type(error).__name__}: {error}"
-                report = (step, loss, f"❌ {told}")
+                failed = "" if isinstance(error, Refusal) else f"Training failed: {type(error).__name__}: "
+                report = (step, loss, f"❌ {failed}{error}")
                 running.close()
-            finally:
-                running_training.reset(token)
             if journal is None:
                 if report is None:
                     return
                 yield report
                 continue
             while journal.lines:
-                yield step, loss, *_noted(host, training, [journal.lines.pop(0)])
+                yield from told([journal.lines.pop(0)])
             if report is None:
                 break
             step, loss, text = report
             if journal.finished:
-                for line in _noted(host, training, summed_up(host, training, "finished")):
-                    yield step, loss, line
+                yield from told(summed_up(host, training, "finished"))
             if text.startswith("❌"):
                 lines = [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]
-                lines.append(_with_advice(host, text, run))
-                for line in _noted(host, training, lines):
-                    yield step, loss, line
+                yield from told([*lines, _with_advice(host, text, run)])
             elif journal.unsaved and text.startswith("💾"):
                 journal.unsaved = False  # upstream reports a checkpoint that could not be saved
             elif not journal.walking:
@@ -201,13 +199,11 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         if training.ending is not None:
-            lines = [*_finished(training, training.ending), *summed_up(host, training, "finished")]
-            for line in _noted(host, training, lines):
-                yield step, loss, line
+            with during(running_training, training):
+                saved = training.ending()
+            yield from told([*saved, *summed_up(host, training, "finished")])
         elif _stopped(training.state):
-            lines = [*summed_up(host, training, "stopped"), *saved_after(host, training)]
-            for line in _noted(host, training, lines):
-                yield step, loss, line
+            yield from told([*summed_up(host, training, "stopped"), *saved_after(host, training)])
             if run.ranks.several:
                 wait_for_all()  # the first process saves, and must not be ended because another one has left
     except GeneratorExit:  # the caller stopped listening
@@ -221,15 +217,6 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             training.state["should_stop"] = False  # in the app it says that somebody has pressed stop
         if journal is not None:
             journal.scheduler = journal.holds = None  # they reference the optimizer and so every trained tensor
-
-
-def _finished(training: Training, ending: Callable[[], Sequence[str]]) -> Sequence[str]:
-    """Save the finished adapter of a training that a plugin has ended. Returns lines for the user."""
-    token = running_training.set(training)
-    try:
-        return ending()
-    finally:
-        running_training.reset(token)
 
 
 def _noted(host: Host, training: Training, lines: Sequence[str]) -> Sequence[str]:
@@ -255,9 +242,7 @@ def _point(host: Host, training: Training, folder: str | Path) -> ResumePoint | 
     training.resumed_from = Path(folder)
     for plugin, point in host.registry.call("engine_resume", run=training.run, folder=training.resumed_from):
         if not isinstance(point, ResumePoint):
-            raise PluginError(
-                f"Plugin {plugin!r} returned {described(point)} from engine_resume, expected a ResumePoint."
-            )
+            raise unusable_answer(plugin, "engine_resume", described(point), "a ResumePoint")
         for line in point.lines:
             host.announce(line)
         return point
