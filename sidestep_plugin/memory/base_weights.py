@@ -19,10 +19,9 @@ from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
-from .estimate import Settings
+from .estimate import Saving, Settings
 from .idle_layers import idle_layers
 from .quantization import BYTES, quantize
-from .saving import Saving
 
 if TYPE_CHECKING:
     import torch

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from ..adapters.kinds import BY_NAME, DEFAULT
 from ..measured.reading import too_low
 from ..run import AdapterType
-from .activations import Batch, Forward, activation_bytes, working_bytes
+from .activations import activation_bytes, working_bytes
 from .quantization import BYTES
 from .sizes import DecoderSize, adapter_parameters
 
@@ -73,6 +74,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """One way to need less memory, for the estimate and for every advice.
+
+    Attributes:
+        option: name of the plugin's option that it needs; "" for a setting that every training has.
+        apply: the settings with it; None if it would change nothing.
+        flag: what to type, for the settings with it.
+        advice: the same as a lower-case phrase, for the settings without and with it.
+        cost: what it costs, in a few words.
+    """
+
+    option: str
+    apply: Callable[[Settings], Settings | None]
+    flag: Callable[[Settings], str]
+    advice: Callable[[Settings, Settings], str]
+    cost: str
+
+
+@dataclass(frozen=True)
 class Needs:
     """Bytes that a training needs at its peak.
 
@@ -90,11 +110,15 @@ class Needs:
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        return sum(dataclasses.astuple(self))
 
     def fits(self, free: int) -> bool:
         """Whether that much free memory is enough, with the margin, and with what estimates were too low by on GPUs."""
         return self.total * MARGIN * too_low() <= free
+
+
+PARTS: Final = tuple(field.name for field in dataclasses.fields(Needs))
+"""Names of what is needed."""
 
 
 def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:
@@ -125,18 +149,8 @@ def shown(number: int) -> str:
 
 def activations(size: DecoderSize, settings: Settings) -> int:
     """Bytes of activations at the peak."""
-    batch = Batch(settings.batch_size, settings.trained_frames, settings.tokens)
-    how = Forward(
-        kind=settings.kind,
-        rank=settings.rank,
-        targets=settings.targets,
-        dropout=settings.dropout and BY_NAME[settings.kind].dropout,
-        mixed=settings.mixed,
-        fp32_weights=settings.frozen == "fp32",
-        checkpointing=settings.checkpointing,
-        mask_bytes=1 if settings.mixed else 4,
-    )
-    return activation_bytes(size, batch, how) + working_bytes(size, batch, how)
+    waiting = activation_bytes(size, settings, mask_bytes=1 if settings.mixed else 4)
+    return waiting + working_bytes(size, settings)
 
 
 def weight_bytes(size: DecoderSize, settings: Settings) -> int:

@@ -18,9 +18,8 @@ from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..run import Run
 from .base_weights import kept_weights
-from .estimate import Settings, shown
+from .estimate import Saving, Settings, shown
 from .of_training import Estimate, estimate
-from .saving import Saving
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from ..adapters.kinds import kind_of_config
 from ..run import ModelFacts, Run
 from ..songs.lengths import longest
 from .base_weights import chosen
-from .estimate import FRAMES_A_SECOND, Needs, Settings, needs, shown
+from .estimate import FRAMES_A_SECOND, PARTS, Needs, Settings, needs, shown
 from .quantization import BYTES
 from .sizes import DecoderSize
 
@@ -48,8 +48,7 @@ class Estimate:
         need, settings = self.needs(checkpointing=checkpointing), self.settings
         of_free = "" if self.free is None else f" of {shown(self.free)}"
         seconds = settings.trained_frames / FRAMES_A_SECOND
-        parts = {"adapter": need.adapter, "gradients": need.gradients, "optimizer": need.optimizer}
-        told = ", ".join(f"{name} {shown(part)}" for name, part in {"weights": need.weights, **parts}.items())
+        told = ", ".join(f"{name} {shown(getattr(need, name))}" for name in PARTS[:-1])
         line = f"Memory: about {shown(need.total)}{of_free} ({told}, activations {shown(need.activations)} for "
         line += f"{settings.batch_size} x {seconds:.0f} s)"
         if self.free is None or need.total <= self.free:
@@ -140,7 +139,7 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
     )
 
 
-def _number(config: Any, *names: str) -> int:
-    """The first of a config's attributes that is a positive number; 1 if none is."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), 1)
+def _number(config: Any, name: str) -> int:
+    """One of a config's attributes; 1 if it is no positive number."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else 1

@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from . import base_weights, gradient_checkpointing
-from .estimate import FRAMES_A_SECOND, Settings
-from .saving import Saving
+from .estimate import FRAMES_A_SECOND, Saving, Settings
 
 _CROPS: Final = (120, 60, 30)
 """Seconds that are suggested for the windows of songs: the longest of them that halves the song."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -170,11 +170,5 @@ def _handed_out(song: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size(song: Mapping[str, Any]) -> int:
     """Bytes of memory that a song's tensors keep."""
-    return sum(dict(_storages(song)).values())
-
-
-def _storages(song: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    for value in song.values():
-        if hasattr(value, "untyped_storage"):
-            storage = value.untyped_storage()
-            yield storage.data_ptr(), storage.nbytes()
+    storages = [value.untyped_storage() for value in song.values() if hasattr(value, "untyped_storage")]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -68,14 +68,14 @@ MUTATIONS = [
     Mutation(
         "quantized layers that stay in the model",
         "sidestep_plugin/memory/quantization.py",
-        "        if not run.engine.ends_the_program:",
+        "    if not run.engine.ends_the_program:",
         "        if False:",
         "tests/memory/test_quantization.py::test_a_training_with_quantized_weights",
     ),
     Mutation(
         "compiled blocks that stay compiled",
         "sidestep_plugin/memory/compiling.py",
-        "    run.engine.at_end(partial(_undo, modules))\n",
+        "    run.engine.at_end(partial(_undo, blocks))\n",
         "",
         "tests/memory/test_compiling.py::test_a_training_with_compiled_blocks",
     ),

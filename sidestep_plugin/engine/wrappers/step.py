@@ -9,7 +9,7 @@ from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError, unusable_answer
+from ...errors import PluginError
 from ...run import AdapterType, Run, Step, note
 from ..answers import check_replaced, counted, described, writes
 from ..current import during, running_step
@@ -105,7 +105,9 @@ def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any
             )
         for replaced in answers:
             if not isinstance(replaced, Mapping):
-                raise unusable_answer(name, hook, described(replaced), "a mapping of batch entries")
+                raise PluginError(
+                    f"Plugin {name!r} returned {described(replaced)}, expected a mapping of batch entries, from {hook}."
+                )
             check_replaced(name, prepared, replaced, step.device)
             prepared = {**prepared, **replaced}
     return prepared
