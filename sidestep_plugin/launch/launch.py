@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,38 +199,40 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
-    lock = OutputLock(request.output_dir.absolute())
-    try:
-        return _prepared(request, lock, say, extra_plugins, kept)
-    except BaseException:
-        lock.release()
-        raise
+    with ExitStack() as undo:
+        lock = OutputLock(request.output_dir.absolute())
+        undo.callback(lock.release)
+        launch = _prepared(request, lock, undo, say, extra_plugins, kept)
+        undo.pop_all()
+        return launch
 
 
 def _prepared(
     request: Request,
     lock: OutputLock,
+    undo: ExitStack,
     say: Callable[[str], None],
     extra_plugins: Callable[[], Mapping[str, object]],
     kept: Callable[[Path, AdapterType], Mapping[str, Any]],
 ) -> Launch:
-    _stay_offline()
+    # Keeps transformers and PEFT from asking the network for a local model. Before either of them is imported.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     asked, latest = request, request.resume_from == LATEST
     registry = Registry.load(request.plugins, request.wins)
     options = registry.resolve_options(request.options)
     plan = plan_of(registry, options)
     check_started(plan)
     _meet(request, say)
-    root, model = in_all(lambda: _find(request, registry, options))
+    root, model = in_all(lambda: _check_model(request, registry, options))
     resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
     request = dataclasses.replace(request, resume_from=resumed)
     if resumed is not None:
         of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
         request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
     elif (start := options.get("init_from")) is not None:
-        request = dataclasses.replace(
-            request, settings=told_by_first(lambda: _settings_to_start_from(start, request, kept))
-        )
+        settings = told_by_first(lambda: _settings_to_start_from(start, request, kept))
+        request = dataclasses.replace(request, settings=settings)
     restrict_gpus(request.device)
     device = pick_device(request.device)
     dataset = in_all(lambda: _check_songs(request, model))
@@ -248,6 +251,7 @@ def _prepared(
     options = registry.resolve_options(request.options)  # with the defaults of those that came just now
     folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
     attachment = attach_registry(upstream.module, registry, options, folders, say)
+    undo.callback(attachment.detach)
     # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
     asked = dataclasses.replace(asked, resume_from=request.resume_from)
     return _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
@@ -274,12 +278,6 @@ class _Upstream:
     training_config: Any
 
 
-def _stay_offline() -> None:
-    """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
 def _settings_to_start_from(
     adapter: Path, request: Request, kept: Callable[[Path, AdapterType], Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -289,14 +287,9 @@ def _settings_to_start_from(
     return {**settings_to_start_from(adapter, kind, known, given), **given}
 
 
-def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
-    """Find the checkout and the model. Raises Refusal."""
+def _check_model(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
+    """Find the checkout and the model, and read its config and the headers of its weights. Raises Refusal."""
     root = find_root(request.acestep_root)
-    return root, _check_model(request, root, registry, options)
-
-
-def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
-    """Find the model folder and read its config and the headers of its weights. Raises Refusal."""
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
     check_rank(request.adapter_type, request.settings, facts)
@@ -304,7 +297,7 @@ def _check_model(request: Request, root: Path, registry: Registry, options: Mapp
     if (targets := request.settings.get("target_modules")) and (layers := decoder_layers(folder)):
         check_targets(layers, targets, request.adapter_type)
     registry.call("acestep_model_chosen", facts=facts, options=options)
-    return _Model(folder, facts)
+    return root, _Model(folder, facts)
 
 
 def _check_output(request: Request, lock: OutputLock, registry: Registry, say: Callable[[str], None]) -> Path | None:
@@ -471,20 +464,16 @@ def _made(
     say: Callable[[str], None],
     decided: CommandLine,
 ) -> Launch:
-    """Make upstream's trainer. Raises Refusal; nothing stays attached then."""
+    """Make upstream's trainer. Raises Refusal."""
     import torch
 
     config = upstream.training_config
-    try:
-        songs = _songs_upstream_sees(upstream.module, dataset)
-        for name in dataset.missing:
-            say(f"Note: manifest.json names {name}, which is not there; ACE-Step leaves it out.")
-        # The first versions of upstream's trainer never seed, later ones seed again with the same number.
-        torch.manual_seed(config.seed)
-        trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
-    except BaseException:
-        attachment.detach()
-        raise
+    songs = _songs_upstream_sees(upstream.module, dataset)
+    for name in dataset.missing:
+        say(f"Note: manifest.json names {name}, which is not there; ACE-Step leaves it out.")
+    # The first versions of upstream's trainer never seed, later ones seed again with the same number.
+    torch.manual_seed(config.seed)
+    trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
     return Launch(
@@ -532,9 +521,9 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
         )
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: "
-            "it reads the "
-            "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: it "
+            "reads the names in manifest.json from the current directory. Start from where they fit, or move "
+            "manifest.json away."
         )
     return found
 

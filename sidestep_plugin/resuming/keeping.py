@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from pathlib import Path
 from typing import Final
 
 import click
@@ -55,7 +54,12 @@ def acestep_run_ended(run: Run) -> None:
 
 def _tidy(run: Run) -> None:
     """Remove the oldest checkpoints. One that cannot be removed stays, and the training goes on."""
-    folders = [folder for folder in checkpoints_in(run.engine.folder) if _is_tidied(run.engine.folder, folder)]
+    own = run.engine.folder / "checkpoints"
+    folders = [
+        folder
+        for folder in checkpoints_in(run.engine.folder)
+        if folder.parent == own and _EPOCH.fullmatch(folder.name) is not None
+    ]
     oldest_first = sorted(folders, key=saved_before)
     for folder in oldest_first[: -int(run.options["keep_last"])]:
         gone = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.saving")  # whoever is killed here leaves that
@@ -65,7 +69,3 @@ def _tidy(run: Run) -> None:
             run.engine.announce(f"Warning: {folder} could not be removed (--keep-last): {error.strerror or error}.")
             continue
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _is_tidied(output: Path, folder: Path) -> bool:
-    return folder.parent == output / "checkpoints" and _EPOCH.fullmatch(folder.name) is not None

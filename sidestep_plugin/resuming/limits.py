@@ -16,7 +16,7 @@ from ..run import Run, Step
 from ..text import counted
 
 _KEY: Final = "limits"
-_UNITS: Final = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_UNITS: Final = (86_400, 3600, 60, 1)  # seconds of a day, an hour, a minute, a second
 _TIME: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -35,9 +35,8 @@ class TimeSpan(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 def seconds_of(text: str) -> int:
     """Seconds in a length of time such as 1h30m."""
     found = _TIME.fullmatch(text)
-    return (
-        sum(int(number) * unit for number, unit in zip(found.groups("0"), _UNITS.values(), strict=True)) if found else 0
-    )
+    numbers = found.groups("0") if found else "0000"
+    return sum(int(number) * unit for number, unit in zip(numbers, _UNITS, strict=True))
 
 
 @hookimpl

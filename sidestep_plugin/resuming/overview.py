@@ -98,10 +98,7 @@ def saved_in(output: Path) -> list[Saved]:
         )
     if not found:
         raise Refusal(f"There is no adapter in {output}. Expected the --output-dir of a training.")
-    return sorted(
-        found,
-        key=lambda saved: (saved.name == "final", saved.epoch or 0, saved.training_steps or 0),
-    )
+    return sorted(found, key=lambda saved: (saved.name == "final", saved.epoch or 0, saved.training_steps or 0))
 
 
 def _folders(output: Path) -> list[Path]:
