@@ -73,9 +73,6 @@ class Registry:
 
     Args:
         wins: the plugin to ask when two implement an exclusive hook.
-
-    Attributes:
-        names: names of the plugins, without their parts.
     """
 
     def __init__(self, wins: str | None = None) -> None:
@@ -85,7 +82,7 @@ class Registry:
         self._callers: dict[str, tuple[tuple[str, pluggy.HookCaller], ...]] = {}
         self._trace = os.environ.get(TRACE, "").strip() not in ("", "0")
         self._parts: list[str] = []
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the plugins, without their parts
         self.wins = wins
 
     @classmethod

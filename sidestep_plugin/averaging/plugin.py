@@ -30,13 +30,8 @@ NAME: Final = "average"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--average"],
-            is_flag=True,
-            help="Also save the mean of the adapter over about the last third of its training.",
-        )
-    ]
+    text = "Also save the mean of the adapter over about the last third of its training."
+    return [click.Option(["--average"], is_flag=True, help=text)]
 
 
 @hookimpl
@@ -67,12 +62,7 @@ def acestep_step_finished(step: Step) -> None:
 
 
 class _Averaging:
-    """The average of one training.
-
-    Args:
-        run: the training.
-        mean: the mean so far.
-    """
+    """The average of one training."""
 
     def __init__(self, run: Run, mean: RunningMean) -> None:
         self._run, self._mean = run, mean

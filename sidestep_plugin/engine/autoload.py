@@ -39,18 +39,13 @@ TRAINING_V2: Final = "acestep.training_v2.trainer_fixed"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to attach.
+    """What to attach."""
 
-    Attributes:
-        plugins: names, in the order in which they are asked.
-        options: the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``).
-        wins: of two plugins that implement an exclusive hook, the one that is asked.
-        on_request: whether the user asked for this program to run with plugins; not so in a patched checkout.
-    """
-
-    plugins: tuple[str, ...]
+    plugins: tuple[str, ...]  # names, in the order in which they are asked
+    # the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``)
     options: Mapping[str, Any] | None = None
-    wins: str | None = None
+    wins: str | None = None  # of two plugins that implement an exclusive hook, the one that is asked
+    # whether the user asked for this program to run with plugins; not so in a patched checkout
     on_request: bool = False
 
     @classmethod

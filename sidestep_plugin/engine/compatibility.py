@@ -34,38 +34,24 @@ _VERSIONS: Final = (
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model folder.
-
-    Attributes:
-        name: the folder's name.
-        variant: turbo, base or sft; None when it is not known.
-        evidence: what the variant was read from, or why it is not known.
-        member: the variant in more words, such as turbo-shift1, which is trained on a schedule of its own.
-    """
+    """A model folder."""
 
     name: str
-    variant: str | None
-    evidence: str
+    variant: str | None  # turbo, base or sft; None when it is not known
+    evidence: str  # what the variant was read from, or why it is not known
+    # the variant in more words, such as turbo-shift1, which is trained on a schedule of its own
     member: str | None = None
 
 
 @dataclass(frozen=True)
 class Fitness:
-    """What ``acestep-train check`` found.
-
-    Attributes:
-        root: the checkout.
-        fits: whether every kind of adapter that was asked for can be trained here, for which a model must be there.
-        verdict: the same in a sentence.
-        seams: every seam that was checked; empty when the trainer cannot be imported.
-        versions: distribution names with versions, "not installed" for a missing one.
-    """
+    """What ``acestep-train check`` found."""
 
     root: str
-    fits: bool
-    verdict: str
-    seams: tuple[Found, ...]
-    versions: dict[str, str]
+    fits: bool  # whether every kind of adapter that was asked for can be trained here, for which a model must be there
+    verdict: str  # the same in a sentence
+    seams: tuple[Found, ...]  # every seam that was checked; empty when the trainer cannot be imported
+    versions: dict[str, str]  # distribution names with versions, "not installed" for a missing one
     checkpoint_dir: str
     models: tuple[FoundModel, ...]
     plugins: tuple[Listing, ...]

@@ -20,50 +20,34 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Training:
-    """One call of upstream's ``train_from_preprocessed``.
+    """One call of upstream's ``train_from_preprocessed``."""
 
-    Attributes:
-        run: what plugins see of it.
-        trainer: upstream's LoRATrainer or LoKRTrainer.
-        journal: its progress; None if no plugin needs it.
-        state: upstream's control of it, with which it is stopped; None where upstream has none.
-        plan: in how many processes it runs.
-        from_command_line: whether the program ends with it.
-        at_end: closed when the training is over: undoes what was done for it alone, all of it, the newest first.
-        resumed_from: the checkpoint's folder; None for a training from the start.
-        ending: saves the finished adapter of a training that a plugin has ended; None otherwise.
-        limits: the plugin's options that ended it, and up to which value each of them would have.
-        failure: why it failed, as upstream or the engine reports it; "" while it has not.
-        variant: which of ``run.variants`` is in the adapter's place now; "" for what is trained.
-    """
-
-    run: Run
-    trainer: Any
-    journal: Journal | None = None
+    run: Run  # what plugins see of it
+    trainer: Any  # upstream's LoRATrainer or LoKRTrainer
+    journal: Journal | None = None  # its progress; None if no plugin needs it
+    # upstream's control of it, with which it is stopped; None where upstream has none
     state: MutableMapping[str, Any] | None = None
+    # in how many processes it runs
     plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
-    from_command_line: bool = False
+    from_command_line: bool = False  # whether the program ends with it
+    # closed when the training is over: undoes what was done for it alone, all of it, the newest first
     at_end: ExitStack = field(default_factory=ExitStack)
-    resumed_from: Path | None = None
+    resumed_from: Path | None = None  # the checkpoint's folder; None for a training from the start
+    # saves the finished adapter of a training that a plugin has ended; None otherwise
     ending: Callable[[], Sequence[str]] | None = None
+    # the plugin's options that ended it, and up to which value each of them would have
     limits: Mapping[str, float] = field(default_factory=dict)
-    failure: str = ""
-    variant: str = ""
+    failure: str = ""  # why it failed, as upstream or the engine reports it; "" while it has not
+    variant: str = ""  # which of ``run.variants`` is in the adapter's place now; "" for what is trained
 
 
 @dataclass(frozen=True, eq=False)
 class CommandLine:
-    """What the command line decided before it called upstream's trainer; it holds the lock of the output folder.
+    """What the command line decided before it called upstream's trainer; it holds the lock of the output folder."""
 
-    Attributes:
-        latest: whether the checkpoint to resume from is the newest one, chosen for the user.
-        plan: in how many processes to train.
-        held_out: the songs that are not trained on.
-    """
-
-    latest: bool
-    plan: ProcessPlan
-    held_out: tuple[Path, ...] = ()
+    latest: bool  # whether the checkpoint to resume from is the newest one, chosen for the user
+    plan: ProcessPlan  # in how many processes to train
+    held_out: tuple[Path, ...] = ()  # the songs that are not trained on
 
 
 running_step: ContextVar[Step | None] = ContextVar("acestep_running_step", default=None)

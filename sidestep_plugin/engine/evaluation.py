@@ -27,19 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation.
-
-    Attributes:
-        t: the timestep.
-        noise: seed of the noise.
-        condition: whether with the song's condition; else with the model's null condition.
-        check: whether to look at what the decoder receives, which waits for the GPU.
-    """
+    """One evaluation."""
 
     t: float
-    noise: int
-    condition: bool
-    check: bool
+    noise: int  # seed of the noise
+    condition: bool  # whether with the song's condition; else with the model's null condition
+    check: bool  # whether to look at what the decoder receives, which waits for the GPU
 
     def seed_noise(self, device: torch.device) -> None:
         """Seed the generators that the next noise is drawn from: torch's, of the CPU and of this device."""

@@ -30,38 +30,28 @@ class Journal:
         device: where the run computes.
         point: the checkpoint to resume from; None for a run from the start.
         accumulation: training steps per optimizer step; 0 when unknown.
-
-    Attributes:
-        scheduler: upstream's learning-rate scheduler, once it is made; it knows the optimizer.
-        finished: whether the final adapter was saved.
-        unsaved: whether the newest checkpoint could not be saved, which upstream does not know.
-        ending: whether the run has stopped or failed and is being saved as it is.
-        failed: whether the newest step failed, so that the gradients that it left are unusable.
-        summed_up: whether plugins were asked for their summary.
-        begins: called before the first batch that this run computes is read.
-        epoch_to_end: number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
-        ends: called before the next epoch begins.
-        holds: the checkpoint that was put into the adapter in place of what the run has trained; None: nothing was.
-        copy_of: the folder of its weights; None if it was kept in RAM.
-        lines: messages for the user since the last look, unless :attr:`say` takes them.
-        say: takes each message for the user as soon as there is one.
-        mean: the mean of a tensor over the processes of the training; None for a single process.
-        gather: the values of all processes, by rank; None for a single process.
     """
 
     def __init__(self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0) -> None:
         self.device = device
-        self.scheduler: Any = None
-        self.finished = self.unsaved = self.ending = self.failed = self.summed_up = False
-        self.begins: Callable[[], None] | None = None
-        self.ends: Callable[[], None] | None = None
+        self.scheduler: Any = None  # upstream's learning-rate scheduler, once it is made; it knows the optimizer
+        self.finished = False  # whether the final adapter was saved
+        self.unsaved = False  # whether the newest checkpoint could not be saved, which upstream does not know
+        self.ending = False  # whether the run has stopped or failed and is being saved as it is
+        self.failed = False  # whether the newest step failed, so that the gradients that it left are unusable
+        self.summed_up = False  # whether plugins were asked for their summary
+        self.begins: Callable[[], None] | None = None  # called before the first batch that this run computes is read
+        self.ends: Callable[[], None] | None = None  # called before the next epoch begins
+        # Number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
         self.epoch_to_end: tuple[int, float] | None = None
+        # The checkpoint that was put into the adapter in place of what the run has trained, and the folder of its
+        # weights; None if it was kept in RAM.
         self.holds: ResumePoint | None = None
         self.copy_of: Path | None = None
-        self.lines: list[str] = []
+        self.lines: list[str] = []  # messages for the user since the last look, unless `say` takes them at once
         self.say: Callable[[str], None] = self.lines.append
-        self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.gather: Callable[[Any], list[Any]] | None = None
+        self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None  # over the processes; None for a single one
+        self.gather: Callable[[Any], list[Any]] | None = None  # the values of all processes; None for a single one
         self._of_all = 0  # losses that are the mean over all processes; those after them are this process's own
         self._validating = False
         self._replay = None if point is None else Replay(point, device)

@@ -26,15 +26,10 @@ class _Unloaded:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the plugins decided.
+    """What the plugins decided."""
 
-    Attributes:
-        run: the run as plugins see it; its model is not loaded.
-        lines: what they announced.
-    """
-
-    run: Run
-    lines: tuple[str, ...]
+    run: Run  # the run as plugins see it; its model is not loaded
+    lines: tuple[str, ...]  # what they announced
     _registry: Registry
     _model: _Unloaded  # a run holds its model only weakly
 

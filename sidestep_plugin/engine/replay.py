@@ -28,16 +28,13 @@ class Replay:
     Args:
         point: the checkpoint.
         device: where the run computes.
-
-    Attributes:
-        walked: training steps replayed so far.
-        unknown: how many of them have no recorded loss.
     """
 
     def __init__(self, point: ResumePoint, device: torch.device) -> None:
         self.point = point
         self.device = device
-        self.walked = self.unknown = 0
+        self.walked = 0  # training steps replayed so far
+        self.unknown = 0  # how many of them have no recorded loss
         self._validated = 0
         self._checked = False
 

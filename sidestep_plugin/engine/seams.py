@@ -53,28 +53,18 @@ Status = Literal["found", "missing", "wrong shape"]
 
 @dataclass(frozen=True)
 class Seam:
-    """One name of upstream's that is replaced.
+    """One name of upstream's that is replaced."""
 
-    Attributes:
-        name: the name, dotted, as in the trainer's module.
-        wrap: makes what stands in its place, from the attachment's host and what stands there.
-        kind: the kind of adapter whose training needs it; None for all.
-        hooks: the hooks that need it; empty if every training does.
-        also: hooks that use it where it is there, and do without it elsewhere.
-        optional: whether a version of ACE-Step without it can train.
-        without: what such a version cannot do, a phrase; "" if nothing is lost.
-        problem: why what stands there does not fit, for a trainer and a kind of adapter; None where it does.
-        owner: finds the object that has the name, None in a version without it. By default the name's own path.
-    """
-
-    name: str
-    wrap: Callable[[Host, Any], Any]
-    kind: AdapterType | None = None
-    hooks: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    optional: bool = False
-    without: str = ""
+    name: str  # the name, dotted, as in the trainer's module
+    wrap: Callable[[Host, Any], Any]  # makes what stands in its place, from the attachment's host and what stands there
+    kind: AdapterType | None = None  # the kind of adapter whose training needs it; None for all
+    hooks: tuple[str, ...] = ()  # the hooks that need it; empty if every training does
+    also: tuple[str, ...] = ()  # hooks that use it where it is there, and do without it elsewhere
+    optional: bool = False  # whether a version of ACE-Step without it can train
+    without: str = ""  # what such a version cannot do, a phrase; "" if nothing is lost
+    # why what stands there does not fit, for a trainer and a kind of adapter; None where it does
     problem: Callable[[Any, AdapterType], str | None] = lambda _trainer, _kind: None
+    # finds the object that has the name, None in a version without it. By default the name's own path.
     owner: Callable[[Any], Any] | None = None
 
     @property
@@ -215,25 +205,15 @@ SEAMS: Final[tuple[Seam, ...]] = (
 
 @dataclass(frozen=True)
 class Found:
-    """One seam in one version of the trainer.
+    """One seam in one version of the trainer."""
 
-    Attributes:
-        name: the name as it stands in the trainer's module.
-        adapter_type: the kind of adapter whose training was looked at.
-        status: found, missing, or wrong shape.
-        reason: why it does not fit; "" when found.
-        for_hook: the first hook that cannot work without it; None when every attachment needs it.
-        optional: whether the version can train without it.
-        without: what it cannot do then, a phrase; "" if nothing is lost.
-    """
-
-    name: str
-    adapter_type: AdapterType
-    status: Status
-    reason: str = ""
-    for_hook: str | None = None
-    optional: bool = False
-    without: str = ""
+    name: str  # the name as it stands in the trainer's module
+    adapter_type: AdapterType  # the kind of adapter whose training was looked at
+    status: Status  # found, missing, or wrong shape
+    reason: str = ""  # why it does not fit; "" when found
+    for_hook: str | None = None  # the first hook that cannot work without it; None when every attachment needs it
+    optional: bool = False  # whether the version can train without it
+    without: str = ""  # what it cannot do then, a phrase; "" if nothing is lost
 
 
 def examine(trainer: Any, adapter_type: AdapterType) -> list[Found]:

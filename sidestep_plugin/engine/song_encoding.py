@@ -44,40 +44,24 @@ _NEEDED: Final = ("prepare_batch_data", "_prepare_batch", "preprocess_batch", "_
 
 @dataclass(frozen=True)
 class Words:
-    """What the app is asked for when it generates a song.
-
-    Attributes:
-        caption: the description.
-        lyrics: the lyrics; "[Instrumental]" for none.
-        language: language of the lyrics, such as "en"; "unknown" for none.
-        bpm: beats per minute; None if unknown.
-        keyscale: such as "F# minor"; "" if unknown.
-        timesignature: such as "4"; "" if unknown.
-        seconds: length of the song; the prompt states it without its fraction.
-    """
+    """What the app is asked for when it generates a song."""
 
     caption: str
-    lyrics: str
-    language: str
-    bpm: int | float | str | None
-    keyscale: str
-    timesignature: str
-    seconds: float
+    lyrics: str  # "[Instrumental]" for none
+    language: str  # of the lyrics, such as "en"; "unknown" for none
+    bpm: int | float | str | None  # beats per minute; None if unknown
+    keyscale: str  # such as "F# minor"; "" if unknown
+    timesignature: str  # such as "4"; "" if unknown
+    seconds: float  # length of the song; the prompt states it without its fraction
 
 
 @dataclass(frozen=True)
 class Told:
-    """The texts that the encoders read.
+    """The texts that the encoders read."""
 
-    Attributes:
-        prompt: instruction, caption and metadata.
-        lyrics: the lyrics with header and end mark.
-        prompt_tokens, lyric_tokens: tokens of each text before anything is cut.
-    """
-
-    prompt: str
-    lyrics: str
-    prompt_tokens: int
+    prompt: str  # instruction, caption and metadata
+    lyrics: str  # the lyrics with header and end mark
+    prompt_tokens: int  # before anything is cut
     lyric_tokens: int
 
     @property
@@ -93,18 +77,12 @@ class Told:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the decoder receives for a song.
+    """What the decoder receives for a song."""
 
-    Attributes:
-        encoder_hidden_states: the conditions, shape [L,D], on the CPU in the model's dtype.
-        encoder_attention_mask: shape [L], in the same dtype: ones; upstream's preprocessing has zeros for its padding.
-        context_latents: silence and a mask of ones side by side, shape [T,128].
-        told: the texts that were encoded.
-    """
-
-    encoder_hidden_states: torch.Tensor
+    encoder_hidden_states: torch.Tensor  # the conditions, shape [L,D], on the CPU in the model's dtype
+    # shape [L], in the same dtype: ones; upstream's preprocessing has zeros for its padding
     encoder_attention_mask: torch.Tensor
-    context_latents: torch.Tensor
+    context_latents: torch.Tensor  # silence and a mask of ones side by side, shape [T,128]
     told: Told
 
 

@@ -53,17 +53,10 @@ def words_of(text: SongText, frames: int) -> Words:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What makes the conditions, by hashes of its files (SHA-256; "" for what cannot be read).
+    """What makes the conditions, by hashes of its files (SHA-256; "" for what cannot be read)."""
 
-    Attributes:
-        model: name of the model's folder.
-        condition_encoder: the tensors ``encoder.*`` of the model.
-        silence: the latents of silence.
-        text_encoder, tokenizer: their files.
-    """
-
-    model: str
-    condition_encoder: str
+    model: str  # name of its folder
+    condition_encoder: str  # the tensors ``encoder.*`` of the model
     silence: str
     text_encoder: str
     tokenizer: str
@@ -88,21 +81,13 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Sound:
-    """Where a song's latents come from.
+    """Where a song's latents come from."""
 
-    Attributes:
-        audio: SHA-256 of the audio file.
-        vae: hash of the VAE.
-        seconds: length of the audio that was encoded.
-        longest: seconds to which the audio was cut if it was longer.
-        reader: how the file was read.
-    """
-
-    audio: str
-    vae: str
-    seconds: float
-    longest: float
-    reader: str
+    audio: str  # SHA-256 of the audio file
+    vae: str  # its hash
+    seconds: float  # length of the audio that was encoded
+    longest: float  # seconds to which the audio was cut if it was longer
+    reader: str  # how the file was read
 
     @property
     def seed(self) -> int:

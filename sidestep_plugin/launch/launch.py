@@ -76,67 +76,46 @@ __all__ = ["LATEST", "Launch", "Request", "check_unused", "check_writable", "pre
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given. When a training is
-            resumed, the rest are those of its checkpoint.
-        defaults: where the rest come from in a new training: "recommended" for its number of songs, or "upstream".
-        plugins: names of plugins; none: upstream's own training.
-        wins: the plugin that samples the timesteps when two of them could.
-        options: the plugins' options, only those that were given.
-        device: auto, cpu, cuda, cuda:N, mps or xpu.
-        resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
-        overwrite: whether the adapters of an earlier training in the output folder may be replaced.
-        allow_duplicates: whether a song may be in the dataset more than once.
-    """
-
-    model: str
+    model: str  # alias, folder name under the checkpoint folder, or path
     dataset_dir: Path
     output_dir: Path
     adapter_type: AdapterType = DEFAULT.name
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
+    # training and adapter settings by option name, only those that were given. When a training is resumed, the rest are
+    # those of its checkpoint.
     settings: Mapping[str, Any] = field(default_factory=dict)
+    # where the rest come from in a new training: "recommended" for its number of songs, or "upstream"
     defaults: str = "upstream"
-    plugins: tuple[str, ...] = ()
-    wins: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    device: str = "auto"
-    resume_from: Path | None = None
-    overwrite: bool = False
-    allow_duplicates: bool = False
+    plugins: tuple[str, ...] = ()  # names of plugins; none: upstream's own training
+    wins: str | None = None  # the plugin that samples the timesteps when two of them could
+    options: Mapping[str, Any] = field(default_factory=dict)  # the plugins' options, only those that were given
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps or xpu
+    resume_from: Path | None = None  # folder of a checkpoint; :data:`LATEST` for the newest one below the output folder
+    overwrite: bool = False  # whether the adapters of an earlier training in the output folder may be replaced
+    allow_duplicates: bool = False  # whether a song may be in the dataset more than once
 
 
 @dataclass
 class Launch:
-    """A training that has passed every check and has not started.
-
-    Attributes:
-        attachment: the attached plugins; detached when the training is over.
-        lock: the lock of the output folder; released by the caller of :func:`prepare`.
-        trainer: upstream's LoRATrainer or LoKRTrainer.
-        decided: what was decided before the model was loaded, for the training that begins.
-        most_steps: the most training steps; None without a limit.
-        total_steps: training steps that upstream will run, validation not counted.
-        steps_per_epoch: the same for one epoch.
-        state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
-    """
+    """A training that has passed every check and has not started."""
 
     request: Request
-    attachment: Attachment
-    lock: OutputLock
-    trainer: Any
+    attachment: Attachment  # detached when the training is over
+    lock: OutputLock  # of the output folder; released by the caller of :func:`prepare`
+    trainer: Any  # upstream's LoRATrainer or LoKRTrainer
     dataset: Dataset
     steps_per_epoch: int
     epochs: int
-    state: dict[str, Any]
-    decided: CommandLine
-    most_steps: int | None = None
+    state: dict[str, Any]  # upstream's: ``state["should_stop"] = True`` ends the training after the current step
+    decided: CommandLine  # before the model was loaded, for the training that begins
+    most_steps: int | None = None  # None without a limit
 
     @property
     def total_steps(self) -> int:
+        """Training steps that upstream will run, validation not counted."""
         return min(self.steps_per_epoch * self.epochs, self.most_steps or sys.maxsize)
 
     def messages(self) -> Iterator[tuple[int, float, str]]:

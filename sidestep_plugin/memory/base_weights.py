@@ -152,14 +152,11 @@ class _Cast:
     Args:
         decoder: the decoder.
         kept: names of the parameters that keep their type.
-
-    Attributes:
-        saved: bytes that were saved; None if upstream has not cast the decoder to fp32.
     """
 
     def __init__(self, decoder: Any, kept: Collection[str]) -> None:
         self._decoder, self.kept = decoder, frozenset(kept)
-        self.saved: int | None = None
+        self.saved: int | None = None  # bytes that were saved; None if upstream has not cast the decoder to fp32
         self._original = decoder.to
         if kept:
             decoder.to = self._to

@@ -29,37 +29,22 @@ _BYTES: Final = {**BYTES, "bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training that its memory depends on.
+    """The settings of a training that its memory depends on."""
 
-    Attributes:
-        kind: what is trained.
-        rank: of the adapter.
-        targets: names of the adapted linear layers.
-        dropout: whether a LoRA has dropout.
-        batch_size: songs in a batch.
-        accumulation: batches for each optimizer step, which costs no memory.
-        frames: length of the longest song in frames of latents.
-        tokens: length of the longest condition in tokens.
-        mixed: whether autocast computes in bf16, as on a GPU; else all weights are fp32.
-        frozen: type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only.
-        checkpointing: whether gradient checkpointing is on.
-        crop_seconds: length of the windows of songs that are trained on; None: whole songs.
-        optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
-    """
-
-    kind: AdapterType = DEFAULT.name
-    rank: int = 64
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    dropout: bool = True
-    batch_size: int = 1
-    accumulation: int = 4
-    frames: int = 240 * FRAMES_A_SECOND
-    tokens: int = USUAL_TOKENS
-    mixed: bool = True
+    kind: AdapterType = DEFAULT.name  # what is trained
+    rank: int = 64  # of the adapter
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # names of the adapted linear layers
+    dropout: bool = True  # whether a LoRA has dropout
+    batch_size: int = 1  # songs in a batch
+    accumulation: int = 4  # batches for each optimizer step, which costs no memory
+    frames: int = 240 * FRAMES_A_SECOND  # length of the longest song in frames of latents
+    tokens: int = USUAL_TOKENS  # length of the longest condition in tokens
+    mixed: bool = True  # whether autocast computes in bf16, as on a GPU; else all weights are fp32
+    # type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only
     frozen: str = "bf16"
-    checkpointing: bool = False
-    crop_seconds: float | None = None
-    optimizer_bytes: int = 8
+    checkpointing: bool = False  # whether gradient checkpointing is on
+    crop_seconds: float | None = None  # length of the windows of songs that are trained on; None: whole songs
+    optimizer_bytes: int = 8  # bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form
 
     @property
     def trained_frames(self) -> int:
@@ -75,38 +60,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Saving:
-    """One way to need less memory, for the estimate and for every advice.
+    """One way to need less memory, for the estimate and for every advice."""
 
-    Attributes:
-        option: name of the plugin's option that it needs; "" for a setting that every training has.
-        apply: the settings with it; None if it would change nothing.
-        flag: what to type, for the settings with it.
-        advice: the same as a lower-case phrase, for the settings without and with it.
-        cost: what it costs, in a few words.
-    """
-
-    option: str
-    apply: Callable[[Settings], Settings | None]
-    flag: Callable[[Settings], str]
-    advice: Callable[[Settings, Settings], str]
-    cost: str
+    option: str  # name of the plugin's option that it needs; "" for a setting that every training has
+    apply: Callable[[Settings], Settings | None]  # the settings with it; None if it would change nothing
+    flag: Callable[[Settings], str]  # what to type, for the settings with it
+    advice: Callable[[Settings, Settings], str]  # the same as a lower-case phrase, for the settings without and with it
+    cost: str  # what it costs, in a few words
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a training needs at its peak.
+    """Bytes that a training needs at its peak."""
 
-    Attributes:
-        weights: the decoder's frozen weights.
-        adapter, gradients, optimizer: of the trained parameters.
-        activations: what waits for the backward pass, and what exists beside it there.
-    """
-
-    weights: int
-    adapter: int
+    weights: int  # the decoder's frozen weights
+    adapter: int  # the trained parameters; the next two are theirs
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # what waits for the backward pass, and what exists beside it there
 
     @property
     def total(self) -> int:

@@ -21,22 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one training needs.
+    """What one training needs."""
 
-    Attributes:
-        size: of the decoder.
-        settings: of the training, with gradient checkpointing as upstream left it.
-        weights, trained: bytes of the frozen weights and number of trained parameters, counted.
-        free: bytes that the device has for the training, weights included; None if that is not known.
-        options: names of the options of the plugins.
-    """
-
-    size: DecoderSize
-    settings: Settings
-    weights: int
-    trained: int
-    free: int | None
-    options: Set[str]
+    size: DecoderSize  # of the decoder
+    settings: Settings  # of the training, with gradient checkpointing as upstream left it
+    weights: int  # bytes of the frozen weights, counted
+    trained: int  # number of trained parameters, counted
+    free: int | None  # bytes that the device has for the training, weights included; None if that is not known
+    options: Set[str]  # names of the options of the plugins
 
     def needs(self, *, checkpointing: bool) -> Needs:
         """What it needs with gradient checkpointing on or off."""

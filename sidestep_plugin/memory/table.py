@@ -12,17 +12,11 @@ from .sizes import DecoderSize
 
 @dataclass(frozen=True)
 class Row:
-    """One line.
+    """One line."""
 
-    Attributes:
-        name: what it adds to the lines above, as it is printed.
-        flags: all flags up to here; empty for ACE-Step alone.
-        needs: what such a training needs.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    needs: Needs
+    name: str  # what it adds to the lines above, as it is printed
+    flags: tuple[str, ...]  # all flags up to here; empty for ACE-Step alone
+    needs: Needs  # what such a training needs
 
 
 def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) -> list[Row]:

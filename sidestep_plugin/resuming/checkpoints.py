@@ -58,19 +58,13 @@ _BUFFER: Final = 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint.
+    """A complete checkpoint."""
 
-    Attributes:
-        folder: its folder.
-        point: the position in the training.
-        facts: its ``training_config.json``; None without one, as when upstream saved it without the plugin.
-        alone: whether upstream saved it without the plugin.
-    """
-
-    folder: Path
-    point: ResumePoint
+    folder: Path  # its folder
+    point: ResumePoint  # the position in the training
+    # its ``training_config.json``; None without one, as when upstream saved it without the plugin
     facts: Mapping[str, Any] | None
-    alone: bool
+    alone: bool  # whether upstream saved it without the plugin
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:

@@ -81,20 +81,13 @@ def acestep_step_finished(step: Step) -> None:
 
 
 class _Limits:
-    """The limits of one training.
-
-    Args:
-        run: the training.
-
-    Attributes:
-        steps: the most training steps; None without a limit.
-        ends_at: when the time is over, by the monotonic clock; None without a limit.
-    """
+    """The limits of one training."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.steps: int | None = run.options["max_steps"]
         limit: str | None = run.options["time_limit"]
+        # When the time is over, by the monotonic clock.
         self.ends_at = None if limit is None else time.monotonic() + seconds_of(limit) - _already_running(run)
         self._over = False
 

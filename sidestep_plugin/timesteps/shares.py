@@ -21,21 +21,15 @@ _FEW: Final = 50  # distinct values of what is not continuous
 
 @dataclass(frozen=True)
 class Distribution:
-    """One distribution of t.
+    """One distribution of t."""
 
-    Attributes:
-        name: what draws it.
-        shares: share of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1.
-        low, median, high: its 5 %, 50 % and 95 % quantiles.
-        values: number of distinct values when there are few; None for a continuous distribution.
-    """
-
-    name: str
+    name: str  # what draws it
+    # share of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1
     shares: tuple[float, ...]
-    low: float
+    low: float  # its 5 % quantile
     median: float
-    high: float
-    values: int | None = None
+    high: float  # its 95 % quantile
+    values: int | None = None  # number of distinct values when there are few; None for a continuous distribution
 
 
 def of_values(name: str, values: Sequence[float], bands: int) -> Distribution:

@@ -26,41 +26,26 @@ _ASK = "Say which one it is: --variant turbo, --variant base or --variant sft."
 
 @dataclass(frozen=True)
 class Decision:
-    """The variant and the evidence for it.
+    """The variant and the evidence for it."""
 
-    Attributes:
-        variant: turbo, base or sft.
-        evidence: what it was read from, for the user.
-        note: a contradiction that ``--variant`` settled, or None.
-    """
-
-    variant: Variant
-    evidence: str
-    note: str | None = None
+    variant: Variant  # turbo, base or sft
+    evidence: str  # what it was read from, for the user
+    note: str | None = None  # a contradiction that ``--variant`` settled, or None
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a model is trained, and the settings that its adapters are meant for.
+    """How a model is trained, and the settings that its adapters are meant for."""
 
-    Attributes:
-        model_name: name of the model's folder, ``""`` when unknown.
-        decision: its variant and the evidence.
-        timestep_mode: "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws).
-        schedule: the discrete timesteps, noisiest first; empty when continuous.
-        mu, sigma: parameters of the logit-normal law; None when discrete.
-        cfg_ratio: probability in [0, 1] with which a row's condition is replaced by the null condition.
-        shift, num_inference_steps: for generating only. No training value depends on them.
-    """
-
-    model_name: str
-    decision: Decision
+    model_name: str  # name of the model's folder, ``""`` when unknown
+    decision: Decision  # its variant and the evidence
+    # "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws)
     timestep_mode: TimestepMode
-    schedule: tuple[float, ...]
-    mu: float | None
+    schedule: tuple[float, ...]  # the discrete timesteps, noisiest first; empty when continuous
+    mu: float | None  # of the logit-normal law, as sigma is; None when discrete
     sigma: float | None
-    cfg_ratio: float
-    shift: float
+    cfg_ratio: float  # probability in [0, 1] with which a row's condition is replaced by the null condition
+    shift: float  # for generating only, as the next one is: no training value depends on them
     num_inference_steps: int
 
     @property
