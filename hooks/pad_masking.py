@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.options import option
 from sidestep_plugin.run import Run
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.making import Making, making_of
@@ -25,16 +26,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--mask-padding"],
-            type=click.Choice(["auto", "on", "off"]),
-            default="auto",
-            show_default=True,
-            metavar="WHEN",
-            help="Hide padding of prompts: auto (songs from prepare), on, off.",
-        )
-    ]
+    text = "Hide padding of prompts: auto (songs from prepare), on, off."
+    return [option("--mask-padding", text, click.Choice(["auto", "on", "off"]), "WHEN", "auto")]
 
 
 @hookimpl(trylast=True)

@@ -15,6 +15,14 @@ from .files import at_home
 from .text import is_control
 
 
+def option(name: str, text: str, kind: Any = None, metavar: str | None = None, default: Any = None) -> click.Option:
+    """An option by its name and its help: of a click type, with its default shown if it has one; else a flag."""
+    if kind is None:
+        return click.Option([name], is_flag=True, default=False, help=text)
+    shown = True if default is not None else None
+    return click.Option([name], type=kind, metavar=metavar, default=default, show_default=shown, help=text)
+
+
 class Place(click.Path):
     """The name of a file or folder, with ``~`` for the home folder, which no shell replaces in ``--dir=~/x``.
 

@@ -17,6 +17,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run, Step
 from .mean import POWER, RunningMean
 
@@ -30,8 +31,7 @@ NAME: Final = "average"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    text = "Also save the mean of the adapter over about the last third of its training."
-    return [click.Option(["--average"], is_flag=True, help=text)]
+    return [option("--average", "Also save the mean of the adapter over about the last third of its training.")]
 
 
 @hookimpl

@@ -18,6 +18,7 @@ import click
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from .estimate import Saving, Settings
 from .idle_layers import idle_layers
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _FACTS: Final = "sidestep.base_weights"
 _CAST: Final = "sidestep.cast"
-_TYPES: Final = ("auto", "bf16", "fp32", *BYTES)
 
 
 class WeightType(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
@@ -42,15 +42,9 @@ class WeightType(click.Choice):  # type: ignore[type-arg,unused-ignore]  # gener
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
+    text = f"Type of the base model's weights: auto, bf16, fp32 or {', '.join(BYTES)}."
     return [
-        click.Option(
-            ["--base-weights"],
-            type=WeightType(_TYPES),
-            default="auto",
-            show_default=True,
-            metavar="TYPE",
-            help=f"Type of the base model's weights: auto, bf16, fp32 or {', '.join(BYTES)}.",
-        ),
+        option("--base-weights", text, WeightType(("auto", "bf16", "fp32", *BYTES)), "TYPE", "auto"),
         # Of earlier versions, as are settings files with both.
         click.Option(["--frozen-weights"], type=WeightType(("auto", "bf16", "fp32")), default=None, hidden=True),
     ]

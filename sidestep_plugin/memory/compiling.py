@@ -14,6 +14,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from ..text import counted
 
@@ -28,8 +29,7 @@ _FACTS: Final = "sidestep.compiled"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    text = "Compile the decoder's blocks (torch.compile; other rounding)."
-    return [click.Option(["--compile"], is_flag=True, default=False, help=text)]
+    return [option("--compile", "Compile the decoder's blocks (torch.compile; other rounding).")]
 
 
 @hookimpl

@@ -16,6 +16,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from .base_weights import kept_weights
 from .estimate import Saving, Settings, shown
@@ -29,16 +30,8 @@ _SWITCHED: Final = "sidestep.checkpointing"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--gradient-checkpointing"],
-            type=click.Choice(["auto", "on", "off"]),
-            default="auto",
-            show_default=True,
-            metavar="WHEN",
-            help="Less memory, more time, same result: auto, on or off.",
-        ),
-    ]
+    text = "Less memory, more time, same result: auto, on or off."
+    return [option("--gradient-checkpointing", text, click.Choice(["auto", "on", "off"]), "WHEN", "auto")]
 
 
 @hookimpl

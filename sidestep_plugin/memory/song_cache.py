@@ -14,6 +14,7 @@ import click
 
 from ..engine.answers import counted, writes
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from .free_memory import free_memory
 
@@ -43,16 +44,7 @@ class CacheSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--song-cache"],
-            type=CacheSize(),
-            metavar="SIZE",
-            default="auto",
-            show_default=True,
-            help="RAM for songs: auto, off, or a size such as 4GB.",
-        )
-    ]
+    return [option("--song-cache", "RAM for songs: auto, off, or a size such as 4GB.", CacheSize(), "SIZE", "auto")]
 
 
 @hookimpl

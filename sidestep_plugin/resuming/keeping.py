@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 from ..hookspecs import hookimpl
-from ..options import WholeNumber
+from ..options import WholeNumber, option
 from ..run import Run, SavedAdapter, Step
 from .checkpoints import checkpoints_in, saved_before
 
@@ -21,9 +21,8 @@ _EPOCH: Final = re.compile(r"epoch_\d+(_loss_.*)?")
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """The option that limits how many checkpoints are kept."""
     text = "Keep only the newest N checkpoints; best and final always stay.  [default: all]"
-    return [click.Option(["--keep-last"], type=WholeNumber(1, 10**6), metavar="N", help=text)]
+    return [option("--keep-last", text, WholeNumber(1, 10**6), "N")]
 
 
 @hookimpl

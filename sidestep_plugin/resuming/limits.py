@@ -11,7 +11,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import WholeNumber
+from ..options import WholeNumber, option
 from ..run import Run, Step
 from ..text import counted
 
@@ -41,12 +41,9 @@ def seconds_of(text: str) -> int:
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """Options that end a training early."""
     return [
-        click.Option(["--max-steps"], type=WholeNumber(1, 10**9), metavar="N", help="Finish after N training steps."),
-        click.Option(
-            ["--time-limit"], type=TimeSpan(), metavar="TIME", help="Stop and save after this time: 8h, 90m, 1h30m."
-        ),
+        option("--max-steps", "Finish after N training steps.", WholeNumber(1, 10**9), "N"),
+        option("--time-limit", "Stop and save after this time: 8h, 90m, 1h30m.", TimeSpan(), "TIME"),
     ]
 
 
