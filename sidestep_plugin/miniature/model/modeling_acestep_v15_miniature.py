@@ -15,8 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_acestep_v15 import AceStepConfig
 
-__all__ = ["AceStepConditionGenerationModel", "AceStepConfig", "sample_t_r"]
-
 _MASKED = -1e4  # added to an attention score; finite, and small enough for half precision
 
 

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from acestep.training.log import logger
 from acestep.training.path_safety import safe_path
 
-__all__ = ["PreprocessedDataModule", "PreprocessedTensorDataset", "collate_preprocessed_batch"]
-
 TENSORS = (
     "target_latents",  # [T, 64]
     "attention_mask",  # [T]

@@ -19,14 +19,6 @@ try:
 except ImportError:
     LYCORIS_AVAILABLE = False
 
-__all__ = [
-    "check_lycoris_available",
-    "inject_lokr_into_dit",
-    "load_lokr_weights",
-    "save_lokr_training_checkpoint",
-    "save_lokr_weights",
-]
-
 
 def check_lycoris_available() -> bool:
     """Whether LoKr can be trained here."""

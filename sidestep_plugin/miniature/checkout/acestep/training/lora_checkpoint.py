@@ -12,8 +12,6 @@ from acestep.training.configs import LoRAConfig
 from acestep.training.log import logger
 from acestep.training.path_safety import safe_path
 
-__all__ = ["load_lora_weights", "load_training_checkpoint", "save_lora_weights", "save_training_checkpoint"]
-
 
 def save_lora_weights(model: Any, output_dir: str, save_full_model: bool = False) -> str:
     """Write the decoder's adapter to `output_dir/adapter`, or a whole model without one; return the path."""

@@ -194,7 +194,10 @@ class _Loop:
 
 
 class _Trainer:
-    """What both trainers do alike; they differ in what they make, save and resume."""
+    """What both trainers do alike.
+
+    They differ in `_make_module`, `_train_with_fabric`, `_save_checkpoint` and `_save_final`.
+    """
 
     kind = ""
 
@@ -214,18 +217,6 @@ class _Trainer:
     def _missing(self) -> str:
         """What is not installed and has to be."""
         return ""
-
-    def _make_module(self) -> Any:
-        raise NotImplementedError
-
-    def _save_checkpoint(self, loop: _Loop, folder: str) -> None:
-        raise NotImplementedError
-
-    def _save_final(self, folder: str) -> None:
-        raise NotImplementedError
-
-    def _train_with_fabric(self, data: PreprocessedDataModule, state: TrainingState, *more: Any) -> Progress:
-        raise NotImplementedError
 
     def _train_basic(self, data_module: PreprocessedDataModule, training_state: TrainingState) -> Progress:
         yield 0, 0.0, "🚀 Starting training without Lightning"
@@ -516,11 +507,7 @@ class LoKRTrainer(_Trainer):
             if self.dit_handler.model is not None:
                 self.dit_handler.model.decoder = unwrap_fabric(self.dit_handler.model.decoder)
 
-    def _train_with_fabric(
-        self,
-        data_module: PreprocessedDataModule,
-        training_state: TrainingState,
-    ) -> Progress:
+    def _train_with_fabric(self, data_module: PreprocessedDataModule, training_state: TrainingState) -> Progress:
         yield self._starting()
         loop = self._loop_with_fabric(data_module)
         loop.refuse_nonfinite = not _precision(self.module.device_type).endswith("-mixed")
