@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from ..adapters.kinds import BY_NAME, DEFAULT, title_of
 from ..errors import Refusal, UpstreamMismatch
 from ..registry import Listing, list_plugins, version_of
 from ..run import AdapterType, ModelFacts
+from ..text import sentence
 from ..timesteps.treatment import decide_variant
 from ..variants import member_of
 from .checkout import import_trainer
-from .injection import injection_problem
 from .models import download_command, models_in
 from .seams import Found, cannot_do, examine
 from .shapes import adapter_types
@@ -30,6 +31,9 @@ _VERSIONS: Final = (
     "lycoris-lora",
     "tensorboard",
 )
+
+_TOO_OLD: Final = re.compile(r"incompatible version of (\w+).*?only versions above (\d[\w.]*\w)", re.DOTALL)
+"""PEFT's words for a package that is installed beside it and too old."""
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,29 @@ def _uninstalled(kind: AdapterType) -> str:
     """What this kind of adapter needs and is not installed, "" when nothing is missing."""
     needed = BY_NAME[kind].package
     return f"{needed} is not installed (pip install {needed})" if version_of(needed) is None else ""
+
+
+def injection_problem(kind: AdapterType) -> str:
+    """What keeps an adapter of this kind out of a model, and what to do; "" if nothing does.
+
+    Found out by putting one into a single small layer. That a package is installed says little: PEFT refuses every LoRA
+    where a package beside it, such as torchao, has a version that it does not like, and ACE-Step takes a PEFT that
+    cannot be imported for one that is not there. Nothing is changed, and no random number is used up.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=()):
+        layer = torch.nn.Sequential()
+        layer.add_module("q_proj", torch.nn.Linear(8, 8))
+        try:
+            BY_NAME[kind].try_on(layer)
+        except (Exception, SystemExit) as error:  # whatever an import may raise
+            return f"{sentence(f'{type(error).__name__}: {error}')} {_way_out(kind, str(error))}"
+    return ""
+
+
+def _way_out(kind: AdapterType, reason: str) -> str:
+    if found := _TOO_OLD.search(reason):
+        name, oldest = found.groups()
+        return f'Install a newer one: pip install --upgrade "{name}>={oldest}"; or remove it: pip uninstall {name}'
+    return f"Install it again: pip install --upgrade {BY_NAME[kind].package}"

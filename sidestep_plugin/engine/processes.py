@@ -111,18 +111,15 @@ def join(device: str, say: Callable[[str], None]) -> None:
         return
     if not dist.is_initialized():
         nccl = device == "cuda" and dist.is_nccl_available()
-        store = meet(here, {"device": device, **_versions()}, say)
+        # Without the build: machines may have other GPUs.
+        versions = {name: (version_of(name) or "not installed").partition("+")[0] for name in _DECIDE}
+        store = meet(here, {"device": device, **versions}, say)
         group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         _hearing_signals(
             lambda: dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.world_size)
         )
     _groups["cpu"] = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what decides, without the build: machines may have other GPUs."""
-    return {name: (version_of(name) or "not installed").partition("+")[0] for name in _DECIDE}
 
 
 class LostProcess(Refusal):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import re
 import runpy
@@ -45,7 +44,8 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
         if not script.is_file():
             raise Refusal(f"No script {script}. Give the path of an existing file.")
         return lambda: _with_arguments([str(script), *arguments], lambda: _run_script(script))
-    commands = _installed() | _in_checkout(root)
+    installed = importlib.metadata.entry_points(group="console_scripts")
+    commands = {point.name: point.value for point in installed} | _in_checkout(root)
     if name not in commands:
         ours = [command for command in sorted(commands) if command.startswith("acestep") and command != "acestep-train"]
         raise Refusal(
@@ -54,10 +54,6 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
         )
     place = commands[name]
     return lambda: _with_arguments([name, *arguments], lambda: _run_entry(place))
-
-
-def _installed() -> dict[str, str]:
-    return {point.name: point.value for point in importlib.metadata.entry_points(group="console_scripts")}
 
 
 def _in_checkout(root: Path | None) -> dict[str, str]:
@@ -81,11 +77,8 @@ def _with_arguments(argv: list[str], action: Callable[[], Any]) -> Any:
 
 
 def _run_entry(place: str) -> Any:
-    module, _, name = place.partition(":")
-    target: Any = importlib.import_module(module.strip())
-    for part in name.split("[")[0].strip().split("."):
-        target = getattr(target, part)
-    sys.exit(target())  # as the installed command does
+    command = importlib.metadata.EntryPoint(name="", value=place, group="").load()
+    sys.exit(command())  # as the installed command does
 
 
 def _run_module(module: str) -> None:

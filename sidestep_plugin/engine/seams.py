@@ -29,12 +29,11 @@ from .shapes import (
     save_problem,
 )
 from .wrappers.engine import wrap_engine
-from .wrappers.gradient_check import wrap_gradient_check
 from .wrappers.loaders import wrap_loader
+from .wrappers.optimizing import wrap_gradient_check, wrap_scheduler
 from .wrappers.preprocessing import builder_of, wrap_preprocessing
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
-from .wrappers.scheduler import wrap_scheduler
 from .wrappers.songs import wrap_setup, wrap_song_list, wrap_song_reading
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training

@@ -25,9 +25,9 @@ from ..adapters.targets import check_targets
 from ..engine.answers import held_out
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
+from ..engine.compatibility import injection_problem
 from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
 from ..engine.current import CommandLine, command_line, during
-from ..engine.injection import injection_problem
 from ..engine.models import (
     Handler,
     check_weights,

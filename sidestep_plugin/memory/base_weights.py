@@ -20,7 +20,7 @@ from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..options import option
 from ..run import Run
-from .estimate import Saving, Settings
+from .estimate import Saving
 from .idle_layers import idle_layers
 from .quantization import BYTES, quantize
 
@@ -210,24 +210,18 @@ def _frozen_bf16(decoder: torch.nn.Module, adapted: set[int]) -> Iterator[tuple[
                     yield f"{prefix}.{name}", weight.numel()
 
 
-def _kept(now: Settings) -> Settings | None:
-    return now.but(frozen="bf16") if now.mixed and now.frozen == "fp32" else None
-
-
-def _quantized(now: Settings) -> Settings | None:
-    return now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen not in BYTES else None
-
-
 BF16: Final = Saving(
     option="base_weights",
-    apply=_kept,
+    apply=lambda now: now.but(frozen="bf16") if now.mixed and now.frozen == "fp32" else None,
     flag=lambda then: "--base-weights bf16",
     advice=lambda now, then: "use --base-weights bf16",
     cost="same adapter, bit for bit",
 )
 INT8: Final = Saving(
     option="base_weights",
-    apply=_quantized,
+    apply=lambda now: (
+        now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen not in BYTES else None
+    ),
     flag=lambda then: "--base-weights int8",
     advice=lambda now, then: "use --base-weights int8",
     cost="rounds the base model's weights",

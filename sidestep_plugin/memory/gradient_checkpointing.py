@@ -19,7 +19,7 @@ from ..hookspecs import hookimpl
 from ..options import option
 from ..run import Run
 from .base_weights import kept_weights
-from .estimate import Saving, Settings, shown
+from .estimate import Saving, shown
 from .of_training import Estimate, estimate
 
 if TYPE_CHECKING:
@@ -142,13 +142,9 @@ def _layers(decoder: torch.nn.Module) -> list[Any]:
     return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _checkpointed(now: Settings) -> Settings | None:
-    return None if now.checkpointing else now.but(checkpointing=True)
-
-
 SAVING: Final = Saving(
     option="gradient_checkpointing",
-    apply=_checkpointed,
+    apply=lambda now: None if now.checkpointing else now.but(checkpointing=True),
     flag=lambda then: "--gradient-checkpointing on",
     advice=lambda now, then: "use --gradient-checkpointing on",
     cost="same adapter, bit for bit; steps take longer",

@@ -27,10 +27,6 @@ def _batch(now: Settings) -> Settings | None:
     return now.but(batch_size=1, accumulation=now.accumulation * now.batch_size)
 
 
-def _rank(now: Settings) -> Settings | None:
-    return now.but(rank=now.rank // 2) if now.rank > 1 else None
-
-
 SAVINGS: Final = (
     base_weights.BF16,
     gradient_checkpointing.SAVING,
@@ -53,7 +49,7 @@ SAVINGS: Final = (
     ),
     Saving(
         option="",
-        apply=_rank,
+        apply=lambda now: now.but(rank=now.rank // 2) if now.rank > 1 else None,
         flag=lambda then: f"--rank {then.rank}",
         advice=lambda now, then: f"lower --rank (now {now.rank}) to {then.rank}",
         cost="a smaller adapter",

@@ -114,7 +114,7 @@ def _locked(file: Path) -> int:
             _lock(descriptor)
             # The one before us removes the file when it is done, perhaps after we opened it.
             with contextlib.suppress(FileNotFoundError):
-                if _same(descriptor, file):
+                if os.path.samestat(os.fstat(descriptor), file.stat()):
                     _sign(descriptor)
                     return descriptor
         except BaseException:
@@ -152,10 +152,6 @@ def _unlock(descriptor: int, file: Path, made: list[Path]) -> None:
     with contextlib.suppress(OSError):  # whatever is not empty stays
         for place in reversed(made):
             place.rmdir()
-
-
-def _same(descriptor: int, file: Path) -> bool:
-    return os.path.samestat(os.fstat(descriptor), file.stat())
 
 
 def _sign(descriptor: int) -> None:

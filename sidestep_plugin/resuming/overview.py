@@ -49,7 +49,8 @@ def saved_in(output: Path) -> list[Saved]:
         raise Refusal(f"No folder {output}. Expected the --output-dir of a training.")
     losses = _losses(output)
     found = []
-    for folder in _folders(output):
+    entries = [entry for pattern in ("checkpoints/*", "interrupted", "final") for entry in output.glob(pattern)]
+    for folder in (entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")):
         files = [file for file in folder.rglob("*") if file.is_file()]
         own = (file for file in files if file.suffix == ".safetensors" and file.relative_to(folder).parts[0] != AVERAGE)
         weights = next(own, None)
@@ -87,11 +88,6 @@ def saved_in(output: Path) -> list[Saved]:
     if not found:
         raise Refusal(f"There is no adapter in {output}. Expected the --output-dir of a training.")
     return sorted(found, key=lambda saved: (saved.name == "final", saved.epoch or 0, saved.training_steps or 0))
-
-
-def _folders(output: Path) -> list[Path]:
-    entries = [entry for pattern in ("checkpoints/*", "interrupted", "final") for entry in output.glob(pattern)]
-    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _losses(output: Path) -> dict[int, float]:

@@ -14,12 +14,15 @@ from typing import Final, Literal
 from ..errors import Refusal
 from ..run import ModelFacts, Run
 from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
-from .schedule import inference_timesteps, why_no_training_law
+from .schedule import inference_timesteps, max_of_two_logit_normal_quantile, why_no_training_law
 
 TimestepMode = Literal["discrete", "continuous"]
 
 CFG_RATIO = 0.15
 """Probability with which the models' own ``forward()`` replaces a condition by the null condition."""
+
+POINTS: Final = 8
+"""Timesteps per song at which a model is validated; turbo has as many inference steps."""
 
 _ASK = "Say which one it is: --variant turbo, --variant base or --variant sft."
 
@@ -157,6 +160,19 @@ def decide_treatment(
         shift=own_shift if shift is None else shift,
         num_inference_steps=own_steps if num_inference_steps is None else num_inference_steps,
     )
+
+
+def validation_grid(treatment: Treatment) -> tuple[float, ...]:
+    """The timesteps at which a model is validated, lowest first | values in (0, 1].
+
+    Discrete: its training schedule, which is turbo's 8 inference steps. Continuous: the middles of 8 parts of the
+    training law that are equally likely, so that a mean over them is an estimate of the training loss (stratified
+    sampling with one point per stratum).
+    """
+    if treatment.mu is None or treatment.sigma is None:
+        return tuple(sorted(treatment.schedule))
+    parts = ((number + 0.5) / POINTS for number in range(POINTS))
+    return tuple(max_of_two_logit_normal_quantile(part, treatment.mu, treatment.sigma) for part in parts)
 
 
 def law_of(facts: ModelFacts) -> tuple[float, float] | None:

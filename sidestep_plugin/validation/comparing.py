@@ -37,8 +37,7 @@ from ..songs.dataset import inspect_dataset
 from ..songs.fit import check_songs, check_width
 from ..songs.trained_on import trained_on
 from ..songs.values import check_values
-from ..timesteps.grid import validation_grid
-from ..timesteps.treatment import Treatment, decide_treatment
+from ..timesteps.treatment import Treatment, decide_treatment, validation_grid
 from ..variants import Variant
 from .held_out import choose, number_of
 

@@ -29,8 +29,7 @@ from ..songs.dataset import inspect_dataset, songs_in
 from ..songs.fit import check_songs
 from ..songs.values import check_values, hash_of
 from ..text import sentence
-from ..timesteps.grid import validation_grid
-from ..timesteps.treatment import treatment_of
+from ..timesteps.treatment import treatment_of, validation_grid
 from ..variants import guidance
 from .held_out import check_apart, choose, number_of
 from .history import History, Validation, usual_interval

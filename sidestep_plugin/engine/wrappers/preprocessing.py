@@ -56,7 +56,11 @@ def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[...
             )
         if said != GENERATED:
             if paths:
-                log.info(_hint(output_dir))
+                log.info(
+                    f"These songs are encoded in another way than the app generates. Set {CONDITIONS}=generated before "
+                    "starting the app, or give them the conditions of a generation now: acestep-train prepare --renew "
+                    f"{output_dir} --model MODEL --output DIR"
+                )
             return answer
         refused = _renew(dit_handler, paths, log)
         if refused:
@@ -66,14 +70,6 @@ def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[...
         return paths, f"{message}, with conditions as generated" if paths else message
 
     return preprocess_to_tensors
-
-
-def _hint(output_dir: str) -> str:
-    return (
-        f"These songs are encoded in another way than the app generates. Set {CONDITIONS}=generated before starting "
-        f"the app, or give them the conditions of a generation now: acestep-train prepare --renew {output_dir} --model "
-        "MODEL --output DIR"
-    )
 
 
 def _renew(handler: Any, paths: Sequence[str], log: Any) -> list[str]:

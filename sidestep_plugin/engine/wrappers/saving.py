@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from ..weights import check_finite
 
 if TYPE_CHECKING:
     from ..host import Host
-    from ..journal import Journal
 
 
 def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
@@ -62,12 +61,14 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
+                    # Epochs done: as upstream's function was told, else as the journal knows.
+                    epoch = call.arguments.get("epoch")
                     saved = SavedAdapter(
                         weights=weights,
                         destination=folder / weights.relative_to(stage),
                         folder=stage,
                         adapter_type=kind,
-                        epoch=_epoch(call.arguments, journal),
+                        epoch=epoch if epoch is not None or journal is None else journal.epochs_done,
                         global_step=call.arguments.get("global_step"),
                         resume_point=point,
                         copy_of=None if journal is None else journal.copy_of,
@@ -141,12 +142,6 @@ def _beside(weights: Path, name: str) -> Path | None:
     """The folder of a variant beside saved weights, which are in a folder below the checkpoint's or in it."""
     found = (place / name for place in (weights, weights.parent))
     return next((place for place in found if place.is_dir()), None)
-
-
-def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:
-    """Epochs done: as upstream's function was told, else as the journal knows."""
-    epoch = said.get("epoch")
-    return epoch if epoch is not None or journal is None else journal.epochs_done
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:

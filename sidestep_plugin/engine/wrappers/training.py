@@ -103,7 +103,11 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     elif training.state is None and host.keeps_journal:
         training.state = {}  # with which a plugin ends it
     host.ask_and_announce("engine_opening", run=run)
-    run.held_out = _held_out(host, run)
+    if line is None:
+        songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
+        run.held_out = held_out(host.registry, songs, host.options, run.training_config)
+    else:  # decided there already
+        run.held_out = line.held_out
     host.start(run)
     point = _point(host, training, resume_from) if resume_from and host.resumes else None
     training.journal = _journal(host, training, point)
@@ -114,14 +118,6 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     if run.ranks.several:
         check_agreement(_same_everywhere(host, run, point, training.plan))
     return point
-
-
-def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
-    """The songs that are not trained on: decided on the command line already, or here. Raises Refusal."""
-    if (line := command_line.get()) is not None:
-        return line.held_out
-    songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
-    return held_out(host.registry, songs, host.options, run.training_config)
 
 
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
