@@ -39,8 +39,6 @@ def engine_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_
 
     Args:
         songs: the files of all preprocessed songs.
-        options: the values of all plugin options.
-        training_config: upstream's TrainingConfig.
 
     Returns:
         Some of `songs`, but not all. None to train on all of them.
@@ -63,7 +61,6 @@ def engine_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPl
     exchanges values between them.
 
     Args:
-        options: the values of all plugin options.
         ranks: the place of this process among those that were started; process 0 of 1 before that.
 
     Returns:
@@ -143,8 +140,6 @@ def engine_model_ready(
     it to the device. Never without Lightning.
 
     Args:
-        run: the run.
-        decoder: the decoder with the adapter in it.
         network: the LyCORIS network of a LoKr, None for a LoRA.
         autocast: the type that autocast computes in, None without autocast.
 
@@ -183,7 +178,6 @@ def engine_waiting(run: Run, what: str, done: int, total: int) -> None:
     """Show how far something is for which the training waits. An error must not reach the training.
 
     Args:
-        run: the run.
         what: such as "Validation".
         done, total: how much of it is done; equal when it is over.
     """
@@ -194,7 +188,6 @@ def engine_final_saved(run: Run, epochs: int, limits: Mapping[str, float]) -> No
     """Note that the finished adapter is in its place, in the first process. An error must not reach the training.
 
     Args:
-        run: the run.
         epochs: after how many epochs the training has ended.
         limits: if a plugin has ended it before its last epoch, the options that did, and up to which value each of
             them would have.

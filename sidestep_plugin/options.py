@@ -133,7 +133,6 @@ def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) 
     """Check given values by the options' own types and fill in the defaults.
 
     Args:
-        declared: the plugins' options.
         given: values by option name. None means: the default.
 
     Raises:

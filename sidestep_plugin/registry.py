@@ -70,9 +70,6 @@ class Registry:
     A plugin may consist of parts: a module with ``PLUGINS``, a sequence of (name, module), brings each of them, named
     ``PLUGIN.NAME``. Plugins are called in the order in which they were registered, parts in the order of their list.
     Within one module or object, functions with the same ``specname`` are called in pluggy's order.
-
-    Args:
-        wins: the plugin to ask when two implement an exclusive hook.
     """
 
     def __init__(self, wins: str | None = None) -> None:
@@ -90,7 +87,6 @@ class Registry:
         """Load plugins by name, in that order; a name given twice counts once.
 
         Args:
-            names: names of installed plugins.
             wins: the plugin to ask when two implement an exclusive hook.
             later: names under which plugin objects will be registered as well.
 

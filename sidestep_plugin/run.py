@@ -91,6 +91,11 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _no_vae() -> Any:
+    """Default for ``Run.loaded_vae``: no VAE is loaded."""
+    return None
+
+
 @dataclass(eq=False)
 class Run:
     """One training, from its start to the saved adapter.
@@ -142,7 +147,7 @@ class Run:
     best_epoch: int | None = None
     with_lightning: bool = True
     epoch_losses: Callable[[], Mapping[int, float]] = dict  # set by the host, for loss_by_epoch
-    loaded_vae: Callable[[], Any] = lambda: None
+    loaded_vae: Callable[[], Any] = _no_vae
     ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
     before_run_ended: list[Callable[[], object]] = field(default_factory=list)
     facts: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)

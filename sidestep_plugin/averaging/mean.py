@@ -36,7 +36,6 @@ class RunningMean:
         """Add the tensors as they are after another optimizer step. Neither waits for a GPU nor draws a random number.
 
         Args:
-            step: number of the step in the training.
             trained: the tensors, the same ones in each call. They are only read.
         """
         import torch

@@ -88,7 +88,6 @@ def import_module_of(name: str, root: Path | None, elsewhere: str) -> ModuleType
     """Import one of upstream's modules, from a checkout when one is given.
 
     Args:
-        name: of the module.
         root: as for :func:`import_trainer`.
         elsewhere: a sentence for the message about an error in upstream's own code: where it comes up, too.
 

@@ -66,7 +66,6 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
 
     Args:
         root: the folder that holds the package ``acestep``; its trainer is imported.
-        checkpoints: the folder of models.
         kinds: kinds of adapter to check; empty: every kind that this trainer trains.
     """
     seams: list[Found] = []

@@ -55,7 +55,6 @@ def check_decoder_input(step: Step, batch: Mapping[str, Any], calls: list[Given]
     """Compare what the decoder received with what was sampled and prepared.
 
     Args:
-        step: the step that has just run.
         batch: the batch that was handed to upstream's step.
         calls: what :func:`watched_decoder` collected.
         samples: whether a plugin samples the timesteps.

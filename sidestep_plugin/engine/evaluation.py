@@ -63,7 +63,6 @@ def evaluate(
         module: upstream's training module, whose ``training_step`` is wrapped.
         songs: files of preprocessed songs. One at a time is evaluated: a batch of several would need more memory than
             the training does.
-        timesteps: the t.
         conditions: True for the song's condition, False for the model's null condition, with the same noise.
         done: called after each song with the number of songs so far.
 

@@ -27,7 +27,6 @@ class Journal:
     """The record of one run. Recording a step never waits for a GPU.
 
     Args:
-        device: where the run computes.
         point: the checkpoint to resume from; None for a run from the start.
         accumulation: training steps per optimizer step; 0 when unknown.
     """

@@ -46,7 +46,6 @@ def meet(here: Ranks, about: Mapping[str, str], say: Callable[[str], None]) -> S
     """Wait until all processes of the training are there, at MASTER_ADDR and MASTER_PORT.
 
     Args:
-        here: the place of this process.
         about: what has to be the same in all processes before they can talk to each other, by name.
         say: takes a line about who is missing, in the first process of each machine.
 

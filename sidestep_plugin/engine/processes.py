@@ -99,7 +99,6 @@ def join(device: str, say: Callable[[str], None]) -> None:
 
     Args:
         device: the type of device that the training computes on. Gradients on CUDA go over NCCL where torch has it.
-        say: takes a line about who is missing.
 
     Raises:
         Refusal: they cannot meet, or do not fit together.
@@ -316,7 +315,6 @@ class SharedState(UserDict[str, Any]):
 
     Args:
         own: the state of this process, which is told, too.
-        announce: takes a line when the training stops.
 
     Attributes:
         agreed: whether all processes stop. A signal may come after they last agreed: that is the state's own entry.

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """The steps that a checkpoint recorded, and how many of them upstream's loop has gone through.
-
-    Args:
-        point: the checkpoint.
-        device: where the run computes.
-    """
+    """The steps that a checkpoint recorded, and how many of them upstream's loop has gone through."""
 
     def __init__(self, point: ResumePoint, device: torch.device) -> None:
         self.point = point

@@ -31,17 +31,7 @@ def of_the_training(
     training_config: Any,
     songs: Path | None,
 ) -> dict[str, Any]:
-    """Everything but the model.
-
-    Args:
-        module: upstream's trainer module.
-        registry: the plugins that take part.
-        options: the plugins' options.
-        own: names of those that may be others on each machine.
-        kind: what is trained.
-        adapter_config, training_config: upstream's.
-        songs: the folder of songs.
-    """
+    """Everything but the model; `own` are names of options that may be others on each machine."""
     code = getattr(module, "__file__", None)
     versions = {plugin.name: plugin.version for plugin in installed_plugins()}
     settings = dict(vars(training_config)) if hasattr(training_config, "__dict__") else {}

@@ -240,8 +240,6 @@ def require(trainer: Any, adapter_type: AdapterType, uses: Callable[[str], bool]
     """Check the seams of one kind of adapter.
 
     Args:
-        trainer: upstream's trainer module.
-        adapter_type: the kind of adapter.
         uses: tells whether a hook is in use; a seam that serves only other hooks may be missing.
 
     Returns:

@@ -227,10 +227,8 @@ class Services:
         """Upstream's loss of each song at each timestep and condition, and nothing is different afterwards.
 
         Args:
-            songs: files of preprocessed songs.
             timesteps: the t, from 0 to 1.
             conditions: with the song's condition (True), the model's null condition (False), or both.
-            adapter: whether with the adapter.
             variant: one of :attr:`variants` in place of it.
 
         Returns:
@@ -256,7 +254,6 @@ class Services:
         """Save a checkpoint in a folder of the output folder, with upstream's own function, in the first process.
 
         Args:
-            name: of the folder.
             kept: an earlier place of the training, from :meth:`in_ram`; None for the training as it is.
 
         Returns:
@@ -326,7 +323,6 @@ class Services:
         """Put the weights of a checkpoint into the adapter, to be saved as the finished one. Raises Refusal.
 
         Args:
-            point: the checkpoint.
             folder: where it was read from; None for one that was kept in RAM.
         """
         run, journal = self._run, self._journal

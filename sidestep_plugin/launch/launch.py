@@ -170,7 +170,6 @@ def prepare(
     """Check a request, cheap checks first, then load the model and attach the plugins.
 
     Args:
-        request: what the user asked for.
         say: takes each line meant for the user.
         extra_plugins: makes plugin objects that are not installed, such as a progress display.
         kept: reads the settings that a checkpoint was trained with.

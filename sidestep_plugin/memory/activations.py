@@ -24,8 +24,6 @@ def activation_bytes(size: DecoderSize, how: Settings, mask_bytes: int = 1) -> i
     that is computed again.
 
     Args:
-        size: the decoder.
-        how: the training.
         mask_bytes: bytes of an entry of a dropout mask: 1 on a GPU, 4 on a CPU.
     """
     rows = how.batch_size * _positions(size, how)

@@ -55,9 +55,7 @@ def advice(
     Args:
         failure: upstream's own words.
         training_config, adapter_config: upstream's configurations; the advice names their values.
-        output: the output folder.
         options: the values of the plugins' options; only flags of these are named.
-        checkpointed: whether gradient checkpointing was on.
         frames: length of the longest song in frames of latents, if it is known.
         on_gpu: whether the training ran where autocast computes in bf16.
     """

@@ -144,7 +144,6 @@ class _Cast:
     Nothing is fp32 in between, so the peak is lower, too.
 
     Args:
-        decoder: the decoder.
         kept: names of the parameters that keep their type.
     """
 

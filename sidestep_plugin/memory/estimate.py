@@ -96,8 +96,6 @@ def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, 
     """What a training needs. Each term's source is in ``sizes`` and ``activations``.
 
     Args:
-        size: the decoder.
-        settings: the training.
         weights: bytes of the frozen weights, if they are known.
         trained: number of trained parameters, if it is known.
     """

@@ -63,8 +63,6 @@ def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch
     """Estimate a training whose adapter was injected and whose decoder upstream has not cast yet.
 
     Args:
-        run: the training.
-        decoder: its decoder.
         kept: names of the decoder's parameters that stay in bf16.
         autocast: the type that autocast computes in, None without autocast.
 
@@ -115,7 +113,6 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
     """The settings of a training that its memory depends on, as far as configurations and options say them.
 
     Args:
-        training_config, adapter_config: upstream's.
         options: the values of the plugins' options.
         mixed: whether autocast computes in bf16.
     """

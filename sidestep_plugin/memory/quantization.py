@@ -33,7 +33,6 @@ def quantize(run: Run, decoder: torch.nn.Module, autocast: torch.dtype | None, k
     """Quantize the frozen linear layers of the decoder's blocks until the training ends.
 
     Args:
-        run: the training.
         decoder: its decoder, with the adapter in it.
         autocast: the type that autocast computes in, None without autocast.
         kind: one of :data:`BYTES`.

@@ -60,12 +60,7 @@ SAVINGS: Final = (
 
 
 def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Saving, Settings]]:
-    """Each saving that would still change something, with the settings that it and all before it lead to.
-
-    Args:
-        now: the settings of the training.
-        options: names of the plugins' options that the training has.
-    """
+    """Each saving that would still change something, with the settings that it and all before it lead to."""
     for saving in SAVINGS:
         if saving.option and saving.option not in options:
             continue
@@ -78,13 +73,7 @@ def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Savin
 def enough(
     now: Settings, options: Collection[str], fits: Callable[[Settings], bool]
 ) -> tuple[list[str], Settings] | None:
-    """The cheapest flags with which a training fits, and its settings then; None if all of them are not enough.
-
-    Args:
-        now: the settings of the training.
-        options: names of the plugins' options that the training has.
-        fits: tells whether settings fit.
-    """
+    """The cheapest flags with which a training fits, and its settings then; None if all of them are not enough."""
     chosen: list[Saving] = []
     for saving, then in savings_for(now, options):
         chosen.append(saving)

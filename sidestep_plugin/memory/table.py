@@ -23,8 +23,6 @@ def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) ->
     """ACE-Step alone as its newest version trains, the plugin, and then one saving more in each line.
 
     Args:
-        size: the decoder.
-        settings: the training.
         options: names of the plugin's options; without any, ACE-Step alone.
     """
     alone = settings.but(frozen="fp32", checkpointing=True)

@@ -263,7 +263,6 @@ def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> No
     """Note that the training in an output folder has saved its final adapter. Raises OSError.
 
     Args:
-        output: the output folder.
         epochs: after how many epochs it has ended.
         limits: which options have ended it before its last epoch, and up to which value each of them would have.
     """
