@@ -102,14 +102,13 @@ def _unrecorded(module: Any) -> Iterator[None]:
     """Undisturbed, and nothing of it stays in upstream's list of losses."""
     import torch
 
-    recorded = getattr(module, "training_losses", None)
-    length = len(recorded) if recorded is not None else 0
+    recorded = getattr(module, "training_losses", [])
+    length = len(recorded)
     try:
         with undisturbed(module, torch.device(module.device)), without_ddp(module.model.decoder):
             yield
     finally:
-        if recorded is not None:
-            del recorded[length:]
+        del recorded[length:]
 
 
 def without_condition(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ class Journal:
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()
-        self._epochs_begun = self._in_epoch = 0
+        self.epochs_begun = 0  # by upstream's loop, including those of earlier runs
+        self._in_epoch = 0
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
         self._accumulation = accumulation
@@ -73,12 +74,7 @@ class Journal:
     @property
     def walking(self) -> bool:
         """Whether upstream's loop has begun to go through such steps: its reports are no news."""
-        return self.catching_up and self._epochs_begun > 0
-
-    @property
-    def epochs_begun(self) -> int:
-        """Epochs that upstream's loop has begun, including those of earlier runs."""
-        return self._epochs_begun
+        return self.catching_up and self.epochs_begun > 0
 
     @property
     def epochs_done(self) -> int | None:
@@ -90,7 +86,7 @@ class Journal:
     @property
     def whole_epochs(self) -> int:
         """Epochs that upstream's loop has gone through, including those of earlier runs."""
-        return self._epochs_begun - (self._in_epoch != self._steps_per_epoch and self._epochs_begun > 0)
+        return self.epochs_begun - (self._in_epoch != self._steps_per_epoch and self.epochs_begun > 0)
 
     @property
     def place_in_epoch(self) -> tuple[int, int | None]:
@@ -128,10 +124,10 @@ class Journal:
 
     def here(self, run: Run) -> ResumePoint | None:
         """The run's position, to be saved; None before its first step, and where too little is known of upstream."""
-        if self.scheduler is None or not len(self._losses) or self._epochs_begun == 0:
+        if self.scheduler is None or not len(self._losses) or self.epochs_begun == 0:
             return None
         between = self._in_epoch in (0, self._steps_per_epoch)
-        begun = self._epochs_begun - (self._in_epoch != self._steps_per_epoch)
+        begun = self.epochs_begun - (self._in_epoch != self._steps_per_epoch)
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
@@ -188,7 +184,7 @@ class Journal:
         yield from batches
         self._share_losses()
         if self._in_epoch:
-            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)
+            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)
 
     def validation(self, run: Run, songs: Callable[[], Iterator[Any]], length: int) -> Generator[Any, None, None]:
         """One pass of the validation loop, in the same way."""
@@ -276,4 +272,4 @@ class Journal:
             )
 
     def _begin(self, length: int) -> None:
-        self._epochs_begun, self._in_epoch, self._steps_per_epoch = self._epochs_begun + 1, 0, length
+        self.epochs_begun, self._in_epoch, self._steps_per_epoch = self.epochs_begun + 1, 0, length

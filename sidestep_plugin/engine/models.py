@@ -142,13 +142,8 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 
-def decoder_layers(folder: Path) -> list[str]:
-    """Full names of the decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``."""
-    return list(decoder_shapes(folder))
-
-
 def decoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of those layers' weights.
+    """The decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``, with their shapes.
 
     Read from the headers of the weights, before anything is loaded; check_weights has read them before. Empty for a
     model without safetensors.

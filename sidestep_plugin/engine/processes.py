@@ -10,6 +10,7 @@ import platform
 import threading
 from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..errors import Refusal, unusable_answer
@@ -127,25 +128,25 @@ class LostProcess(Refusal):
 
 def _hearing_signals(act: Callable[[], T]) -> T:
     """Wait for torch in a thread, so that signals are handled meanwhile. Raises LostProcess."""
-    done: list[T] = []
-    failed: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.append(act())
+            future.set_result(act())
         except BaseException as error:
-            failed.append(error)
+            future.set_exception(error)
 
     thread = threading.Thread(target=run, name="acestep-processes", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
-    if not failed:
-        return done[0]
-    if isinstance(failed[0], RuntimeError) and not isinstance(failed[0], NotImplementedError):
-        reason = first_line(failed[0])
-        raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from failed[0]
-    raise failed[0]
+    try:
+        return future.result()
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        reason = first_line(error)
+        raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from error
 
 
 def leave() -> None:
@@ -244,22 +245,8 @@ def told_by_first(decide: Callable[[], Any]) -> Any:
     Raises:
         Refusal: the first process refused. In the others it is a :class:`SaidElsewhere`, which need not be shown.
     """
-    here = ranks()
-    if not here.several:
-        return decide()
-    decided: list[Any] = []
-    own: Refusal | None = None
-    if here.first:
-        try:
-            decided.append(decide())
-        except Refusal as refusal:
-            own = refusal
-    refused, host, what = gather((own is not None, platform.node(), str(own) if own else decided))[0]
-    if own is not None:
-        raise own
-    if refused:
-        raise _told(0, host, what)
-    return what[0]
+    decided = in_all(lambda: decide() if ranks().first else None)
+    return gather(decided)[0] if ranks().several else decided
 
 
 def check_agreement(said: Mapping[str, Any]) -> None:

@@ -59,8 +59,7 @@ def sampler_style(function: Callable[..., Any]) -> Literal["timesteps_tensor", "
 def sampler_problem(trainer: Any, module_class: str) -> str | None:
     """Why replacing the sampler would not work for one training module, or None when it would."""
     sampler = getattr(trainer, SAMPLER)
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    owner, step = _step_of(trainer, module_class)
     if sampler_style(sampler) is None:
         signature = _signature_text(sampler)
         return f"it takes {signature}, expected (bsz, timesteps_tensor) or (bsz, device, dtype)"
@@ -77,6 +76,12 @@ def sampler_problem(trainer: Any, module_class: str) -> str | None:
                 f"{_signature_text(sampler)}: an error of ACE-Step's own: training fails without the plugin too"
             )
     return None
+
+
+def _step_of(trainer: Any, module_class: str) -> tuple[Any, Any]:
+    """A training module's class and its step; None where there is none."""
+    owner = getattr(trainer, module_class, None)
+    return owner, inspect.getattr_static(owner, "training_step", None) if owner else None
 
 
 def save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
@@ -142,8 +147,7 @@ def own_dropout(trainer: Any, module_class: str) -> str | None:
     One step cannot show it, because a row keeps its condition in 85 % of the steps. So the code is searched for names,
     and for strings such as the arguments of ``getattr``.
     """
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    owner, step = _step_of(trainer, module_class)
     for code in _codes(step, trainer, owner) if step is not None else ():
         texts = [constant for constant in code.co_consts if isinstance(constant, str)]
         for name in (*code.co_names, *code.co_varnames, *texts):

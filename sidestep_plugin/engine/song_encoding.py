@@ -122,18 +122,17 @@ def make_handler(
     dtype = torch.float32 if dtype is None else dtype
     handler = handler_class()
     silence = torch.zeros(1, 750, 64) if silence is None else silence
-    parts = {
-        "model": model,
-        "config": getattr(model, "config", None),
-        "vae": vae,
-        "text_tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "silence_latent": silence.to(device, dtype),
-        "device": device,
-        "dtype": dtype,
-        "_models_loaded": True,  # one fork asks for it
-    }
-    vars(handler).update(parts)
+    vars(handler).update(
+        model=model,
+        config=getattr(model, "config", None),
+        vae=vae,
+        text_tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        silence_latent=silence.to(device, dtype),
+        device=device,
+        dtype=dtype,
+        _models_loaded=True,  # one fork asks for it
+    )
     workaround = getattr(handler, "_apply_cuda_bool_argsort_workaround", None)
     if model is not None and callable(workaround):
         workaround()

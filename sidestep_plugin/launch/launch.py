@@ -32,7 +32,7 @@ from ..engine.models import (
     Handler,
     check_weights,
     checkpoint_folder,
-    decoder_layers,
+    decoder_shapes,
     find_model,
     load_model,
     pick_device,
@@ -272,7 +272,7 @@ def _check_model(request: Request, registry: Registry, options: Mapping[str, Any
     facts = ModelFacts.from_folder(folder)
     check_rank(request.adapter_type, request.settings, facts)
     check_weights(folder, facts)
-    if (targets := request.settings.get("target_modules")) and (layers := decoder_layers(folder)):
+    if (targets := request.settings.get("target_modules")) and (layers := list(decoder_shapes(folder))):
         check_targets(layers, targets, request.adapter_type)
     registry.call("acestep_model_chosen", facts=facts, options=options)
     return root, _Model(folder, facts)

@@ -110,8 +110,8 @@ MUTATIONS = [
     Mutation(
         "validated before the epoch's last optimizer step",
         "sidestep_plugin/engine/journal.py",
-        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
-        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
+        "            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
+        "            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
         "            self.ends()\n",
         "tests/validation/test_validating.py::test_best_has_the_weights_that_were_measured",
     ),
