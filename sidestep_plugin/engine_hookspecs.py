@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from .run import ProcessPlan, ResumePoint, Run
 
 EXCLUSIVE: Final = frozenset(
-    {
-        "engine_plan_processes",
-        "engine_resume",
-        "engine_read_checkpoint",
-        "engine_hold_out",
-        "engine_read_song",
-    }
+    {"engine_plan_processes", "engine_resume", "engine_read_checkpoint", "engine_hold_out", "engine_read_song"}
 )
 """Hooks with a single answer."""
 

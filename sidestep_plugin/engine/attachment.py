@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from ..errors import DetachError, Refusal, UpstreamMismatch
@@ -130,8 +129,7 @@ def attach_automatically(
             values, unknown = registry.options_in(os.environ)
             for name in unknown:
                 log.warning(f"{name} is set, but no loaded plugin has such an option. It is ignored.")
-        attachment = Attachment(trainer, registry, registry.resolve_options(values), automatic=True)
-        attachment._apply()
+        Attachment(trainer, registry, registry.resolve_options(values), automatic=True)._apply()
     except Exception as error:
         told = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         message = f"Plugins {_listed(names)} could not be attached, so trainings are refused: {told}"
@@ -145,9 +143,7 @@ def attach_automatically(
 
 def attached_to_evaluate(trainer: Any) -> Attachment:
     """Attach no plugin, only what :func:`.evaluation.evaluate` needs. Detach the handle afterwards."""
-    attachment = Attachment(trainer, Registry(), {}, announce=lambda _: None, evaluates=True)
-    attachment._apply()
-    return attachment
+    return Attachment(trainer, Registry(), {}, announce=lambda _: None, evaluates=True)._apply()
 
 
 def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
@@ -249,9 +245,7 @@ class Attachment:
         self._blocks += 1
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._blocks -= 1
         if self._blocks == 0 and not self._held_outside:
             self.detach()
@@ -291,7 +285,7 @@ class Attachment:
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
-    def _apply(self) -> None:
+    def _apply(self) -> Attachment:
         planned = [  # every wrapper is made before one is put in place
             _Replacement(owner, name, vars(owner).get(name, _INHERITED), make(getattr(owner, name)))
             for owner, name, make in self._wanted()
@@ -306,6 +300,7 @@ class Attachment:
             raise
         self._host.attached = True
         _attached.append(self)
+        return self
 
     def _wanted(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         """Yield each name to replace: its owner, the name, and what makes the wrapper. Raises UpstreamMismatch."""

@@ -50,11 +50,7 @@ class Rehearsal:
 
 
 def rehearse(
-    registry: Registry,
-    folder: Path,
-    options: dict[str, Any],
-    adapter_type: AdapterType = DEFAULT.name,
-    training_config: Any = None,
+    registry: Registry, folder: Path, options: dict[str, Any], adapter_type: AdapterType = DEFAULT.name
 ) -> Rehearsal:
     """Let plugins decide on a model folder. Raises Refusal where they would refuse a training."""
     facts = ModelFacts.from_folder(folder)
@@ -63,7 +59,7 @@ def rehearse(
     run = Run(
         adapter_type=adapter_type,
         adapter_config=None,
-        training_config=training_config,
+        training_config=None,
         options=options,
         tensor_dir=None,
         model_ref=weakref.ref(model),

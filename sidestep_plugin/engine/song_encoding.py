@@ -86,7 +86,7 @@ class Encoded:
     told: Told
 
 
-def import_handler(root: Path | None = None) -> Any:
+def import_handler(root: Path | None) -> Any:
     """The class ``AceStepHandler`` of upstream, from a checkout when one is given.
 
     Raises:

@@ -177,62 +177,51 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
-    with ExitStack() as undo:
-        lock = OutputLock(request.output_dir.absolute())
-        undo.callback(lock.release)
-        launch = _prepared(request, lock, undo, say, extra_plugins, kept)
-        undo.pop_all()
-        return launch
-
-
-def _prepared(
-    request: Request,
-    lock: OutputLock,
-    undo: ExitStack,
-    say: Callable[[str], None],
-    extra_plugins: Callable[[], Mapping[str, object]],
-    kept: Callable[[Path, AdapterType], Mapping[str, Any]],
-) -> Launch:
     # Keeps transformers and PEFT from asking the network for a local model. Before either of them is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    asked, latest = request, request.resume_from == LATEST
-    registry = Registry.load(request.plugins, request.wins)
-    options = registry.resolve_options(request.options)
-    plan = plan_of(registry, options)
-    check_started(plan)
-    _meet(request, say)
-    root, model = in_all(lambda: _check_model(request, registry, options))
-    resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
-    request = dataclasses.replace(request, resume_from=resumed)
-    if resumed is not None:
-        of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
-        request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
-    elif (start := options.get("init_from")) is not None:
-        settings = told_by_first(lambda: _settings_to_start_from(start, request, kept))
-        request = dataclasses.replace(request, settings=settings)
-    restrict_gpus(request.device)
-    device = pick_device(request.device)
-    dataset = in_all(lambda: _check_songs(request, model))
-    upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
-    if ranks().several:
-        configs = (upstream.adapter_config, upstream.training_config)
-        asked_of = (upstream.module, registry, options, plan.own, request.adapter_type)
-        check_agreement(of_the_training(*asked_of, *configs, dataset.folder) | of_the_model(model.folder))
-    out = held_out(registry, dataset.files, options, upstream.training_config)
-    request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
-    told_by_first(lambda: _check_values(dataset, upstream, options, say))
-    _announce(request, registry, model, device, say)
-    handler = in_turns(lambda: _load(model, device, dataset))
-    for name, plugin in extra_plugins().items():
-        registry.register(plugin, name)
-    options = registry.resolve_options(request.options)  # with the defaults of those that came just now
-    folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
-    attachment = attach_registry(upstream.module, registry, options, folders, say)
-    undo.callback(attachment.detach)
-    # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
-    asked = dataclasses.replace(asked, resume_from=request.resume_from)
-    return _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+    with ExitStack() as undo:
+        lock = OutputLock(request.output_dir.absolute())
+        undo.callback(lock.release)
+        asked, latest = request, request.resume_from == LATEST
+        registry = Registry.load(request.plugins, request.wins)
+        options = registry.resolve_options(request.options)
+        plan = plan_of(registry, options)
+        check_started(plan)
+        _meet(request, say)
+        root, model = in_all(lambda: _check_model(request, registry, options))
+        resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
+        request = dataclasses.replace(request, resume_from=resumed)
+        if resumed is not None:
+            of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
+            request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
+        elif (start := options.get("init_from")) is not None:
+            settings = told_by_first(lambda: _settings_to_start_from(start, request, kept))
+            request = dataclasses.replace(request, settings=settings)
+        restrict_gpus(request.device)
+        device = pick_device(request.device)
+        dataset = in_all(lambda: _check_songs(request, model))
+        upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
+        if ranks().several:
+            configs = (upstream.adapter_config, upstream.training_config)
+            asked_of = (upstream.module, registry, options, plan.own, request.adapter_type)
+            check_agreement(of_the_training(*asked_of, *configs, dataset.folder) | of_the_model(model.folder))
+        out = held_out(registry, dataset.files, options, upstream.training_config)
+        request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
+        told_by_first(lambda: _check_values(dataset, upstream, options, say))
+        _announce(request, registry, model, device, say)
+        handler = in_turns(lambda: _load(model, device, dataset))
+        for name, plugin in extra_plugins().items():
+            registry.register(plugin, name)
+        options = registry.resolve_options(request.options)  # with the defaults of those that came just now
+        folders = [dataset.folder, request.output_dir.absolute(), *filter(None, [request.resume_from])]
+        attachment = attach_registry(upstream.module, registry, options, folders, say)
+        undo.callback(attachment.detach)
+        # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
+        asked = dataclasses.replace(asked, resume_from=request.resume_from)
+        launch = _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+        undo.pop_all()
+        return launch
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from ..errors import Refusal
@@ -75,9 +74,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _forget(self) -> None:

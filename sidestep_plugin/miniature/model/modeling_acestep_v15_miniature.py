@@ -99,14 +99,7 @@ class _Layer(GradientCheckpointingLayer):
             nn.Linear(width, config.intermediate_size), nn.SiLU(), nn.Linear(config.intermediate_size, width)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        bias: Tensor,
-        condition: Tensor,
-        condition_bias: Tensor,
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, bias: Tensor, condition: Tensor, condition_bias: Tensor) -> Tensor:
         shift, scale, gate = (self.modulation + time).unsqueeze(2).unbind(1)
         modulated = self.norm(x) * (1.0 + scale) + shift
         x = x + gate * self.self_attn(modulated, modulated, bias)

@@ -91,10 +91,7 @@ class PreprocessedDataModule:
             "collate_fn": collate_preprocessed_batch,
         }
         if num_workers > 0:  # DataLoader refuses both settings without workers
-            self._loader_options |= {
-                "prefetch_factor": prefetch_factor,
-                "persistent_workers": persistent_workers,
-            }
+            self._loader_options |= {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers}
         if pin_memory_device:
             self._loader_options["pin_memory_device"] = pin_memory_device
 

@@ -52,10 +52,7 @@ def inject_lokr_into_dit(
 
 
 def save_lokr_weights(
-    lycoris_net: Any,
-    output_dir: str,
-    dtype: torch.dtype | None = None,
-    metadata: dict[str, Any] | None = None,
+    lycoris_net: Any, output_dir: str, dtype: torch.dtype | None = None, metadata: dict[str, Any] | None = None
 ) -> str:
     """Write `output_dir/lokr_weights.safetensors`; what is not a string goes into its header as JSON."""
     folder: str = safe_path(output_dir)

@@ -54,10 +54,7 @@ def save_training_checkpoint(
 
 
 def load_training_checkpoint(
-    checkpoint_dir: str,
-    optimizer: Any = None,
-    scheduler: Any = None,
-    device: torch.device | None = None,
+    checkpoint_dir: str, optimizer: Any = None, scheduler: Any = None, device: torch.device | None = None
 ) -> dict[str, Any]:
     """Say where a checkpoint stands; load optimizer and scheduler, but leave the weights to the caller."""
     found: dict[str, Any] = {"epoch": 0, "global_step": 0, "adapter_path": None}

@@ -35,11 +35,7 @@ from acestep.training.lokr_utils import (
     save_lokr_training_checkpoint,
     save_lokr_weights,
 )
-from acestep.training.lora_checkpoint import (
-    load_training_checkpoint,
-    save_lora_weights,
-    save_training_checkpoint,
-)
+from acestep.training.lora_checkpoint import load_training_checkpoint, save_lora_weights, save_training_checkpoint
 from acestep.training.lora_injection import inject_lora_into_dit, unwrap_fabric
 from acestep.training.lora_utils import check_peft_available
 from acestep.training.path_safety import safe_path
@@ -424,10 +420,7 @@ class LoRATrainer(_Trainer):
         yield from self._train(tensor_dir, training_state, resume_from)
 
     def _train_with_fabric(
-        self,
-        data_module: PreprocessedDataModule,
-        training_state: TrainingState,
-        resume_from: str | None = None,
+        self, data_module: PreprocessedDataModule, training_state: TrainingState, resume_from: str | None = None
     ) -> Progress:
         yield self._starting()
         loop = self._loop_with_fabric(data_module)
