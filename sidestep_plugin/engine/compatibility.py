@@ -22,15 +22,8 @@ from .seams import Found, cannot_do, examine
 from .shapes import adapter_types
 
 _VERSIONS: Final = (
-    "sidestep-plugin",
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "lightning",
-    "lycoris-lora",
-    "tensorboard",
-)
+    "sidestep-plugin", "torch", "transformers", "peft", "safetensors", "lightning", "lycoris-lora", "tensorboard",
+)  # fmt: skip
 
 _TOO_OLD: Final = re.compile(r"incompatible version of (\w+).*?only versions above (\d[\w.]*\w)", re.DOTALL)
 """PEFT's words for a package that is installed beside it and too old."""

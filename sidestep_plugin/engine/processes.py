@@ -37,15 +37,8 @@ LOST: Final = "The connection to another process was lost"
 """How a failure begins of which this process knows only that another one is gone."""
 
 _LOST: Final = (
-    LOST,
-    "gloo",
-    "NCCL",
-    "nccl",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "ProcessGroup",
-    "TCPStore",
-)
+    LOST, "gloo", "NCCL", "nccl", "Connection closed by peer", "Connection reset by peer", "ProcessGroup", "TCPStore",
+)  # fmt: skip
 _groups: Final[dict[str, Any]] = {}
 _DECIDE: Final = ("torch", "peft", "lightning", "lycoris-lora", "sidestep-plugin")
 """Distributions whose version decides what is trained, or whether processes understand each other."""

@@ -102,14 +102,12 @@ class Replay:
             Refusal: the checkpoint's tensors do not fit the adapter.
         """
         point, trained = self.point, trained_tensors(scheduler)
+        shapes = [weight.shape for weight in trained]
         for values in (point.parameters, point.gradients):
-            if values is not None and (
-                len(values) != len(trained)
-                or any(
-                    value is not None and value.shape != weight.shape
-                    for weight, value in zip(trained, values, strict=True)
-                )
-            ):
+            if values is None:
+                continue
+            found = [shape if value is None else value.shape for value, shape in zip(values, shapes, strict=False)]
+            if len(values) != len(shapes) or found != shapes:
                 raise Refusal(
                     "The checkpoint does not fit this adapter: other tensors were trained in it than are trained here. "
                     "Resume with the settings that it was made with."

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -138,14 +139,10 @@ def _lock(descriptor: int) -> None:
 
 
 def _unlock(descriptor: int, file: Path, made: list[Path]) -> None:
-    with contextlib.suppress(OSError):
-        if os.name != "nt":  # there, a file that is open cannot be removed
-            file.unlink()
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
-    with contextlib.suppress(OSError):
-        if os.name == "nt":
-            file.unlink()
+    steps = (file.unlink, partial(os.close, descriptor))
+    for step in reversed(steps) if os.name == "nt" else steps:  # there, a file that is open cannot be removed
+        with contextlib.suppress(OSError):
+            step()
     with contextlib.suppress(OSError):  # whatever is not empty stays
         for place in reversed(made):
             place.rmdir()

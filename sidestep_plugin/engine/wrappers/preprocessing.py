@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,13 +108,12 @@ def _renew_one(handler: Any, file: Path) -> None:
 
 def _encoders_of(handler: Any) -> Encoders:
     """What the app has loaded, by its files; hashes are empty where their folder is not known."""
-    folder = Path(str(getattr(getattr(handler.model, "config", None), "_name_or_path", "") or ""))
+    return _encoders_in(Path(str(getattr(getattr(handler.model, "config", None), "_name_or_path", "") or "")))
+
+
+@cache
+def _encoders_in(folder: Path) -> Encoders:
     text_encoder = folder.parent / TEXT_ENCODER
-    key = (str(folder), str(text_encoder))
-    if key not in _known:
-        there = folder.is_dir() and text_encoder.is_dir()
-        _known[key] = Encoders.of(folder, text_encoder) if there else Encoders(folder.name, "", "", "", "")
-    return _known[key]
-
-
-_known: dict[tuple[str, str], Encoders] = {}
+    if folder.is_dir() and text_encoder.is_dir():
+        return Encoders.of(folder, text_encoder)
+    return Encoders(folder.name, "", "", "", "")
