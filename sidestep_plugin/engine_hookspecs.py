@@ -29,16 +29,7 @@ def engine_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_
 
     When: once for each training: on the command line before the model is loaded, elsewhere before it begins. The
     answer is ``run.held_out`` from then on. In several processes, each is asked: choose by the songs' names, and draw
-    no random number.
-
-    Args:
-        songs: the files of all preprocessed songs.
-
-    Returns:
-        Some of `songs`, but not all. None to train on all of them.
-
-    Raises:
-        Refusal: to stop. Nothing has been written yet.
+    no random number. None trains on all of them. Raises Refusal to stop: nothing has been written yet.
     """
 
 
@@ -54,14 +45,8 @@ def engine_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPl
     by the first one. Weights are equal everywhere. ``run.ranks`` tells the processes apart, and ``run.gather``
     exchanges values between them.
 
-    Args:
-        ranks: the place of this process among those that were started; process 0 of 1 before that.
-
-    Returns:
-        A ProcessPlan, or None for a single process.
-
-    Raises:
-        Refusal: the options contradict each other, or what was started.
+    `ranks` is the place of this process among those that were started; process 0 of 1 before that. None means a single
+    process. Raises Refusal where the options contradict each other, or what was started.
     """
 
 
@@ -84,15 +69,8 @@ def engine_resume(run: Run, folder: Path) -> ResumePoint | None:
     If a plugin implements this hook, a training that is stopped or fails is saved in the folder ``interrupted`` inside
     its output folder, and :func:`acestep_adapter_saved` receives with every checkpoint what resuming it needs.
 
-    Args:
-        run: the run, with upstream's configurations.
-        folder: the checkpoint's folder, as the user named it.
-
-    Returns:
-        The place to resume from, or None to leave resuming to upstream.
-
-    Raises:
-        Refusal: the folder holds no complete checkpoint, or one of another training.
+    `folder` is the checkpoint's, as the user named it. None leaves resuming to upstream. Raises Refusal where it holds
+    no complete checkpoint, or one of another training.
     """
 
 
@@ -137,11 +115,8 @@ def engine_model_ready(
         network: the LyCORIS network of a LoKr, None for a LoRA.
         autocast: the type that autocast computes in, None without autocast.
 
-    Returns:
-        Lines to announce. What changes the adapter must be an option that the user has chosen.
-
-    Raises:
-        Refusal: to stop the run before its first step.
+    Returns lines to announce. What changes the adapter must be an option that the user has chosen. Raises Refusal to
+    stop the run before its first step.
     """
 
 

@@ -44,11 +44,8 @@ def watched_decoder(module: Any) -> Iterator[list[Given]]:
     if not isinstance(decoder, torch.nn.Module):
         yield calls
         return
-    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with decoder.register_forward_pre_hook(note, with_kwargs=True):
         yield calls
-    finally:
-        hook.remove()
 
 
 def check_decoder_input(step: Step, batch: Mapping[str, Any], calls: list[Given], *, samples: bool) -> None:

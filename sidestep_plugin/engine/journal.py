@@ -174,7 +174,6 @@ class Journal:
         if self.scheduler is None or not len(self._losses) or self.epochs_begun == 0:
             return None
         between = self._in_epoch in (0, self._steps_per_epoch)
-        begun = self.epochs_begun - (self._in_epoch != self._steps_per_epoch)
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
@@ -184,7 +183,7 @@ class Journal:
         trained = trained_tensors(self.scheduler)
         gradients = [None if weight.grad is None else weight.grad.detach() for weight in trained]
         return ResumePoint(
-            epochs=begun,
+            epochs=self.whole_epochs,
             steps=0 if between else self._in_epoch,
             steps_per_epoch=self._steps_per_epoch,
             losses=self._losses.all(),

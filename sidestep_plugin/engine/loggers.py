@@ -71,7 +71,10 @@ def tolerate_failures(host: Host, engine: Any) -> list[Secondary]:
 
 
 def log_entries(host: Host, training: Training, entries: Mapping[str, Any], epoch: int) -> None:
-    """Write numbers, clips and tensors (as histograms) to upstream's log, in the first process. Never fails."""
+    """Write numbers, clips and tensors (as histograms) to upstream's log, in the first process. Never fails.
+
+    Without Lightning there is no log.
+    """
     engine = getattr(training.trainer, "fabric", None) if training.run.ranks.first else None
     for logger in tolerate_failures(host, engine):
         for name, value in entries.items():

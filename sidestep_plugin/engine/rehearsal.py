@@ -42,11 +42,8 @@ class Rehearsal:
 
         step = Step(self.run, module=None, training=True, device=torch.device("cpu"), dtype=torch.float32)
         asked = {"step": step, "batch_size": count, "device": step.device, "dtype": step.dtype}
-        for name, caller in self._registry.callers("acestep_sample_timesteps"):
-            for t in self._registry.ask(name, caller, "acestep_sample_timesteps", asked):
-                drawn: torch.Tensor = t
-                return drawn
-        return None
+        answers = self._registry.call("acestep_sample_timesteps", **asked)
+        return answers[0][1] if answers else None
 
 
 def rehearse(
