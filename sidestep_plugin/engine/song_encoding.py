@@ -203,23 +203,15 @@ def encode_as_upstream(handler: Any, words: Words, frames: int) -> Encoded:
             models, text, lyrics, encoder, context = (
                 importlib.import_module(f"{_PREPROCESSING}.{name}") for name in names
             )
-        sample = models.AudioSample(
-            caption=words.caption,
-            lyrics=words.lyrics,
-            language=words.language,
-            bpm=words.bpm,
-            keyscale=words.keyscale,
-            timesignature=words.timesignature,
-            duration=int(words.seconds),
-            labeled=True,
-        )
+        said = {name: value for name, value in vars(words).items() if name != "seconds"}
+        sample = models.AudioSample(**said, duration=int(words.seconds), labeled=True)
         prompt = text.build_text_prompt(sample, "prepend", False)
         sung = words.lyrics or "[Instrumental]"
         parts = (handler.text_encoder, handler.text_tokenizer)
         text_states, text_mask = text.encode_text(*parts, prompt, device, dtype)
         with_language = "vocal_language" in inspect.signature(lyrics.encode_lyrics).parameters
-        said = (sung, words.language) if with_language else (sung,)
-        lyric_states, lyric_mask = lyrics.encode_lyrics(*parts, *said, device, dtype)
+        lines = (sung, words.language) if with_language else (sung,)
+        lyric_states, lyric_mask = lyrics.encode_lyrics(*parts, *lines, device, dtype)
         states, mask = encoder.run_encoder(
             handler.model,
             text_hidden_states=text_states,
@@ -254,17 +246,9 @@ def _batch_of(handler: Any, words: Words, frames: int) -> tuple[Any, Told]:
     instruction = importlib.import_module(_CONSTANTS).DEFAULT_DIT_INSTRUCTION
     try:
         captions, instructions, lyrics, languages, metas = handler.prepare_batch_data(
-            1,
-            None,
-            words.seconds,
-            words.caption,
-            words.lyrics,
-            words.language,
-            instruction,
-            words.bpm,
-            words.keyscale,
-            words.timesignature,
-        )
+            1, None, words.seconds, words.caption, words.lyrics, words.language, instruction, words.bpm,
+            words.keyscale, words.timesignature,
+        )  # fmt: skip
         batch = handler._prepare_batch(
             captions=captions,
             instructions=instructions,

@@ -65,8 +65,9 @@ class Saving:
     option: str  # name of the plugin's option that it needs; "" for a setting that every training has
     apply: Callable[[Settings], Settings | None]  # the settings with it; None if it would change nothing
     flag: Callable[[Settings], str]  # what to type, for the settings with it
-    advice: Callable[[Settings, Settings], str]  # the same as a lower-case phrase, for the settings without and with it
     cost: str  # what it costs, in a few words
+    # A lower-case phrase for the settings without and with it; None for "use" and the flag.
+    advice: Callable[[Settings, Settings], str] | None = None
 
 
 @dataclass(frozen=True)

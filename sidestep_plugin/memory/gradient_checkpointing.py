@@ -48,7 +48,7 @@ def acestep_run_started(run: Run) -> None:
 @hookimpl
 def engine_model_ready(run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None) -> list[str]:
     said, was_on = run.options["gradient_checkpointing"], _is_on(decoder)
-    needed = estimate(run, decoder, kept_weights(run.options, decoder, network, autocast).keys(), autocast)
+    needed = estimate(run, decoder, kept_weights(run.options, decoder, network, autocast), autocast)
     if said == "auto":
         on, why = (was_on, "") if needed is None else _decided(needed, was_on)
     else:
@@ -146,6 +146,5 @@ SAVING: Final = Saving(
     option="gradient_checkpointing",
     apply=lambda now: None if now.checkpointing else now.but(checkpointing=True),
     flag=lambda then: "--gradient-checkpointing on",
-    advice=lambda now, then: "use --gradient-checkpointing on",
     cost="same adapter, bit for bit; steps take longer",
 )

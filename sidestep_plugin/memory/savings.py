@@ -44,7 +44,6 @@ SAVINGS: Final = (
         option="crop_seconds",
         apply=_crop,
         flag=lambda then: f"--crop-seconds {then.crop_seconds:g}",
-        advice=lambda now, then: f"use --crop-seconds {then.crop_seconds:g}",
         cost="trains on parts of the songs",
     ),
     Saving(
@@ -109,6 +108,7 @@ def advice_for(now: Settings, options: Collection[str]) -> list[str]:
     """What to change, the cheapest first: each as a lower-case phrase, with what it costs."""
     lines = []
     for saving, then in savings_for(now, options):
-        lines.append(f"{saving.advice(now, then)} ({saving.cost})")
+        advice = f"use {saving.flag(then)}" if saving.advice is None else saving.advice(now, then)
+        lines.append(f"{advice} ({saving.cost})")
         now = then
     return lines

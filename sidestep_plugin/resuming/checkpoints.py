@@ -60,11 +60,10 @@ _BUFFER: Final = 2**20
 class Checkpoint:
     """A complete checkpoint."""
 
-    folder: Path  # its folder
-    point: ResumePoint  # the position in the training
+    folder: Path
+    point: ResumePoint
     # its ``training_config.json``; None without one, as when upstream saved it without the plugin
     facts: Mapping[str, Any] | None
-    alone: bool  # whether upstream saved it without the plugin
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
@@ -172,7 +171,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         wrong = repr(error)
     if wrong:
         raise _incomplete(folder, f"what was saved of the training is unusable ({wrong})")
-    return Checkpoint(folder, point, read_training_config(weights.parent), alone)
+    return Checkpoint(folder, point, read_training_config(weights.parent))
 
 
 def _wrong_in(point: ResumePoint) -> str:
