@@ -111,10 +111,15 @@ def import_module_of(name: str, root: Path | None, elsewhere: str) -> ModuleType
         raise UpstreamMismatch(f"{name} cannot be imported. ACE-Step's own error: {reason} {what_to_do}") from error
 
 
+def beside(trainer: Any, name: str) -> ModuleType | None:
+    """A module of the trainer's package; None if it has not been imported, or does not exist."""
+    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
+    return sys.modules.get(f"{package}.{name}")
+
+
 def place_of(trainer: Any, said: str) -> Path:
     """Where upstream saves to when it is given a path: relative to its path guard's root, if it has one."""
-    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    root = getattr(sys.modules.get(f"{package}.path_safety"), "_SAFE_ROOT", None)
+    root = getattr(beside(trainer, "path_safety"), "_SAFE_ROOT", None)
     return (Path(root) / said if isinstance(root, str) else Path(said)).resolve()
 
 

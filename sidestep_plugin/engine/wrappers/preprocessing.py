@@ -9,7 +9,6 @@ variable. What upstream hides is told: songs that failed, and a list of songs th
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...errors import Refusal
 from ...songs.one_song import frames_in, load_song
 from ...songs.song_text import text_of_song
 from ...text import counted
+from ..checkout import beside
 from ..host import Host, log_of
 from ..song_encoding import TEXT_ENCODER, encode
 from ..song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
@@ -29,8 +29,7 @@ CONDITIONS: Final = "SIDESTEP_CONDITIONS"
 
 def builder_of(trainer: Any) -> Any:
     """Upstream's class ``DatasetBuilder``, which its training package has imported; None in a version without it."""
-    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    return getattr(sys.modules.get(f"{package}.dataset_builder"), "DatasetBuilder", None)
+    return getattr(beside(trainer, "dataset_builder"), "DatasetBuilder", None)
 
 
 def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
