@@ -45,6 +45,7 @@ class Settings:
     checkpointing: bool = False  # whether gradient checkpointing is on
     crop_seconds: float | None = None  # length of the windows of songs that are trained on; None: whole songs
     optimizer_bytes: int = 8  # bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form
+    averaged: bool = False  # whether a running mean of the adapter is kept beside it, in fp32
 
     @property
     def trained_frames(self) -> int:
@@ -75,7 +76,7 @@ class Needs:
     """Bytes that a training needs at its peak."""
 
     weights: int  # the decoder's frozen weights
-    adapter: int  # the trained parameters; the next two are theirs
+    adapter: int  # the trained parameters, and a running mean of them; the next two are theirs, too
     gradients: int
     optimizer: int
     activations: int  # what waits for the backward pass, and what exists beside it there
@@ -103,7 +104,7 @@ def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, 
     trained = adapter_parameters(size, settings.kind, settings.rank, settings.targets) if trained is None else trained
     return Needs(
         weights=weight_bytes(size, settings) if weights is None else weights,
-        adapter=4 * trained,
+        adapter=(8 if settings.averaged else 4) * trained,
         gradients=4 * trained,
         optimizer=settings.optimizer_bytes * trained,
         activations=activations(size, settings),
