@@ -69,7 +69,7 @@ MUTATIONS = [
         "quantized layers that stay in the model",
         "sidestep_plugin/memory/quantization.py",
         "    if not run.engine.ends_the_program:",
-        "        if False:",
+        "    if False:",
         "tests/memory/test_quantization.py::test_a_training_with_quantized_weights",
     ),
     Mutation(
@@ -124,8 +124,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/ending.py",
-        "    put_weights(run, point.weights)\n",
+        "sidestep_plugin/engine/services.py",
+        "        put_weights(run, point.weights)\n",
         "",
         "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
