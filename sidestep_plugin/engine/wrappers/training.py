@@ -13,8 +13,7 @@ from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
 from ..answers import described, held_out
 from ..current import Training, command_line, during, running_training
-from ..ending import saved_after, summed_up
-from ..epochs import began, ended
+from ..epochs import began, ended, saved_after, summed_up
 from ..journal import Journal
 from ..processes import (
     SharedState,

@@ -67,7 +67,9 @@ class _PreprocessedModule(nn.Module):
 
     model: Any
 
-    def __init__(self, model: Any, training_config: TrainingConfig, device: torch.device | str) -> None:
+    def __init__(
+        self, model: Any, adapter_config: Any, training_config: TrainingConfig, device: Any, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
@@ -80,6 +82,7 @@ class _PreprocessedModule(nn.Module):
         self.timesteps_tensor = torch.tensor(TURBO_SHIFT3_TIMESTEPS, device=self.device, dtype=self.dtype)
         self.training_losses: list[float] = []
         self.force_input_grads_for_checkpointing = False
+        self._inject(adapter_config)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -106,24 +109,15 @@ class _PreprocessedModule(nn.Module):
 class PreprocessedLoRAModule(_PreprocessedModule):
     """A model whose decoder has a LoRA, and its training step."""
 
-    def __init__(
-        self,
-        model: Any,
-        lora_config: LoRAConfig,
-        training_config: TrainingConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, training_config, device)
+    def _inject(self, lora_config: LoRAConfig) -> None:
         self.lora_config = lora_config
-        self.lora_info: dict[str, Any] = {}
         if not check_peft_available():
             logger.warning("PEFT is not installed: training without LoRA")
             return
-        for weight in model.parameters():
+        for weight in self.model.parameters():
             if weight.is_inference():
                 weight.data = weight.data.clone()
-        self.model, self.lora_info = inject_lora_into_dit(model, lora_config)
+        self.model, self.lora_info = inject_lora_into_dit(self.model, lora_config)
 
     def training_step(self, batch: dict[str, Any], record_loss: bool = True) -> Tensor:
         """Return the loss of one batch; validation calls this too, without recording it."""
@@ -141,22 +135,13 @@ class PreprocessedLoRAModule(_PreprocessedModule):
 class PreprocessedLoKRModule(_PreprocessedModule):
     """A model whose decoder has a LoKr, and its training step."""
 
-    def __init__(
-        self,
-        model: Any,
-        lokr_config: LoKRConfig,
-        training_config: TrainingConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, training_config, device)
+    def _inject(self, lokr_config: LoKRConfig) -> None:
         self.lokr_config = lokr_config
-        self.lokr_info: dict[str, Any] = {}
         self.lycoris_net: Any = None
         if not check_lycoris_available():
             logger.warning("LyCORIS is not installed: training without LoKr")
             return
-        self.model, self.lycoris_net, self.lokr_info = inject_lokr_into_dit(model, lokr_config)
+        self.model, self.lycoris_net, self.lokr_info = inject_lokr_into_dit(self.model, lokr_config)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one batch."""
