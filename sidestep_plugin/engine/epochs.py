@@ -1,8 +1,8 @@
 """Where an epoch ends, and a training: plugins look at it, and what was stopped or failed is saved.
 
-An epoch ends behind its last optimizer step and before anything is saved, in every version of upstream. Its loop goes on
-behind the last batch of an epoch to an optimizer step for the rest of its gradients. The first thing that it reports,
-logs as the epoch's loss, saves or reads after that comes later, so the end is there.
+An epoch ends behind its last optimizer step and before anything is saved, in every version of upstream. Its loop goes
+on behind the last batch of an epoch to an optimizer step for the rest of its gradients. The first thing that it
+reports, logs as the epoch's loss, saves or reads after that comes later, so the end is there.
 """
 
 from __future__ import annotations
