@@ -229,32 +229,22 @@ class ResumePoint:
     epochs: int  # complete passes through the songs
     steps: int  # training steps of the pass that has begun; 0 between two passes
     steps_per_epoch: int | None = None  # training steps in a complete pass; None if they were not recorded
-    # the loss of every training step so far, shape [N]; None if they were not recorded
-    losses: torch.Tensor | None = None
-    # the loss of every validation step so far, shape [M]; None if they were not recorded
-    validation: torch.Tensor | None = None
-    # states of the random generators at this place; None if they were not recorded
-    random: Mapping[str, Any] | None = None
-    # their states at the start of the pass that has begun, which decide the order of the songs; None between two passes
+    losses: torch.Tensor | None = None  # of every training step so far, shape [N]; None if they were not recorded
+    validation: torch.Tensor | None = None  # of every validation step so far, shape [M]; None if not recorded
+    random: Mapping[str, Any] | None = None  # states of the random generators at this place; None if not recorded
+    # Their states at the start of the pass that has begun, which decide the order of the songs; None between two passes.
     epoch_random: Mapping[str, Any] | None = None
-    # for each trained tensor, the gradient that waits for the next optimizer step; None if none waits
-    gradients: list[torch.Tensor | None] | None = None
-    # optimizer, scheduler: their ``state_dict()``; None to start with new ones
-    optimizer: Mapping[str, Any] | None = None
-    scheduler: Mapping[str, Any] | None = None
+    gradients: list[torch.Tensor | None] | None = None  # of each trained tensor, if they wait for the optimizer
+    optimizer: Mapping[str, Any] | None = None  # its ``state_dict()``; None to start with a new one
+    scheduler: Mapping[str, Any] | None = None  # the same
     optimizer_class: str = ""  # name of the optimizer's class, "" if unknown
-    # the adapter's tensors under the names with which they are saved; empty if they are in a file
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    # the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its scalar into
-    # them); None if they are the same
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the adapter's, by the names in its file
+    # The trained tensors themselves, if the saved ones are computed from them: LyCORIS multiplies its scalar into them.
     parameters: list[torch.Tensor] | None = None
     songs: str = ""  # fingerprint of the songs, "" if unknown
-    # by name, what parts of the plugin keep: numbers, texts, tensors, lists and dictionaries
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    # counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was not recorded
-    save_number: int = 0
-    # of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one
-    ranks: Sequence[Mapping[str, Any]] = ()
+    kept: Mapping[str, Any] = field(default_factory=dict)  # by name, what parts of the plugin keep, in plain types
+    save_number: int = 0  # counts the saves in an output folder from 1: the newest has the highest; 0 if not recorded
+    ranks: Sequence[Mapping[str, Any]] = ()  # `random` and `epoch_random` of each of several processes, by rank
     lines: tuple[str, ...] = ()  # what the user should know before resuming from here
     finished: str = ""  # why there is nothing to resume; "" to train on
 

@@ -42,11 +42,9 @@ class Wanted:
     """What to attach."""
 
     plugins: tuple[str, ...]  # names, in the order in which they are asked
-    # the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``)
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] | None = None  # None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``)
     wins: str | None = None  # of two plugins that implement an exclusive hook, the one that is asked
-    # whether the user asked for this program to run with plugins; not so in a patched checkout
-    on_request: bool = False
+    on_request: bool = False  # whether the user asked for plugins in this program; not so in a patched checkout
 
     @classmethod
     def by_environment(cls) -> Wanted:

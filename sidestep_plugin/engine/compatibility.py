@@ -36,8 +36,7 @@ class FoundModel:
     name: str
     variant: str | None  # turbo, base or sft; None when it is not known
     evidence: str  # what the variant was read from, or why it is not known
-    # the variant in more words, such as turbo-shift1, which is trained on a schedule of its own
-    member: str | None = None
+    member: str | None = None  # the variant in more words, such as turbo-shift1, which has its own schedule
 
 
 @dataclass(frozen=True)

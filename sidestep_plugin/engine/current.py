@@ -25,18 +25,14 @@ class Training:
     run: Run  # what plugins see of it
     trainer: Any  # upstream's LoRATrainer or LoKRTrainer
     journal: Journal | None = None  # its progress; None if no plugin needs it
-    # upstream's control of it, with which it is stopped; None where upstream has none
-    state: MutableMapping[str, Any] | None = None
+    state: MutableMapping[str, Any] | None = None  # upstream's, with which it is stopped; None where it has none
     # in how many processes it runs
     plan: ProcessPlan = ProcessPlan()  # noqa: RUF009 - immutable
     from_command_line: bool = False  # whether the program ends with it
-    # closed when the training is over: undoes what was done for it alone, all of it, the newest first
-    at_end: ExitStack = field(default_factory=ExitStack)
+    at_end: ExitStack = field(default_factory=ExitStack)  # undoes what was done for this training alone, at its end
     resumed_from: Path | None = None  # the checkpoint's folder; None for a training from the start
-    # saves the finished adapter of a training that a plugin has ended; None otherwise
-    ending: Callable[[], Sequence[str]] | None = None
-    # the plugin's options that ended it, and up to which value each of them would have
-    limits: Mapping[str, float] = field(default_factory=dict)
+    ending: Callable[[], Sequence[str]] | None = None  # saves the adapter of a training that a plugin has ended
+    limits: Mapping[str, float] = field(default_factory=dict)  # its options that ended it, and up to which value
     failure: str = ""  # why it failed, as upstream or the engine reports it; "" while it has not
     variant: str = ""  # which of ``run.variants`` is in the adapter's place now; "" for what is trained
 

@@ -80,8 +80,7 @@ class Encoded:
     """What the decoder receives for a song."""
 
     encoder_hidden_states: torch.Tensor  # the conditions, shape [L,D], on the CPU in the model's dtype
-    # shape [L], in the same dtype: ones; upstream's preprocessing has zeros for its padding
-    encoder_attention_mask: torch.Tensor
+    encoder_attention_mask: torch.Tensor  # shape [L], ones in the same dtype; upstream's has zeros for its padding
     context_latents: torch.Tensor  # silence and a mask of ones side by side, shape [T,128]
     told: Told
 

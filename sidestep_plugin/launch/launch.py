@@ -87,8 +87,7 @@ class Request:
     # training and adapter settings by option name, only those that were given. When a training is resumed, the rest are
     # those of its checkpoint.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    # where the rest come from in a new training: "recommended" for its number of songs, or "upstream"
-    defaults: str = "upstream"
+    defaults: str = "upstream"  # of a new training: "recommended" for its number of songs, or "upstream"
     plugins: tuple[str, ...] = ()  # names of plugins; none: upstream's own training
     wins: str | None = None  # the plugin that samples the timesteps when two of them could
     options: Mapping[str, Any] = field(default_factory=dict)  # the plugins' options, only those that were given

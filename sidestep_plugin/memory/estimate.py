@@ -40,8 +40,7 @@ class Settings:
     frames: int = 240 * FRAMES_A_SECOND  # length of the longest song in frames of latents
     tokens: int = USUAL_TOKENS  # length of the longest condition in tokens
     mixed: bool = True  # whether autocast computes in bf16, as on a GPU; else all weights are fp32
-    # type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only
-    frozen: str = "bf16"
+    frozen: str = "bf16"  # type of frozen linear and convolution layers: bf16, fp32, a quantized one; if `mixed`
     checkpointing: bool = False  # whether gradient checkpointing is on
     crop_seconds: float | None = None  # length of the windows of songs that are trained on; None: whole songs
     optimizer_bytes: int = 8  # bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form

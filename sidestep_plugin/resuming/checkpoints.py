@@ -62,8 +62,7 @@ class Checkpoint:
 
     folder: Path
     point: ResumePoint
-    # its ``training_config.json``; None without one, as when upstream saved it without the plugin
-    facts: Mapping[str, Any] | None
+    facts: Mapping[str, Any] | None  # its ``training_config.json``; None without one, as when upstream saved it alone
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:

@@ -29,8 +29,7 @@ class Saved:
     training_steps: int | None  # training steps done; None if unknown
     optimizer_steps: int | None  # optimizer steps done; None if unknown
     loss: float | None  # mean loss of its last epoch; None if unknown
-    # validation loss relative to the model without adapter, -0.02 is 2 % lower; None if unknown
-    validation_change: float | None
+    validation_change: float | None  # relative to the model without adapter, -0.02 is 2 % lower; None if unknown
     average: str | None  # folder of the average beside it, relative to the output folder; None without one (--average)
     average_change: float | None  # the average's validation loss relative to the model without adapter; None if unknown
     bytes: int  # size of all files in the folder

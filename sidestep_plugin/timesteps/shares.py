@@ -24,8 +24,7 @@ class Distribution:
     """One distribution of t."""
 
     name: str  # what draws it
-    # share of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1
-    shares: tuple[float, ...]
+    shares: tuple[float, ...]  # of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1
     low: float  # its 5 % quantile
     median: float
     high: float  # its 95 % quantile

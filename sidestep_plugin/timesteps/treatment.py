@@ -42,8 +42,7 @@ class Treatment:
 
     model_name: str  # name of the model's folder, ``""`` when unknown
     decision: Decision  # its variant and the evidence
-    # "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws)
-    timestep_mode: TimestepMode
+    timestep_mode: TimestepMode  # "discrete" (uniform over `schedule`) or "continuous" (maximum of two draws)
     schedule: tuple[float, ...]  # the discrete timesteps, noisiest first; empty when continuous
     mu: float | None  # of the logit-normal law, as sigma is; None when discrete
     sigma: float | None
