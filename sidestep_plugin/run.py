@@ -232,13 +232,13 @@ class ResumePoint:
     losses: torch.Tensor | None = None  # of every training step so far, shape [N]; None if they were not recorded
     validation: torch.Tensor | None = None  # of every validation step so far, shape [M]; None if not recorded
     random: Mapping[str, Any] | None = None  # states of the random generators at this place; None if not recorded
-    # Their states at the start of the pass that has begun, which decide the order of the songs; None between two passes.
+    # Their states at the start of the pass that has begun, which decide the order of its songs; None between two.
     epoch_random: Mapping[str, Any] | None = None
     gradients: list[torch.Tensor | None] | None = None  # of each trained tensor, if they wait for the optimizer
     optimizer: Mapping[str, Any] | None = None  # its ``state_dict()``; None to start with a new one
     scheduler: Mapping[str, Any] | None = None  # the same
     optimizer_class: str = ""  # name of the optimizer's class, "" if unknown
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the adapter's, by the names in its file
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by their saved names; {} if they are in a file
     # The trained tensors themselves, if the saved ones are computed from them: LyCORIS multiplies its scalar into them.
     parameters: list[torch.Tensor] | None = None
     songs: str = ""  # fingerprint of the songs, "" if unknown
