@@ -275,25 +275,22 @@ class Listing:
     name: str
     distribution: str
     version: str
-    hooks: tuple[str, ...]
-    options: tuple[str, ...]
-    error: str | None
+    hooks: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    error: str | None = None
 
 
 def list_plugins() -> list[Listing]:
     """Load every installed plugin on its own and list what it implements, or why it failed."""
     listings = []
     for plugin in installed_plugins():
-        hooks: Sequence[str] = ()
-        options: Sequence[str] = ()
-        error = None
+        about = (plugin.name, plugin.distribution, plugin.version)
         try:
             registry = Registry.load([plugin.name])
-            hooks = registry.hooks_of(plugin.name)
-            options = [option.opts[0] for option in registry.declared_options()]
+            options = tuple(option.opts[0] for option in registry.declared_options())
+            listings.append(Listing(*about, tuple(registry.hooks_of(plugin.name)), options))
         except Refusal as refusal:
-            error = str(refusal)
-        listings.append(Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error))
+            listings.append(Listing(*about, error=str(refusal)))
     return listings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,15 @@ def beside(trainer: Any, name: str) -> ModuleType | None:
     """A module of the trainer's package; None if it has not been imported, or does not exist."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
     return sys.modules.get(f"{package}.{name}")
+
+
+def project_of(root: Path | None) -> dict[str, Any]:
+    """The table ``project`` of a checkout's pyproject.toml; {} where there is none."""
+    try:
+        content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")) if root else {}
+    except (OSError, ValueError):
+        return {}
+    return project if isinstance(project := content.get("project"), dict) else {}
 
 
 def place_of(trainer: Any, said: str) -> Path:

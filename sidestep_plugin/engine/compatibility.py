@@ -71,7 +71,9 @@ def examine_checkout(root: Path, checkpoints: Path, kinds: Sequence[AdapterType]
             seams += looked
             misfits = [seam for seam in looked if seam.status != "found" and not seam.optional]
             problem = f"{misfits[0].name}: {misfits[0].reason}" if misfits else ""
-            verdicts.append((kind, problem or _uninstalled(kind) or injection_problem(kind)))
+            package = BY_NAME[kind].package
+            uninstalled = "" if version_of(package) else f"{package} is not installed (pip install {package})"
+            verdicts.append((kind, problem or uninstalled or injection_problem(kind)))
         problems = [f"{title_of(kind)} does not fit: {problem}" for kind, problem in verdicts if problem]
         fitting = " and ".join(title_of(kind) for kind, problem in verdicts if not problem)
         good = [f"Compatible: {fitting} can be trained"] if fitting else []
@@ -109,12 +111,6 @@ def examine_model(folder: Path) -> FoundModel:
     except Refusal as refusal:
         return FoundModel(folder.name, None, str(refusal))
     return FoundModel(folder.name, decision.variant, decision.evidence, member_of(decision.variant, folder.name))
-
-
-def _uninstalled(kind: AdapterType) -> str:
-    """What this kind of adapter needs and is not installed, "" when nothing is missing."""
-    needed = BY_NAME[kind].package
-    return f"{needed} is not installed (pip install {needed})" if version_of(needed) is None else ""
 
 
 def injection_problem(kind: AdapterType) -> str:

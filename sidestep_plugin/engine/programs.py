@@ -6,12 +6,12 @@ import importlib.metadata
 import re
 import runpy
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import Refusal
+from .checkout import project_of
 
 
 def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]:
@@ -58,13 +58,7 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
 
 def _in_checkout(root: Path | None) -> dict[str, str]:
     """Commands that the checkout's pyproject.toml declares: a checkout is often used without being installed."""
-    if root is None:
-        return {}
-    try:
-        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
-    except (OSError, ValueError):
-        return {}
-    scripts = project.get("scripts", {}) if isinstance(project, dict) else {}
+    scripts = project_of(root).get("scripts", {})
     return {name: place for name, place in scripts.items() if isinstance(place, str)}
 
 

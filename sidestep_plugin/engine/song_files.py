@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import struct
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..registry import version_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import POSITIONS, SongText
 from ..songs.values import hash_of
+from .checkout import project_of
 from .song_encoding import Encoded, Words
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class Machine:
 
         plugin = version_of("sidestep-plugin") or ""
         name = str(dtype).removeprefix("torch.")
-        return cls(device, name, attention, str(torch.__version__), version_of_upstream(root), plugin)
+        upstream = str(project_of(root).get("version", ""))
+        return cls(device, name, attention, str(torch.__version__), upstream, plugin)
 
 
 def record_of(
@@ -306,12 +307,3 @@ def _tensors_in(file: Path) -> dict[str, tuple[int, int, str]]:
 def _hash_of_files(folder: Path, names: tuple[str, ...]) -> str:
     there = [(name, hash_of(folder / name)) for name in names if (folder / name).is_file()]
     return hashlib.sha256(repr(there).encode()).hexdigest() if there else ""
-
-
-def version_of_upstream(root: Path | None) -> str:
-    """The version in the checkout's pyproject.toml; "" when there is none."""
-    try:
-        content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")) if root else {}
-        return str(content["project"]["version"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

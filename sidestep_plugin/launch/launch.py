@@ -26,7 +26,7 @@ from ..engine.answers import held_out
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
 from ..engine.compatibility import injection_problem
-from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
+from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs
 from ..engine.current import CommandLine, command_line, during
 from ..engine.models import (
     Handler,
@@ -258,7 +258,11 @@ def _check_model(request: Request, registry: Registry, options: Mapping[str, Any
     root = find_root(request.acestep_root)
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
-    check_rank(request.adapter_type, request.settings, facts)
+    rank, width = request.settings.get("rank"), facts.config.get("hidden_size")
+    if isinstance(rank, int) and isinstance(width, int):
+        # Each trained layer has the decoder's width on one of its two sides, so that no update of it can have a higher
+        # rank: the rest of a LoRA only takes memory. A LoKr has no such bound: LyCORIS trains full matrices then.
+        BY_NAME[request.adapter_type].check_rank(rank, width, facts.name)
     check_weights(folder, facts)
     if (targets := request.settings.get("target_modules")) and (layers := list(decoder_shapes(folder))):
         check_targets(layers, targets, request.adapter_type)
