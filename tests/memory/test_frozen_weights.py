@@ -146,6 +146,7 @@ def test_afterwards_the_network_is_as_upstream_left_it(trainer, train, load, req
     assert "to" not in vars(handler.model.decoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_resuming_equals_going_through(train, bf16, equal_bits, kind):
     whole = train("base", kind, handler=bf16(), max_epochs=4)
