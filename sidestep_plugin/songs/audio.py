@@ -1,9 +1,5 @@
 """Reads audio files: which there are, what they are like, their samples as upstream's preprocessing has them.
 
-    files = audio_files(folder)       # the files, and lines about what was passed over
-    facts = look_at(files.audio[0])   # length, rate, channels, silent, clipped; read in blocks
-    audio = read_audio(file)          # float32 [2, N] at 48 kHz
-
 As upstream: one channel is doubled, of more than two the first two are taken, values beyond -1 to 1 stay, and other
 rates are resampled by torchaudio. Readers are soundfile, torchaudio, ffmpeg and, for plain WAV files, Python itself:
 whichever is there. Where none can read a file, the message names what is missing.
@@ -27,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file
-from ..text import counted, shown
+from ..text import counted, listed, shown
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +51,7 @@ _BLOCK: Final = 2**19  # frames
 
 @dataclass(frozen=True)
 class AudioFiles:
-    """The audio in a folder and the folders in it.
-
-    Attributes:
-        audio: the files, sorted by path.
-        notes: lines about what is not read.
-    """
+    """The audio in a folder and the folders in it, sorted by path, and lines about what is not read."""
 
     audio: tuple[Path, ...]
     notes: tuple[str, ...] = ()
@@ -71,10 +62,8 @@ class AudioFacts:
     """What an audio file is like.
 
     Attributes:
-        file: the file.
         seconds: length; 0 when it cannot be read.
-        rate: samples per second as stored.
-        channels: channels as stored.
+        rate, channels: as stored; the rate in samples per second.
         peak: largest absolute value of all samples; above 1 is possible in files of floats and in lossy ones.
         clipped: share of the samples, 0 to 1, that stand at full scale next to another such sample.
         reader: what read it.
@@ -142,27 +131,21 @@ def audio_files(folder: Path) -> AudioFiles:
                     kind.append(Path(place, name))
     notes = []
     if passed:
-        listed = _some(sorted(str(file.relative_to(folder)) for file in passed))
-        notes.append(f"Not read as audio, by the ending: {listed}. Save the sound as WAV, FLAC or MP3")
+        others = listed(sorted(str(file.relative_to(folder)) for file in passed))
+        notes.append(f"Not read as audio, by the ending: {others}. Save the sound as WAV, FLAC or MP3")
     if closed:
-        notes.append(f"Folders that could not be listed: {_some(sorted(closed))}")
+        notes.append(f"Folders that could not be listed: {listed(sorted(closed))}")
     if not audio:
         instead = "".join(f" {note}." for note in notes)
         if songs:
-            prepared = counted(songs, "song")
-            instead = (
-                f" It has {prepared} that {'is' if songs == 1 else 'are'} prepared (.pt): use acestep-train songs."
-            )
+            are = "is" if songs == 1 else "are"
+            instead = f" It has {counted(songs, 'song')} that {are} prepared (.pt): use acestep-train songs."
         raise Refusal(f"No audio in {folder}: expected {', '.join(sorted(ending[1:] for ending in AUDIO))}.{instead}")
     return AudioFiles(tuple(sorted(audio, key=lambda file: file.relative_to(folder).as_posix())), tuple(notes))
 
 
 def look_at(file: Path) -> AudioFacts:
-    """Read an audio file in blocks and tell what it is like.
-
-    Returns:
-        The facts; for a file that cannot be read, why, in `unusable`. Nothing is raised.
-    """
+    """Read an audio file in blocks and tell what it is like. Raises nothing: `unusable` says why it cannot be read."""
     import torch
 
     try:
@@ -220,12 +203,11 @@ def look_at(file: Path) -> AudioFacts:
 def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
     """The samples of an audio file, as upstream's preprocessing takes them.
 
+    Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them.
+
     Args:
         file: the file.
         seconds: take this much from the beginning, None for all of it. The rest is still counted.
-
-    Returns:
-        The samples. Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them.
 
     Raises:
         Refusal: nothing that is installed can read it, or resample it; or it is empty.
@@ -237,9 +219,9 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
     try:
         with ExitStack() as stack:
             stream, reader = _opened(file, stack, exact=True)
-            wanted = (
-                None if seconds is None else round((seconds + 1.0) * stream.rate)
-            )  # resampling looks a little ahead
+            wanted = None
+            if seconds is not None:
+                wanted = round((seconds + 1.0) * stream.rate)  # resampling looks a little ahead
             for block in stream.blocks:
                 if wanted is None or frames < wanted:
                     blocks.append(block if wanted is None else block[:, : wanted - frames])
@@ -447,20 +429,10 @@ def _no_audio(head: bytes) -> tuple[str, str] | None:
     start = head.lstrip().lower()
     if not head:
         return "is empty", "Copy it again, or take it out of the folder."
-    if is_lfs_pointer(head):
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
         return "is a pointer of Git LFS and not the file itself", "Fetch it: git lfs pull."
     if start.startswith((b"<!doctype", b"<html")):
         return "is a web page", "Download it again."
     if head.startswith(b"PK\x03\x04"):
         return "is a ZIP archive", "Unpack it."
     return None
-
-
-def is_lfs_pointer(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a Git LFS pointer."""
-    return head.startswith(b"version https://git-lfs.github.com/spec")
-
-
-def _some(names: list[str]) -> str:
-    several = ", ".join(shown(name, 80) for name in names[:5])
-    return several + (f" and {len(names) - 5} more" if len(names) > 5 else "")

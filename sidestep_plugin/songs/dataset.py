@@ -27,15 +27,13 @@ class Dataset:
     """A folder of preprocessed songs.
 
     Attributes:
-        folder: the folder.
         songs: number of songs that can be read.
         condition_width: D of every song's ``encoder_hidden_states [L,D]``.
         channels: channels of latents and context together, the same for every song.
         missing: entries of manifest.json for which there is no file; upstream leaves them out.
-        files: the songs' files, in the order in which they are listed.
+        files, makings: the songs' files, in the order in which they are listed, and how each was made.
         frames: length of all songs together, in frames of latents.
         links: songs that are links to a file outside of the folder.
-        makings: how each of `files` was made.
     """
 
     folder: Path
@@ -59,7 +57,7 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
 
     Args:
         folder: the folder.
-        allow_duplicates: whether the same song may be there more than once. None: it may not, and no option allows it.
+        allow_duplicates: whether a song may be there more than once. None: it may not, and no option allows it.
 
     Raises:
         Refusal: no such folder, no songs in it, or files with problems: all of them are named.
@@ -87,12 +85,13 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
     ]
     duplicates = [] if allow_duplicates else _duplicates(files)
     if problems or duplicates:
-        what_to_do = [
-            "Preprocess them again, or take them out of the folder." if problems else "",
-            _about_copies[allow_duplicates is None] if duplicates else "",
-        ]
-        found = ", ".join(problems + duplicates)
-        raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
+        found = f"Not songs to train on in {folder}: {', '.join(problems + duplicates)}."
+        if problems:
+            found += " Preprocess them again, or take them out of the folder."
+        if duplicates:
+            on_purpose = "" if allow_duplicates is None else ", or train on them on purpose: --allow-duplicates"
+            found += f" Take the copies out{on_purpose}."
+        raise Refusal(found)
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
     made = tuple(makings[file] for file in files)
@@ -120,9 +119,6 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
         found = _instead_of_songs(folder, missing)
         raise Refusal(f"No songs in {folder}: expected .pt files, which acestep-train prepare makes{found}.")
     return files, missing, outside
-
-
-_about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
 
 
 def songs_in(folder: Path) -> list[Path]:

@@ -1,19 +1,28 @@
-"""Tells one folder of songs from another, for a training that is resumed: did the songs change?
+"""Which songs a training was trained on: did a folder's songs change, and which does its report name?
 
-A fingerprint is a text with the way it was made in front. Checkpoints of earlier versions hold another kind, of names
-and sizes, without such a word; those are compared in their own way, so that an old checkpoint gives no false alarm.
+A folder's fingerprint is a text with the way it was made in front. Checkpoints of earlier versions hold another kind,
+of names and sizes, without such a word; those are compared in their own way, so that an old one gives no false alarm.
+The report keeps the beginnings of the songs' hashes, which nothing else does.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from ..files import read_json_object
 from .dataset import songs_in
 from .values import hash_of
 
 _BY_CONTENT: Final = "content-1:"
+
+ENTRY: Final = "trained_songs"
+"""Name in the report of a training."""
+
+_REPORT: Final = "training_report.json"
+_LENGTH: Final = 16
 
 
 def fingerprint(folder: Path | None) -> str:
@@ -48,3 +57,25 @@ def _by_names_and_sizes(folder: Path | None) -> str:
     except OSError:
         return ""
     return hashlib.sha256(repr(songs).encode()).hexdigest()
+
+
+def hashes_of(songs: Iterable[Path]) -> list[str]:
+    """What the report keeps of the songs that are trained on; a song that cannot be read is left out."""
+    found = []
+    for song in songs:
+        try:
+            found.append(hash_of(song)[:_LENGTH])
+        except OSError:
+            continue
+    return found
+
+
+def trained_on(weights: Path, songs: Sequence[Path]) -> int:
+    """How many of the songs the adapter in a weights file was trained on; 0 where no report of its training says it."""
+    for folder in list(weights.absolute().parents)[:4]:
+        try:
+            known = read_json_object(folder / _REPORT)[ENTRY]
+        except (OSError, ValueError, LookupError):
+            continue
+        return len(set(known) & set(hashes_of(songs))) if isinstance(known, list) else 0
+    return 0

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..errors import Refusal
-from ..text import counted, shown
+from ..text import counted, listed, shown
+from .one_song import metadata_in
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +44,9 @@ class Making:
         form: "generated": conditions as the app generates with; "upstream": those of ACE-Step's preprocessing; "own
             audio": the song's own latents are in the decoder's input; "unknown": none of these can be shown.
         recorded: whether the song says so itself.
-        model: folder name of the model whose encoder made the conditions, "" where the song does not say.
-        encoders: what tells that encoder from another of the same name, "" where the song does not say.
-        rows: rows of the conditions.
-        hidden: rows of the conditions that their mask hides.
+        model, encoders: folder name of the model whose encoder made the conditions, and what tells that encoder from
+            another of the same name; "" where the song does not say.
+        rows, hidden: rows of the conditions, and how many of them their mask hides.
     """
 
     form: Form
@@ -61,8 +61,7 @@ def making_of(song: Mapping[str, Any]) -> Making:
     """How a song was made, from what its ``.pt`` file holds (five tensors and "metadata")."""
     mask = song["encoder_attention_mask"]
     rows, hidden = len(mask), int((mask == 0).sum())
-    metadata = song.get("metadata")
-    metadata = metadata if isinstance(metadata, Mapping) else {}
+    metadata = metadata_in(song)
     record = metadata.get("prepared")
     said = record if isinstance(record, Mapping) else {}
     model, encoders = (str(said.get(key) or "") for key in ("model", "encoders"))
@@ -86,13 +85,7 @@ def holds_itself(song: Mapping[str, Any]) -> bool:
 
 
 def check_making(folder: Path, files: Sequence[Path], makings: Sequence[Making], model: str) -> None:
-    """Refuse songs that must not be trained on, or not together.
-
-    Args:
-        folder: where the songs are.
-        files: the songs.
-        makings: how each of them was made.
-        model: folder name of the model that is to be trained.
+    """Refuse songs of a folder that must not be trained on, or not together, or not with a model of this name.
 
     Raises:
         Refusal: songs hold their own audio in the decoder's input; several forms, or encoders, are in one folder; or
@@ -158,5 +151,4 @@ def _word(text: str) -> str:
 
 
 def _these(files: Sequence[Path], longest: int = 5) -> str:
-    names = ", ".join(shown(file.name, 80) for file in files[:longest])
-    return names + (f" and {len(files) - longest} more" if len(files) > longest else "")
+    return listed([file.name for file in files], longest)

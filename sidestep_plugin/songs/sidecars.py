@@ -54,13 +54,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What one file says about one song.
-
-    Attributes:
-        source: the file and its form, as people are told it.
-        values: field (see `FIELDS`) to value, as typed: only those that hold something.
-        notes: what had to be said about the reading.
-    """
+    """What one file says about one song: the file and its form, the fields that hold something, as typed, and notes."""
 
     source: str
     values: Mapping[str, Any]
@@ -72,11 +66,9 @@ class Table:
     """A file about several songs: a CSV or a dataset JSON.
 
     Attributes:
-        file: the file.
         rows: for each song the file names by which it may be told (paths, base names), and what is said about it.
-        notes: lines about the file.
-        trigger: the trigger word that a dataset JSON has for all songs, "" for none.
-        position: where the trigger word goes, in upstream's word, "" where nothing is said.
+        trigger, position: the trigger word that a dataset JSON has for all songs, and where it goes in upstream's
+            word; "" where nothing is said.
         genre_ratio: percent of the songs that are told by their genre.
         unlabeled: numbers of the rows that upstream would leave out.
     """
@@ -108,7 +100,7 @@ def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
     if len(raw) > largest:
         raise Unreadable(f"{file.name} is larger than {largest >> 20} MiB, expected a text about a song.")
     text, note = _decoded(raw, file.name)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip(), note
+    return _unified(text).strip(), note
 
 
 def _decoded(raw: bytes, name: str) -> tuple[str, str]:
@@ -213,11 +205,7 @@ def _key_lines(text: str) -> tuple[dict[str, str], list[str]] | None:
 
 
 def json_file(file: Path) -> Found:
-    """``NAME.json``: an object with fields of a song.
-
-    Raises:
-        Unreadable: not text, not JSON, or not an object.
-    """
+    """``NAME.json``: an object with fields of a song. Raises Unreadable."""
     value, note = read_json(file)
     notes = [note] if note else []
     if not isinstance(value, dict):
@@ -255,10 +243,8 @@ def dataset_json(file: Path, value: Any) -> Table | None:
         values, problems = fields_of(sample, file.name)
         if sample.get("labeled") is False:
             unlabeled.add(len(rows))
-        if values.get("lyrics") == "[Instrumental]" and str(sample.get("raw_lyrics") or "").strip() not in (
-            "",
-            "[Instrumental]",
-        ):
+        raw = str(sample.get("raw_lyrics") or "").strip()
+        if values.get("lyrics") == "[Instrumental]" and raw not in ("", "[Instrumental]"):
             problems.append(f"{file.name} has raw_lyrics and says [Instrumental] under lyrics, which is used")
         rows.append((names, Found(file.name, values, tuple(problems))))
     if not rows:
@@ -284,8 +270,7 @@ def tags(about: Any) -> tuple[str, str, float]:
 def csv_file(file: Path) -> Table:
     """A table with a column of file names: File, BPM, Key, Caption as ACE-Step reads them, and the other fields.
 
-    Raises:
-        Unreadable: not text, or not a table.
+    Raises Unreadable.
     """
     text, note = read_text(file, _LARGEST_TABLE)
     notes = [note] if note else []
@@ -327,13 +312,13 @@ def fields_of(said: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[
             if not isinstance(value, str | int | float) or (isinstance(value, bool) and field != "instrumental"):
                 problems.append(f"{name}: {field} is a {_kind(value)}, expected text or a number; it was not used")
                 continue
-            values[field] = _clean(value) if isinstance(value, str) else value
+            values[field] = _unified(value).removeprefix("\ufeff").strip() if isinstance(value, str) else value
             break
     return values, problems
 
 
-def _clean(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
+def _unified(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _filled(values: Mapping[str, str]) -> dict[str, str]:

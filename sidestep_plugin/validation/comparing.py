@@ -34,8 +34,8 @@ from ..engine.models import (
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
+from ..songs.fingerprint import trained_on
 from ..songs.fit import check_songs, check_width
-from ..songs.trained_on import trained_on
 from ..songs.values import check_values
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment
