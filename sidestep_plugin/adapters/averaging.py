@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from ..text import shown
-from .kinds import BY_NAME, Kind, Mean, title_of
+from .kinds import BY_NAME, KINDS, Kind, Mean, title_of
 from .layers import Adapter, Layer
 
 if TYPE_CHECKING:
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The mean of some adapters.
+    """The mean of some adapters of one kind, by layer.
 
     Attributes:
-        kind: the kind of all of them, and of the mean.
-        layers: the mean by layer.
         energy: share of the exact mean's energy that it holds, from 0 to 1.
         lowest: the lowest of the layers' shares.
     """
@@ -48,7 +46,7 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
     The arithmetic is in float64; the result has the dtype of the adapters' tensors, the widest if they differ.
 
     Args:
-        adapters: adapters of one kind.
+        adapters: of one kind.
         weights: positive numbers, one for each; their sum does not matter. None: all alike.
         rank: rank to cut back to. None: the highest that a layer has in any of them.
 
@@ -89,12 +87,9 @@ def _kind_of(adapters: Sequence[Adapter]) -> Kind:
         raise Refusal(f"There are {titles} among these adapters. Expected adapters of one kind.")
     (name,) = names
     if name not in BY_NAME:
-        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {_known()} can be averaged. Leave it out.")
+        known = " and ".join(kind.title for kind in KINDS)
+        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {known} can be averaged. Leave it out.")
     return BY_NAME[name]
-
-
-def _known() -> str:
-    return " and ".join(kind.title for kind in BY_NAME.values())
 
 
 def _check(adapter: Adapter, kind: Kind) -> None:
@@ -110,9 +105,7 @@ def _check(adapter: Adapter, kind: Kind) -> None:
                 "mean of what they do. Leave it out."
             )
         if kind.strength(layer) is None:
-            raise Refusal(
-                f"The alpha of {path} is unknown, and so is its strength. Put its adapter_config.json beside it."
-            )
+            raise adapter.unknown_alpha()
         if layer.name not in adapter.untrained and not _is_plain(adapter, kind, layer):
             raise Refusal(
                 f"{path} cannot be averaged: the tensors of {shown(layer.name, 80)} are not two matrices. Leave it out."

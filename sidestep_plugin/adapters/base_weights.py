@@ -20,13 +20,10 @@ _PREFIX = "decoder."
 
 
 def weights_in_folder(folder: Path) -> BaseWeights:
-    """The weights in a model's folder. Each is read when it is asked for.
-
-    Args:
-        folder: the model's folder, with its safetensors files.
+    """The weights in the safetensors files of a model's folder, each read when it is asked for.
 
     Raises:
-        Refusal: there is no safetensors file with weights of a decoder.
+        Refusal: there are no weights of a decoder.
     """
     files = {
         name.removeprefix(_PREFIX).removesuffix(".weight"): file

@@ -12,28 +12,17 @@ BEST: Final = "checkpoints/best"
 
 
 def better_than(weights: Path) -> str | None:
-    """What there is to know before an adapter is used that is the finished one of a training.
-
-    Args:
-        weights: its weights file.
-
-    Returns:
-        As :func:`better_than_final`; None for any other adapter.
-    """
+    """:func:`better_than_final` for the weights file of a training's finished adapter; None for any other adapter."""
     folder = weights.absolute().parent
     final = folder.parent if folder.name == "adapter" else folder
     return better_than_final(final.parent) if final.name == "final" else None
 
 
 def better_than_final(output: Path) -> str | None:
-    """Whether the best adapter of a training is better than the finished one.
+    """A sentence when the best adapter in a training's output folder is better than the finished one.
 
-    Args:
-        output: the output folder.
-
-    Returns:
-        A sentence with both validations and where the better one is. None if the finished one is as good, or without
-        a validation of both on equally many songs.
+    It has both validations and where the better one is. None if the finished one is as good, or without a validation of
+    both on equally many songs.
     """
     best, final = _facts_in(output / BEST), _facts_in(output / "final")
     one, other = (_number(facts.get("validation_change")) for facts in (best, final))

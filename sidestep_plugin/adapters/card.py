@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from ..files import replacing
 from ..text import counted, is_control
-from ..variants import MODEL_ALIASES, guidance, member_of
+from ..variants import MODEL_ALIASES, guidance
+from .header import model_in_words
 from .kinds import BY_NAME, title_of
 from .kinds.lora import LORA
 
@@ -51,15 +52,7 @@ def model_card(facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = (
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = ()) -> Path:
-    """Write the card into a folder, completely or not at all.
-
-    Args:
-        folder: the adapter's folder.
-        facts: what is known about it.
-        files: names of the files in the folder with what each is.
-
-    Returns:
-        The file.
+    """Write the :func:`model_card` into a folder, completely or not at all. Returns the file.
 
     Raises:
         OSError: it cannot be written. An older card is not changed.
@@ -95,9 +88,8 @@ def _front_matter(facts: Mapping[str, Any], kind: str) -> str:
 
 
 def _about(facts: Mapping[str, Any], kind: str) -> str:
-    variant, name = facts.get("model_variant"), facts.get("model_name")
-    size = "XL " if facts.get("model_size") == "XL" else ""
-    model = f"ACE-Step 1.5 {size}{member_of(str(variant), str(name or ''))}" if variant else "ACE-Step 1.5"
+    name = facts.get("model_name")
+    model = model_in_words(facts) if facts.get("model_variant") else "ACE-Step 1.5"
     link = base_model_id(name)
     where = f" ([`{_line(name)}`](https://huggingface.co/{link}))" if link else f" (`{_line(name)}`)" if name else ""
     by = f", by {_line(facts['author'])}" if facts.get("author") else ""
@@ -158,20 +150,12 @@ def _training(facts: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
     add("condition dropout", "cfg_ratio", lambda share: f"{100 * share:.4g} %")
     add("windows", "crop_seconds", lambda seconds: f"{seconds:g} s")
     add("mean of", "average_of")
-    add(
-        "trained with",
-        "sidestep_plugin_version",
-        lambda version: f"ACE-Step 1.5's own trainer, sidestep-plugin {version}",
-    )
+    trainer = "ACE-Step 1.5's own trainer, sidestep-plugin"
+    add("trained with", "sidestep_plugin_version", lambda version: f"{trainer} {version}")
     change, songs = facts.get("validation_change"), facts.get("validation_songs")
     if isinstance(change, int | float) and isinstance(songs, int):
-        rows.append(
-            (
-                "validation",
-                f"loss on {counted(songs, 'song')} that it was not trained on: {100 * change:+.2f} %, against the "
-                "model without it",
-            )
-        )
+        on = f"loss on {counted(songs, 'song')} that it was not trained on"
+        rows.append(("validation", f"{on}: {100 * change:+.2f} %, against the model without it"))
     return rows
 
 
@@ -196,15 +180,8 @@ def _line(value: object) -> str:
 def _yaml(value: object) -> str:
     """A text for YAML: as it is where that is safe, else quoted as in JSON, which is YAML as well."""
     text = str(value)
-    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in (
-        "true",
-        "false",
-        "null",
-        "yes",
-        "no",
-        "on",
-        "off",
-    )
+    words = ("true", "false", "null", "yes", "no", "on", "off")
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in words
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 

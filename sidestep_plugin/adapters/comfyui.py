@@ -48,7 +48,7 @@ def write_comfyui_copy(
     Args:
         adapter: the adapter. It is not changed.
         target: the file to write. An existing file is replaced.
-        facts: what is known about the adapter, for the header. None keeps the adapter's own header.
+        facts: for the header; None keeps the adapter's own header.
         base: the base model's weights, which some adapters cannot be copied without.
         strength: what the copy is multiplied by, beside its own strength.
 
@@ -100,10 +100,7 @@ def check_exportable(adapter: Adapter, base: BaseWeights | None = None) -> None:
             f"{path} holds tensors that ComfyUI would ignore ({shown(adapter.unknown[0], 80)}), so a copy would not "
             "work as trained."
         )
-    if len(adapter.untrained) == len(adapter.layers):
-        raise Refusal(
-            f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
-        )
+    adapter.check_changes_something()
     kind.check_comfyui(adapter, _trained(adapter), base)
 
 

@@ -85,7 +85,7 @@ TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_typ
 
 
 def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Write the facts into a folder, completely or not at all | returns the file | raises OSError."""
+    """Write the facts into a folder, completely or not at all. Returns the file. Raises OSError."""
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(folder / FILE_NAME) as stream:
         stream.write(text.encode("utf-8"))

@@ -14,13 +14,12 @@ from typing import Any, Final
 
 from ..text import is_control, shown
 from ..variants import VARIANTS, Variant, guidance, inference_settings, member_of
-from .finding import find_weights
 from .header import facts_in_header
-from .layers import Adapter, understand
+from .layers import Adapter, read_adapter
 from .origins import configured, facts_beside, kohya, merged, our_name, side_step, upstream
 from .peft_config import unread_pattern
 from .plausibility import check_schema, check_strengths, usable
-from .weights_file import HASH_KEY, read_weights_file
+from .weights_file import HASH_KEY
 
 _WANTED: Final = {
     "model_name": "the model",
@@ -53,17 +52,14 @@ class Generate:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an inspection.
+    """The result of an inspection; `missing`, `notes` and `problems` are for people.
 
     Attributes:
-        adapter: the weights file and its layers.
         written_by: the program that wrote it, as far as can be told.
         facts: the known facts, under the keys of ``training_config.json``.
-        generate: what to generate with.
         intact: whether the tensors match the hash in the header. None if there is no hash.
-        missing: names of unknown facts, for people.
-        notes: other things worth knowing, for people.
-        problems: what is wrong although the weights can be read, for people.
+        missing: names of unknown facts.
+        problems: what is wrong although the weights can be read.
     """
 
     adapter: Adapter
@@ -83,7 +79,7 @@ def inspect_adapter(path: Path) -> Report:
         OSError: the weights cannot be read.
         Refusal: there is no readable adapter for ACE-Step 1.5.
     """
-    adapter = understand(read_weights_file(find_weights(path)))
+    adapter = read_adapter(path)
     notes: list[str] = []
     problems = list(adapter.problems)
     written_by, gathered = _gather(adapter, notes, problems)
@@ -122,7 +118,7 @@ def _gather(adapter: Adapter, notes: list[str], problems: list[str]) -> tuple[st
 
 
 def _check_header(adapter: Adapter, notes: list[str], problems: list[str]) -> bool | None:
-    """Check the header's texts and its hash | returns whether the tensors match the hash, None if there is none."""
+    """Check the header's texts and its hash. Returns whether the tensors match the hash, None if there is none."""
     metadata = adapter.file.metadata
     intact = None
     if said := metadata.get(HASH_KEY):

@@ -14,6 +14,7 @@ from .facts import write_training_config
 from .header import write_header
 from .kinds import Kind, Mean
 from .layers import Adapter
+from .peft_config import plain_number
 from .staging import published, staged
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ def write_adapter(
 ) -> Path:
     """Write an adapter into a folder, completely or not at all.
 
+    Weights that are in the folder are replaced with all that belongs to them; other files stay.
+
     Args:
-        folder: the folder. Weights that are in it are replaced with all that belongs to them; other files stay.
-        kind: its kind.
-        layers: its layers by name.
+        folder, kind, layers: where to write what.
         facts: what is known about it. ``rank`` and ``alpha`` are filled in from the layers.
         like: an adapter whose settings it shares: its configuration, or what ACE-Step wrote into its header.
 
@@ -98,8 +99,8 @@ def _target(layer: str) -> str:
     return layer if last.isdigit() else last
 
 
-def _alphas(layers: Mapping[str, Mean]) -> list[float]:
-    return [int(mean.alpha) if mean.alpha.is_integer() else mean.alpha for mean in layers.values()]
+def _alphas(layers: Mapping[str, Mean]) -> list[float | None]:
+    return [plain_number(mean.alpha) for mean in layers.values()]
 
 
 def _usual(values: Any) -> Any:

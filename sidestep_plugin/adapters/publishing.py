@@ -47,8 +47,7 @@ def publish(
     """Make the folder, completely or not at all.
 
     Args:
-        adapter: the adapter. It is not changed.
-        facts: what is known about it.
+        adapter, facts: the adapter, which is not changed, and what is known about it.
         output: the folder. It must not exist, or be empty, or hold an older one.
         name: what the files are called: letters, digits, ``-`` and ``_``.
         clips: audio files to take along, as clip-1 and so on.

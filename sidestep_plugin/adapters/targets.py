@@ -35,12 +35,9 @@ def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> N
 
 
 def trained_shapes(model: Any, kind: str, adapter_config: Any) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the linear layers that an adapter's target modules mean, by name.
+    """Rows and columns of the linear layers that an adapter's target modules mean, by name; {} without a decoder.
 
-    Args:
-        model: the model; its decoder may carry the adapter. {} without a decoder.
-        kind: name of the kind of adapter.
-        adapter_config: upstream's configuration of it.
+    The model's decoder may carry the adapter already.
     """
     import torch
 

@@ -52,17 +52,13 @@ def check_universal(adapter: Adapter) -> None:
             f"{path} was begun with init_lora_weights = {shown(started, 40)}, which changes the model's own weights as "
             "well. Only PEFT plays it. Use it there."
         )
-    if len(adapter.untrained) == len(adapter.layers):
-        raise Refusal(
-            f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
-        )
+    adapter.check_changes_something()
 
 
 def notes(adapter: Adapter) -> list[str]:
     """What some programs do not play of it, as lines for people."""
     found = []
-    others = [name for name in adapter.layers if _ATTENTION.fullmatch(name) is None]
-    if len(others) == len(adapter.layers):
+    if not any(map(_ATTENTION.fullmatch, adapter.layers)):
         found.append("diffusers does not recognise it: it looks for attention layers, and there are none.")
     convolutions = [name for name, layer in adapter.layers.items() if _dimensions(adapter, layer) > 2]
     if convolutions:
@@ -124,10 +120,8 @@ def folded(adapter: Adapter, strength: float = 1.0) -> dict[str, Mean]:
     for name, layer in adapter.layers.items():
         if name in adapter.untrained:
             continue
-        own = LORA.strength(layer)
-        assert own is not None
         tensors = adapter.load(layer)
-        down, up = tensors["A"], _scaled(tensors["B"], own * strength)
+        down, up = tensors["A"], _scaled(tensors["B"], LORA.known_strength(layer) * strength)
         if not bool(down.isfinite().all() and up.isfinite().all()):
             raise Refusal(f"{adapter.file.path} holds NaN or infinity in {shown(name, 80)}. Use an earlier checkpoint.")
         found[name] = Mean(

@@ -43,13 +43,7 @@ _PLACEHOLDER: Final = "0x" + "0" * 64
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's type and its position in the file.
-
-    Attributes:
-        dtype: safetensors' name, such as "F32" or "BF16".
-        shape: its shape, ``()`` for a single number.
-        start, end: position of its bytes, counted from the first tensor byte in the file.
-    """
+    """A tensor's type, such as "BF16", its shape, and the position of its bytes, counted from the first tensor byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,11 +55,7 @@ class Tensor:
 class WeightsFile:
     """A safetensors file whose header has been read and checked against the file's length.
 
-    Attributes:
-        path: the file.
-        tensors: its tensors by name.
-        metadata: the strings in its header.
-        data_start: number of bytes before the first tensor.
+    `metadata` are the strings in its header, `data_start` the number of bytes before the first tensor.
     """
 
     path: Path
@@ -91,12 +81,7 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write into a file.
-
-    Attributes:
-        dtype, shape: as in :class:`Tensor`.
-        content: its bytes, or the tensor of the source file whose bytes are copied.
-    """
+    """A tensor to write into a file: its bytes, or the tensor of the source file whose bytes are copied."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -140,13 +125,7 @@ def read_weights_file(path: Path) -> WeightsFile:
 
 
 def write_metadata(source: WeightsFile, metadata: Mapping[str, str]) -> None:
-    """Replace the strings in a file's header. The tensors' bytes do not change.
-
-    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the tensors.
-
-    Raises:
-        OSError: the file cannot be written. It is not changed.
-    """
+    """Replace the strings in a file's header, as :func:`write_copy` writes them. The tensors' bytes do not change."""
     tensors = {name: NewTensor(entry.dtype, entry.shape, entry) for name, entry in source.tensors.items()}
     write_copy(source, source.path, tensors, metadata)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,8 @@ class Mean:
     """The mean of what a layer does in several adapters.
 
     Attributes:
-        tensors: its tensors by the names in ``Layer.parts``, of one dtype; "alpha" is not among them.
-        rank: its rank; None if no factor is decomposed.
-        alpha: its alpha.
+        tensors: by the names in ``Layer.parts``, of one dtype; "alpha" is not among them.
+        rank: None if no factor is decomposed.
         exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
     """
 
@@ -126,20 +126,13 @@ class Kind(ABC):
         """Refuse a rank that makes no sense for a decoder of this width. Raises Refusal."""
 
     def without_effect(self, config: Any, shapes: Mapping[str, Shape]) -> list[str]:
-        """Settings that change nothing in layers of these sizes, as lines for people.
-
-        Args:
-            config: ACE-Step's configuration.
-            shapes: rows and columns of the trained layers' weights by name.
-        """
+        """Settings of ACE-Step's configuration that change nothing in layers of these sizes, as lines for people."""
         return []
 
     def effective_alpha(self, config: Any, shapes: Mapping[str, Shape]) -> Any:
         """The alpha that its library gives the tensors: the configuration's, unless it has no effect.
 
-        Args:
-            config: ACE-Step's configuration.
-            shapes: rows and columns of the trained layers' weights by name; {} if they are not known.
+        `shapes` are those of the trained layers by name; {} if they are not known.
         """
         return getattr(config, self.fields["alpha"], None)
 
@@ -149,6 +142,12 @@ class Kind(ABC):
     def strength(self, layer: Layer) -> float | None:
         """What a layer's factors are multiplied by; None if its alpha is unknown."""
 
+    def known_strength(self, layer: Layer) -> float:
+        """The strength of a layer whose alpha has been checked before."""
+        strength = self.strength(layer)
+        assert strength is not None
+        return strength
+
     @abstractmethod
     def shape(self, sizes: Mapping[str, Sequence[int]]) -> Shape | None:
         """Size of the weight that a layer was trained for, by its tensors' sizes; None if they do not fit together."""
@@ -157,9 +156,7 @@ class Kind(ABC):
     def change(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a layer adds to the weight, without weight decomposition: fp32, of the weight's size as a matrix.
 
-        Args:
-            layer: the layer, with a known strength.
-            tensors: its tensors by the names in ``layer.parts``, on one device.
+        Its strength has to be known. The tensors go by the names in ``layer.parts`` and are on one device.
         """
 
     @abstractmethod
@@ -168,20 +165,11 @@ class Kind(ABC):
 
     @abstractmethod
     def scaled(self, tensors: Mapping[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
-        """The tensors of a layer that does so many times as much, without weight decomposition; the scaled one in fp32.
-
-        Args:
-            tensors: by the names in ``Layer.parts``.
-            strength: the factor.
-        """
+        """The tensors of a layer that does so many times as much, without weight decomposition; one of them in fp32."""
 
     @abstractmethod
     def try_on(self, module: torch.nn.Module) -> None:
-        """Put a small adapter onto a module with a linear layer ``q_proj``, to see whether its library works here.
-
-        Raises:
-            Exception: whatever the library raises where it does not.
-        """
+        """Put a small adapter onto a module with a linear layer ``q_proj``. Raises whatever its library raises."""
 
     @abstractmethod
     def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
@@ -210,34 +198,18 @@ class Kind(ABC):
     def check_comfyui(self, adapter: Adapter, trained: Sequence[Layer], base: BaseWeights | None) -> None:
         """Refuse an adapter that ComfyUI cannot play as it was trained. Raises Refusal.
 
-        Args:
-            adapter: the adapter.
-            trained: its layers that may change something.
-            base: the base model's weights; None if they are not at hand.
+        `trained` are its layers that may change something; `base` is None if the base model is not at hand.
         """
 
     def comfyui_changes(self, adapter: Adapter, layer: Layer, base: BaseWeights) -> dict[str, NewTensor] | None:
         """Tensors that a copy for ComfyUI has in place of the layer's own, by the names in its parts.
 
-        Args:
-            adapter: the adapter.
-            layer: one of its layers.
-            base: the base model's weights.
-
-        Returns:
-            The tensors; None if the layer changes nothing and is left out.
-
-        Raises:
-            Refusal: it is not the model that the adapter was trained on.
+        None if the layer changes nothing and is left out. Raises Refusal for another model than that of the training.
         """
         return {}
 
     def comfyui_scaled(self, adapter: Adapter, layer: Layer, strength: float) -> dict[str, NewTensor]:
-        """Tensors that multiply a layer, where an alpha that a copy is given does not.
-
-        Raises:
-            Refusal: the layer cannot be multiplied.
-        """
+        """Tensors that multiply a layer, where an alpha that a copy is given does not. Raises Refusal if none can."""
         return {}
 
     # -- trainings -----------------------------------------------------------------------------------------------------
@@ -246,9 +218,7 @@ class Kind(ABC):
     def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         """The current tensors of an adapter that is trained, under the names that they are saved with.
 
-        Args:
-            module: ACE-Step's training module.
-            decoder: the model's decoder without the wrappers of Lightning and torch.
+        `module` is ACE-Step's training module, `decoder` the model's without the wrappers of Lightning and torch.
 
         Raises:
             Refusal: it is trained without the library that saves it.
@@ -256,23 +226,11 @@ class Kind(ABC):
 
     @abstractmethod
     def load(self, module: Any, live: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-        """Load tensors into an adapter that is trained.
-
-        Args:
-            module: ACE-Step's training module.
-            live: what :meth:`live` returned.
-            weights: the tensors to load, of the same names and sizes.
-        """
+        """Load tensors into an adapter that is trained, of the names and sizes that :meth:`live` has returned."""
 
     @abstractmethod
     def save(self, trainer: Any, module: Any, folder: Path) -> Path:
-        """Save an adapter that is trained with ACE-Step's own function. Returns the folder of the weights.
-
-        Args:
-            trainer: ACE-Step's trainer module.
-            module: its training module.
-            folder: the folder to save into.
-        """
+        """Save an adapter that is trained with a function of ACE-Step's trainer. Returns the folder of the weights."""
 
 
 def adding(delta: torch.Tensor) -> Hook:
@@ -286,11 +244,9 @@ def adding(delta: torch.Tensor) -> Hook:
 
 
 def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Weight decomposition (DoRA): a changed weight whose rows, or columns, are scaled to a magnitude.
+    """Weight decomposition (DoRA): a changed weight, fp32 ``[outputs, inputs]``, scaled to a magnitude.
 
-    Args:
-        weight: the changed weight, fp32, ``[outputs, inputs]``.
-        magnitude: of rows, ``[outputs]`` or ``[outputs, 1]``; or of columns, ``[1, inputs]``.
+    The magnitude is that of its rows, ``[outputs]`` or ``[outputs, 1]``, or of its columns, ``[1, inputs]``.
     """
     wanted = magnitude.to(weight.device).float()
     if wanted.dim() == 1:
@@ -302,15 +258,10 @@ def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """The product of two factors, cut back to a rank.
+    """The product of two factors, float64 ``[rows, inner]`` and ``[inner, columns]``, cut back to a rank.
 
     The singular values come from the small matrix between the factors' QR decompositions, so that the product itself is
     never made. Values below the rounding of the factors' own sizes are zero.
-
-    Args:
-        left: ``[rows, inner]``, float64.
-        right: ``[inner, columns]``, float64.
-        rank: the highest rank of the result.
 
     Returns:
         The two factors, ``[rows, r]`` and ``[r, columns]`` with r at most `rank`, and the energy of the product and of
@@ -332,8 +283,4 @@ def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The dtype that holds the numbers of all these tensors."""
     import torch
 
-    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-    found = dtypes[0]
-    for dtype in dtypes[1:]:
-        found = torch.promote_types(found, dtype)
-    return found
+    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors if tensor.is_floating_point()])
