@@ -28,13 +28,7 @@ SILENCE: Final = "silence_latent.pt"
 
 @dataclass(frozen=True)
 class Song:
-    """A song that is heard.
-
-    Attributes:
-        file: its preprocessed tensors.
-        frames: length of its clips, in frames of latents.
-        whole: length of the song.
-    """
+    """A song that is heard: its preprocessed tensors, the length of its clips and its own, in frames of latents."""
 
     file: Path
     frames: int
@@ -58,11 +52,8 @@ class Song:
 class Conditions:
     """What a clip is generated from, all on one device, in floating point of one type.
 
-    Attributes:
-        encoder_hidden_states: the song's conditions, shape [1,L,D].
-        encoder_attention_mask: their mask, shape [1,L].
-        context_latents: silence [1,T,64] and a mask of ones [1,T,64] side by side.
-        attention_mask: ones, shape [1,T].
+    The song's conditions [1,L,D] and their mask [1,L]; silence [1,T,64] and a mask of ones [1,T,64] side by side; and
+    ones [1,T].
     """
 
     encoder_hidden_states: torch.Tensor
@@ -72,10 +63,9 @@ class Conditions:
 
 
 def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-songs") -> list[Path]:
-    """Pick the songs to hear.
+    """Pick the songs to hear among the files of all songs.
 
     Args:
-        files: all songs.
         wanted: a number, for songs that are evenly chosen, or names with commas between.
         option: what the command calls the option, for messages.
 
@@ -134,7 +124,7 @@ def read_silence(model_folder: Path) -> torch.Tensor:
 
 
 def silent_context(silence: torch.Tensor, frames: int) -> torch.Tensor:
-    """The context of a generation from nothing, as ACE-Step's inference builds it | returns shape [1,frames,128].
+    """The context of a generation from nothing, as ACE-Step's inference builds it, shape [1,frames,128].
 
     The first 64 channels are silence, repeated where it is too short; the others are 1: generate every frame.
     """

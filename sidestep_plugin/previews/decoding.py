@@ -44,8 +44,7 @@ def why_not(folder: Path | None) -> str:
 def check_vae(folder: Path) -> bool:
     """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does.
 
-    Raises:
-        Refusal: ACE-Step's latents do not fit it.
+    Raises Refusal when ACE-Step's latents do not fit it.
     """
     try:
         config = read_json_object(folder / "config.json")
@@ -100,7 +99,7 @@ def rate_of(vae: Any) -> int:
 
 
 def decode(vae: Any, latents: torch.Tensor, *, window: int = WINDOW, overlap: int = OVERLAP) -> torch.Tensor:
-    """Decode latents in overlapping windows | given shape [1,T,64] | returns samples, shape [C,N], fp32 on the CPU.
+    """Decode latents, shape [1,T,64], in overlapping windows. Returns samples, shape [C,N], fp32 on the CPU.
 
     The VAE stays where it is, in the type that it has. Draws no random number.
     """

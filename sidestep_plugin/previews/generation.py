@@ -22,14 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_NEEDED: Final = frozenset(
-    {
-        "text_hidden_states",
-        "text_attention_mask",
-        "lyric_hidden_states",
-        "lyric_attention_mask",
-        "refer_audio_acoustic_hidden_states_packed",
-        "refer_audio_order_mask",
-    }
+    {"text_hidden_states", "text_attention_mask", "lyric_hidden_states", "lyric_attention_mask"}
+    | {"refer_audio_acoustic_hidden_states_packed", "refer_audio_order_mask"}
 )
 """Arguments of ``generate_audio`` that only ``prepare_condition`` reads."""
 
@@ -57,8 +51,7 @@ def generate(
     Args:
         model: the whole model.
         decoder: its decoder with the adapter, without the wrappers of a training, in eval mode.
-        conditions: what to generate from.
-        settings: steps, shift and guidance.
+        conditions, settings: what to generate from, and with.
         noise: shape [1,T,64].
     """
     import torch
@@ -118,8 +111,7 @@ def euler(
 ) -> torch.Tensor:
     """Integrate the decoder's velocity from noise (t = 1) to data (t = 0) in Euler steps.
 
-    Args:
-        null: the null condition, shape [1,1,D]; needed with guidance only.
+    The null condition, shape [1,1,D], is needed with guidance only.
     """
     import torch
 

@@ -16,7 +16,7 @@ from .conditions import Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
 from .settings import PreviewSettings
-from .table import Row, Table, about, clip_names, read_table, set_aside
+from .table import Row, Table, clip_names, read_table, set_aside
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,8 @@ def generated(
 ) -> Iterator[torch.Tensor]:
     """The latents of each song in turn, shape [1,T,64], fp32 on the CPU.
 
-    The decoder has to be in eval mode. Random numbers come from a generator of their own.
-
-    Args:
-        done: called with the number of songs that are done, first with 0.
+    The decoder has to be in eval mode. Random numbers come from a generator of their own. `done` is called with the
+    number of songs that are done, first with 0.
 
     Raises:
         Refusal: the model generated something that is not a number.
@@ -75,7 +73,8 @@ def open_table(
         OSError: the folder cannot be renamed.
     """
     described = [{"name": song.name, "seconds": song.seconds, "prompt": song.prompt} for song in songs]
-    shared = about(model_name, described, _without_length(settings))
+    without_length = {name: value for name, value in asdict(settings).items() if name != "seconds"}
+    shared = {"model_name": model_name, "songs": described, "settings": without_length}
     table = read_table(folder)
     if table is None:
         return Table(shared), None
@@ -113,10 +112,7 @@ def write_row(
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only.
-
-    Returns:
-        How many were decoded.
+    """Decode every clip of a table that is latents only. Returns how many.
 
     Raises:
         Refusal: a clip is missing or damaged. The rows before it are decoded.
@@ -131,11 +127,6 @@ def decode_rest(folder: Path, table: Table, vae: Any) -> int:
             (folder / clip).unlink(missing_ok=True)
         number += len(old)
     return number
-
-
-def _without_length(settings: PreviewSettings) -> dict[str, Any]:
-    """The settings without the seconds, which every song has of its own."""
-    return {name: value for name, value in asdict(settings).items() if name != "seconds"}
 
 
 def freed(device: torch.device) -> None:

@@ -97,7 +97,7 @@ class _Plan:
     Attributes:
         silence: the latents of silence, shape [1,N,64].
         vae: folder of the VAE; None when clips stay latents, or the app's own VAE is used.
-        table: the table of the output folder, once it was opened.
+        table: that of the output folder, once it was opened.
         told: whether time and memory were said.
         over: whether a preview failed, so that there are no more.
     """
@@ -263,15 +263,17 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
 
     def clips() -> list[torch.Tensor]:
         before = len(rows) * len(plan.songs)
-        told = partial(_told, run, before, total)
+
+        def told(done: int) -> None:
+            run.engine.waiting("Previews", before + done, total)
+
         return list(generated(run.model, plan.songs, plan.silence, plan.settings, told))
 
     if first:
         with run.engine.without_adapter():
             rows.append((BASE, 0, None, clips()))
     if epoch > 0:
-        latents = clips()
-        rows.append((f"epoch {epoch}", epoch, loss, latents))
+        rows.append((f"epoch {epoch}", epoch, loss, clips()))
     run.engine.waiting("Previews", total, total)
     logged = {}
     heard = _decoded(run, plan, device, [latents for *_, latents in rows], lines)
@@ -285,16 +287,12 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
     return EpochNews(tuple(lines), logged)
 
 
-def _told(run: Run, before: int, total: int, done: int) -> None:
-    run.engine.waiting("Previews", before + done, total)
-
-
 def _table(run: Run, plan: _Plan, folder: Path, lines: list[str]) -> Table:
     """The table that this run's clips go into. Clips of another training are moved aside, and a line says so."""
     from .making import open_table
 
-    names = treatment_of(run).model_name
-    table, aside = open_table(folder, names, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
+    name = treatment_of(run).model_name
+    table, aside = open_table(folder, name, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
     if aside is not None:
         lines.append(f"Note: clips of an earlier training were moved to {aside}.")
     return table

@@ -57,13 +57,7 @@ _FIELDS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to generate a clip from.
-
-    Attributes:
-        name: what the clip is called.
-        text: what the model is told.
-        seconds: length of the clip.
-    """
+    """What to generate a clip of some seconds from: its name, and what the model is told."""
 
     name: str
     text: SongText
@@ -84,11 +78,7 @@ class Prompt:
 
 
 def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
-    """A prompt from its fields, as in the file.
-
-    Args:
-        values: caption, lyrics, language, bpm, key, time_signature, seconds, name.
-        where: who says so, for messages.
+    """A prompt from its fields, as in the file; `where` says whose they are, for messages.
 
     Raises:
         Refusal: there is no caption, or a value that cannot be used.
@@ -163,9 +153,7 @@ def encode_prompts(
     torch are afterwards as they were.
 
     Args:
-        prompts: the prompts.
-        model: a loaded model, with its condition encoder.
-        model_folder: its folder, with the latents of silence.
+        model, model_folder: a loaded model with its condition encoder, and its folder with the latents of silence.
         folder: where to write.
         root: the checkout; None as importable.
 

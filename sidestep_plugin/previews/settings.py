@@ -22,10 +22,9 @@ class PreviewSettings:
     """What every clip of a training is generated with.
 
     Attributes:
-        shift: shift of the timesteps.
         steps: number of denoising steps.
         guidance: scale of classifier-free guidance against the null condition; 1.0 is none.
-        seed: seed of the noise. Song number i, from 0, has the noise of ``seed + i``.
+        seed: of the noise. Song number i, from 0, has the noise of ``seed + i``.
         seconds: length of a clip, unless the song is shorter.
     """
 
@@ -43,16 +42,7 @@ class PreviewSettings:
 
 
 def guidance_for(variant: Variant, said: float | None, option: str = "--preview-cfg") -> float:
-    """The guidance scale of a variant.
-
-    Args:
-        variant: turbo, base or sft.
-        said: the user's scale; None for the default.
-        option: what the command calls the option, for messages.
-
-    Raises:
-        Refusal: a scale for turbo.
-    """
+    """The guidance scale of a variant: the user's, else its default. Raises Refusal for a scale for turbo."""
     if variant != "turbo":
         return GUIDANCE_SCALE if said is None else said
     if said is not None and said != 1.0:
