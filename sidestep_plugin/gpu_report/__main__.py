@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,11 +81,9 @@ def main(
     if job is not None:
         _one(job)
         return
-    if device == "cpu" and set(sizes) != {"tiny"}:
-        raise click.UsageError(
-            "--device cpu is a dry run, which says nothing about a GPU. Use it with --size tiny alone."
-        )
     try:
+        if device == "cpu" and set(sizes) != {"tiny"}:
+            raise Refusal("--device cpu is a dry run, which says nothing about a GPU. Use it with --size tiny alone.")
         root = _root(acestep_root, sizes)
         before = _there(out)
     except Refusal as refusal:
@@ -106,11 +105,8 @@ def main(
 class Report:
     """What was measured so far, and its file, which is written after every job.
 
-    Args:
-        out: the file.
-        before: what an earlier report on the same card has left there; None to begin a new one.
-        versions: of what the measuring processes do not know.
-        device: "cuda" or "cpu".
+    `before` is what an earlier report on the same card has left there; `versions` are those of what the measuring
+    processes do not know.
     """
 
     def __init__(self, out: Path, before: dict[str, Any] | None, versions: dict[str, str | None], device: str) -> None:
@@ -128,7 +124,7 @@ class Report:
         }
 
     def add(self, job: Job, found: dict[str, Any]) -> str:
-        """Add what was found | returns it in a few words. Raises Refusal for another card or other versions."""
+        """Add what was found. Returns it in a few words. Raises Refusal for another card or other versions."""
         card, versions = found.pop("card"), found.pop("versions") | self._versions
         self._check_same(card, versions)
         self.content |= {"card": card, "versions": versions}
@@ -184,10 +180,10 @@ def _measure_all(listed: Sequence[Job], report: Report, budget: float) -> None:
 
 
 def _apart(job: Job, seconds: float) -> tuple[dict[str, Any] | None, str]:
-    """Measure a job in a process of its own | returns what was found, or None and why not."""
+    """Measure a job in a process of its own. Returns what was found, or None and why not."""
     with tempfile.TemporaryDirectory(prefix="gpu-report-", ignore_cleanup_errors=True) as temporary:
         file = Path(temporary) / "job.json"
-        file.write_text(json.dumps(job.as_json()), encoding="utf-8")
+        file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         line = [sys.executable, "-W", "ignore", "-m", "sidestep_plugin.gpu_report", "--job", str(file)]
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ..measured.reading import ALONE, PLUGIN
@@ -41,12 +41,7 @@ class Job:
     """One thing to measure, in a process of its own.
 
     Attributes:
-        kind: what is measured.
-        size: a name of `SIZES`.
-        way: a name of `WAYS`.
-        adapter: "lora" or "lokr".
-        song_seconds: length of the songs.
-        rank: of the adapter.
+        size, way: names of `SIZES` and `WAYS`.
         songs: number of songs; two epochs of them are trained, and the second one is measured.
         device: "cuda" or "cpu".
         root: folder of the ACE-Step checkout; "" for the miniature.
@@ -72,18 +67,11 @@ class Job:
             return "hooks of a step"
         return f"{self.adapter}, {self.way}, {songs}" if self.kind == "training" else f"{self.kind}, {songs}"
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def jobs(sizes: Sequence[str], lengths: Sequence[float], only: Collection[str], **settings: Any) -> Iterator[Job]:
     """The jobs of a report: the first length in all ways, what validation, previews and hooks cost, other lengths.
 
-    Args:
-        sizes: names of `SIZES`.
-        lengths: seconds of the songs.
-        only: ways and kinds to measure; empty for all.
-        **settings: the other attributes of the jobs.
+    `only` are the ways and kinds to measure, empty for all; `settings` the other attributes of the jobs.
     """
 
     def wanted(kind: Kind, pairs: Sequence[tuple[str, str]], size: str, seconds: float) -> Iterator[Job]:

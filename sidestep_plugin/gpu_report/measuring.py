@@ -36,10 +36,7 @@ _ROUNDS, _STEPS = 12, 10
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Measure a job.
-
-    Returns:
-        What was found, ready for JSON, with the card that it was found on.
+    """Measure a job. Returns what was found, ready for JSON, with the card that it was found on.
 
     Raises:
         Refusal: this checkout, card or package cannot do it.
@@ -157,10 +154,8 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
 
     options = WAYS[job.way]
     if job.kind != "training":
-        options = {
-            "validation": {"validate": _HELD_OUT, "validate_every": 1},
-            "previews": {"preview_every": 1},
-        }[job.kind]
+        looks = {"validation": {"validate": _HELD_OUT, "validate_every": 1}, "previews": {"preview_every": 1}}
+        options = looks[job.kind]
     watch = _Watch(handler.model.decoder, job.device)
     adapter = _adapter_config(trainer, job)
     config = _known(
@@ -258,11 +253,7 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
 
 
 def _after_the_last_step(watch: _Watch, found: dict[str, Any]) -> tuple[int, float]:
-    """The forward passes after the last step and what they took: the last validation, or the last clips, all warm.
-
-    Raises:
-        Refusal: there were none.
-    """
+    """The forward passes after the last step and what they took: the last validation, or the last clips, all warm."""
     passes = [begins for begins in watch.looks if begins > watch.starts[-1]]
     if len(passes) < 2:
         raise Refusal("Nothing was computed after the last step: " + " / ".join(found["said"][-2:]))

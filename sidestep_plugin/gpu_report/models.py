@@ -40,12 +40,8 @@ def size_of(job: Job) -> DecoderSize:
 def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
     """A base model with random weights, its decoder on the device, as ``acestep-train`` loads one.
 
-    Draws from the default generators of torch, which are seeded with 0 before.
-
-    Args:
-        trainer: upstream's trainer, whose package has the model's code.
-        job: its `size`, `device` and `root` say which model, and where.
-        folder: where the model's config.json and silence_latent.pt are written.
+    Its config.json and silence_latent.pt are written into `folder`. Draws from the default generators of torch, which
+    are seeded with 0 before.
 
     Raises:
         Refusal: the checkout has no code for this model.

@@ -32,13 +32,7 @@ _ALIKE: Final = 0.2
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU.
-
-    Attributes:
-        name: as its driver says it, such as "NVIDIA GeForce RTX 4090".
-        memory: bytes.
-        capability: CUDA's number for what it can do, such as (8, 9).
-    """
+    """A GPU: its name as its driver says it, bytes of memory, and CUDA's number for what it can do, such as (8, 9)."""
 
     name: str
     memory: int
@@ -52,8 +46,6 @@ class Training:
     Attributes:
         size: "2b" or "xl"; "tiny" is a trial.
         parameters: of the decoder.
-        song_seconds: length of the songs.
-        rank: of the adapter.
         adapter: "lora" or "lokr".
         way: "ACE-Step alone", "plugin", or the plugin with one option.
         seconds_per_step: the median.
@@ -78,11 +70,8 @@ class Measured:
     """Everything that was measured on one card.
 
     Attributes:
-        file: name of the file.
-        card: the card.
         day: when, as YYYY-MM-DD.
         versions: of the driver, torch, this package and so on, by name.
-        trainings: what was trained.
         others: what else was measured: hooks, validation, previews. Each entry says in `what` what it is.
         missing: what was not measured, and why.
     """
@@ -222,12 +211,7 @@ def seconds_per_step(
     Between two lengths that were measured it is a straight line. Shorter songs count as the shortest of them, and the
     time for longer ones grows with their length from the longest of them.
 
-    Args:
-        measured: what was measured on the card.
-        parameters: of the decoder; one with about as many has to have been measured.
-        song_seconds: length of the songs.
-        adapter: "lora" or "lokr".
-        way: how it is trained.
+    A decoder with about as many parameters has to have been measured.
     """
     points = sorted(
         (one.song_seconds, one.seconds_per_step)
@@ -256,10 +240,8 @@ def training_time(
 ) -> str:
     """How long a training takes on the nearest card that was measured, in a few words; "" if that is not known.
 
-    Args:
-        songs: how many songs are trained on, each as often as there are epochs.
-        parameters, song_seconds, adapter, way: as for :func:`seconds_per_step`.
-        card: the card of this machine, if it is known.
+    `songs` counts each song as often as there are epochs; `card` is that of this machine, if it is known. The others
+    are as for :func:`seconds_per_step`.
     """
     found = nearest(card, measurements())
     if found is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment
 from ..variants import Variant
 from .held_out import choose, number_of
+from .history import losses_by_t, mean_loss
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,6 @@ class Measured:
 
     Attributes:
         path: as the user named it.
-        report: what is known about it.
         strength: what it was multiplied by, beside its own strength.
         losses: shape [songs, timesteps, conditions], float64.
         known: how many of the songs it was trained on, as far as that is known.
@@ -70,10 +70,8 @@ class Comparison:
     """What was measured.
 
     Attributes:
-        model: name of the model's folder.
+        model, songs: name of the model's folder, and those of the songs.
         treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
-        songs: names of the songs.
-        timesteps: the t.
         conditions: the last axis of the losses: with the condition (True), with the null condition (False).
         before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
         after: what was measured of each adapter, at each strength.
@@ -88,15 +86,12 @@ class Comparison:
     after: tuple[Measured, ...]
 
     def mean(self, losses: torch.Tensor) -> float:
-        """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
-        by_condition = losses.mean(dim=(0, 1)).tolist()
-        null = self.treatment.cfg_ratio if len(by_condition) > 1 else 0.0
-        return float((1.0 - null) * by_condition[0] + null * by_condition[-1])
+        """The loss that a training minimizes."""
+        return mean_loss(losses, self.treatment.cfg_ratio)
 
     def by_t(self, losses: torch.Tensor, condition: int) -> list[float]:
         """Mean loss of the songs at each timestep."""
-        values: list[float] = losses[:, :, condition].mean(dim=0).tolist()
-        return values
+        return losses_by_t(losses, condition)
 
 
 def compare(
@@ -133,7 +128,10 @@ def compare(
     check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
     shapes = decoder_shapes(folder)
-    reports = [_checked(path, shapes, facts.name, strengths) for path in adapters]
+    reports = []
+    for path in adapters:
+        reports.append(_inspected(path))
+        check_applicable(reports[-1].adapter, shapes, facts.name, strengths=strengths)
     restrict_gpus(device)
     where = pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
@@ -195,12 +193,6 @@ def _inspected(path: Path) -> Report:
         return inspect_adapter(path)
     except OSError as error:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
-
-
-def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
-    report = _inspected(path)
-    check_applicable(report.adapter, shapes, model, strengths=strengths)
-    return report
 
 
 def _module(trainer: Any, handler: Handler) -> Any:

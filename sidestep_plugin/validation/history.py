@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +25,9 @@ _WORSE: Final = 0.002
 
 
 def usual_interval(forwards: int, songs: int, epochs: int) -> tuple[int, Callable[[int], float]]:
-    """Epochs between validations that take a tenth of the training's time | and the share that any number takes.
+    """Epochs between validations that take a tenth of the training's time, and the share that any number takes.
 
-    Args:
-        forwards: forward passes of a validation.
-        songs: songs that are trained on.
-        epochs: epochs of the training.
+    `forwards` is the number of forward passes of a validation, `songs` that of the songs that are trained on.
     """
 
     def share(every: int) -> float:
@@ -45,8 +43,7 @@ class Validation:
 
     Attributes:
         epoch: epochs done; 0 for the model without adapter.
-        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the
-            CPU.
+        losses: upstream's loss, shape [songs, timesteps, conditions], float64 on the CPU.
         seconds: how long it took.
         variants: the same losses of other tensors in the adapter's place, by their name, such as "average".
     """
@@ -81,7 +78,6 @@ class History:
     Attributes:
         songs, contents: names of the songs, and hashes of their files.
         from_folder: whether they are of another folder; else they are held out of the dataset.
-        timesteps: the grid.
         null_share: weight of the losses without condition in the mean.
         conditions: the last axis of the losses.
         every: epochs between validations.
@@ -116,28 +112,20 @@ class History:
 
     def mean(self, epoch: int, variant: str = "") -> float:
         """The loss that the training minimizes, on the held-out songs, of the adapter or of a variant of it."""
-        by_condition = self._losses(epoch, variant).mean(dim=(0, 1)).tolist()
-        if len(by_condition) == 1:
-            return float(by_condition[0])
-        return float((1.0 - self.null_share) * by_condition[0] + self.null_share * by_condition[1])
+        return mean_loss(self._losses(epoch, variant), self.null_share)
 
     def by_t(self, epoch: int, condition: int = 0, variant: str = "") -> list[float]:
         """Mean loss of the songs at each timestep."""
-        values: list[float] = self._losses(epoch, variant)[:, :, condition].mean(dim=0).tolist()
-        return values
+        return losses_by_t(self._losses(epoch, variant), condition)
 
     def change(self, epoch: int, variant: str = "") -> float:
         """The mean relative to the model without adapter: -0.02 is 2 % lower."""
         return self.mean(epoch, variant) / self.mean(0) - 1.0
 
-    def changes_by_t(self, epoch: int, variant: str = "") -> list[float]:
-        """The same at each timestep."""
-        pairs = zip(self.by_t(epoch, variant=variant), self.by_t(0), strict=True)
-        return [now / before - 1.0 for now, before in pairs]
-
     def improved(self, epoch: int, variant: str = "") -> int:
         """At how many timesteps the loss is lower than without adapter."""
-        return sum(change < 0.0 for change in self.changes_by_t(epoch, variant))
+        pairs = zip(self.by_t(epoch, variant=variant), self.by_t(0), strict=True)
+        return sum(now / before - 1.0 < 0.0 for now, before in pairs)
 
     def _losses(self, epoch: int, variant: str) -> torch.Tensor:
         return self.variants[variant][epoch] if variant and epoch > 0 else self.losses[epoch]
@@ -148,23 +136,21 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The epoch with the lowest mean, the first of several; None before the first validation with a finite loss.
+        """The epoch with the lowest mean of the adapter or a variant of it; None before the first that is finite.
 
-        The mean is that of the adapter or of a variant of it.
+        It is the first of several.
         """
-        found = self._lowest_of_all()
-        return None if found is None else found[0]
+        return self._lowest_of_all()[0]
 
     @property
     def best_variant(self) -> str:
         """What has the lowest mean: "" for the adapter of the best epoch, or the name of a variant of it."""
-        found = self._lowest_of_all()
-        return "" if found is None else found[1]
+        return self._lowest_of_all()[1]
 
-    def _lowest_of_all(self) -> tuple[int, str] | None:
+    def _lowest_of_all(self) -> tuple[int | None, str]:
         known = [(epoch, name) for epoch in self.trained if epoch not in self.lost for name in self.measured(epoch)]
         finite = [(epoch, name) for epoch, name in known if math.isfinite(self.mean(epoch, name))]
-        return min(finite, key=lambda one: (self.mean(*one), one), default=None)
+        return min(finite, key=lambda one: (self.mean(*one), one), default=(None, ""))
 
     @property
     def waited(self) -> int:
@@ -205,10 +191,9 @@ class History:
 
     def why_over(self) -> str:
         """Why patience has ended the training, in a line."""
-        count = "1 validation" if self.waited == 1 else f"{self.waited} validations"
         return (
-            f"Validation: not better than epoch {self.best} for {count} (--patience {self.patience}), so the training "
-            "stops here"
+            f"Validation: not better than epoch {self.best} for {counted(self.waited, 'validation')} (--patience "
+            f"{self.patience}), so the training stops here"
         )
 
     def _check_baseline(self) -> None:
@@ -302,23 +287,6 @@ class History:
 
     def report(self, place: str | None) -> dict[str, Any]:
         """For JSON, with the folder of the best adapter; None if it is in none, or nobody has looked."""
-
-        def entry(epoch: int) -> dict[str, Any]:
-            return {
-                "epoch": epoch,
-                "loss": _finite(self.mean(epoch)),
-                "change": _finite(self.change(epoch)),
-                "improved": self.improved(epoch),
-                "loss_by_t": [_finite(loss) for loss in self.by_t(epoch)],
-                **(
-                    {"loss_by_t_without_condition": [_finite(loss) for loss in self.by_t(epoch, 1)]}
-                    if len(self.conditions) > 1
-                    else {}
-                ),
-                "loss_by_song": [_finite(loss) for loss in self.losses[epoch][:, :, 0].mean(dim=1).tolist()],
-                **({"variants": variants} if (variants := self._variants_of(epoch)) else {}),
-            }
-
         return {
             "songs": self.songs,
             "timesteps": [round(t, 6) for t in self.timesteps],
@@ -328,27 +296,34 @@ class History:
             "best_epoch": self.best,
             **({"best_variant": self.best_variant} if self.best_variant else {}),
             "best_in": place,
-            "epochs": [entry(epoch) for epoch in sorted(self.losses)],
+            "epochs": [self._entry(epoch) for epoch in sorted(self.losses)],
         }
 
-    def _variants_of(self, epoch: int) -> dict[str, Any]:
-        return {
-            name: {"loss": _finite(self.mean(epoch, name)), "change": _finite(self.change(epoch, name))}
-            for name in self.measured(epoch)[1:]
+    def _entry(self, epoch: int) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": _finite(self.mean(epoch)),
+            "change": _finite(self.change(epoch)),
+            "improved": self.improved(epoch),
+            "loss_by_t": [_finite(loss) for loss in self.by_t(epoch)],
         }
+        if len(self.conditions) > 1:
+            told["loss_by_t_without_condition"] = [_finite(loss) for loss in self.by_t(epoch, 1)]
+        told["loss_by_song"] = [_finite(loss) for loss in self.losses[epoch][:, :, 0].mean(dim=1).tolist()]
+        if variants := self.measured(epoch)[1:]:
+            told["variants"] = {
+                name: {"loss": _finite(self.mean(epoch, name)), "change": _finite(self.change(epoch, name))}
+                for name in variants
+            }
+        return told
 
     def summary(self, place: str | None) -> str:
-        """The end of a training, in one line.
-
-        Args:
-            place: in which folder of the output folder the best adapter is; None if it is in none.
-        """
-        best = self.best
+        """The end of a training, in one line, with the place of the best adapter; None if it is in no folder."""
+        best, name = self._lowest_of_all()
         if best is None and self.lost:
             return "Validation: the best adapter of this training is in no checkpoint any more"
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
-        name = self.best_variant
         which = f" ({name})" if name else ""
         told = (
             f"Validation: best epoch {best}{which}, loss {self.mean(best, name):.4f} "
@@ -423,6 +398,23 @@ class History:
                 f"The checkpoint is not complete: what was saved of the validation is unusable "
                 f"({error!r}). Resume from another one, as with --resume-from latest."
             ) from None
+
+
+def mean_loss(losses: torch.Tensor, null_share: float) -> float:
+    """The loss that a training minimizes: conditions are dropped with the probability of condition dropout.
+
+    The losses have the shape [songs, timesteps, conditions]; the last axis may be that with the condition alone.
+    """
+    by_condition = losses.mean(dim=(0, 1)).tolist()
+    if len(by_condition) == 1:
+        return float(by_condition[0])
+    return float((1.0 - null_share) * by_condition[0] + null_share * by_condition[1])
+
+
+def losses_by_t(losses: torch.Tensor, condition: int) -> list[float]:
+    """Mean loss of the songs at each timestep."""
+    values: list[float] = losses[:, :, condition].mean(dim=0).tolist()
+    return values
 
 
 def percent(share: float) -> str:

@@ -1,8 +1,7 @@
 """Validates on songs that are held out: always the same songs, noise and timesteps, so that numbers can be compared.
 
-A training loss is drawn anew in every step and says little about songs that are not trained on. Here each song that is
-held out is evaluated at the same timesteps with the same noise: before the first step, without the adapter, and after
-the epochs. What differs between two validations is the adapter alone. Nothing of it reaches the training, bit for bit.
+They are evaluated before the first step, without the adapter, and after the epochs. What differs between two
+validations is the adapter alone. Nothing of it reaches the training, bit for bit.
 
 The mean is the loss that the training minimizes, on songs that it has not seen: over timesteps that stand for equal
 shares of the training's own, with and without the condition in the proportion of condition dropout. It is read relative
@@ -28,7 +27,7 @@ from ..run import ModelFacts, ResumePoint, Run
 from ..songs.dataset import inspect_dataset, songs_in
 from ..songs.fit import check_songs
 from ..songs.values import check_values, hash_of
-from ..text import sentence
+from ..text import counted, sentence
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import treatment_of
 from ..variants import guidance
@@ -230,20 +229,11 @@ def engine_epoch_ended(run: Run, epoch: int) -> list[str]:
 
 
 class _Validator:
-    """The validation of one training.
-
-    Args:
-        run: the training.
-        songs: files of the songs that are validated on.
-        history: what was measured so far.
-
-    Attributes:
-        best_in: when the training has ended, in which folder of the output folder its best adapter is; None: in none.
-    """
+    """The validation of one training."""
 
     def __init__(self, run: Run, songs: Sequence[Path], history: History) -> None:
         self._run, self.songs, self.history = run, songs, history
-        self.best_in: str | None = None
+        self.best_in: str | None = None  # when the training has ended, where in its folder the best adapter is
         self._looked = False
         self._unsaved: ResumePoint | None = None  # the best adapter, while it could not be saved
 
@@ -283,12 +273,12 @@ class _Validator:
         found = ""
         for song, content in zip(self.songs, self.history.contents, strict=True):
             try:
-                same = hash_of(song) == content
-                found = "" if same else f"{song.name}, which is validated on, has changed since the training began"
+                if hash_of(song) == content:
+                    continue
+                found = f"{song.name}, which is validated on, has changed since the training began"
             except OSError as error:
                 found = f"{song.name}, which is validated on, cannot be read ({error.strerror or error})"
-            if found:
-                break
+            break
         answer: str = self._run.gather(found)[0]
         return answer
 
@@ -431,7 +421,7 @@ class _Validator:
 
 def _announcement(history: History, cost: float) -> str:
     names = ", ".join(history.songs[:3]) + (f" and {len(history.songs) - 3} more" if len(history.songs) > 3 else "")
-    songs = f"{len(history.songs)} {'song' if len(history.songs) == 1 else 'songs'}"
+    songs = counted(len(history.songs), "song")
     where = "of another folder" if history.from_folder else "held out"
     conditions = ", with and without the condition" if len(history.conditions) > 1 else ""
     every = "every epoch" if history.every == 1 else f"every {history.every} epochs and after the last one"
