@@ -71,7 +71,8 @@ def _front_matter(facts: Mapping[str, Any], kind: str) -> str:
     entries: dict[str, Any] = {}
     if license_ := facts.get("license"):
         name = str(license_).strip().lower().replace(" ", "-")
-        entries |= {"license": name} if name in _LICENSES else {"license": "other", "license_name": _slug(name)}
+        slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "custom"
+        entries |= {"license": name} if name in _LICENSES else {"license": "other", "license_name": slug}
     if (base := base_model_id(facts.get("model_name"))) is not None:
         entries |= {"base_model": base, "base_model_relation": "adapter"}
     if kind == LORA.name:
@@ -183,7 +184,3 @@ def _yaml(value: object) -> str:
     words = ("true", "false", "null", "yes", "no", "on", "off")
     plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in words
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "custom"

@@ -76,6 +76,7 @@ def _tensors(kind: Kind, layers: Mapping[str, Mean]) -> dict[str, torch.Tensor]:
 def _configuration(layers: Mapping[str, Mean], facts: Mapping[str, Any], like: Adapter) -> dict[str, Any]:
     """PEFT's configuration. What differs from layer to layer is under the layers' full names, which match only them."""
     alphas = _alphas(layers)
+    last = {name: name.rpartition(".")[2] for name in layers}
     known = {key: value for key, value in like.config.items() if not key.endswith("_pattern")}
     return known | {
         "peft_type": "LORA",
@@ -87,16 +88,10 @@ def _configuration(layers: Mapping[str, Mean], facts: Mapping[str, Any], like: A
         "use_dora": False,
         "r": facts["rank"],
         "lora_alpha": facts["alpha"],
-        "target_modules": sorted({_target(name) for name in layers}),
+        "target_modules": sorted({name if part.isdigit() else part for name, part in last.items()}),
         "rank_pattern": {name: mean.rank for name, mean in layers.items() if mean.rank != facts["rank"]},
         "alpha_pattern": {name: alpha for name, alpha in zip(layers, alphas, strict=True) if alpha != facts["alpha"]},
     }
-
-
-def _target(layer: str) -> str:
-    """The entry for a layer in PEFT's list of target modules."""
-    last = layer.rpartition(".")[2]
-    return layer if last.isdigit() else last
 
 
 def _alphas(layers: Mapping[str, Mean]) -> list[float | None]:

@@ -23,7 +23,7 @@ from ..text import counted, shown
 from .facts import SCHEMA_VERSION
 from .kinds import Mean, title_of
 from .kinds.lora import LORA
-from .layers import Adapter, Layer
+from .layers import Adapter
 from .new_adapter import write_adapter
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def notes(adapter: Adapter) -> list[str]:
     found = []
     if not any(map(_ATTENTION.fullmatch, adapter.layers)):
         found.append("diffusers does not recognise it: it looks for attention layers, and there are none.")
-    convolutions = [name for name, layer in adapter.layers.items() if _dimensions(adapter, layer) > 2]
+    sizes = adapter.file.tensors
+    convolutions = [
+        name for name, layer in adapter.layers.items() if any(len(sizes[layer.parts[part]].shape) > 2 for part in "AB")
+    ]
     if convolutions:
         found.append(f"acestep.cpp and DEMON leave out {counted(len(convolutions), 'convolution')}: {convolutions[0]}.")
     return found
@@ -145,7 +148,3 @@ def _filled(tensor: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
     missing = list(tensor.shape)
     missing[dimension] = rank - tensor.shape[dimension]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=dimension) if missing[dimension] else tensor
-
-
-def _dimensions(adapter: Adapter, layer: Layer) -> int:
-    return max(len(adapter.file.tensors[layer.parts[part]].shape) for part in ("A", "B"))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from ..errors import Refusal
 from ..files import replacing, special_kind, stand_in
@@ -179,16 +179,13 @@ def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator
                 yield content
                 continue
             stream.seek(source.data_start + content.start)
-            yield from _read_exactly(stream, content.end - content.start, source.path)
-
-
-def _read_exactly(stream: BinaryIO, length: int, path: Path) -> Iterator[bytes]:
-    while length:
-        piece = stream.read(min(length, _BUFFER))
-        if not piece:
-            raise OSError(f"{path} was truncated while it was read")
-        length -= len(piece)
-        yield piece
+            left = content.end - content.start
+            while left:
+                piece = stream.read(min(left, _BUFFER))
+                if not piece:
+                    raise OSError(f"{source.path} was truncated while it was read")
+                left -= len(piece)
+                yield piece
 
 
 def _length(content: bytes | Tensor) -> int:

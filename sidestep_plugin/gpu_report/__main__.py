@@ -29,6 +29,10 @@ _SAME: Final = ("system", "python", "torch", "cuda", "driver", "sidestep-plugin"
 """Versions that must be the same to add to a file that is there."""
 
 
+_ABOUT: Final = ("what", "size", "song_seconds", "rank", "adapter", "way")
+"""Keys that tell what an entry is about: a newer entry about the same replaces the older one."""
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--acestep-root", type=Place(path_type=Path), metavar="DIR", help="ACE-Step's folder.  [default: .]")
 @click.option(
@@ -131,7 +135,8 @@ class Report:
         self.measured += 1
         self._forget(job)
         place = "trainings" if job.kind == "training" else "others"
-        self.content[place] = [entry for entry in self.content[place] if not _alike(entry, found)] + [found]
+        others = [entry for entry in self.content[place] if any(entry.get(key) != found.get(key) for key in _ABOUT)]
+        self.content[place] = [*others, found]
         self.write()
         return _in_words(job, found)
 
@@ -262,12 +267,6 @@ def _commit(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two entries are about the same, so that the newer one replaces the older."""
-    names = ("what", "size", "song_seconds", "rank", "adapter", "way")
-    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _in_words(job: Job, found: dict[str, Any]) -> str:

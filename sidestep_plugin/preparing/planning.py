@@ -12,7 +12,7 @@ from ..errors import Refusal
 from ..songs.audio import audio_files, look_at
 from ..songs.dataset import FRAMES_A_SECOND, songs_in
 from ..songs.one_song import frames_in, load_song, metadata_in, read_song
-from ..songs.song_names import song_names
+from ..songs.song_names import song_names, told_from
 from ..songs.song_text import SongText, find_texts
 from ..songs.values import hash_of, not_finite_in
 from ..text import counted, listed, shown
@@ -28,8 +28,7 @@ class Song:
     """A song that is to be prepared.
 
     Attributes:
-        source: the audio, or the finished song that is renewed.
-        name: the source's path from its folder, with slashes.
+        source, name: the audio, or the finished song that is renewed, and its path from its folder, with slashes.
         file: the file that it becomes.
         text: what the model is told.
         seconds: length of the song, as far as it is known before encoding.
@@ -62,11 +61,7 @@ class Song:
 
 @dataclass(frozen=True)
 class Plan:
-    """The songs of a folder, and lines about the folder.
-
-    Attributes:
-        removed: names of songs in the output folder whose source is no longer there.
-    """
+    """The songs of a folder, lines about it, and names of songs in the output folder whose source is gone."""
 
     songs: tuple[Song, ...]
     notes: tuple[str, ...]
@@ -82,19 +77,14 @@ class Plan:
 
 
 def plan(request: PrepareRequest, *, look: bool = False) -> Plan:
-    """Look at the songs and at what is in the output folder.
-
-    Args:
-        request: what was asked for.
-        look: whether to look at the sound of songs that are finished already, too.
+    """Look at the songs and at what is in the output folder; with `look` at the sound of finished songs, too.
 
     Raises:
         Refusal: no songs, texts that cannot be read, other people's songs in the output folder, or, with ``--strict``,
             songs with problems.
     """
     check_apart(request)
-    found = _finished(request) if request.renew else _audio(request, look)
-    songs, notes = found
+    songs, notes = _finished(request) if request.renew else _audio(request, look)
     removed = _compare_with_output(request, songs)
     if request.strict and (bad := [song for song in songs if song.problems or song.unusable]):
         lines = [f"{shown(song.name)}: {'; '.join([*filter(None, [song.unusable]), *song.problems])}" for song in bad]
@@ -144,7 +134,7 @@ def _audio(request: PrepareRequest, look: bool) -> tuple[list[Song], list[str]]:
     songs = []
     for file in audio:
         text, target = texts.songs[file], request.output / f"{names[file]}.pt"
-        song = Song(file, _told_from(request.source, file), target, text, 0.0, "")
+        song = Song(file, told_from(request.source, file).as_posix(), target, text, 0.0, "")
         try:
             song.digest = hash_of(file)
         except OSError as error:
@@ -195,7 +185,8 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
     for file in files:
         text, target = texts.songs[file], request.output / f"{names[file]}.pt"
         seconds = frames_in(file) / FRAMES_A_SECOND
-        song = Song(file, _told_from(request.source, file), target, text, seconds, "", _record_at(target))
+        name = told_from(request.source, file).as_posix()
+        song = Song(file, name, target, text, seconds, "", _record_at(target))
         song.unusable = broken.get(file, "")
         if not song.unusable:
             song.digest = hash_of_tensor(load_song(file)["target_latents"][: frames_in(file)])
@@ -208,14 +199,6 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         song.notes += text.changes
         songs.append(song)
     return songs, list(texts.notes)
-
-
-def _told_from(folder: Path, file: Path) -> str:
-    """A file's path from a folder, with slashes; its name alone where it lies elsewhere."""
-    try:
-        return file.relative_to(folder).as_posix()
-    except ValueError:
-        return file.name
 
 
 def _record_at(file: Path) -> Mapping[str, Any] | None:
@@ -233,7 +216,8 @@ def _compare_with_output(request: PrepareRequest, songs: Sequence[Song]) -> list
     for file in sorted(request.output.glob("*.pt")):
         if file.name.startswith("."):
             continue
-        if _record_at(file) is None and not _half_written(file):
+        # What is no song at all, such as a file that a full disk has cut, is made again.
+        if _record_at(file) is None and not read_song(file)[1]:
             foreign.append(file.name)
         elif file.name not in ours:
             removed.append(file.name)
@@ -244,8 +228,3 @@ def _compare_with_output(request: PrepareRequest, songs: Sequence[Song]) -> list
             f"{request.output}."
         )
     return removed
-
-
-def _half_written(file: Path) -> bool:
-    """Whether a file is no song at all, such as one that a full disk has cut: it is made again."""
-    return bool(read_song(file)[1])

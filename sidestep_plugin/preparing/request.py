@@ -27,9 +27,8 @@ class PrepareRequest:
     """What the user asked for.
 
     Attributes:
-        source: the folder of audio, or of finished songs with `renew`.
+        source, output: the folder of audio, or of finished songs with `renew`, and that for the songs.
         model: alias, folder name or path of the model that the songs are for.
-        output: the folder for the songs.
         renew: whether finished songs get new conditions, without audio.
         conditions: "generated", or "upstream" for those of upstream's own preprocessing.
         texts: for `renew`, a folder with texts beside the songs' own metadata.
@@ -39,7 +38,6 @@ class PrepareRequest:
         strict: refuse songs with problems.
         low_memory: the VAE first for all songs, then the encoders.
         longest: seconds of a song that are encoded.
-        device: auto, cpu, cuda, cuda:N, mps or xpu.
     """
 
     source: Path
@@ -61,13 +59,7 @@ class PrepareRequest:
 
 @dataclass(frozen=True)
 class Places:
-    """The folders that a request needs.
-
-    Attributes:
-        root: the checkout.
-        model, text_encoder: folders of weights.
-        vae: None where no audio is encoded.
-    """
+    """The folders that a request needs: the checkout, and those of weights. No VAE where no audio is encoded."""
 
     root: Path
     model: Path

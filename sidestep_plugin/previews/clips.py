@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Final
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.staging import AVERAGE
+from ..engine import models
 from ..engine.checkout import find_root, import_trainer
-from ..engine.models import (
-    check_weights,
-    checkpoint_folder,
-    checkpoints_of,
-    find_model,
-    load_model,
-    pick_device,
-    restrict_gpus,
-)
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
@@ -93,8 +85,8 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
             f"The clips in {folder} are latents, and there is no VAE: {why_not(find_vae(_checkpoints(request)))}. Say "
             "where ACE-Step's models are with --checkpoint-dir DIR, in ACE-Step's own Python environment."
         )
-    restrict_gpus(request.device)
-    number = decode_rest(folder, table, load_vae(vae, pick_device(request.device)))
+    models.restrict_gpus(request.device)
+    number = decode_rest(folder, table, load_vae(vae, models.pick_device(request.device)))
     say(f"Decoded {counted(number, 'clip')}.")
     return folder
 
@@ -117,9 +109,11 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
             "TEXT with what it is to sound like."
         )
     root = find_root(request.acestep_root)
-    model_folder = find_model(_model_named(request, report), checkpoint_folder(request.checkpoint_dir, root))
+    model_folder = models.find_model(
+        _model_named(request, report), models.checkpoint_folder(request.checkpoint_dir, root)
+    )
     facts = ModelFacts.from_folder(model_folder)
-    check_weights(model_folder, facts)
+    models.check_weights(model_folder, facts)
     output, label, epoch = _place(request, report)
     check_writable(output)
     settings, wanted = _settings(request, report, decide_treatment(facts), read_table(output))
@@ -134,11 +128,11 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
         songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
         table = _table(output, model_folder.name, songs, settings)
     silence, vae_folder = read_silence(model_folder), _vae(request, model_folder)
-    restrict_gpus(request.device)
-    device = pick_device(request.device)
+    models.restrict_gpus(request.device)
+    device = models.pick_device(request.device)
     import_trainer(root)  # models' own code may import parts of ACE-Step
     say(f"Loading {model_folder.name} on {device} ...")
-    model = load_model(model_folder, device).model
+    model = models.load_model(model_folder, device).model
     if dataset is not None:
         check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
     layers = linear_layers(model.decoder)
@@ -259,7 +253,7 @@ def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path
     if model_folder is not None:
         return model_folder.parent
     try:
-        return checkpoints_of(None, request.acestep_root)
+        return models.checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 

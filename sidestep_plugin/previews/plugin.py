@@ -115,18 +115,11 @@ class _Plan:
 @hookimpl
 def acestep_model_chosen(options: Mapping[str, Any]) -> None:
     """Refuse options without effect. From a settings file they come with their defaults."""
-    defaults = {
-        "preview_songs": SONGS,
-        "preview_prompts": None,
-        "preview_seconds": SECONDS,
-        "preview_cfg": None,
-        "preview_seed": SEED,
-    }
-    for name, default in defaults.items():
-        if options[name] != default and not options["preview_every"]:
+    for option in acestep_options():
+        if not options["preview_every"] and options[str(option.name)] != option.default:
             raise Refusal(
-                f"--{name.replace('_', '-')} says how to make previews, and none are made. Leave it out, or say how "
-                "often to make them: --preview-every N."
+                f"{option.opts[0]} says how to make previews, and none are made. Leave it out, or say how often to "
+                "make them: --preview-every N."
             )
     if options["preview_prompts"] is not None:
         read_prompts(options["preview_prompts"])
@@ -250,12 +243,15 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
 def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: float | None, folder: Path) -> EpochNews:
     """Make the clips of an epoch, and those of the base model if there are none yet. Raises what goes wrong."""
-    from .making import generated, write_row
+    from .making import generated, open_table, write_row
 
     began, peak = time.monotonic(), _peak(device)
     lines: list[str] = []
     if plan.table is None:
-        plan.table = _table(run, plan, folder, lines)
+        name = treatment_of(run).model_name
+        plan.table, aside = open_table(folder, name, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
+        if aside is not None:
+            lines.append(f"Note: clips of an earlier training were moved to {aside}.")
     table = plan.table
     rows: list[tuple[str, int, float | None, list[torch.Tensor]]] = []
     first = not table.has(BASE)
@@ -285,17 +281,6 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
         plan.told = True
         lines.append(_costs(len(rows) * len(plan.songs), time.monotonic() - began, peak, device, folder))
     return EpochNews(tuple(lines), logged)
-
-
-def _table(run: Run, plan: _Plan, folder: Path, lines: list[str]) -> Table:
-    """The table that this run's clips go into. Clips of another training are moved aside, and a line says so."""
-    from .making import open_table
-
-    name = treatment_of(run).model_name
-    table, aside = open_table(folder, name, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
-    if aside is not None:
-        lines.append(f"Note: clips of an earlier training were moved to {aside}.")
-    return table
 
 
 def _decoded(

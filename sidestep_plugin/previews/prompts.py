@@ -22,14 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..engine.song_encoding import (
-    encode,
-    find_text_encoder,
-    import_handler,
-    load_text_encoder,
-    load_tokenizer,
-    make_handler,
-)
+from ..engine import song_encoding
 from ..engine.song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
 from ..errors import Refusal
 from ..songs.dataset import FRAMES_A_SECOND
@@ -162,17 +155,17 @@ def encode_prompts(
     """
     import torch
 
-    place = find_text_encoder(model_folder.parent)
+    place = song_encoding.find_text_encoder(model_folder.parent)
     weight = next(model.encoder.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        handler = make_handler(
-            import_handler(root),
+        handler = song_encoding.make_handler(
+            song_encoding.import_handler(root),
             device=str(weight.device),
             dtype=weight.dtype,
             model=model,
-            tokenizer=load_tokenizer(place),
-            text_encoder=load_text_encoder(place, weight.device, weight.dtype),
+            tokenizer=song_encoding.load_tokenizer(place),
+            text_encoder=song_encoding.load_text_encoder(place, weight.device, weight.dtype),
             silence=read_silence(model_folder),
         )
         files = []
@@ -182,7 +175,7 @@ def encode_prompts(
         for prompt in prompts:
             latents = torch.zeros(max(1, round(prompt.seconds * FRAMES_A_SECOND)), LATENT_CHANNELS)
             words = words_of(prompt.text, len(latents))
-            encoded = encode(handler, words, len(latents))
+            encoded = song_encoding.encode(handler, words, len(latents))
             record = record_of(GENERATED, encoders, encoded, words, prompt.text, latents, machine, {})
             file = folder / f"{plain_name(prompt.name)}.pt"
             write_song(file, song_of(latents, encoded, prompt.text, "", record))

@@ -281,13 +281,11 @@ def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]
         except Exception as error:  # each reader has its own types for a file that it cannot read
             reason = _reason(error).replace(str(file), file.name)
             said.append(f"{name} cannot read it ({shown(reason, 120)})")
-    raise Refusal(f"{file} cannot be read, expected audio: {'; '.join(said)}. {_advice(said)}")
-
-
-def _advice(said: list[str]) -> str:
-    if not any(one.endswith("is not there") for one in said):
-        return "Export it again as WAV or FLAC, or take it out of the folder."
-    return "Export it again as WAV or FLAC, or install what is missing; ffmpeg reads every kind."
+    missing = any(one.endswith("is not there") for one in said)
+    advice = "install what is missing; ffmpeg reads every kind" if missing else "take it out of the folder"
+    raise Refusal(
+        f"{file} cannot be read, expected audio: {'; '.join(said)}. Export it again as WAV or FLAC, or {advice}."
+    )
 
 
 def _reason(error: Exception) -> str:

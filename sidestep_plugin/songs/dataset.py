@@ -207,7 +207,7 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
     whole = folder.resolve()
     for sample in samples:
         # Newer manifests are relative to their folder, older ones to the directory that upstream was started in.
-        file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
+        file = next((file for file in (folder / sample, Path(sample)) if not not_a_file(file)), None)
         if file is None:
             missing.append(sample)
         elif is_companion(file.name):
@@ -216,10 +216,3 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
             yield Path(os.path.normpath(file.absolute()))
         else:
             outside.append(sample)
-
-
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False

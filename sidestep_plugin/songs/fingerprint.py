@@ -8,7 +8,7 @@ The report keeps the beginnings of the songs' hashes, which nothing else does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,30 +30,25 @@ def fingerprint(folder: Path | None) -> str:
 
     "" without a folder, or when a song cannot be read.
     """
-    if folder is None or not folder.is_dir():
-        return ""
-    try:
-        hashes = [hash_of(file) for file in songs_in(folder)]
-    except OSError:
-        return ""
-    return _BY_CONTENT + hashlib.sha256(repr(hashes).encode()).hexdigest()
+    told = _hash(folder, hash_of)
+    return _BY_CONTENT + told if told else ""
 
 
 def songs_changed(recorded: str, folder: Path | None) -> bool:
     """Whether a folder's songs are others than those of a recorded fingerprint; False when that cannot be told."""
-    if ":" not in recorded:
-        now = _by_names_and_sizes(folder)
+    if ":" not in recorded:  # as versions before "content-1" recorded it
+        now = _hash(folder, lambda file: (file.name, file.stat().st_size))
     else:
         now = fingerprint(folder) if recorded.startswith(_BY_CONTENT) else ""
     return bool(recorded and now) and recorded != now
 
 
-def _by_names_and_sizes(folder: Path | None) -> str:
-    """The fingerprint that versions before "content-1" recorded."""
+def _hash(folder: Path | None, told: Callable[[Path], object]) -> str:
+    """A hash of what is told of each song of a folder; "" without a folder, or when a song cannot be read."""
     if folder is None or not folder.is_dir():
         return ""
     try:
-        songs = [(file.name, file.stat().st_size) for file in songs_in(folder)]
+        songs = [told(file) for file in songs_in(folder)]
     except OSError:
         return ""
     return hashlib.sha256(repr(songs).encode()).hexdigest()

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -328,8 +328,3 @@ def _filled(values: Mapping[str, str]) -> dict[str, str]:
 def _kind(value: object) -> str:
     names = {"dict": "object", "list": "list", "str": "text", "bool": "truth value", "NoneType": "null"}
     return names.get(type(value).__name__, "number")
-
-
-def notes_of(found: Iterable[Found]) -> Iterator[str]:
-    """All notes of several readings, each once."""
-    yield from dict.fromkeys(note for one in found for note in one.notes)

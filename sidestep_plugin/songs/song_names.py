@@ -36,7 +36,7 @@ def song_names(folder: Path, audio: Iterable[Path]) -> Mapping[Path, str]:
     files = list(dict.fromkeys(audio))
     level = dict.fromkeys(files, 0)
     while True:
-        names = {file: _name(_told_from(folder, file), level[file]) for file in files}
+        names = {file: _name(told_from(folder, file), level[file]) for file in files}
         count = Counter(_key(name) for name in names.values())
         clashing = [file for file in files if count[_key(names[file])] > 1 and level[file] < 2]
         if not clashing:
@@ -45,7 +45,8 @@ def song_names(folder: Path, audio: Iterable[Path]) -> Mapping[Path, str]:
             level[file] += 1
 
 
-def _told_from(folder: Path, file: Path) -> PurePath:
+def told_from(folder: Path, file: Path) -> PurePath:
+    """A file's path from a folder; its name alone where it lies elsewhere."""
     try:
         return file.relative_to(folder)
     except ValueError:

@@ -463,7 +463,7 @@ def _together(
     song: Path, candidates: Sequence[Found], *, trigger: Trigger | None, general: Trigger | None, as_typed: bool
 ) -> SongText:
     chosen: dict[str, tuple[Any, str]] = {}
-    problems = list(sidecars.notes_of(candidates))
+    problems = list(dict.fromkeys(note for one in candidates for note in one.notes))
     for field_name in sidecars.FIELDS:
         said = [(one.values[field_name], one.source) for one in candidates if field_name in one.values]
         if said:

@@ -16,21 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.kinds.lora import LORA
-from ..engine import seams
+from ..engine import models, seams
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
 from ..engine.decoders import without_adapter
 from ..engine.evaluation import evaluate
-from ..engine.models import (
-    Handler,
-    check_weights,
-    checkpoint_folder,
-    decoder_shapes,
-    find_model,
-    load_model,
-    pick_device,
-    restrict_gpus,
-)
 from ..errors import Refusal
 from ..run import ModelFacts
 from ..songs.dataset import inspect_dataset
@@ -123,17 +113,17 @@ def compare(
         Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
-    folder = find_model(model or _model_of(adapters), checkpoint_folder(checkpoint_dir, root))
+    folder = models.find_model(model or _model_of(adapters), models.checkpoint_folder(checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
-    check_weights(folder, facts)
+    models.check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
-    shapes = decoder_shapes(folder)
+    shapes = models.decoder_shapes(folder)
     reports = []
     for path in adapters:
         reports.append(_inspected(path))
         check_applicable(reports[-1].adapter, shapes, facts.name, strengths=strengths)
-    restrict_gpus(device)
-    where = pick_device(device)
+    models.restrict_gpus(device)
+    where = models.pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
     check_songs(dataset, facts)
     songs = choose(dataset.files, number_of(held_out, dataset.songs)) if held_out else dataset.files
@@ -141,7 +131,7 @@ def compare(
     say(f"Importing ACE-Step's trainer from {root} ...")
     trainer = import_trainer(root)
     say(f"Loading {folder.name} on {where} ...")
-    handler = load_model(folder, where)
+    handler = models.load_model(folder, where)
     null = getattr(handler.model, "null_condition_emb", None)
     if null is not None:
         check_width(dataset, facts.name, int(null.shape[-1]))
@@ -195,7 +185,7 @@ def _inspected(path: Path) -> Report:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
 
 
-def _module(trainer: Any, handler: Handler) -> Any:
+def _module(trainer: Any, handler: models.Handler) -> Any:
     """Upstream's training module around a model. The LoRA that it injects is disabled by the caller."""
     import torch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -85,7 +84,7 @@ class History:
         losses: by epoch, shape [songs, timesteps, conditions], float64.
         variants: those of other tensors in the adapter's place, by name and epoch.
         lost: epochs whose adapter is in no checkpoint any more, so none of them can be the best.
-        times: when each validation of this run ended, and how long it took, in seconds.
+        times: how long each validation of this run took, in seconds.
     """
 
     songs: list[str]
@@ -99,7 +98,7 @@ class History:
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     variants: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
-    times: list[tuple[float, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     warned: bool = False
     apart: bool = False
 
@@ -176,7 +175,7 @@ class History:
         self.losses[epoch] = validation.losses
         for name, losses in validation.variants.items():
             self.variants.setdefault(name, {})[epoch] = losses
-        self.times.append((time.monotonic(), validation.seconds))
+        self.times.append(validation.seconds)
         if epoch == 0:
             self._check_baseline()
             return Verdict(lines=(self._first_line(),), log=self._log(0))
@@ -331,7 +330,7 @@ class History:
         )
         worse = "; none was better than the model without adapter" if self.change(best, name) >= 0.0 else ""
         where = f", in {place}" if place else "; its adapter is in no checkpoint"
-        took = f". It took {sum(took for _, took in self.times):.3g} s in all" if self.times else ""
+        took = f". It took {sum(self.times):.3g} s in all" if self.times else ""
         return f"{told}{where}{worse}{took}"
 
     def comparable(self, other: History) -> bool:

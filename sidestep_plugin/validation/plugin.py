@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..adapters.facts import BEST
 from ..adapters.staging import published, staged
 from ..errors import Refusal
 from ..files import room
@@ -42,9 +43,6 @@ _KEY: Final = "sidestep.validation"
 
 _KEPT: Final = "held_out"
 """Name under which a checkpoint keeps the validations."""
-
-BEST: Final = "checkpoints/best"
-"""Folder in the output folder for the checkpoint with the lowest validation loss, as upstream calls it too."""
 
 
 @hookimpl

@@ -17,8 +17,7 @@ from sidestep_plugin.previews.conditions import (
     read_silence,
     silent_context,
 )
-from sidestep_plugin.previews.generation import euler, generate, noise_for, own_arguments
-from sidestep_plugin.previews.guidance import ProjectedGuidance
+from sidestep_plugin.previews.generation import ProjectedGuidance, euler, generate, noise_for, own_arguments
 from sidestep_plugin.previews.settings import PreviewSettings, guidance_for
 
 CPU = torch.device("cpu")

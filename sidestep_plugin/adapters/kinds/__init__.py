@@ -11,19 +11,6 @@ from .kind import Mean as Mean
 from .lokr import LOKR
 from .lora import LORA
 
-__all__ = [
-    "BY_NAME",
-    "DEFAULT",
-    "KINDS",
-    "NAMES",
-    "WEIGHT_NAMES",
-    "Kind",
-    "Mean",
-    "kind_of_config",
-    "network_of",
-    "title_of",
-]
-
 KINDS: Final[tuple[Kind, ...]] = (LORA, LOKR)
 """All kinds that can be trained, the usual one first."""
 
