@@ -15,6 +15,11 @@ from .files import at_home
 from .text import is_control
 
 
+def option(name: str, kind: Any, metavar: str, help: str, **more: Any) -> click.Option:
+    """An option that takes a value, as a plugin declares it."""
+    return click.Option([name], type=kind, metavar=metavar, help=help, **more)
+
+
 class Place(click.Path):
     """The name of a file or folder, with ``~`` for the home folder, which no shell replaces in ``--dir=~/x``.
 

@@ -114,7 +114,7 @@ class Report:
     """
 
     def __init__(self, out: Path, before: dict[str, Any] | None, versions: dict[str, str | None], device: str) -> None:
-        self._out, self._before, self._versions = out, before, versions
+        self._out, self._versions = out, versions
         self.measured = 0
         self.content: dict[str, Any] = before or {
             "schema_version": SCHEMA_VERSION,

@@ -185,11 +185,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         raise Refusal(" / ".join(messages[-2:]))
     found = _costs(steps[len(steps) // 2 :], watch, handler, job)
     found |= {"first_loss": losses[0] if losses else None, "said": [line for line in lines if line][:30]}
-    if job.kind == "validation":
-        return _of_a_validation(watch, found, job)
-    if job.kind == "previews":
-        return _of_clips(watch, found, job)
-    return found
+    return found if job.kind == "training" else _of_a_look(watch, found, job)
 
 
 def _adapter_config(trainer: Any, job: Job) -> Any:
@@ -252,51 +248,29 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
     return needs(size, settings, weights=watch.frozen, trained=watch.trained).total
 
 
-def _after_the_last_step(watch: _Watch, found: dict[str, Any]) -> tuple[int, float]:
-    """The forward passes after the last step and what they took: the last validation, or the last clips, all warm."""
+def _of_a_look(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What the last validation, or the last clips, took: the forward passes after the last step, all warm."""
+    from ..previews.settings import SECONDS, SONGS
+
     passes = [begins for begins in watch.looks if begins > watch.starts[-1]]
     if len(passes) < 2:
         raise Refusal("Nothing was computed after the last step: " + " / ".join(found["said"][-2:]))
-    return len(passes), (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
-
-
-def _of_a_validation(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """One forward pass for each song, timestep and condition."""
-    losses, seconds = _after_the_last_step(watch, found)
-    return _other(
-        job,
-        found,
-        seconds=seconds,
-        songs=_HELD_OUT,
-        losses=losses,
-        seconds_per_step=found["seconds_per_step"],
-        in_steps=seconds / found["seconds_per_step"],
-    )
-
-
-def _of_clips(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Clips of the adapter alone: those of the base model were made before."""
-    from ..previews.settings import SECONDS, SONGS
-
-    passes, seconds = _after_the_last_step(watch, found)
-    clips = int(SONGS)
-    return _other(
-        job,
-        found,
-        clips=clips,
-        clip_seconds=min(SECONDS, job.song_seconds),
-        forward_passes=passes,
-        seconds=seconds,
-        clips_per_minute=60 * clips / seconds,
-        decoded=False,
-        settings=next((line for line in found["said"] if line.startswith("Previews: ")), ""),
-    )
-
-
-def _other(job: Job, found: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """An entry of the report that is no training."""
+    seconds = (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
     names = ("size", "decoder_parameters", "song_seconds", "peak_allocated_bytes", "peak_reserved_bytes")
-    return {"what": job.kind, **{name: found[name] for name in names}, **values}
+    about = {"what": job.kind, **{name: found[name] for name in names}}
+    if job.kind == "validation":  # one forward pass for each song, timestep and condition
+        step = found["seconds_per_step"]
+        losses = {"seconds": seconds, "songs": _HELD_OUT, "losses": len(passes)}
+        return about | losses | {"seconds_per_step": step, "in_steps": seconds / step}
+    return about | {
+        "clips": int(SONGS),  # of the adapter alone: those of the base model were made before
+        "clip_seconds": min(SECONDS, job.song_seconds),
+        "forward_passes": len(passes),
+        "seconds": seconds,
+        "clips_per_minute": 60 * int(SONGS) / seconds,
+        "decoded": False,
+        "settings": next((line for line in found["said"] if line.startswith("Previews: ")), ""),
+    }
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import FiniteFloat, Line, Place, WholeNumber
+from ..options import FiniteFloat, Line, Place, WholeNumber, option
 from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
 from ..text import counted, sentence
@@ -42,52 +42,31 @@ _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
 @hookimpl
 def acestep_options() -> list[click.Option]:
     return [
-        click.Option(
-            ["--preview-every"],
-            type=WholeNumber(min=0),
-            metavar="N",
-            default=0,
-            help="Generate clips every N epochs, to listen to.  [default: off]",
+        option(
+            "--preview-every", WholeNumber(min=0), "N",
+            "Generate clips every N epochs, to listen to.  [default: off]", default=0,
         ),
-        click.Option(
-            ["--preview-songs"],
-            type=Line(),
-            metavar="K|NAMES",
-            default=SONGS,
-            show_default=True,
-            help="How many songs, or which ones: a,b,c.",
+        option(
+            "--preview-songs", Line(), "K|NAMES",
+            "How many songs, or which ones: a,b,c.", default=SONGS, show_default=True,
         ),
-        click.Option(
-            ["--preview-prompts"],
-            type=Place(path_type=Path),
-            metavar="FILE",
-            default=None,
-            help="TOML file of prompts to hear instead of songs.",
+        option(
+            "--preview-prompts", Place(path_type=Path), "FILE",
+            "TOML file of prompts to hear instead of songs.", default=None,
         ),
-        click.Option(
-            ["--preview-seconds"],
-            type=FiniteFloat(0.0, 600.0, min_open=True),
-            metavar="S",
-            default=SECONDS,
-            show_default=True,
-            help="Length of a clip, at most the song's.",
+        option(
+            "--preview-seconds", FiniteFloat(0.0, 600.0, min_open=True), "S",
+            "Length of a clip, at most the song's.", default=SECONDS, show_default=True,
         ),
-        click.Option(
-            ["--preview-cfg"],
-            type=FiniteFloat(1.0, 30.0),
-            metavar="X",
-            default=None,
-            help="Guidance scale of the clips.  [default: base and sft 7, turbo none]",
+        option(
+            "--preview-cfg", FiniteFloat(1.0, 30.0), "X",
+            "Guidance scale of the clips.  [default: base and sft 7, turbo none]", default=None,
         ),
-        click.Option(
-            ["--preview-seed"],
-            type=WholeNumber(0, 2**32 - 1),
-            metavar="N",
-            default=SEED,
-            show_default=True,
-            help="Seed of the clips' noise.",
+        option(
+            "--preview-seed", WholeNumber(0, 2**32 - 1), "N",
+            "Seed of the clips' noise.", default=SEED, show_default=True,
         ),
-    ]
+    ]  # fmt: skip
 
 
 @dataclass
@@ -115,10 +94,10 @@ class _Plan:
 @hookimpl
 def acestep_model_chosen(options: Mapping[str, Any]) -> None:
     """Refuse options without effect. From a settings file they come with their defaults."""
-    for option in acestep_options():
-        if not options["preview_every"] and options[str(option.name)] != option.default:
+    for each in acestep_options():
+        if not options["preview_every"] and options[str(each.name)] != each.default:
             raise Refusal(
-                f"{option.opts[0]} says how to make previews, and none are made. Leave it out, or say how often to "
+                f"{each.opts[0]} says how to make previews, and none are made. Leave it out, or say how often to "
                 "make them: --preview-every N."
             )
     if options["preview_prompts"] is not None:

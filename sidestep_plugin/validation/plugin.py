@@ -23,7 +23,7 @@ from ..adapters.staging import published, staged
 from ..errors import Refusal
 from ..files import room
 from ..hookspecs import hookimpl
-from ..options import Place, SongsOrShare, WholeNumber
+from ..options import Place, SongsOrShare, WholeNumber, option
 from ..run import ModelFacts, ResumePoint, Run
 from ..songs.dataset import inspect_dataset, songs_in
 from ..songs.fit import check_songs
@@ -48,31 +48,23 @@ _KEPT: Final = "held_out"
 @hookimpl
 def acestep_options() -> list[click.Option]:
     return [
-        click.Option(
-            ["--validate"],
-            type=SongsOrShare(),
-            metavar="N",
-            help="Songs to hold out and validate on, or a share: 0.1.  [default: 0]",
+        option(
+            "--validate", SongsOrShare(), "N",
+            "Songs to hold out and validate on, or a share: 0.1.  [default: 0]",
         ),
-        click.Option(
-            ["--validation-dir"],
-            type=Place(path_type=Path),
-            metavar="DIR",
-            help="Validate on the preprocessed songs of this folder instead.",
+        option(
+            "--validation-dir", Place(path_type=Path), "DIR",
+            "Validate on the preprocessed songs of this folder instead.",
         ),
-        click.Option(
-            ["--validate-every"],
-            type=WholeNumber(1, 10**9),
-            metavar="N",
-            help="Epochs between validations.  [default: so that it takes a tenth of the time]",
+        option(
+            "--validate-every", WholeNumber(1, 10**9), "N",
+            "Epochs between validations.  [default: so that it takes a tenth of the time]",
         ),
-        click.Option(
-            ["--patience"],
-            type=WholeNumber(1, 10**9),
-            metavar="N",
-            help="Stop after this many validations without a better one.  [default: never]",
+        option(
+            "--patience", WholeNumber(1, 10**9), "N",
+            "Stop after this many validations without a better one.  [default: never]",
         ),
-    ]
+    ]  # fmt: skip
 
 
 # -- which songs -----------------------------------------------------------------------------------------------------
