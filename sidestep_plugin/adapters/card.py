@@ -21,8 +21,7 @@ from .kinds.lora import LORA
 FILE_NAME: Final = "README.md"
 
 _ORGANISATION: Final = "ACE-Step"
-_INSIDE: Final = {"acestep-v15-turbo": "Ace-Step1.5"}
-"""Models that are in a repository of another name on the hub."""
+_INSIDE: Final = {"acestep-v15-turbo": "Ace-Step1.5"}  # models that are in a repository of another name on the hub
 
 _LICENSES: Final = frozenset(
     {"apache-2.0", "mit", "openrail", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
@@ -52,11 +51,7 @@ def model_card(facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = (
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = ()) -> Path:
-    """Write the :func:`model_card` into a folder, completely or not at all. Returns the file.
-
-    Raises:
-        OSError: it cannot be written. An older card is not changed.
-    """
+    """Write the :func:`model_card` into a folder, completely or not at all. Returns the file. Raises OSError."""
     with replacing(folder / FILE_NAME) as stream:
         stream.write(model_card(facts, files=files).encode("utf-8"))
     return folder / FILE_NAME

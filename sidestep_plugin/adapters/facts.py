@@ -79,8 +79,7 @@ TEXT_FACTS: Final = frozenset(
 )
 """Those of them that are strings."""
 
-SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})
-"""Those of them that are true or left out."""
+SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})  # those of them that are true or left out
 
 # Upstream's settings that are strings and known not to be paths. Unknown strings are left out.
 TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_type", "scheduler", "scheduler_type"})

@@ -22,8 +22,7 @@ from .kinds.lora import LORA
 from .targets import is_target, own_name
 from .weights_file import read_weights_file
 
-TRAINED: Final = "default"
-"""PEFT's name of the adapter that upstream trains."""
+TRAINED: Final = "default"  # PEFT's name of the adapter that upstream trains
 
 
 @dataclass(frozen=True)

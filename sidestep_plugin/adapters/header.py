@@ -26,8 +26,7 @@ from .paths import without_paths
 from .peft_config import DIFFUSERS_KEY, plain_number
 from .weights_file import HASH_KEY, WeightsFile, read_weights_file, write_metadata
 
-PREFIX: Final = "sidestep."
-"""Prefix of our own keys in a header."""
+PREFIX: Final = "sidestep."  # prefix of our own keys in a header
 
 
 def write_header(weights: Path, facts: Mapping[str, Any]) -> None:

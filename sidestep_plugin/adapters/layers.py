@@ -171,11 +171,7 @@ class Adapter:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter's layers, ranks and strengths without loading a tensor.
-
-    Raises:
-        Refusal: there is no readable weights file, or it is not an adapter for ACE-Step 1.5.
-    """
+    """Read an adapter's layers, ranks and strengths without loading a tensor. Raises Refusal."""
     return understand(read_weights_file(find_weights(path)))
 
 

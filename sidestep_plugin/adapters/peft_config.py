@@ -15,8 +15,7 @@ from .weights_file import WeightsFile
 
 DIFFUSERS_KEY: Final = "lora_adapter_metadata"
 """Header key of a LoRA's configuration in JSON for diffusers (``LORA_ADAPTER_METADATA_KEY`` there)."""
-DIFFUSERS_SOURCE: Final = f"header ({DIFFUSERS_KEY})"
-"""What :func:`find_configuration` calls that place."""
+DIFFUSERS_SOURCE: Final = f"header ({DIFFUSERS_KEY})"  # what :func:`find_configuration` calls that place
 
 # Patterns are regular expressions from other people's files, and some of them take forever. Only those are used that
 # are made of single characters: "q_proj", "^layers.0.self_attn.q_proj". PEFT reads their dots as any character.

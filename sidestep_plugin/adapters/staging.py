@@ -30,8 +30,7 @@ _BESIDE_WEIGHTS: Final = frozenset(
 )
 """Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 
-AVERAGE: Final = "average"
-"""Folder beside an adapter for the mean of its training, which is replaced together with it."""
+AVERAGE: Final = "average"  # folder beside an adapter for the mean of its training, which is replaced together with it
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from ..options import FiniteFloat, Place, WholeNumber
 from .jobs import SIZES, WAYS, Job, jobs
 
 _LOOKS: Final = ("validation", "previews", "hooks")
-_LEAST: Final = 5.0
-"""Seconds that have to be left for a job to begin."""
+_LEAST: Final = 5.0  # seconds that have to be left for a job to begin
 
 _SAME: Final = ("system", "python", "torch", "cuda", "driver", "sidestep-plugin", "commit", "acestep_commit")
 """Versions that must be the same to add to a file that is there."""

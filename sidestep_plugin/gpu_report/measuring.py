@@ -36,11 +36,7 @@ _ROUNDS, _STEPS = 12, 10
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Measure a job. Returns what was found, ready for JSON, with the card that it was found on.
-
-    Raises:
-        Refusal: this checkout, card or package cannot do it.
-    """
+    """Measure a job. Returns what was found, ready for JSON, with the card that it was found on. Raises Refusal."""
     import torch
 
     if job.device == "cuda" and not torch.cuda.is_available():

@@ -17,8 +17,7 @@ from .jobs import SIZES, Job
 if TYPE_CHECKING:
     import torch
 
-_FAMILY: Final = {"tiny": "base", "2b": "base", "xl": "xl_base"}
-"""The folder of ACE-Step's model code for each size."""
+_FAMILY: Final = {"tiny": "base", "2b": "base", "xl": "xl_base"}  # the folder of ACE-Step's model code for each size
 
 # Only the decoder is trained; the rest of the model is as small as its code allows.
 _ENCODERS: Final = {
@@ -41,10 +40,7 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
     """A base model with random weights, its decoder on the device, as ``acestep-train`` loads one.
 
     Its config.json and silence_latent.pt are written into `folder`. Draws from the default generators of torch, which
-    are seeded with 0 before.
-
-    Raises:
-        Refusal: the checkout has no code for this model.
+    are seeded with 0 before. Raises Refusal.
     """
     import torch
 
@@ -75,11 +71,7 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
 
 
 def model_code(trainer: Any, job: Job, place: Path) -> tuple[Any, Any]:
-    """The class of a job's model, and the config to make one with; its name is that of `place`.
-
-    Raises:
-        Refusal: the checkout has no code for this model.
-    """
+    """The class of a job's model, and the config to make one with; its name is that of `place`. Raises Refusal."""
     family, package = _FAMILY[job.size], trainer.__name__.partition(".")[0]
     files = sorted((Path(job.root) / package / "models" / family).glob("modeling*.py"))
     if not files:

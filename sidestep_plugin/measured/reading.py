@@ -17,8 +17,7 @@ from typing import Any, Final
 from ..errors import Refusal
 from ..files import read_json_object
 
-CARDS: Final = Path(__file__).with_name("cards")
-"""Where the measurements are that come with this package."""
+CARDS: Final = Path(__file__).with_name("cards")  # where the measurements are that come with this package
 
 SCHEMA_VERSION: Final = 1
 
@@ -26,8 +25,7 @@ ALONE: Final = "ACE-Step alone"
 PLUGIN: Final = "plugin"
 """Names of ways to train: without the plugin, and with it at its defaults."""
 
-_ALIKE: Final = 0.2
-"""Decoders whose numbers of parameters differ by no more than this share take about as long."""
+_ALIKE: Final = 0.2  # decoders whose numbers of parameters differ by no more than this share take about as long
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from ..previews.decoding import find_vae, why_not
 from ..run import ModelFacts
 from ..songs.song_text import Trigger
 
-LONGEST: Final = 240.0
-"""Seconds of a song that are encoded, upstream's own limit."""
+LONGEST: Final = 240.0  # seconds of a song that are encoded, upstream's own limit
 
 
 @dataclass(frozen=True)

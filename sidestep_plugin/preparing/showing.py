@@ -16,11 +16,7 @@ _LONGEST = 100_000  # characters of a text
 
 
 def dry_run(request: PrepareRequest) -> Iterator[str]:
-    """Lines about every song. Nothing is encoded and nothing is written.
-
-    Raises:
-        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
-    """
+    """Lines about every song. Nothing is encoded and nothing is written. Raises Refusal."""
     offline()
     planned = plan(request, look=True)
     places = find_places(request)

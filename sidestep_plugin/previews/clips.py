@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_AVERAGED: Final = f", {AVERAGE}"
-"""End of what the clips of an average are called."""
+_AVERAGED: Final = f", {AVERAGE}"  # end of what the clips of an average are called
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,7 @@ def _tell(prompt: Prompt, report: Report, say: Callable[[str], None]) -> None:
 
 
 def clips_of(report: Report) -> list[Path]:
-    """The sounds that the previews of a training have of a saved adapter, at its trained strength.
-
-    Raises:
-        Refusal: there are none.
-    """
+    """The sounds that the previews of a training have of a saved adapter, at its trained strength. Raises Refusal."""
     folder, label, _ = _place(ClipRequest(report.adapter.file.path), report)
     table = read_table(folder)
     names = [label] if label.endswith(_AVERAGED) else [label, f"epoch {report.facts.get('epoch')}"]

@@ -17,11 +17,9 @@ from .conditions import LATENT_CHANNELS
 if TYPE_CHECKING:
     import torch
 
-FOLDER: Final = "vae"
-"""Folder of ACE-Step's VAE, beside the folders of the models."""
+FOLDER: Final = "vae"  # folder of ACE-Step's VAE, beside the folders of the models
 
-WINDOW: Final = 500
-"""Frames that are decoded at once: 20 seconds."""
+WINDOW: Final = 500  # frames that are decoded at once: 20 seconds
 OVERLAP: Final = 64
 """Frames on either side of a window that are decoded with it and thrown away, as in ACE-Step's own tiled decoding."""
 
@@ -62,11 +60,7 @@ def check_vae(folder: Path) -> bool:
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device.
-
-    Raises:
-        Refusal: it is a VAE of another kind, or its files cannot be read.
-    """
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device. Raises Refusal."""
     import torch
 
     own = check_vae(folder)

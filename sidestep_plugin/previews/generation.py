@@ -28,11 +28,9 @@ _NOT_NEEDED: Final = frozenset(
 
 MOMENTUM: Final = -0.75
 LARGEST_NORM: Final = 2.5
-TIME: Final = 1
-"""The dimension along which norms and projections are taken: the frames of [B,T,64]."""
+TIME: Final = 1  # the dimension along which norms and projections are taken: the frames of [B,T,64]
 
-_TABLES: Final = (1.0, 2.0, 3.0)
-"""Shifts that turbo models without a free number of steps have their 8 timesteps for."""
+_TABLES: Final = (1.0, 2.0, 3.0)  # shifts that turbo models without a free number of steps have their 8 timesteps for
 
 
 def noise_for(seed: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -32,10 +32,7 @@ def generated(
     """The latents of each song in turn, shape [1,T,64], fp32 on the CPU.
 
     The decoder has to be in eval mode. Random numbers come from a generator of their own. `done` is called with the
-    number of songs that are done, first with 0.
-
-    Raises:
-        Refusal: the model generated something that is not a number.
+    number of songs that are done, first with 0. Raises Refusal for latents that are not finite.
     """
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
@@ -93,11 +90,8 @@ def write_row(
 ) -> None:
     """Write the clips of a row, all sounds or all latents, then the table.
 
-    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards.
-
-    Raises:
-        Refusal: the folder's table cannot be read any more.
-        OSError: the folder cannot be written.
+    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards. Raises Refusal and
+    OSError.
     """
     names = clip_names(label, table.songs, suffix_of(content[0]))
     for name, each in zip(names, content, strict=True):
@@ -112,12 +106,7 @@ def write_row(
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only. Returns how many.
-
-    Raises:
-        Refusal: a clip is missing or damaged. The rows before it are decoded.
-        OSError: the folder cannot be written.
-    """
+    """Decode every clip of a table that is latents only. Returns how many. Raises Refusal and OSError."""
     number = 0
     for row in table.undecoded:
         old = list(row.clips)

@@ -31,8 +31,7 @@ from ..songs.vocabulary import INSTRUMENTAL
 from ..text import shown
 from .conditions import LATENT_CHANNELS, read_silence
 
-SECONDS: Final = 30.0
-"""Length of a prompt's clip where none is said."""
+SECONDS: Final = 30.0  # length of a prompt's clip where none is said
 
 _LONGEST: Final = 600.0
 _FIELDS: Final[Mapping[str, Any]] = {
@@ -71,11 +70,7 @@ class Prompt:
 
 
 def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
-    """A prompt from its fields, as in the file; `where` says whose they are, for messages.
-
-    Raises:
-        Refusal: there is no caption, or a value that cannot be used.
-    """
+    """A prompt from its fields, as in the file; `where` says whose they are, for messages. Raises Refusal."""
     for field, value in values.items():
         if field not in _FIELDS:
             raise Refusal(f"{where} has {shown(field, 40)}, expected {', '.join(_FIELDS)}.")

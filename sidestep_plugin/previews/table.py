@@ -16,12 +16,10 @@ from ..errors import Refusal
 from ..files import move, read_json_object, replacing
 from .clip_files import is_sound
 
-FOLDER: Final = "previews"
-"""Folder of the clips in the output folder of a training."""
+FOLDER: Final = "previews"  # folder of the clips in the output folder of a training
 FILE_NAME: Final = "previews.json"
 SCHEMA_VERSION: Final = 1
-BASE: Final = "base model"
-"""What the row of epoch 0 is called: the model without the adapter."""
+BASE: Final = "base model"  # what the row of epoch 0 is called: the model without the adapter
 
 
 @dataclass

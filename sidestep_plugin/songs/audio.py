@@ -28,8 +28,7 @@ from ..text import counted, listed, shown
 if TYPE_CHECKING:
     import torch
 
-RATE: Final = 48_000
-"""Samples per second of what the VAE takes."""
+RATE: Final = 48_000  # samples per second of what the VAE takes
 
 LOSSLESS: Final = frozenset({".wav", ".wave", ".flac", ".aiff", ".aif"})
 """Endings of files that every reader decodes to the same samples."""

@@ -18,8 +18,7 @@ from .making import Making, making_of
 from .one_song import read_song
 from .values import hash_of
 
-FRAMES_A_SECOND: Final = 25
-"""Frames per second of ACE-Step 1.5's latents."""
+FRAMES_A_SECOND: Final = 25  # frames per second of ACE-Step 1.5's latents
 
 
 @dataclass(frozen=True)

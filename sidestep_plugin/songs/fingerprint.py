@@ -17,9 +17,7 @@ from .dataset import songs_in
 from .values import hash_of
 
 _BY_CONTENT: Final = "content-1:"
-
-ENTRY: Final = "trained_songs"
-"""Name in the report of a training."""
+ENTRY: Final = "trained_songs"  # name in the report of a training
 
 _REPORT: Final = "training_report.json"
 _LENGTH: Final = 16

@@ -22,8 +22,7 @@ from .one_song import metadata_in
 if TYPE_CHECKING:
     import torch
 
-PADDED_ROWS: Final = 256 + 512 + 1
-"""Rows of conditions that upstream's preprocessing makes of every song."""
+PADDED_ROWS: Final = 256 + 512 + 1  # rows of conditions that upstream's preprocessing makes of every song
 
 Form = Literal["generated", "upstream", "own audio", "unknown"]
 

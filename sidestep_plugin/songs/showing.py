@@ -68,11 +68,7 @@ class ShownFolder:
 
 
 def look_through(folder: Path) -> ShownFolder:
-    """Look at every song of a folder.
-
-    Raises:
-        Refusal: no such folder, or no songs in it: it is said what there is instead.
-    """
+    """Look at every song of a folder. Raises Refusal."""
     files, missing, outside = listed_in(folder)
     trigger = trigger_of_songs(folder, files)
     word = trigger.word if trigger else ""

@@ -36,8 +36,7 @@ Position = Literal["before", "after", "instead"]
 POSITIONS: Final[Mapping[str, Position]] = {"prepend": "before", "append": "after", "replace": "instead"}
 """Where the trigger word goes, by upstream's word for it: "word, caption", "caption, word", "word"."""
 
-DEFAULT: Final = "default"
-"""The source of a value that no file gave."""
+DEFAULT: Final = "default"  # the source of a value that no file gave
 
 _ITSELF: Final = " itself"
 

@@ -12,8 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-BPM_RANGE: Final = (30, 300)
-"""Beats per minute that the model knows."""
+BPM_RANGE: Final = (30, 300)  # beats per minute that the model knows
 
 TIME_SIGNATURES: Final = ("2", "3", "4", "6")
 """Time signatures that the model knows: beats in a bar, without the note value."""
@@ -77,8 +76,7 @@ _CODE_OF: Final = {name: code for code, names in _LANGUAGES.items() for name in 
 LANGUAGES: Final = frozenset({*_LANGUAGES, "unknown"})
 """Codes of languages that the model knows; "unknown" is for songs without singing and where none is told."""
 
-INSTRUMENTAL: Final = "[Instrumental]"
-"""What stands in the place of lyrics where nobody sings."""
+INSTRUMENTAL: Final = "[Instrumental]"  # what stands in the place of lyrics where nobody sings
 
 _NOTHING: Final = frozenset({"", "n/a", "na", "none", "null", "-", "?"})
 _BARS: Final = {"2/4": "2", "2/2": "2", "3/4": "3", "4/4": "4", "6/8": "6"}

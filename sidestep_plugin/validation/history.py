@@ -13,8 +13,7 @@ from ..text import counted
 if TYPE_CHECKING:
     import torch
 
-_SHARE: Final = 0.1
-"""Of the training's time, that validation may take by default."""
+_SHARE: Final = 0.1  # of the training's time, that validation may take by default
 
 _FORWARD: Final = 0.46
 """Time of a forward pass of one song in training steps of one song, measured without gradient checkpointing."""

@@ -38,11 +38,9 @@ from .history import History, Validation, usual_interval
 if TYPE_CHECKING:
     import torch
 
-_KEY: Final = "sidestep.validation"
-"""Where a run keeps its validation."""
+_KEY: Final = "sidestep.validation"  # where a run keeps its validation
 
-_KEPT: Final = "held_out"
-"""Name under which a checkpoint keeps the validations."""
+_KEPT: Final = "held_out"  # name under which a checkpoint keeps the validations
 
 
 @hookimpl

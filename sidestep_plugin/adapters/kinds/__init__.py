@@ -11,8 +11,7 @@ from .kind import Mean as Mean
 from .lokr import LOKR
 from .lora import LORA
 
-KINDS: Final[tuple[Kind, ...]] = (LORA, LOKR)
-"""All kinds that can be trained, the usual one first."""
+KINDS: Final[tuple[Kind, ...]] = (LORA, LOKR)  # all kinds that can be trained, the usual one first
 
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 NAMES: Final = tuple(BY_NAME)

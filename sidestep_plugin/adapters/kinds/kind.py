@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 Hook = Callable[[Any, tuple[Any, ...], Any], Any]
 """A forward hook of a module: module, inputs, output; returns the new output."""
-Shape = tuple[int, int]
-"""Rows and columns of a layer's weight: outputs and inputs."""
+Shape = tuple[int, int]  # rows and columns of a layer's weight: outputs and inputs
 
 
 @dataclass(frozen=True)
