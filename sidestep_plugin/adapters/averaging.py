@@ -22,17 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The mean of some adapters of one kind, by layer.
-
-    Attributes:
-        energy: share of the exact mean's energy that it holds, from 0 to 1.
-        lowest: the lowest of the layers' shares.
-    """
+    """The mean of some adapters of one kind, by layer."""
 
     kind: Kind
     layers: dict[str, Mean]
-    energy: float
-    lowest: float
+    energy: float  # share of the exact mean's energy that it holds, from 0 to 1
+    lowest: float  # the lowest of the layers' shares
 
     @property
     def ranks(self) -> set[int]:

@@ -27,17 +27,11 @@ TRAINED: Final = "default"  # PEFT's name of the adapter that upstream trains
 
 @dataclass(frozen=True)
 class Foreign:
-    """An adapter in a model that the coming training does not train.
+    """An adapter in a model that the coming training does not train."""
 
-    Attributes:
-        name: PEFT's name of it; "" for a LoKr, which has none.
-        kind: "LoRA" or "LoKr", or what PEFT calls another kind.
-        layers: number of layers that have it.
-    """
-
-    name: str
-    kind: str
-    layers: int
+    name: str  # PEFT's name of it; "" for a LoKr, which has none
+    kind: str  # "LoRA" or "LoKr", or what PEFT calls another kind
+    layers: int  # number of layers that have it
 
 
 def foreign_adapters(model: Any, kind: AdapterType, targets: Sequence[str] | str | None) -> list[Foreign]:

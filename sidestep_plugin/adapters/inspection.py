@@ -34,42 +34,28 @@ _WANTED: Final = {
 
 @dataclass(frozen=True)
 class Generate:
-    """What to generate with.
+    """What to generate with."""
 
-    Attributes:
-        shift, num_inference_steps: None if they are unknown and cannot be guessed.
-        cfg: "on", "off", or None if unknown.
-        guess: whether they are not written in any file, but follow from the model's variant.
-        because: where they come from, for people.
-    """
-
+    # shift, num_inference_steps: None if they are unknown and cannot be guessed.
     shift: float | None
     num_inference_steps: int | None
-    cfg: str | None
-    guess: bool
-    because: str
+    cfg: str | None  # "on", "off", or None if unknown
+    guess: bool  # whether they are not written in any file, but follow from the model's variant
+    because: str  # where they come from, for people
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an inspection; `missing`, `notes` and `problems` are for people.
-
-    Attributes:
-        written_by: the program that wrote it, as far as can be told.
-        facts: the known facts, under the keys of ``training_config.json``.
-        intact: whether the tensors match the hash in the header. None if there is no hash.
-        missing: names of unknown facts.
-        problems: what is wrong although the weights can be read.
-    """
+    """The result of an inspection; `missing`, `notes` and `problems` are for people."""
 
     adapter: Adapter
-    written_by: str
-    facts: Mapping[str, Any]
+    written_by: str  # the program that wrote it, as far as can be told
+    facts: Mapping[str, Any]  # the known facts, under the keys of ``training_config.json``
     generate: Generate
-    intact: bool | None
-    missing: tuple[str, ...]
+    intact: bool | None  # whether the tensors match the hash in the header. None if there is no hash.
+    missing: tuple[str, ...]  # names of unknown facts
     notes: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what is wrong although the weights can be read
 
 
 def inspect_adapter(path: Path) -> Report:

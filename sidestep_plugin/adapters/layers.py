@@ -54,45 +54,28 @@ _BUFFER: Final = 2**20
 
 @dataclass
 class Layer:
-    """One adapted layer.
+    """One adapted layer."""
 
-    Attributes:
-        name: its name in ACE-Step's decoder.
-        parts: names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own
-            names.
-        peft_name: its name in the model that PEFT's patterns are written for.
-        rank: of a LoRA, or of a LoKr's decomposed factor. None if there is none.
-        alpha: the effective one, so that strength = alpha / rank. None if unknown.
-    """
-
-    name: str
+    name: str  # its name in ACE-Step's decoder
+    # Names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own names.
     parts: dict[str, str] = field(default_factory=dict)
-    peft_name: str = ""
-    rank: int | None = None
-    alpha: float | None = None
+    peft_name: str = ""  # its name in the model that PEFT's patterns are written for
+    rank: int | None = None  # of a LoRA, or of a LoKr's decomposed factor. None if there is none.
+    alpha: float | None = None  # the effective one, so that strength = alpha / rank. None if unknown.
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's weights file and the configuration beside it.
+    """An adapter's weights file and the configuration beside it."""
 
-    Attributes:
-        file: the weights.
-        kind: name of its kind: one of ``kinds.NAMES``, or "loha" or "oft".
-        layers: the adapted layers by name.
-        unknown: names of tensors that do not belong to any known kind of adapter.
-        config: PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
-        config_source: where it was found. None if there is none.
-        problems: what is wrong with the files beside the weights.
-    """
-
-    file: WeightsFile
-    kind: str
-    layers: Mapping[str, Layer]
-    unknown: tuple[str, ...]
+    file: WeightsFile  # the weights
+    kind: str  # name of its kind: one of ``kinds.NAMES``, or "loha" or "oft"
+    layers: Mapping[str, Layer]  # the adapted layers by name
+    unknown: tuple[str, ...]  # names of tensors that do not belong to any known kind of adapter
+    # PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
     config: Mapping[str, Any]
-    config_source: str | None
-    problems: tuple[str, ...]
+    config_source: str | None  # where it was found. None if there is none.
+    problems: tuple[str, ...]  # what is wrong with the files beside the weights
 
     @property
     def ranks(self) -> Counter[int]:

@@ -38,26 +38,19 @@ SIZES: Final[Mapping[str, DecoderSize]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure, in a process of its own.
-
-    Attributes:
-        size, way: names of `SIZES` and `WAYS`.
-        songs: number of songs; two epochs of them are trained, and the second one is measured.
-        device: "cuda" or "cpu".
-        root: folder of the ACE-Step checkout; "" for the miniature.
-        xl_config: a config.json to take XL's sizes from; "" for the built-in ones.
-    """
+    """One thing to measure, in a process of its own."""
 
     kind: Kind
+    # size, way: names of `SIZES` and `WAYS`.
     size: str
     way: str
     adapter: Literal["lora", "lokr"]
     song_seconds: float
     rank: int
-    songs: int
-    device: str
-    root: str = ""
-    xl_config: str = ""
+    songs: int  # number of songs; two epochs of them are trained, and the second one is measured
+    device: str  # "cuda" or "cpu"
+    root: str = ""  # folder of the ACE-Step checkout; "" for the miniature
+    xl_config: str = ""  # a config.json to take XL's sizes from; "" for the built-in ones
 
     @property
     def name(self) -> str:

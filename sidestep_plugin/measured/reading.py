@@ -39,48 +39,33 @@ class Card:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that was measured, with batch size 1 and songs of one length.
+    """A training that was measured, with batch size 1 and songs of one length."""
 
-    Attributes:
-        size: "2b" or "xl"; "tiny" is a trial.
-        parameters: of the decoder.
-        adapter: "lora" or "lokr".
-        way: "ACE-Step alone", "plugin", or the plugin with one option.
-        seconds_per_step: the median.
-        allocated, reserved: bytes at the peak, of tensors and of all that torch took from the card.
-        estimate: bytes that the plugin estimates for the same settings; None where it makes no estimate.
-    """
-
-    size: str
-    parameters: int
+    size: str  # "2b" or "xl"; "tiny" is a trial
+    parameters: int  # of the decoder
     song_seconds: float
     rank: int
-    adapter: str
-    way: str
-    seconds_per_step: float
+    adapter: str  # "lora" or "lokr"
+    way: str  # "ACE-Step alone", "plugin", or the plugin with one option
+    seconds_per_step: float  # the median
+    # allocated, reserved: bytes at the peak, of tensors and of all that torch took from the card.
     allocated: int
     reserved: int
-    estimate: int | None
+    estimate: int | None  # bytes that the plugin estimates for the same settings; None where it makes no estimate
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured on one card.
-
-    Attributes:
-        day: when, as YYYY-MM-DD.
-        versions: of the driver, torch, this package and so on, by name.
-        others: what else was measured: hooks, validation, previews. Each entry says in `what` what it is.
-        missing: what was not measured, and why.
-    """
+    """Everything that was measured on one card."""
 
     file: str
     card: Card
-    day: str
-    versions: Mapping[str, str | None]
+    day: str  # when, as YYYY-MM-DD
+    versions: Mapping[str, str | None]  # of the driver, torch, this package and so on, by name
     trainings: tuple[Training, ...]
+    # What else was measured: hooks, validation, previews. Each entry says in `what` what it is.
     others: tuple[Mapping[str, Any], ...] = ()
-    missing: tuple[Mapping[str, str], ...] = ()
+    missing: tuple[Mapping[str, str], ...] = ()  # what was not measured, and why
 
 
 def measurements() -> tuple[Measured, ...]:

@@ -25,32 +25,22 @@ NOTHING: Final = "nothing"
 
 @dataclass
 class Song:
-    """A song that is to be prepared.
+    """A song that is to be prepared."""
 
-    Attributes:
-        source, name: the audio, or the finished song that is renewed, and its path from its folder, with slashes.
-        file: the file that it becomes.
-        text: what the model is told.
-        seconds: length of the song, as far as it is known before encoding.
-        digest: SHA-256 of the audio file; of the latents of a finished song.
-        before: what the file that is there says about how it was made; None where there is none.
-        make: "all", "conditions" or "nothing".
-        problems: what is missing or odd, and what is used instead; ``--strict`` refuses them.
-        notes: what is told only.
-        unusable: why no song can be made of it, "" when one can.
-    """
-
+    # source, name: the audio, or the finished song that is renewed, and its path from its folder, with slashes.
     source: Path
     name: str
-    file: Path
-    text: SongText
-    seconds: float
-    digest: str
+    file: Path  # the file that it becomes
+    text: SongText  # what the model is told
+    seconds: float  # length of the song, as far as it is known before encoding
+    digest: str  # SHA-256 of the audio file; of the latents of a finished song
+    # What the file that is there says about how it was made; None where there is none.
     before: Mapping[str, Any] | None = None
-    make: str = ALL
+    make: str = ALL  # "all", "conditions" or "nothing"
+    # What is missing or odd, and what is used instead; ``--strict`` refuses them.
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    unusable: str = ""
+    notes: list[str] = field(default_factory=list)  # what is told only
+    unusable: str = ""  # why no song can be made of it, "" when one can
 
     @property
     def sound(self) -> Mapping[str, Any]:

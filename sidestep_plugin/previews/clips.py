@@ -39,30 +39,22 @@ _AVERAGED: Final = f", {AVERAGE}"  # end of what the clips of an average are cal
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What the user asked for; None where the table of the training, or a default, decides.
+    """What the user asked for; None where the table of the training, or a default, decides."""
 
-    Attributes:
-        path: an adapter, or a folder whose clips are still latents.
-        model: alias, folder name or path; None for the model that the adapter says it is for.
-        output: folder for the clips; None for those of the adapter's training.
-        prompt: a prompt to generate from, instead of songs.
-        without: with `prompt`, whether the model without the adapter is heard beside it.
-        strengths: what the adapter is multiplied by in turn, beside its own strength; each is a row of clips.
-    """
-
-    path: Path
-    model: str | None = None
+    path: Path  # an adapter, or a folder whose clips are still latents
+    model: str | None = None  # alias, folder name or path; None for the model that the adapter says it is for
     dataset_dir: Path | None = None
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
-    output: Path | None = None
+    output: Path | None = None  # folder for the clips; None for those of the adapter's training
     songs: str | None = None
     seconds: float | None = None
     cfg: float | None = None
     seed: int | None = None
     device: str = "auto"
-    prompt: Prompt | None = None
-    without: bool = False
+    prompt: Prompt | None = None  # a prompt to generate from, instead of songs
+    without: bool = False  # with `prompt`, whether the model without the adapter is heard beside it
+    # What the adapter is multiplied by in turn, beside its own strength; each is a row of clips.
     strengths: tuple[float, ...] = (1.0,)
 
 

@@ -71,24 +71,16 @@ def acestep_options() -> list[click.Option]:
 
 @dataclass
 class _Plan:
-    """The previews of one run.
-
-    Attributes:
-        silence: the latents of silence, shape [1,N,64].
-        vae: folder of the VAE; None when clips stay latents, or the app's own VAE is used.
-        table: that of the output folder, once it was opened.
-        told: whether time and memory were said.
-        over: whether a preview failed, so that there are no more.
-    """
+    """The previews of one run."""
 
     every: int
     songs: list[Song]
     settings: PreviewSettings
-    silence: torch.Tensor
-    vae: Path | None
-    table: Table | None = None
-    told: bool = False
-    over: bool = False
+    silence: torch.Tensor  # the latents of silence, shape [1,N,64]
+    vae: Path | None  # folder of the VAE; None when clips stay latents, or the app's own VAE is used
+    table: Table | None = None  # that of the output folder, once it was opened
+    told: bool = False  # whether time and memory were said
+    over: bool = False  # whether a preview failed, so that there are no more
 
 
 @hookimpl

@@ -19,20 +19,13 @@ SEED: Final = 42
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    """What every clip of a training is generated with.
-
-    Attributes:
-        steps: number of denoising steps.
-        guidance: scale of classifier-free guidance against the null condition; 1.0 is none.
-        seed: of the noise. Song number i, from 0, has the noise of ``seed + i``.
-        seconds: length of a clip, unless the song is shorter.
-    """
+    """What every clip of a training is generated with."""
 
     shift: float
-    steps: int
-    guidance: float
-    seed: int
-    seconds: float
+    steps: int  # number of denoising steps
+    guidance: float  # scale of classifier-free guidance against the null condition; 1.0 is none
+    seed: int  # of the noise. Song number i, from 0, has the noise of ``seed + i``.
+    seconds: float  # length of a clip, unless the song is shorter
 
     @property
     def in_words(self) -> str:

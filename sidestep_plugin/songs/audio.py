@@ -58,44 +58,28 @@ class AudioFiles:
 
 @dataclass(frozen=True)
 class AudioFacts:
-    """What an audio file is like.
-
-    Attributes:
-        seconds: length; 0 when it cannot be read.
-        rate, channels: as stored; the rate in samples per second.
-        peak: largest absolute value of all samples; above 1 is possible in files of floats and in lossy ones.
-        clipped: share of the samples, 0 to 1, that stand at full scale next to another such sample.
-        reader: what read it.
-        unusable: why no song can be made of it, "" when one can.
-        problems: what is told, and refused by ``--strict``.
-        notes: what is told only: what happens to channels, rate and loud samples.
-    """
+    """What an audio file is like."""
 
     file: Path
-    seconds: float = 0.0
+    seconds: float = 0.0  # length; 0 when it cannot be read
+    # rate, channels: as stored; the rate in samples per second.
     rate: int = 0
     channels: int = 0
-    peak: float = 0.0
-    clipped: float = 0.0
-    reader: str = ""
-    unusable: str = ""
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    peak: float = 0.0  # largest absolute value of all samples; above 1 is possible in files of floats and in lossy ones
+    clipped: float = 0.0  # share of the samples, 0 to 1, that stand at full scale next to another such sample
+    reader: str = ""  # what read it
+    unusable: str = ""  # why no song can be made of it, "" when one can
+    problems: tuple[str, ...] = ()  # what is told, and refused by ``--strict``
+    notes: tuple[str, ...] = ()  # what is told only: what happens to channels, rate and loud samples
 
 
 @dataclass(frozen=True)
 class Audio:
-    """The samples of a file.
+    """The samples of a file."""
 
-    Attributes:
-        samples: float32 [2, N] at 48 kHz, on the CPU; not limited to -1 to 1.
-        seconds: length of the whole file, also where `samples` were cut.
-        how: what read and resampled it, such as "soundfile, resampled from 44100 Hz by torchaudio".
-    """
-
-    samples: torch.Tensor
-    seconds: float
-    how: str
+    samples: torch.Tensor  # float32 [2, N] at 48 kHz, on the CPU; not limited to -1 to 1
+    seconds: float  # length of the whole file, also where `samples` were cut
+    how: str  # what read and resampled it, such as "soundfile, resampled from 44100 Hz by torchaudio"
 
 
 @dataclass(frozen=True)

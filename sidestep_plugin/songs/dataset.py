@@ -23,26 +23,17 @@ FRAMES_A_SECOND: Final = 25  # frames per second of ACE-Step 1.5's latents
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of preprocessed songs.
-
-    Attributes:
-        songs: number of songs that can be read.
-        condition_width: D of every song's ``encoder_hidden_states [L,D]``.
-        channels: channels of latents and context together, the same for every song.
-        missing: entries of manifest.json for which there is no file; upstream leaves them out.
-        files, makings: the songs' files, in the order in which they are listed, and how each was made.
-        frames: length of all songs together, in frames of latents.
-        links: songs that are links to a file outside of the folder.
-    """
+    """A folder of preprocessed songs."""
 
     folder: Path
-    songs: int
-    condition_width: int
-    channels: int
-    missing: tuple[str, ...]
+    songs: int  # number of songs that can be read
+    condition_width: int  # D of every song's ``encoder_hidden_states [L,D]``
+    channels: int  # channels of latents and context together, the same for every song
+    missing: tuple[str, ...]  # entries of manifest.json for which there is no file; upstream leaves them out
+    # files, makings: the songs' files, in the order in which they are listed, and how each was made.
     files: tuple[Path, ...] = ()
-    frames: int = 0
-    links: tuple[Path, ...] = ()
+    frames: int = 0  # length of all songs together, in frames of latents
+    links: tuple[Path, ...] = ()  # songs that are links to a file outside of the folder
     makings: tuple[Making, ...] = ()
 
     @property

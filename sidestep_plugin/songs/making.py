@@ -37,21 +37,17 @@ FORMS: Final[Mapping[Form, str]] = {
 
 @dataclass(frozen=True)
 class Making:
-    """How the tensors of one song were made.
+    """How the tensors of one song were made."""
 
-    Attributes:
-        form: "generated": conditions as the app generates with; "upstream": those of ACE-Step's preprocessing; "own
-            audio": the song's own latents are in the decoder's input; "unknown": none of these can be shown.
-        recorded: whether the song says so itself.
-        model, encoders: folder name of the model whose encoder made the conditions, and what tells that encoder from
-            another of the same name; "" where the song does not say.
-        rows, hidden: rows of the conditions, and how many of them their mask hides.
-    """
-
+    # "generated": conditions as the app generates with; "upstream": those of ACE-Step's preprocessing; "own audio": the
+    # song's own latents are in the decoder's input; "unknown": none of these can be shown.
     form: Form
-    recorded: bool = False
+    recorded: bool = False  # whether the song says so itself
+    # model, encoders: folder name of the model whose encoder made the conditions, and what tells that encoder from
+    # another of the same name; "" where the song does not say.
     model: str = ""
     encoders: str = ""
+    # rows, hidden: rows of the conditions, and how many of them their mask hides.
     rows: int = 0
     hidden: int = 0
 

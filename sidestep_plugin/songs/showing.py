@@ -38,20 +38,13 @@ class ShownSong:
 
 @dataclass(frozen=True)
 class ShownFolder:
-    """A folder of songs.
-
-    Attributes:
-        songs: in the order in which a training reads them.
-        trigger: the trigger word, "" for none.
-        notes: what is to say about all of them.
-        renew: the command that gives them conditions as generated, "" where nothing speaks for it.
-    """
+    """A folder of songs."""
 
     folder: Path
-    songs: tuple[ShownSong, ...]
-    trigger: str = ""
-    notes: tuple[str, ...] = ()
-    renew: str = ""
+    songs: tuple[ShownSong, ...]  # in the order in which a training reads them
+    trigger: str = ""  # the trigger word, "" for none
+    notes: tuple[str, ...] = ()  # what is to say about all of them
+    renew: str = ""  # the command that gives them conditions as generated, "" where nothing speaks for it
 
     @property
     def seconds(self) -> float:

@@ -63,23 +63,18 @@ class Found:
 
 @dataclass(frozen=True)
 class Table:
-    """A file about several songs: a CSV or a dataset JSON.
-
-    Attributes:
-        rows: for each song the file names by which it may be told (paths, base names), and what is said about it.
-        trigger, position: the trigger word that a dataset JSON has for all songs, and where it goes in upstream's
-            word; "" where nothing is said.
-        genre_ratio: percent of the songs that are told by their genre.
-        unlabeled: numbers of the rows that upstream would leave out.
-    """
+    """A file about several songs: a CSV or a dataset JSON."""
 
     file: Path
+    # For each song the file names by which it may be told (paths, base names), and what is said about it.
     rows: tuple[tuple[tuple[str, ...], Found], ...]
     notes: tuple[str, ...] = ()
+    # trigger, position: the trigger word that a dataset JSON has for all songs, and where it goes in upstream's word;
+    # "" where nothing is said.
     trigger: str = ""
     position: str = ""
-    genre_ratio: float = 0.0
-    unlabeled: frozenset[int] = frozenset()
+    genre_ratio: float = 0.0  # percent of the songs that are told by their genre
+    unlabeled: frozenset[int] = frozenset()  # numbers of the rows that upstream would leave out
 
 
 def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:

@@ -52,38 +52,24 @@ class Trigger:
 
 @dataclass(frozen=True)
 class SongText:
-    """What the model is told about a song, except for its duration.
+    """What the model is told about a song, except for its duration."""
 
-    Attributes:
-        caption: the description of the song without the trigger word; the genre, where `use` says so.
-        lyrics: the lyrics, "[Instrumental]" where nobody sings; never empty.
-        bpm: beats per minute, None where unknown; a text where it is out of the model's vocabulary.
-        keyscale: the key, such as "F# minor"; "" where unknown.
-        timesignature: "2", "3", "4" or "6"; "" where unknown; another text where it is out of the vocabulary.
-        language: code of the language of the singing; "unknown" where nobody sings or none is told.
-        instrumental: whether nobody sings.
-        genre: the genre, "" where none is told.
-        use: which of the two is told as the caption, "caption" or "genre".
-        trigger: the trigger word, "" for none.
-        position: where the trigger word goes.
-        sources: for each of the fields above the file that it is from, or "default".
-        changes: what was brought into the model's words, a line each.
-        problems: what was missing and what is told instead, contradictions, and values that the model does not know.
-    """
-
-    caption: str
-    lyrics: str = INSTRUMENTAL
+    caption: str  # the description of the song without the trigger word; the genre, where `use` says so
+    lyrics: str = INSTRUMENTAL  # the lyrics, "[Instrumental]" where nobody sings; never empty
+    # Beats per minute, None where unknown; a text where it is out of the model's vocabulary.
     bpm: int | str | None = None
-    keyscale: str = ""
-    timesignature: str = ""
-    language: str = "unknown"
-    instrumental: bool = True
-    genre: str = ""
-    use: Literal["caption", "genre"] = "caption"
-    trigger: str = ""
-    position: Position = "before"
+    keyscale: str = ""  # the key, such as "F# minor"; "" where unknown
+    timesignature: str = ""  # "2", "3", "4" or "6"; "" where unknown; another text where it is out of the vocabulary
+    language: str = "unknown"  # code of the language of the singing; "unknown" where nobody sings or none is told
+    instrumental: bool = True  # whether nobody sings
+    genre: str = ""  # the genre, "" where none is told
+    use: Literal["caption", "genre"] = "caption"  # which of the two is told as the caption, "caption" or "genre"
+    trigger: str = ""  # the trigger word, "" for none
+    position: Position = "before"  # where the trigger word goes
+    # For each of the fields above the file that it is from, or "default".
     sources: Mapping[str, str] = field(default_factory=dict)
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # what was brought into the model's words, a line each
+    # What was missing and what is told instead, contradictions, and values that the model does not know.
     problems: tuple[str, ...] = ()
 
     @property

@@ -92,15 +92,11 @@ _CAMELOT_MAJOR: Final = ("B", "F#", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", 
 
 @dataclass(frozen=True)
 class Word:
-    """A value as the model is told it.
+    """A value as the model is told it."""
 
-    Attributes:
-        value: the value; "" (for beats per minute None) where nothing was said, which the model reads as "N/A".
-        known: whether the model was trained with it. False: it is `value` as it was typed.
-    """
-
+    # The value; "" (for beats per minute None) where nothing was said, which the model reads as "N/A".
     value: str | int | None
-    known: bool = True
+    known: bool = True  # whether the model was trained with it. False: it is `value` as it was typed.
 
 
 def bpm(typed: object) -> Word:

@@ -39,41 +39,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an adapter.
+    """What was measured of an adapter."""
 
-    Attributes:
-        path: as the user named it.
-        strength: what it was multiplied by, beside its own strength.
-        losses: shape [songs, timesteps, conditions], float64.
-        known: how many of the songs it was trained on, as far as that is known.
-    """
-
-    path: Path
+    path: Path  # as the user named it
     report: Report
-    strength: float
-    losses: torch.Tensor
-    known: int = 0
+    strength: float  # what it was multiplied by, beside its own strength
+    losses: torch.Tensor  # shape [songs, timesteps, conditions], float64
+    known: int = 0  # how many of the songs it was trained on, as far as that is known
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        model, songs: name of the model's folder, and those of the songs.
-        treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
-        conditions: the last axis of the losses: with the condition (True), with the null condition (False).
-        before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
-        after: what was measured of each adapter, at each strength.
-    """
-
+    # model, songs: name of the model's folder, and those of the songs.
     model: str
+    # How the model is trained; it decides the timesteps and the weight of losses without condition.
     treatment: Treatment
     songs: tuple[str, ...]
     timesteps: tuple[float, ...]
+    # The last axis of the losses: with the condition (True), with the null condition (False).
     conditions: tuple[bool, ...]
-    before: torch.Tensor
-    after: tuple[Measured, ...]
+    before: torch.Tensor  # losses of the model without adapter, shape [songs, timesteps, conditions], float64
+    after: tuple[Measured, ...]  # what was measured of each adapter, at each strength
 
     def mean(self, losses: torch.Tensor) -> float:
         """The loss that a training minimizes."""

@@ -37,67 +37,46 @@ def usual_interval(forwards: int, songs: int, epochs: int) -> tuple[int, Callabl
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured on the songs of a plan.
+    """What was measured on the songs of a plan."""
 
-    Attributes:
-        epoch: epochs done; 0 for the model without adapter.
-        losses: upstream's loss, shape [songs, timesteps, conditions], float64 on the CPU.
-        seconds: how long it took.
-        variants: the same losses of other tensors in the adapter's place, by their name, such as "average".
-    """
-
-    epoch: int
-    losses: torch.Tensor
-    seconds: float
+    epoch: int  # epochs done; 0 for the model without adapter
+    losses: torch.Tensor  # upstream's loss, shape [songs, timesteps, conditions], float64 on the CPU
+    seconds: float  # how long it took
+    # The same losses of other tensors in the adapter's place, by their name, such as "average".
     variants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a validation.
+    """What follows from a validation."""
 
-    Attributes:
-        best: whether this is the best adapter so far, which is then saved as ``checkpoints/best``.
-        stop: whether the training has gone on for long enough. ``final`` is then the best adapter.
-        lines: lines for the user.
-        log: numbers for upstream's log by name, which TensorBoard shows.
-    """
-
-    best: bool = False
-    stop: bool = False
-    lines: tuple[str, ...] = ()
+    best: bool = False  # whether this is the best adapter so far, which is then saved as ``checkpoints/best``
+    stop: bool = False  # whether the training has gone on for long enough. ``final`` is then the best adapter
+    lines: tuple[str, ...] = ()  # lines for the user
+    # Numbers for upstream's log by name, which TensorBoard shows.
     log: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class History:
-    """The validations of one training.
+    """The validations of one training."""
 
-    Attributes:
-        songs, contents: names of the songs, and hashes of their files.
-        from_folder: whether they are of another folder; else they are held out of the dataset.
-        null_share: weight of the losses without condition in the mean.
-        conditions: the last axis of the losses.
-        every: epochs between validations.
-        patience: validations without a better one after which the training stops; None: never.
-        losses: by epoch, shape [songs, timesteps, conditions], float64.
-        variants: those of other tensors in the adapter's place, by name and epoch.
-        lost: epochs whose adapter is in no checkpoint any more, so none of them can be the best.
-        times: how long each validation of this run took, in seconds.
-    """
-
+    # songs, contents: names of the songs, and hashes of their files.
     songs: list[str]
     contents: list[str]
-    from_folder: bool
+    from_folder: bool  # whether they are of another folder; else they are held out of the dataset
     timesteps: Sequence[float]
-    null_share: float
-    conditions: tuple[bool, ...]
-    every: int
-    patience: int | None
+    null_share: float  # weight of the losses without condition in the mean
+    conditions: tuple[bool, ...]  # the last axis of the losses
+    every: int  # epochs between validations
+    patience: int | None  # validations without a better one after which the training stops; None: never
+    # By epoch, shape [songs, timesteps, conditions], float64.
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    # Those of other tensors in the adapter's place, by name and epoch.
     variants: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    # Epochs whose adapter is in no checkpoint any more, so none of them can be the best.
     lost: set[int] = field(default_factory=set)
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # how long each validation of this run took, in seconds
     warned: bool = False
     apart: bool = False
 

@@ -23,78 +23,55 @@ Shape = tuple[int, int]  # rows and columns of a layer's weight: outputs and inp
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of what a layer does in several adapters.
+    """The mean of what a layer does in several adapters."""
 
-    Attributes:
-        tensors: by the names in ``Layer.parts``, of one dtype; "alpha" is not among them.
-        rank: None if no factor is decomposed.
-        exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    rank: int | None
+    tensors: dict[str, torch.Tensor]  # by the names in ``Layer.parts``, of one dtype; "alpha" is not among them
+    rank: int | None  # None if no factor is decomposed
     alpha: float
+    # exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
     exact: float
     kept: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
-    """A kind of adapter that ACE-Step's trainer trains. A new kind is a file with an object, and a line in ``KINDS``.
+    """A kind of adapter that ACE-Step's trainer trains. A new one is a file with an object, and a line in ``KINDS``."""
 
-    Attributes:
-        name: as in ``--adapter-type`` and in facts.
-        title: as people write it.
-        remark: about it, for somebody who has to choose.
-        library, package, module: what it needs, as people, as pip and as Python call it.
-        module_class, trainer_class, config_class: names in ACE-Step's trainer module.
-        save_functions: its functions there that save the weights, and a checkpoint.
-        weight_files: where these put the weights, below the folder that they are given; the usual place first.
-        network: attribute of the training module with the network beside the decoder; None if it is in the decoder.
-        fields: names of the options in ACE-Step's configuration of it.
-        options: its own options, whole numbers and switches: metavar and help by name. None for the metavar: a switch.
-        default_rank: ACE-Step's default of ``--rank``.
-        recommended: value and reason by option, where the kinds differ.
-        epochs: recommended epochs for any usual number of songs, and the reason; None if they depend on it.
-        validates: whether ACE-Step validates such trainings by itself (``--val-split``), with Lightning.
-        dropout: whether it has dropout.
-        quantizable: whether the base weights may be quantized below it.
-        whole_difference: whether a step computes the whole difference of a weight, from unrounded base weights.
-        tensors: regular expressions for what follows a layer's name in files, each with the tensor's name in
-            ``Layer.parts``; None: the group "part" of the expression.
-        rank_parts: tensors whose first size is the rank.
-        alpha_in_config: whether the alpha is in PEFT's configuration where no tensor has it.
-        copy_name: file name of a copy for ComfyUI beside an adapter.
-        made_alike: what else has to be equal in adapters that are averaged, as the end of a sentence.
-        network_module, network_args: what kohya's headers call it.
-    """
-
-    name: str
-    title: str
-    remark: str
+    name: str  # as in ``--adapter-type`` and in facts
+    title: str  # as people write it
+    remark: str  # about it, for somebody who has to choose
+    # library, package, module: what it needs, as people, as pip and as Python call it.
     library: str
     package: str
     module: str
+    # module_class, trainer_class, config_class: names in ACE-Step's trainer module.
     module_class: str
     trainer_class: str
     config_class: str
-    save_functions: tuple[str, ...]
+    save_functions: tuple[str, ...]  # its functions there that save the weights, and a checkpoint
+    # Where these put the weights, below the folder that they are given; the usual place first.
     weight_files: tuple[str, ...]
+    # Attribute of the training module with the network beside the decoder; None if it is in the decoder.
     network: str | None
-    fields: Mapping[str, str]
+    fields: Mapping[str, str]  # names of the options in ACE-Step's configuration of it
+    # Its own options, whole numbers and switches: metavar and help by name. None for the metavar: a switch.
     options: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
-    default_rank: int
-    recommended: Mapping[str, tuple[float, str]]
+    default_rank: int  # ACE-Step's default of ``--rank``
+    recommended: Mapping[str, tuple[float, str]]  # value and reason by option, where the kinds differ
+    # Recommended epochs for any usual number of songs, and the reason; None if they depend on it.
     epochs: tuple[int, str] | None
-    validates: bool
-    dropout: bool
-    quantizable: bool
-    whole_difference: bool
+    validates: bool  # whether ACE-Step validates such trainings by itself (``--val-split``), with Lightning
+    dropout: bool  # whether it has dropout
+    quantizable: bool  # whether the base weights may be quantized below it
+    whole_difference: bool  # whether a step computes the whole difference of a weight, from unrounded base weights
+    # Regular expressions for what follows a layer's name in files, each with the tensor's name in ``Layer.parts``;
+    # None: the group "part" of the expression.
     tensors: tuple[tuple[str, str | None], ...]
-    rank_parts: tuple[str, ...]
-    alpha_in_config: bool
-    copy_name: str
-    made_alike: str
+    rank_parts: tuple[str, ...]  # tensors whose first size is the rank
+    alpha_in_config: bool  # whether the alpha is in PEFT's configuration where no tensor has it
+    copy_name: str  # file name of a copy for ComfyUI beside an adapter
+    made_alike: str  # what else has to be equal in adapters that are averaged, as the end of a sentence
+    # network_module, network_args: what kohya's headers call it.
     network_module: str
     network_args: Mapping[str, Any] = field(default_factory=dict)
 
