@@ -11,12 +11,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
 
 from .. import attach
 from ..adapters.kinds import BY_NAME
 from ..engine import seams
 from ..engine.checkout import import_trainer
+from ..engine.models import Handler
 from ..errors import Refusal
 from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, Settings, needs
 from ..memory.gradient_checkpointing import is_checkpointed
@@ -25,11 +28,6 @@ from ..run import ModelFacts
 from .jobs import WAYS, Job
 from .models import random_model, write_songs
 
-if TYPE_CHECKING:
-    import torch
-
-    from ..engine.models import Handler
-
 _TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HELD_OUT: Final = 2
 _ROUNDS, _STEPS = 12, 10
@@ -37,8 +35,6 @@ _ROUNDS, _STEPS = 12, 10
 
 def measure(job: Job) -> dict[str, Any]:
     """Measure a job. Returns what was found, ready for JSON, with the card that it was found on. Raises Refusal."""
-    import torch
-
     if job.device == "cuda" and not torch.cuda.is_available():
         raise Refusal(
             "torch sees no CUDA GPU here. Use a machine with one, or try it on the CPU: --size tiny --device cpu"
@@ -66,8 +62,6 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _card(job: Job) -> dict[str, Any]:
-    import torch
-
     if job.device != "cuda":
         return {"name": "CPU (dry run)", "memory_bytes": 0, "compute_capability": [0, 0]}
     found = torch.cuda.get_device_properties(0)
@@ -81,8 +75,6 @@ def _card(job: Job) -> dict[str, Any]:
 def _versions() -> dict[str, str | None]:
     import platform
     from importlib import metadata
-
-    import torch
 
     def version(name: str) -> str | None:
         try:
@@ -115,8 +107,6 @@ class _Watch:
         decoder.register_forward_pre_hook(self._begins)
 
     def _begins(self, *_: Any) -> None:
-        import torch
-
         self.wait()
         if not torch.is_grad_enabled():  # validation, clips, and a look at quantized weights
             self.looks.append(time.perf_counter())
@@ -126,8 +116,6 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        import torch
-
         for weight in self.decoder.parameters():
             if weight.requires_grad:
                 self.trained += weight.numel()
@@ -139,15 +127,11 @@ class _Watch:
 
 
 def _waiting(device: str) -> Callable[[], None]:
-    import torch
-
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Job) -> dict[str, Any]:
     """Train two epochs and measure the second one."""
-    import torch
-
     options = WAYS[job.way]
     if job.kind != "training":
         looks = {"validation": {"validate": _HELD_OUT, "validate_every": 1}, "previews": {"preview_every": 1}}
@@ -200,8 +184,6 @@ def _known(config_class: Any, **values: Any) -> Any:
 
 def _costs(steps: list[float], watch: _Watch, handler: Handler, job: Job) -> dict[str, Any]:
     """Time of the steps, memory at the peak, and what the plugin estimates for a decoder that is kept like this."""
-    import torch
-
     on_gpu = job.device == "cuda"
     size = DecoderSize.from_config(ModelFacts.from_model(handler.model).config)
     return {
@@ -277,8 +259,6 @@ def _hooks(trainer: Any, handler: Handler, job: Job) -> dict[str, Any]:
 
     What the hooks do does not depend on the size of the model, except for the conditions that they replace.
     """
-    import torch
-
     adapter = _adapter_config(trainer, job)
     config = _known(trainer.TrainingConfig, seed=1)
     made = getattr(trainer, seams.MODULE_CLASS[job.adapter])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
 
 from ..engine.models import Handler, load_model
 from ..errors import Refusal
@@ -13,9 +15,6 @@ from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS
 from ..memory.sizes import DecoderSize
 from ..run import read_config
 from .jobs import SIZES, Job
-
-if TYPE_CHECKING:
-    import torch
 
 _FAMILY: Final = {"tiny": "base", "2b": "base", "xl": "xl_base"}  # the folder of ACE-Step's model code for each size
 
@@ -42,8 +41,6 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
     Its config.json and silence_latent.pt are written into `folder`. Draws from the default generators of torch, which
     are seeded with 0 before. Raises Refusal.
     """
-    import torch
-
     from ..miniature import write_model
 
     name = f"acestep-v15-{'xl-' if job.size == 'xl' else ''}base"
@@ -109,8 +106,6 @@ def model_code(trainer: Any, job: Job, place: Path) -> tuple[Any, Any]:
 
 def write_songs(folder: Path, job: Job, width: int) -> Path:
     """Write random songs with conditions as long as upstream's preprocessing makes them; return the folder."""
-    import torch
-
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     frames, tokens = max(1, int(FRAMES_A_SECOND * job.song_seconds)), USUAL_TOKENS
