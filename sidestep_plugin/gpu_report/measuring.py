@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -73,8 +75,6 @@ def _card(job: Job) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    import platform
-    from importlib import metadata
 
     def version(name: str) -> str | None:
         try:
@@ -228,7 +228,7 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
 
 def _of_a_look(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
     """What the last validation, or the last clips, took: the forward passes after the last step, all warm."""
-    from ..previews.settings import SECONDS, SONGS
+    from ..previews.conditions import SECONDS, SONGS
 
     passes = [begins for begins in watch.looks if begins > watch.starts[-1]]
     if len(passes) < 2:

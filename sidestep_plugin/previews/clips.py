@@ -17,17 +17,15 @@ from ..engine.checkout import find_root, import_trainer
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
-from ..songs.dataset import inspect_dataset
-from ..songs.fit import check_width
+from ..songs.dataset import check_width, inspect_dataset
 from ..songs.song_text import holds
 from ..text import counted, shown
 from ..timesteps.treatment import Treatment, decide_treatment
 from .clip_files import is_sound
-from .conditions import Song, choose_songs, look_at, read_silence
+from .conditions import SECONDS, SEED, SONGS, PreviewSettings, Song, choose_songs, guidance_for, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
 from .making import decode_rest, freed, generated, heard, open_table, write_row
 from .prompts import Prompt, encode_prompts, plain_name
-from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FILE_NAME, FOLDER, Table, read_table
 
 if TYPE_CHECKING:

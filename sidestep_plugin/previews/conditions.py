@@ -1,4 +1,4 @@
-"""The songs that are heard, and what is generated from: their own conditions, silence, and a mask that is full.
+"""What clips are generated with, and from: songs' own conditions, silence, and a mask that is full.
 
 A preprocessed song holds the output of the condition encoder for its prompt and its lyrics, so no text encoder is
 needed. Its context is not used: it may hold the song's own audio, from which the model would copy.
@@ -17,9 +17,17 @@ from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.one_song import read_song
 from ..songs.triggers import metadata_of
 from ..text import counted
+from ..variants import Variant
 
 if TYPE_CHECKING:
     import torch
+
+GUIDANCE_SCALE: Final = 7.0
+"""Guidance scale of base and sft: what ACE-Step's own ``generate_audio`` and its app start with."""
+
+SECONDS: Final = 20.0
+SONGS: Final = "2"
+SEED: Final = 42
 
 LATENT_CHANNELS: Final = 64
 SILENCE: Final = "silence_latent.pt"
@@ -151,3 +159,32 @@ def read_conditions(song: Song, silence: torch.Tensor, device: torch.device, dty
         context_latents=context,
         attention_mask=torch.ones(context.shape[:2], device=device, dtype=dtype),
     )
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """What every clip of a training is generated with."""
+
+    shift: float
+    steps: int  # number of denoising steps
+    guidance: float  # scale of classifier-free guidance against the null condition; 1.0 is none
+    seed: int  # of the noise. Song number i, from 0, has the noise of ``seed + i``.
+    seconds: float  # length of a clip, unless the song is shorter
+
+    @property
+    def in_words(self) -> str:
+        """Such as "50 steps, shift 1.0, CFG 7.0, seed 42"."""
+        cfg = f"CFG {self.guidance:g}" if self.guidance > 1.0 else "no CFG"
+        return f"{counted(self.steps, 'step')}, shift {self.shift:g}, {cfg}, seed {self.seed}"
+
+
+def guidance_for(variant: Variant, said: float | None, option: str = "--preview-cfg") -> float:
+    """The guidance scale of a variant: the user's, else its default. Raises Refusal for a scale for turbo."""
+    if variant != "turbo":
+        return GUIDANCE_SCALE if said is None else said
+    if said is not None and said != 1.0:
+        raise Refusal(
+            f"{option} {said:g}: turbo models are generated without guidance, and their own code has none. "
+            f"Leave {option} out."
+        )
+    return 1.0

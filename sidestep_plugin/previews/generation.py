@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from ..timesteps.schedule import inference_timesteps
-from .conditions import LATENT_CHANNELS, Conditions
-from .settings import PreviewSettings
+from .conditions import LATENT_CHANNELS, Conditions, PreviewSettings
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,9 @@ from ..engine.decoders import plain_decoder
 from ..errors import Refusal
 from ..run import Clip
 from .clip_files import playable, read_latents, suffix_of, write_clip
-from .conditions import Song, read_conditions
+from .conditions import PreviewSettings, Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
-from .settings import PreviewSettings
 from .table import Row, Table, clip_names, read_table, set_aside
 
 if TYPE_CHECKING:

@@ -26,10 +26,9 @@ from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
 from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
-from .conditions import Song, choose_songs, look_at, read_silence
+from .conditions import SECONDS, SEED, SONGS, PreviewSettings, Song, choose_songs, guidance_for, look_at, read_silence
 from .decoding import find_vae, why_not
 from .prompts import encode_prompts, read_prompts
-from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
 
 if TYPE_CHECKING:

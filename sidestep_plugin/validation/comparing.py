@@ -23,9 +23,8 @@ from ..engine.decoders import without_adapter
 from ..engine.evaluation import evaluate
 from ..errors import Refusal
 from ..run import ModelFacts
-from ..songs.dataset import inspect_dataset
+from ..songs.dataset import check_songs, check_width, inspect_dataset
 from ..songs.fingerprint import trained_on
-from ..songs.fit import check_songs, check_width
 from ..songs.values import check_values
 from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import Treatment, decide_treatment

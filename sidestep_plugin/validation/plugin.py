@@ -25,8 +25,7 @@ from ..files import room
 from ..hookspecs import hookimpl
 from ..options import Place, SongsOrShare, WholeNumber, option
 from ..run import ModelFacts, ResumePoint, Run
-from ..songs.dataset import inspect_dataset, songs_in
-from ..songs.fit import check_songs
+from ..songs.dataset import check_songs, inspect_dataset, songs_in
 from ..songs.values import check_values, hash_of
 from ..text import counted, sentence
 from ..timesteps.grid import validation_grid
