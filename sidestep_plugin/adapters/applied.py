@@ -24,16 +24,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, strengths: Sequence[float] = (1.0,)) -> None:
-    """Refuse an adapter that cannot be applied to a model's decoder.
+    """Refuse an adapter that cannot be applied to a model's decoder, or be multiplied by `strengths` beside its own.
 
-    Args:
-        adapter: the adapter.
-        shapes: of the decoder's weights by layer; {} if they are not known yet.
-        model: the model's name.
-        strengths: what it will be multiplied by, beside its own strength.
-
-    Raises:
-        Refusal: another kind of adapter, an unknown strength, or layers of another width.
+    `shapes` are those of the decoder's weights by layer; {} if they are not known yet. Raises Refusal.
     """
     path = adapter.file.path
     kind = BY_NAME.get(adapter.kind)

@@ -36,14 +36,11 @@ class Averaged:
 
 
 def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, rank: int | None = None) -> Averaged:
-    """The weighted mean of adapters. A layer that one of them does not have counts as zero there.
+    """The weighted mean of adapters of one kind. A layer that one of them does not have counts as zero there.
 
-    The arithmetic is in float64; the result has the dtype of the adapters' tensors, the widest if they differ.
-
-    Args:
-        adapters: of one kind.
-        weights: positive numbers, one for each; their sum does not matter. None: all alike.
-        rank: rank to cut back to. None: the highest that a layer has in any of them.
+    The arithmetic is in float64; the result has the dtype of the adapters' tensors, the widest if they differ. The
+    weights are positive, and their sum does not matter; None: all alike. It is cut back to `rank`; None: the highest of
+    each layer.
 
     Raises:
         Refusal: they cannot be averaged exactly, or hold NaN; the message names the file and the layer.

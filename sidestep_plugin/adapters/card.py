@@ -31,11 +31,9 @@ _LICENSES: Final = frozenset(
 
 
 def model_card(facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = ()) -> str:
-    """The card of an adapter.
+    """The card of an adapter, from facts under the keys of ``training_config.json``, which may all be missing.
 
-    Args:
-        facts: what is known about it, under the keys of ``training_config.json``. All may be missing.
-        files: names of the files in the folder with what each is, for a folder that is shared.
+    For a folder that is shared it lists the names of the files in it with what each is.
     """
     kind = str(facts.get("adapter_type", LORA.name))
     title = _line(facts.get("title") or f"{title_of(kind)} for {facts.get('model_name') or 'ACE-Step 1.5'}")

@@ -30,12 +30,7 @@ PREFIX: Final = "sidestep."  # prefix of our own keys in a header
 
 
 def write_header(weights: Path, facts: Mapping[str, Any]) -> None:
-    """Add the facts to the header of a safetensors file. The tensors' bytes do not change.
-
-    Raises:
-        OSError: the file cannot be written. It is not changed.
-        Refusal: it is not a safetensors file.
-    """
+    """Add the facts to a safetensors file's header. The tensors' bytes do not change. Raises Refusal and OSError."""
     file = read_weights_file(weights)
     write_metadata(file, header_of(file, facts))
 

@@ -79,12 +79,7 @@ class Report:
 
 
 def inspect_adapter(path: Path) -> Report:
-    """Inspect the adapter at a path, which is a weights file or the folder of an adapter or a training.
-
-    Raises:
-        OSError: the weights cannot be read.
-        Refusal: there is no readable adapter for ACE-Step 1.5.
-    """
+    """Inspect an adapter: a weights file, or the folder of an adapter or a training. Raises Refusal and OSError."""
     adapter = read_adapter(path)
     notes: list[str] = []
     problems = list(adapter.problems)

@@ -24,20 +24,11 @@ if TYPE_CHECKING:
 def write_adapter(
     folder: Path, kind: Kind, layers: Mapping[str, Mean], facts: Mapping[str, Any], like: Adapter
 ) -> Path:
-    """Write an adapter into a folder, completely or not at all.
+    """Write an adapter into a folder, completely or not at all. Returns the weights file.
 
-    Weights that are in the folder are replaced with all that belongs to them; other files stay.
-
-    Args:
-        folder, kind, layers: where to write what.
-        facts: what is known about it. ``rank`` and ``alpha`` are filled in from the layers.
-        like: an adapter whose settings it shares: its configuration, or what ACE-Step wrote into its header.
-
-    Returns:
-        The weights file.
-
-    Raises:
-        OSError: the folder cannot be written. An older adapter in it is not changed.
+    Weights that are in the folder are replaced with all that belongs to them; other files stay. ``rank`` and ``alpha``
+    among the facts are filled in from the layers. The adapter shares the settings of another one: its configuration, or
+    what ACE-Step wrote into its header. Raises OSError; an older adapter is not changed then.
     """
     from safetensors.torch import save
 

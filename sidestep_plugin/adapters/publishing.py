@@ -44,17 +44,10 @@ def publish(
     clips: Sequence[Path] = (),
     base: BaseWeights | None = None,
 ) -> list[tuple[str, str]]:
-    """Make the folder, completely or not at all.
+    """Make the folder, completely or not at all. Returns the files' names with what each is.
 
-    Args:
-        adapter, facts: the adapter, which is not changed, and what is known about it.
-        output: the folder. It must not exist, or be empty, or hold an older one.
-        name: what the files are called: letters, digits, ``-`` and ``_``.
-        clips: audio files to take along, as clip-1 and so on.
-        base: the base model's weights, for a LoKr with weight decomposition.
-
-    Returns:
-        The files' names with what each is.
+    The folder must not exist, or be empty, or hold an older one. `name` is what the files are called: letters, digits,
+    ``-`` and ``_``. Clips are taken along as clip-1 and so on. A LoKr with weight decomposition needs its base model.
 
     Raises:
         Refusal: the adapter cannot be shared, or something private would be in the folder.

@@ -13,17 +13,10 @@ from .kinds.lora import LORA
 
 
 def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> None:
-    """Refuse names of target modules that match no layer.
+    """Refuse names of target modules that match none of the decoder's layers, which have their full names.
 
-    PEFT ignores such a name as long as another one matches, and upstream's LoKr trains all layers if none does.
-
-    Args:
-        layers: full names of the decoder's layers, such as ``layers.0.self_attn.q_proj``.
-        targets: the names that were given.
-        kind: name of the kind of adapter.
-
-    Raises:
-        Refusal: a name matches no layer.
+    PEFT ignores such a name as long as another one matches, and upstream's LoKr trains all layers if none does. Raises
+    Refusal.
     """
     known = list(layers)
     matches = BY_NAME[kind].matches

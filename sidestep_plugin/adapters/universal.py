@@ -72,13 +72,9 @@ def notes(adapter: Adapter) -> list[str]:
 def write_universal(
     adapter: Adapter, target: Path, facts: Mapping[str, Any] | None, strength: float = 1.0
 ) -> tuple[int, bool]:
-    """Write a universal copy, completely or not at all.
+    """Write a universal copy of a LoRA, multiplied by `strength` beside its own, completely or not at all.
 
-    Args:
-        adapter: a LoRA. It is not changed.
-        target: a file to write (``.safetensors``), or a folder, which ACE-Step's app and PEFT load as well.
-        facts: what is known about the adapter, for the header.
-        strength: what it is multiplied by, beside its own.
+    The target is a file (``.safetensors``), or a folder, which ACE-Step's app and PEFT load as well.
 
     Returns:
         Number of layers that were left out because they change nothing, and whether tensors had to become fp32 to keep

@@ -91,8 +91,7 @@ class NewTensor:
 def read_weights_file(path: Path) -> WeightsFile:
     """Read a safetensors file's header and check it against the file's length. Tensors are not read.
 
-    Raises:
-        Refusal: the file is missing, a pickle, truncated, or not a safetensors file.
+    Raises Refusal if the file is missing, a pickle, truncated, or not a safetensors file.
     """
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise _pickle(path)
@@ -135,10 +134,8 @@ def write_copy(
 ) -> None:
     """Write a file of tensors whose bytes are given or copied from another file.
 
-    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the new tensors.
-
-    Raises:
-        OSError: the file cannot be written. An existing file is not changed.
+    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the new tensors. Raises OSError; an existing file
+    is not changed then.
     """
     # Copied tensors keep their order, so if only the header changes, the tensors' bytes stay the same.
     ordered = sorted(tensors.items(), key=lambda item: _position(item[1].content))

@@ -71,8 +71,7 @@ class Measured:
 def measurements() -> tuple[Measured, ...]:
     """All measurements in `CARDS`, by file name; read once in a process.
 
-    Raises:
-        Refusal: a file is damaged, of another schema, or of a dry run on a CPU.
+    Raises Refusal for a file that is damaged, of another schema, or of a dry run on a CPU.
     """
     return _read_all(CARDS)
 

@@ -76,10 +76,7 @@ class Done:
 def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | None = None) -> Done:
     """Prepare the songs of a folder, or renew finished ones; `show` gets the plan before anything is loaded.
 
-    Raises:
-        Refusal: something that is needed is missing, or cannot be used. Finished songs stay.
-        OSError: the output folder cannot be written.
-        KeyboardInterrupt: the job was interrupted. Finished songs stay.
+    Raises Refusal and OSError, also KeyboardInterrupt. Songs that are finished by then stay.
     """
     offline()
     planned = plan(request)

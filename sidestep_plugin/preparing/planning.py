@@ -69,9 +69,8 @@ class Plan:
 def plan(request: PrepareRequest, *, look: bool = False) -> Plan:
     """Look at the songs and at what is in the output folder; with `look` at the sound of finished songs, too.
 
-    Raises:
-        Refusal: no songs, texts that cannot be read, other people's songs in the output folder, or, with ``--strict``,
-            songs with problems.
+    Raises Refusal if there are no songs, for texts that cannot be read, for other people's songs in the output folder,
+    and, with ``--strict``, for songs with problems.
     """
     check_apart(request)
     songs, notes = _finished(request) if request.renew else _audio(request, look)

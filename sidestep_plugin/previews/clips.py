@@ -59,9 +59,7 @@ class ClipRequest:
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
     """Decode what a training has saved as latents. Returns their folder; None if there is nothing of the kind.
 
-    Raises:
-        Refusal: there is no VAE.
-        OSError: the folder cannot be written.
+    Raises Refusal without a VAE, and OSError.
     """
     places = (request.path, request.path / FOLDER)
     folder = next((place for place in places if (place / FILE_NAME).is_file()), None)
@@ -83,9 +81,7 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
 def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     """Generate clips from a saved adapter and from the model without it. Returns their folder.
 
-    Raises:
-        Refusal: no adapter, no songs, no model, or they do not belong together.
-        OSError: the folder cannot be written.
+    Raises Refusal if anything is missing, or if adapter, songs and model do not belong together; and OSError.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -73,12 +73,8 @@ class Conditions:
 def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-songs") -> list[Path]:
     """Pick the songs to hear among the files of all songs.
 
-    Args:
-        wanted: a number, for songs that are evenly chosen, or names with commas between.
-        option: what the command calls the option, for messages.
-
-    Raises:
-        Refusal: there are not so many, or none of that name.
+    `wanted` is a number, for songs that are evenly chosen, or names with commas between; `option` is named in messages.
+    Raises Refusal if there are not so many, or none of that name.
     """
     if wanted.strip().isdecimal():
         number = int(wanted)

@@ -47,13 +47,9 @@ def noise_for(seed: int, frames: int, device: torch.device, dtype: torch.dtype) 
 def generate(
     model: Any, decoder: Any, conditions: Conditions, settings: PreviewSettings, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Generate latents, shape [1,T,64], where the conditions are and in their type.
+    """Generate latents, shape [1,T,64], where the conditions are and in their type, from noise of that shape.
 
-    Args:
-        model: the whole model.
-        decoder: its decoder with the adapter, without the wrappers of a training, in eval mode.
-        conditions, settings: what to generate from, and with.
-        noise: shape [1,T,64].
+    The decoder is that of the model with the adapter, without the wrappers of a training, in eval mode.
     """
     import torch
 

@@ -56,17 +56,10 @@ def heard(vae: Any, latents: Sequence[torch.Tensor]) -> list[Clip]:
 def open_table(
     folder: Path, model_name: str, songs: Sequence[Song], settings: PreviewSettings, *, goes_on: bool
 ) -> tuple[Table, Path | None]:
-    """The table of a folder, or a new one.
+    """The table of a folder, or a new one, and where clips of something else were moved to, if any.
 
-    Args:
-        goes_on: whether rows of trained adapters may be those of this training; if not, only the base model's are kept.
-
-    Returns:
-        The table, and where clips of something else were moved to, if any.
-
-    Raises:
-        Refusal: the folder holds a table that cannot be read.
-        OSError: the folder cannot be renamed.
+    With `goes_on`, rows of trained adapters may be those of this training; if not, only the base model's are kept.
+    Raises Refusal for a table that cannot be read, and OSError.
     """
     described = [{"name": song.name, "seconds": song.seconds, "prompt": song.prompt} for song in songs]
     without_length = {name: value for name, value in asdict(settings).items() if name != "seconds"}

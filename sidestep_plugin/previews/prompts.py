@@ -137,16 +137,9 @@ def encode_prompts(
 ) -> list[Path]:
     """Write a song for each prompt, with the conditions of a generation and latents of zeros. Returns the files.
 
-    The text encoder is loaded where the model's condition encoder is, and given up afterwards. The random states of
-    torch are afterwards as they were.
-
-    Args:
-        model, model_folder: a loaded model with its condition encoder, and its folder with the latents of silence.
-        folder: where to write.
-        root: the checkout; None as importable.
-
-    Raises:
-        Refusal: there is no text encoder, or this ACE-Step cannot encode.
+    The model has its condition encoder, its folder the latents of silence. The text encoder is loaded where the
+    condition encoder is, and given up afterwards. The random states of torch are afterwards as they were. ACE-Step is
+    imported from `root`, if that is given. Raises Refusal if there is no text encoder, or this ACE-Step cannot encode.
     """
     import torch
 

@@ -82,8 +82,7 @@ class Table:
 def read_table(folder: Path) -> Table | None:
     """The table in a folder, as :meth:`Table.write` writes it; None if there is none.
 
-    Raises:
-        Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
+    Raises Refusal for a file that cannot be read, or was edited or damaged so that it is no table of clips.
     """
     try:
         content = read_json_object(folder / FILE_NAME)

@@ -94,8 +94,7 @@ class _Stream:
 def audio_files(folder: Path) -> AudioFiles:
     """Find the audio in a folder and the folders in it. Hidden files and folders, and macOS's companions, are no audio.
 
-    Raises:
-        Refusal: no such folder, or no audio in it: it is said what there is instead.
+    Raises Refusal without a folder, or audio in it; it says what there is instead.
     """
     if not folder.is_dir():
         raise Refusal(f"No folder {folder}. Expected a folder of audio files.")
@@ -184,16 +183,10 @@ def look_at(file: Path) -> AudioFacts:
 
 
 def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
-    """The samples of an audio file, as upstream's preprocessing takes them.
+    """The samples of an audio file, as upstream's preprocessing takes them; with `seconds` so much from the beginning.
 
-    Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them.
-
-    Args:
-        file: the file.
-        seconds: take this much from the beginning, None for all of it. The rest is still counted.
-
-    Raises:
-        Refusal: nothing that is installed can read it, or resample it; or it is empty.
+    Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them. What is not taken is
+    still counted. Raises Refusal if nothing that is installed can read it, or resample it, or if it is empty.
     """
     import torch
 

@@ -45,14 +45,10 @@ class Dataset:
 
 
 def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> Dataset:
-    """Read what a dataset folder holds.
+    """Read what a dataset folder holds. With `allow_duplicates`, a song may be there more than once.
 
-    Args:
-        folder: the folder.
-        allow_duplicates: whether a song may be there more than once. None: it may not, and no option allows it.
-
-    Raises:
-        Refusal: no such folder, no songs in it, or files with problems: all of them are named.
+    None there means that it may not, and that no option allows it. Raises Refusal without a folder, without songs in
+    it, or for files with problems: all of them are named.
     """
     files, missing, outside = listed_in(folder)
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
@@ -93,12 +89,9 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
 def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     """What a training in a folder would read, nothing opened yet.
 
-    Returns:
-        The files in their order, also those that are no songs; names in manifest.json that are not there; and names
-        there that lie outside of the folder.
-
-    Raises:
-        Refusal: no such folder, or no songs in it: it is said what there is instead.
+    Returns the files in their order, also those that are no songs; names in manifest.json that are not there; and names
+    there that lie outside of the folder. Raises Refusal without a folder, or songs in it; it says what there is
+    instead.
     """
     if folder.is_file():
         raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")

@@ -82,9 +82,8 @@ def holds_itself(song: Mapping[str, Any]) -> bool:
 def check_making(folder: Path, files: Sequence[Path], makings: Sequence[Making], model: str) -> None:
     """Refuse songs of a folder that must not be trained on, or not together, or not with a model of this name.
 
-    Raises:
-        Refusal: songs hold their own audio in the decoder's input; several forms, or encoders, are in one folder; or
-            the songs were prepared with another model. All are named, and the command that mends it.
+    Raises Refusal for songs that hold their own audio in the decoder's input, for several forms or encoders in one
+    folder, and for songs of another model. All are named, and the command that mends it.
     """
     made = dict(zip(files, makings, strict=True))
     renew = renew_command(folder, model)

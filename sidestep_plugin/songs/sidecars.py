@@ -80,10 +80,8 @@ class Table:
 def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
     """A text file's content, and what had to be said about its encoding ("" for UTF-8).
 
-    A byte order mark is taken off, ends of lines become "\\n", white space around the text goes.
-
-    Raises:
-        Unreadable: it is no regular file, too large, not text, or its encoding cannot be told.
+    A byte order mark is taken off, ends of lines become "\\n", white space around the text goes. Raises Unreadable if
+    it is no regular file, too large, not text, or its encoding cannot be told.
     """
     try:
         if problem := not_a_file(file):

@@ -23,15 +23,10 @@ _LONGEST: Final = 120  # bytes of UTF-8: file systems take 255, and unfinished f
 
 
 def song_names(folder: Path, audio: Iterable[Path]) -> Mapping[Path, str]:
-    """A name for each song, without ending.
+    """A name for each song, without ending, told from a folder; a file outside of it is named by its own name.
 
-    Args:
-        folder: the folder that the paths are told from.
-        audio: the songs' files, in that folder; a file outside of it is named by its own name.
-
-    Returns:
-        File to name. No two names are equal, also where small and capital letters are the same. Files whose names
-        would be equal (``song.wav`` and ``song.mp3``) all get their ending (``song_wav``), or a hash of their path.
+    No two names are equal, also where small and capital letters are the same. Files whose names would be equal
+    (``song.wav`` and ``song.mp3``) all get their ending (``song_wav``), or a hash of their path.
     """
     files = list(dict.fromkeys(audio))
     level = dict.fromkeys(files, 0)

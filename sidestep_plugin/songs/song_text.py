@@ -141,10 +141,7 @@ def text_of_song(
 ) -> SongText:
     """What a finished song says about itself: its caption already holds upstream's tag.
 
-    Args:
-        metadata: the "metadata" of its ``.pt`` file; anything missing is told in `problems`.
-        name: the file's name, for the lines.
-        trigger, as_typed: as for :func:`find_texts`.
+    `metadata` is that of its ``.pt`` file; anything missing is told in `problems`. The file's name is for the lines.
     """
     return _together(Path(name), [_said_by_itself(metadata, name)], trigger=trigger, general=None, as_typed=as_typed)
 

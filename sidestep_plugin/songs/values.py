@@ -45,18 +45,10 @@ class NotFinite:
 
 
 def check_values(files: Sequence[Path], *, mask_nan: bool, say: Callable[[str], None] | None = None) -> int:
-    """Refuse songs with values that are not finite.
+    """Refuse songs with values that are not finite. Raises Refusal, which names the songs, tensors and rows.
 
-    Args:
-        files: the songs.
-        mask_nan: whether such values are set to zero for the training in rows that the mask hides.
-        say: takes a line of progress when the reading takes longer than a few seconds.
-
-    Returns:
-        Number of songs with such values in hidden rows; 0 unless `mask_nan`.
-
-    Raises:
-        Refusal: names the songs, tensors and rows.
+    With `mask_nan`, such values are set to zero for the training in rows that the mask hides; returned is the number of
+    songs with such values, else 0. `say` takes a line of progress when the reading takes longer than a few seconds.
     """
     by_song = [found for found in _read_all(files, say) if found]
     hidden = [found for found in by_song if all(tensor.hidden for tensor in found)]
@@ -86,11 +78,7 @@ def hash_of(file: Path) -> str:
 
 
 def not_finite_in(file: Path) -> tuple[NotFinite, ...]:
-    """The tensors of a song that hold values that are not finite; () for a file that is no song, too.
-
-    Raises:
-        OSError: the file is not there.
-    """
+    """The tensors of a song with values that are not finite; () for a file that is no song, too. Raises OSError."""
     key = key_of(file)
     if key not in _not_finite:
         try:

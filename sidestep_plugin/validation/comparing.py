@@ -85,7 +85,7 @@ def compare(
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
-    """Evaluate adapters, and the model without one.
+    """Evaluate adapters, and the model without one. All is checked before the model is loaded. Raises Refusal.
 
     Args:
         adapters: weights files, or folders of adapters, checkpoints or trainings.
@@ -95,9 +95,6 @@ def compare(
         strengths: what each adapter is multiplied by in turn, beside its own strength.
         say: takes a line before everything that takes long.
         progress: called with the name of what is evaluated, the number of songs done and their total.
-
-    Raises:
-        Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
     folder = models.find_model(model or _model_of(adapters), models.checkpoint_folder(checkpoint_dir, root))

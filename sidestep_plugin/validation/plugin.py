@@ -426,8 +426,7 @@ def _kept(run: Run) -> History | None:
 def _resumed(run: Run) -> list[str]:
     """Refuse to validate on other songs than before the checkpoint. Returns lines for the user.
 
-    Raises:
-        Refusal: songs that were held out are missing, or are trained on now, or the other way round.
+    Raises Refusal if songs that were held out are missing, or are trained on now, or the other way round.
     """
     if not run.resuming:
         return []

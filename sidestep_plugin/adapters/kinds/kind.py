@@ -149,11 +149,9 @@ class Kind(ABC):
 
     @abstractmethod
     def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
-        """The weighted sum of what a layer does in several adapters, cut back to a rank.
+        """The weighted sum of what a layer does in several adapters, cut back to a rank; None: the highest among them.
 
-        Args:
-            layers: for each adapter its weight, the layer with a known strength, and its tensors on the CPU.
-            rank: the rank; None: the highest among them.
+        Given are the weight, the layer with a known strength and its tensors on the CPU, for each adapter.
         """
 
     @abstractmethod
@@ -195,9 +193,7 @@ class Kind(ABC):
         """The current tensors of an adapter that is trained, under the names that they are saved with.
 
         `module` is ACE-Step's training module, `decoder` the model's without the wrappers of Lightning and torch.
-
-        Raises:
-            Refusal: it is trained without the library that saves it.
+        Raises Refusal if it is trained without the library that saves it.
         """
 
     @abstractmethod
@@ -237,11 +233,8 @@ def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tenso
     """The product of two factors, float64 ``[rows, inner]`` and ``[inner, columns]``, cut back to a rank.
 
     The singular values come from the small matrix between the factors' QR decompositions, so that the product itself is
-    never made. Values below the rounding of the factors' own sizes are zero.
-
-    Returns:
-        The two factors, ``[rows, r]`` and ``[r, columns]`` with r at most `rank`, and the energy of the product and of
-        the result.
+    never made. Values below the rounding of the factors' own sizes are zero. Returns the two factors, ``[rows, r]`` and
+    ``[r, columns]`` with r at most `rank`, and the energy of the product and of the result.
     """
     import torch
 

@@ -261,10 +261,8 @@ LOKR: Final = _Lokr(
 def factors(shape: Shape, factor: int = -1, unbalanced: bool = False) -> tuple[Shape, Shape]:
     """Sizes of the two factors that LyCORIS makes of a weight (``lycoris.functional.factorization``).
 
-    Args:
-        shape: rows and columns of the weight.
-        factor: the first factor's side, -1 for the one closest to the square root.
-        unbalanced: LyCORIS' ``unbalanced_factorization``: the rows' factors are exchanged.
+    `factor` is the first factor's side, -1 for the one closest to the square root; `unbalanced` exchanges the rows'
+    factors.
     """
     rows, columns = (_divided(size, factor) for size in shape)
     if unbalanced:
