@@ -58,18 +58,16 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         parts = [(share, adapter.layers[name], _tensors(adapter, adapter.layers[name])) for share, adapter in holders]
         untrained = all(name in adapter.untrained for _, adapter in holders)
         if untrained and (rank is None or not _is_plain(holders[0][1], kind, holders[0][1].layers[name])):
-            layers[name] = _as_it_is(*parts[0][1:])
+            _, layer, tensors = parts[0]
+            kept = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
+            layers[name] = Mean(kept, layer.rank, layer.alpha or float(layer.rank or 1), exact=0.0, kept=0.0)
             continue
         _check_sizes(kind, name, [adapter for _, adapter in holders], parts)
         layers[name] = kind.mean(parts, rank)
-    exact, kept = sum(mean.exact for mean in layers.values()), sum(mean.kept for mean in layers.values())
-    changing = [mean for mean in layers.values() if mean.exact > 0.0]
-    return Averaged(
-        kind,
-        layers,
-        energy=kept / exact if exact else 1.0,
-        lowest=min((mean.kept / mean.exact for mean in changing), default=1.0),
-    )
+    exact = sum(mean.exact for mean in layers.values())
+    energy = sum(mean.kept for mean in layers.values()) / exact if exact else 1.0
+    lowest = min((mean.kept / mean.exact for mean in layers.values() if mean.exact > 0.0), default=1.0)
+    return Averaged(kind, layers, energy, lowest)
 
 
 def _kind_of(adapters: Sequence[Adapter]) -> Kind:
@@ -108,11 +106,6 @@ def _is_plain(adapter: Adapter, kind: Kind, layer: Layer) -> bool:
     """Whether a layer is a product of matrices and nothing else."""
     sizes = {part: adapter.file.tensors[key].shape for part, key in layer.parts.items()}
     return not {"lokr_t2", "scalar"} & sizes.keys() and kind.shape(sizes) is not None
-
-
-def _as_it_is(layer: Layer, tensors: dict[str, torch.Tensor]) -> Mean:
-    kept = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
-    return Mean(kept, layer.rank, layer.alpha or float(layer.rank or 1), exact=0.0, kept=0.0)
 
 
 def _tensors(adapter: Adapter, layer: Layer) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ _BITS: Final = {
 }
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DIMENSIONS: Final = 32
+_LONGEST: Final = 200  # characters of what is wrong
 _PLACEHOLDER: Final = "0x" + "0" * 64
 
 
@@ -71,12 +72,9 @@ class WeightsFile:
 
     def data_hash(self) -> str:
         """SHA-256 of all tensor bytes, as ModelSpec writes it: "0x" and 64 lower-case digits."""
-        digest = hashlib.sha256()
         with self.path.open("rb") as stream:
             stream.seek(self.data_start)
-            while piece := stream.read(_BUFFER):
-                digest.update(piece)
-        return "0x" + digest.hexdigest()
+            return "0x" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,8 @@ def read_weights_file(path: Path) -> WeightsFile:
         metadata = _texts(header.pop("__metadata__", {}))
         tensors = {name: _tensor(name, entry) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, wrong types
-        raise _no_weights(path, f"its header cannot be read: {_shortened(str(error))}") from None
+        told = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]}..."
+        raise _no_weights(path, f"its header cannot be read: {told}") from None
     _check_places(path, tensors, size - 8 - length)
     return WeightsFile(path, tensors, metadata, 8 + length)
 
@@ -138,14 +137,15 @@ def write_copy(
     is not changed then.
     """
     # Copied tensors keep their order, so if only the header changes, the tensors' bytes stay the same.
-    ordered = sorted(tensors.items(), key=lambda item: _position(item[1].content))
+    ordered = sorted(tensors.items(), key=lambda item: getattr(item[1].content, "start", -1))
     texts = dict(metadata)
     if HASH_KEY in texts:
         texts[HASH_KEY] = _PLACEHOLDER
     header: dict[str, Any] = {"__metadata__": texts}
     position = 0
     for name, tensor in ordered:
-        end = position + _length(tensor.content)
+        content = tensor.content
+        end = position + (len(content) if isinstance(content, bytes) else content.end - content.start)
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -165,10 +165,6 @@ def write_copy(
             stream.seek(0, os.SEEK_END)
 
 
-def _position(content: bytes | Tensor) -> int:
-    return -1 if isinstance(content, bytes) else content.start
-
-
 def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator[bytes]:
     with source.path.open("rb") as stream:
         for content in contents:
@@ -183,10 +179,6 @@ def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator
                     raise OSError(f"{source.path} was truncated while it was read")
                 left -= len(piece)
                 yield piece
-
-
-def _length(content: bytes | Tensor) -> int:
-    return len(content) if isinstance(content, bytes) else content.end - content.start
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -247,7 +239,3 @@ def _pickle(path: Path) -> Refusal:
     return Refusal(
         f"{path} is a pickle file, which could run code, so it was not opened. Save the adapter as safetensors."
     )
-
-
-def _shortened(text: str, longest: int = 200) -> str:
-    return text if len(text) <= longest else text[:longest] + "..."

@@ -32,8 +32,8 @@ class Song:
     name: str
     file: Path  # the file that it becomes
     text: SongText  # what the model is told
-    seconds: float  # length of the song, as far as it is known before encoding
-    digest: str  # SHA-256 of the audio file; of the latents of a finished song
+    seconds: float = 0.0  # length of the song, as far as it is known before encoding
+    digest: str = ""  # SHA-256 of the audio file; of the latents of a finished song
     # What the file that is there says about how it was made; None where there is none.
     before: Mapping[str, Any] | None = None
     make: str = ALL  # "all", "conditions" or "nothing"
@@ -74,6 +74,9 @@ def plan(request: PrepareRequest, *, look: bool = False) -> Plan:
     """
     check_apart(request)
     songs, notes = _finished(request) if request.renew else _audio(request, look)
+    for song in songs:
+        song.problems += song.text.problems
+        song.notes += song.text.changes
     removed = _compare_with_output(request, songs)
     if request.strict and (bad := [song for song in songs if song.problems or song.unusable]):
         lines = [f"{shown(song.name)}: {'; '.join([*filter(None, [song.unusable]), *song.problems])}" for song in bad]
@@ -116,34 +119,23 @@ def check_apart(request: PrepareRequest) -> None:
 def _audio(request: PrepareRequest, look: bool) -> tuple[list[Song], list[str]]:
     found = audio_files(request.source)
     audio = [file for file in found.audio if not file.resolve().is_relative_to(request.output.resolve())]
-    texts = find_texts(
-        request.source, audio, dataset=request.dataset, trigger=request.trigger, as_typed=request.as_typed
-    )
-    names = song_names(request.source, audio)
-    songs = []
-    for file in audio:
-        text, target = texts.songs[file], request.output / f"{names[file]}.pt"
-        song = Song(file, told_from(request.source, file).as_posix(), target, text, 0.0, "")
+    songs, notes = _with_texts(request, audio)
+    for song in songs:
         try:
-            song.digest = hash_of(file)
+            song.digest = hash_of(song.source)
         except OSError as error:
             song.unusable = f"cannot be read ({error.strerror or error})"
-        song.before = _record_at(target)
         if song.before is not None and song.sound.get("audio") == song.digest and not (look or request.strict):
             song.seconds = float(song.sound.get("seconds", 0.0))
         elif not song.unusable:
-            facts = look_at(file)
+            facts = look_at(song.source)
             song.seconds, song.unusable = min(facts.seconds, request.longest), facts.unusable
             song.problems += facts.problems
             song.notes += facts.notes
             if facts.seconds > request.longest:
-                song.problems.append(
-                    f"{facts.seconds:.0f} seconds long, of which the first {request.longest:g} are used"
-                )
-        song.problems += text.problems
-        song.notes += text.changes
-        songs.append(song)
-    return songs, [*found.notes, *texts.notes]
+                used = f"of which the first {request.longest:g} are used"
+                song.problems.append(f"{facts.seconds:.0f} seconds long, {used}")
+    return songs, [*found.notes, *notes]
 
 
 def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
@@ -152,14 +144,26 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         raise Refusal(
             f"No songs in {request.source}: expected .pt files from ACE-Step's preprocessing, or from prepare."
         )
-    known: dict[Path, Mapping[str, Any]] = {}
-    broken: dict[Path, str] = {}
-    for file in files:
-        _, problem = read_song(file)
-        if problem:
-            broken[file] = problem
-            continue
-        known[file] = metadata_in(load_song(file))
+    read = {file: read_song(file) for file in files}
+    known = {file: metadata_in(tensors) for file, (tensors, problem) in read.items() if not problem}
+    songs, notes = _with_texts(request, files, known)
+    for song in songs:
+        song.unusable = read[song.source][1]
+        if not song.unusable:
+            frames = frames_in(song.source)
+            song.seconds = frames / FRAMES_A_SECOND
+            song.digest = hash_of_tensor(load_song(song.source)["target_latents"][:frames])
+            if any(bad.tensor == "target_latents" and not bad.hidden for bad in not_finite_in(song.source)):
+                song.unusable = "its latents hold values that are not finite (NaN or infinity); prepare it from audio"
+            if known[song.source].get("preprocess_mode") == "lokr":
+                song.notes.append("was preprocessed in the LoKr mode, with its own audio in its context: mended")
+    return songs, list(notes)
+
+
+def _with_texts(
+    request: PrepareRequest, files: Sequence[Path], known: Mapping[Path, Mapping[str, Any]] | None = None
+) -> tuple[list[Song], Sequence[str]]:
+    """The songs of some files, of whose sound nothing is known yet, and lines about the folder of their texts."""
     texts = find_texts(
         request.source,
         files,
@@ -167,27 +171,14 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         trigger=request.trigger,
         as_typed=request.as_typed,
         known=known,
-        texts=request.texts,
+        texts=None if known is None else request.texts,
     )
     names = song_names(request.source, files)
     songs = []
     for file in files:
-        text, target = texts.songs[file], request.output / f"{names[file]}.pt"
-        seconds = frames_in(file) / FRAMES_A_SECOND
-        name = told_from(request.source, file).as_posix()
-        song = Song(file, name, target, text, seconds, "", _record_at(target))
-        song.unusable = broken.get(file, "")
-        if not song.unusable:
-            song.digest = hash_of_tensor(load_song(file)["target_latents"][: frames_in(file)])
-            if any(bad.tensor == "target_latents" and not bad.hidden for bad in not_finite_in(file)):
-                song.unusable = "its latents hold values that are not finite (NaN or infinity); prepare it from audio"
-            said = known[file].get("preprocess_mode")
-            if said == "lokr":
-                song.notes.append("was preprocessed in the LoKr mode, with its own audio in its context: mended")
-        song.problems += text.problems
-        song.notes += text.changes
-        songs.append(song)
-    return songs, list(texts.notes)
+        name, target = told_from(request.source, file).as_posix(), request.output / f"{names[file]}.pt"
+        songs.append(Song(file, name, target, texts.songs[file], before=_record_at(target)))
+    return songs, texts.notes
 
 
 def _record_at(file: Path) -> Mapping[str, Any] | None:

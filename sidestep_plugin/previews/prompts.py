@@ -81,7 +81,8 @@ def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     seconds = float(values.get("seconds", SECONDS))
     if not 0.04 <= seconds <= _LONGEST:
         raise Refusal(f"{where} has seconds = {seconds:g}, expected 0.04 to {_LONGEST:g}.")
-    name = str(values.get("name") or "").strip() or _name_for(str(values["caption"]))
+    first_words = "-".join(str(values["caption"]).split()[:5]).lower()
+    name = str(values.get("name") or "").strip() or plain_name(first_words)
     told = {
         "caption": values["caption"],
         # Whoever types a prompt and no lyrics wants nobody to sing; a song without lyrics may have lost them.
@@ -174,10 +175,6 @@ def encode_prompts(
 def plain_name(name: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^\w.]+", "-", name).strip("-._")[:60] or "prompt"
-
-
-def _name_for(caption: str) -> str:
-    return plain_name("-".join(caption.split()[:5]).lower())
 
 
 def _kinds(kinds: Any) -> str:

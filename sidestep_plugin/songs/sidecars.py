@@ -77,8 +77,8 @@ class Table:
     unlabeled: frozenset[int] = frozenset()  # numbers of the rows that upstream would leave out
 
 
-def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
-    """A text file's content, and what had to be said about its encoding ("" for UTF-8).
+def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, list[str]]:
+    """A text file's content, and what had to be said about its encoding.
 
     A byte order mark is taken off, ends of lines become "\\n", white space around the text goes. Raises Unreadable if
     it is no regular file, too large, not text, or its encoding cannot be told.
@@ -93,7 +93,7 @@ def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
     if len(raw) > largest:
         raise Unreadable(f"{file.name} is larger than {largest >> 20} MiB, expected a text about a song.")
     text, note = _decoded(raw, file.name)
-    return _unified(text).strip(), note
+    return _unified(text).strip(), [note] if note else []
 
 
 def _decoded(raw: bytes, name: str) -> tuple[str, str]:
@@ -132,14 +132,13 @@ _SAVE: Final = "Save it as UTF-8 in your editor."
 
 def whole(file: Path, field: str) -> Found:
     """A file that is one field: ``NAME.caption.txt``, ``NAME.lyrics.txt``. Raises Unreadable."""
-    text, note = read_text(file)
-    return Found(file.name, {field: text} if text else {}, (note,) if note else ())
+    text, notes = read_text(file)
+    return Found(file.name, {field: text} if text else {}, tuple(notes))
 
 
 def text_file(file: Path) -> Found:
     """``NAME.txt`` in its form: ai-toolkit's tags, Side-Step's lines, or lyrics alone. Raises Unreadable."""
-    text, note = read_text(file)
-    notes = [note] if note else []
+    text, notes = read_text(file)
     if _TAG.match(text):
         values = {_FIELD_OF[tag.lower()]: said.strip() for tag, said in _TAG.findall(text) if tag.lower() in _FIELD_OF}
         return Found(f"{file.name}, ai-toolkit's form", _filled(values), tuple(notes))
@@ -199,8 +198,7 @@ def _key_lines(text: str) -> tuple[dict[str, str], list[str]] | None:
 
 def json_file(file: Path) -> Found:
     """``NAME.json``: an object with fields of a song. Raises Unreadable."""
-    value, note = read_json(file)
-    notes = [note] if note else []
+    value, notes = read_json(file)
     if not isinstance(value, dict):
         raise Unreadable(f"{file.name} holds a {_kind(value)}, expected an object with caption, bpm, keyscale, ...")
     values, problems = fields_of(value, file.name)
@@ -209,11 +207,11 @@ def json_file(file: Path) -> Found:
     return Found(file.name, values, (*notes, *problems))
 
 
-def read_json(file: Path) -> tuple[Any, str]:
+def read_json(file: Path) -> tuple[Any, list[str]]:
     """What a JSON file holds, and what had to be said about its encoding. Raises Unreadable."""
-    text, note = read_text(file, _LARGEST_TABLE)
+    text, notes = read_text(file, _LARGEST_TABLE)
     try:
-        return json.loads(text), note
+        return json.loads(text), notes
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Unreadable(f"{file.name} is no JSON ({reason}). Correct it, or take it out of the folder.") from None
@@ -265,8 +263,7 @@ def csv_file(file: Path) -> Table:
 
     Raises Unreadable.
     """
-    text, note = read_text(file, _LARGEST_TABLE)
-    notes = [note] if note else []
+    text, notes = read_text(file, _LARGEST_TABLE)
     first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
     try:

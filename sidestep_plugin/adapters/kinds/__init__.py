@@ -30,7 +30,7 @@ def check_installed(name: str) -> None:
 
 def kind_of_config(config: Any) -> Kind:
     """The kind of adapter that one of ACE-Step's configurations is for; the usual one where it fits none."""
-    return next((kind for kind in KINDS if kind.is_config(config)), DEFAULT)
+    return next((kind for kind in KINDS if hasattr(config, kind.fields["rank"])), DEFAULT)
 
 
 def network_of(module: Any) -> Any:

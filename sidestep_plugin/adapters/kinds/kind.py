@@ -80,10 +80,6 @@ class Kind(ABC):
         """File name of the weights."""
         return self.weight_files[0].rpartition("/")[2]
 
-    def is_config(self, config: Any) -> bool:
-        """Whether ACE-Step's configuration of an adapter is one of this kind."""
-        return hasattr(config, self.fields["rank"])
-
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -48,8 +48,10 @@ class _Lokr(Kind):
             return []
         where = "all trained layers" if len(whole) == len(shapes) else f"{len(whole)} of {len(shapes)} trained layers"
         told = f"LoKr: rank {rank} and alpha {alpha} change nothing in {where}: LyCORIS trains full matrices there."
-        bound = "" if getattr(config, "full_matrix", False) else f" It does not below rank {_bound(config, whole)}."
-        return [f"{told}{bound} They are recorded as strength 1."]
+        if not getattr(config, "full_matrix", False):
+            bound = min(-(-max(_factors(config, shape)[1]) // 2) for shape in whole.values())
+            told += f" It does not below rank {bound}."
+        return [f"{told} They are recorded as strength 1."]
 
     def effective_alpha(self, config: Any, shapes: Mapping[str, Shape]) -> Any:
         """The dimension where every trained layer is whole."""
@@ -285,11 +287,6 @@ def _is_whole(config: Any, rank: int, shape: Shape) -> bool:
         return True
     first, second = _factors(config, shape)
     return 2 * rank >= max(second) and not (getattr(config, "decompose_both", False) and 2 * rank < max(first))
-
-
-def _bound(config: Any, whole: Mapping[str, Shape]) -> int:
-    """The smallest dimension at which LyCORIS still trains one of these layers whole."""
-    return min(-(-max(_factors(config, shape)[1]) // 2) for shape in whole.values())
 
 
 def _factors(config: Any, shape: Shape) -> tuple[Shape, Shape]:
