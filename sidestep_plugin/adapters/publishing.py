@@ -23,7 +23,7 @@ from .kinds import BY_NAME
 from .kinds.lora import LORA
 from .layers import Adapter
 from .staging import published, staged
-from .universal import check_universal, write_universal
+from .universal import write_universal
 
 OPTIONS: Final = "training_options.toml"
 
@@ -99,7 +99,6 @@ def _copies(
     if adapter.is_dora and adapter.kind == LORA.name:
         return []
     if adapter.kind == LORA.name:
-        check_universal(adapter)
         write_universal(adapter, target, facts)
         return [(target.name, "for every other program, with the strength in its weights")]
     try:

@@ -130,12 +130,10 @@ def look_at(file: Path) -> AudioFacts:
     """Read an audio file in blocks and tell what it is like. Raises nothing: `unusable` says why it cannot be read."""
     import torch
 
+    frames, peak, full, finite = 0, 0.0, 0, True
+    before: torch.Tensor | None = None
     try:
-        with ExitStack() as stack:
-            stream, reader = _opened(file, stack, exact=False)
-            frames, peak, full = 0, 0.0, 0
-            finite = True
-            before: torch.Tensor | None = None
+        with _reading(file, exact=False) as (stream, reader):
             for block in stream.blocks:
                 frames += block.shape[1]
                 if not block.numel():
@@ -150,8 +148,6 @@ def look_at(file: Path) -> AudioFacts:
                 before = loud[:, -1:]
     except Refusal as problem:
         return AudioFacts(file, unusable=str(problem))
-    except Exception as error:  # each reader has its own types for a damaged file
-        return AudioFacts(file, unusable=_damaged(file, error))
     seconds = frames / stream.rate
     clipped = full / max(1, frames * stream.channels)
     unusable, problems, notes = "", [], []
@@ -192,20 +188,14 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
 
     blocks: list[torch.Tensor] = []
     frames = 0
-    try:
-        with ExitStack() as stack:
-            stream, reader = _opened(file, stack, exact=True)
-            wanted = None
-            if seconds is not None:
-                wanted = round((seconds + 1.0) * stream.rate)  # resampling looks a little ahead
-            for block in stream.blocks:
-                if wanted is None or frames < wanted:
-                    blocks.append(block if wanted is None else block[:, : wanted - frames])
-                frames += block.shape[1]
-    except Refusal:
-        raise
-    except Exception as error:  # each reader has its own types for a damaged file
-        raise Refusal(_damaged(file, error)) from None
+    with _reading(file, exact=True) as (stream, reader):
+        wanted = None
+        if seconds is not None:
+            wanted = round((seconds + 1.0) * stream.rate)  # resampling looks a little ahead
+        for block in stream.blocks:
+            if wanted is None or frames < wanted:
+                blocks.append(block if wanted is None else block[:, : wanted - frames])
+            frames += block.shape[1]
     if not frames:
         raise Refusal(f"{file} holds no sound. Save it again, or take it out of the folder.")
     samples, how = torch.cat(blocks, dim=1), reader
@@ -218,15 +208,24 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
     return Audio(samples.contiguous(), frames / stream.rate, how)
 
 
-def _damaged(file: Path, error: Exception) -> str:
-    return f"{file} is damaged ({shown(_reason(error), 120)}). Save it again, or take it out of the folder."
-
-
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
 class _Missing(Exception):
     """A reader is not there; the message names what is missing."""
+
+
+@contextmanager
+def _reading(file: Path, *, exact: bool) -> Iterator[tuple[_Stream, str]]:
+    """An opened file, and what reads it. Raises Refusal, also for a file that turns out to be damaged in the block."""
+    try:
+        with ExitStack() as stack:
+            yield _opened(file, stack, exact=exact)
+    except Refusal:
+        raise
+    except Exception as error:  # each reader has its own types for a damaged file
+        reason = shown(_reason(error), 120)
+        raise Refusal(f"{file} is damaged ({reason}). Save it again, or take it out of the folder.") from None
 
 
 def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]:

@@ -172,12 +172,12 @@ def _words(text: str) -> str:
     return " ".join(text.replace("_", " ").replace("-", " ").lower().split())
 
 
-def first_words(lyrics: str, longest: int = 28) -> str:
+def first_words(lyrics: str) -> str:
     """The beginning of lyrics on one line, without the name of the part ("[Verse 1]")."""
     if lyrics == INSTRUMENTAL:
         return lyrics
     lines = [line.strip() for line in lyrics.splitlines() if line.strip() and not line.strip().startswith("[")]
-    return cut(" / ".join(lines[:3]) or lyrics.strip(), longest)
+    return cut(" / ".join(lines[:3]) or lyrics.strip(), 28)
 
 
 def cut(text: str, longest: int) -> str:

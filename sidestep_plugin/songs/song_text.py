@@ -136,14 +136,12 @@ def find_texts(
     return Texts(told, tuple(look.notes(dataset)))
 
 
-def text_of_song(
-    metadata: Mapping[str, Any], name: str, *, trigger: Trigger | None = None, as_typed: bool = False
-) -> SongText:
+def text_of_song(metadata: Mapping[str, Any], name: str, *, as_typed: bool = False) -> SongText:
     """What a finished song says about itself: its caption already holds upstream's tag.
 
     `metadata` is that of its ``.pt`` file; anything missing is told in `problems`. The file's name is for the lines.
     """
-    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=trigger, general=None, as_typed=as_typed)
+    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=None, general=None, as_typed=as_typed)
 
 
 def trigger_of(folder: Path) -> Trigger | None:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import torch
 
 _KEY: Final = "sidestep.validation"  # where a run keeps its validation
-
 _KEPT: Final = "held_out"  # name under which a checkpoint keeps the validations
 
 
