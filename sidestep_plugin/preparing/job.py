@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -94,7 +94,7 @@ def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | No
         failed = {song.name: song.unusable for song in planned.songs if song.unusable}
         if planned.to_make:
             restrict_gpus(request.device)
-            with _Work(request, places, encoders, vae, pick_device(request.device), say) as work:
+            with closing(_Work(request, places, encoders, vae, pick_device(request.device), say)) as work:
                 failed |= work.make(planned.to_make)
         _finish(request, places, planned, failed)
     made = [song for song in planned.usable if song.name not in failed]
@@ -105,28 +105,23 @@ def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | No
     return Done(count[ALL], count[CONDITIONS], count[NOTHING], tuple(failed.items()), planned.removed)
 
 
+@dataclass
 class _Work:
-    """The loaded parts, and what is done with them. Leaving its block gives their memory back."""
+    """The loaded parts, and what is done with them. Closing it gives their memory back."""
 
-    def __init__(
-        self,
-        request: PrepareRequest,
-        places: Places,
-        encoders: Encoders,
-        vae: str,
-        device: torch.device,
-        say: Say,
-    ) -> None:
-        self.request, self.places, self.encoders, self.vae_hash = request, places, encoders, vae
-        self.device, self.say = device, say
-        self.dtype, self.attention = dtype_on(device), attention_on(device)
-        self.vae: Any = None
-        self.handler: Any = None
+    request: PrepareRequest
+    places: Places
+    encoders: Encoders
+    vae_hash: str
+    device: torch.device
+    say: Say
+    vae: Any = None
+    handler: Any = None
 
-    def __enter__(self) -> _Work:
-        return self
+    def __post_init__(self) -> None:
+        self.dtype, self.attention = dtype_on(self.device), attention_on(self.device)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.vae = self.handler = None
         freed(self.device)
 
@@ -161,13 +156,11 @@ class _Work:
         record = record_of(self.request.conditions, self.encoders, encoded, words, song.text, latents, machine, sound)
         write_song(song.file, song_of(latents, encoded, song.text, self._origin(song), record))
         self._aside(song).unlink(missing_ok=True)
-        told = encoded.told
-        lines = []
-        if self.request.conditions != UPSTREAM:
-            if told.prompt_lost:
-                lines.append(f"{counted(told.prompt_lost, 'token')} of the prompt are cut: shorten the caption")
-            if told.lyrics_lost:
-                lines.append(f"{counted(told.lyrics_lost, 'token')} of the lyrics are cut")
+        told, lines = encoded.told, []
+        if told.prompt_lost and self.request.conditions != UPSTREAM:
+            lines.append(f"{counted(told.prompt_lost, 'token')} of the prompt are cut: shorten the caption")
+        if told.lyrics_lost and self.request.conditions != UPSTREAM:
+            lines.append(f"{counted(told.lyrics_lost, 'token')} of the lyrics are cut")
         return lines
 
     def _origin(self, song: Song) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -97,9 +96,7 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
         raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files, which acestep-train prepare makes.")
-    missing: list[str] = []
-    outside: list[str] = []
-    files = list(_song_files(folder, missing, outside))
+    files, missing, outside = _song_files(folder)
     if not files and not outside:
         found = _instead_of_songs(folder, missing)
         raise Refusal(f"No songs in {folder}: expected .pt files, which acestep-train prepare makes{found}.")
@@ -109,7 +106,7 @@ def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
 def songs_in(folder: Path) -> list[Path]:
     """The files that a training in a folder reads: those of manifest.json, else every .pt file, sorted."""
     try:
-        return [file for file in _song_files(folder, [], []) if not not_a_file(file)]
+        return [file for file in _song_files(folder)[0] if not not_a_file(file)]
     except (Refusal, OSError):
         return []
 
@@ -170,16 +167,17 @@ def _duplicates(files: list[Path]) -> list[str]:
     return found
 
 
-def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
+def _song_files(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     """What upstream would read, in its order of search: manifest.json's entries if there is one, else every .pt file.
 
     This includes what is not a file: upstream fails on a folder ``x.pt`` and hangs on a named pipe. It leaves out
-    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well.
+    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well. Behind the files are
+    entries that are not there, and those that lie outside of the folder.
     """
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
-        return
+        songs = (file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
+        return sorted(songs), [], []
     if problem := not_a_file(manifest):
         raise Refusal(f"{manifest} {problem}. Delete it to use every .pt file.")
     try:
@@ -189,6 +187,7 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
         raise Refusal(f"{manifest} cannot be read as JSON ({error}). Delete it to use every .pt file.") from None
     if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
         raise Refusal(f'{manifest} has no list of file names under "samples". Delete it to use every .pt file.')
+    files, missing, outside = list[Path](), list[str](), list[str]()
     whole = folder.resolve()
     for sample in samples:
         # Newer manifests are relative to their folder, older ones to the directory that upstream was started in.
@@ -198,9 +197,10 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
         elif is_companion(file.name):
             continue
         elif file.resolve().is_relative_to(whole):
-            yield Path(os.path.normpath(file.absolute()))
+            files.append(Path(os.path.normpath(file.absolute())))
         else:
             outside.append(sample)
+    return files, missing, outside
 
 
 def check_songs(dataset: Dataset, facts: ModelFacts) -> None:

@@ -5,11 +5,11 @@ They are chosen by a hash of their names: no random number is drawn, and it is t
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.song_files import hash_of_tensor
 from ..errors import Refusal
 from ..songs.one_song import load_song
 from ..songs.values import Key, key_of
@@ -55,10 +55,7 @@ def latents_of(file: Path) -> str:
     key = key_of(file)
     if key not in _latents:
         try:
-            latents = load_song(file)["target_latents"].contiguous()
-            # The tensor's own bytes; numpy, which could hand them over, need not be installed.
-            size = latents.numel() * latents.element_size()
-            _latents[key] = hashlib.sha256((ctypes.c_char * size).from_address(latents.data_ptr())).hexdigest()
+            _latents[key] = hash_of_tensor(load_song(file)["target_latents"])
         except Exception:  # no song: another check says so
             _latents[key] = str(file)
     return _latents[key]
