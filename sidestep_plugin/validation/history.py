@@ -36,6 +36,17 @@ def usual_interval(forwards: int, songs: int, epochs: int) -> tuple[int, Callabl
 
 
 @dataclass(frozen=True)
+class Validation:
+    """What was measured on the songs of a plan."""
+
+    epoch: int  # epochs done; 0 for the model without adapter
+    losses: torch.Tensor  # upstream's loss, shape [songs, timesteps, conditions], float64 on the CPU
+    seconds: float  # how long it took
+    # The same losses of other tensors in the adapter's place, by their name, such as "average".
+    variants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What follows from a validation."""
 
@@ -136,18 +147,13 @@ class History:
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
-    def judge(
-        self, epoch: int, losses: torch.Tensor, seconds: float, variants: Mapping[str, torch.Tensor] | None = None
-    ) -> Verdict:
-        """Add a validation and say what follows from it. Raises Refusal when the model itself has no loss.
-
-        The losses are upstream's, those of `variants` of other tensors in the adapter's place, such as "average". Epoch
-        0 is the model without adapter.
-        """
-        self.losses[epoch] = losses
-        for name, of_variant in (variants or {}).items():
-            self.variants.setdefault(name, {})[epoch] = of_variant
-        self.times.append(seconds)
+    def judge(self, validation: Validation) -> Verdict:
+        """Add a validation and say what follows from it. Raises Refusal when the model itself has no loss."""
+        epoch = validation.epoch
+        self.losses[epoch] = validation.losses
+        for name, losses in validation.variants.items():
+            self.variants.setdefault(name, {})[epoch] = losses
+        self.times.append(validation.seconds)
         if epoch == 0:
             self._check_baseline()
             return Verdict(lines=(self._first_line(),), log=self._log(0))

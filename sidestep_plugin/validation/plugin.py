@@ -32,7 +32,7 @@ from ..timesteps.grid import validation_grid
 from ..timesteps.treatment import treatment_of
 from ..variants import guidance
 from .held_out import check_apart, choose, number_of
-from .history import History, usual_interval
+from .history import History, Validation, usual_interval
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +240,7 @@ class _Validator:
                 f"Warning: no validation after epoch {epoch}: {changed}. The training goes on. To have the next epochs "
                 "validated, put the song back."
             ]
-        verdict = history.judge(epoch, losses, time.monotonic() - began, variants)
+        verdict = history.judge(Validation(epoch, losses, time.monotonic() - began, variants))
         run.engine.log(verdict.log, epoch)
         if verdict.best:
             run.best_epoch = epoch

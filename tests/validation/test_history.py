@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sidestep_plugin.validation.history import History
+from sidestep_plugin.validation.history import History, Validation
 
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 
@@ -19,7 +19,7 @@ def history():
 
 def judged(history, epoch, by_t, without=(2.0,) * 4):
     losses = torch.tensor([list(zip(by_t, without, strict=True))], dtype=torch.float64)
-    return history.judge(epoch, losses, 0.0)
+    return history.judge(Validation(epoch, losses, 0.0))
 
 
 def notes(verdict):
