@@ -72,13 +72,12 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
     ]
     duplicates = [] if allow_duplicates else _duplicates(files)
     if problems or duplicates:
-        found = f"Not songs to train on in {folder}: {', '.join(problems + duplicates)}."
-        if problems:
-            found += " Preprocess them again, or take them out of the folder."
+        to_do = ["Preprocess them again, or take them out of the folder."] if problems else []
         if duplicates:
             on_purpose = "" if allow_duplicates is None else ", or train on them on purpose: --allow-duplicates"
-            found += f" Take the copies out{on_purpose}."
-        raise Refusal(found)
+            to_do.append(f"Take the copies out{on_purpose}.")
+        found = ", ".join(problems + duplicates)
+        raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(to_do)}")
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
     made = tuple(makings[file] for file in files)
