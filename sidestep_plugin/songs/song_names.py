@@ -32,8 +32,8 @@ def song_names(folder: Path, audio: Iterable[Path]) -> Mapping[Path, str]:
     level = dict.fromkeys(files, 0)
     while True:
         names = {file: _name(told_from(folder, file), level[file]) for file in files}
-        count = Counter(_key(name) for name in names.values())
-        clashing = [file for file in files if count[_key(names[file])] > 1 and level[file] < 2]
+        count = Counter(folded(name) for name in names.values())
+        clashing = [file for file in files if count[folded(names[file])] > 1 and level[file] < 2]
         if not clashing:
             return names
         for file in clashing:
@@ -63,5 +63,6 @@ def _name(path: PurePath, level: int) -> str:
     return f"{name}_{digest}" if level == 2 else name
 
 
-def _key(name: str) -> str:
+def folded(name: str) -> str:
+    """A name without differences of capitals and of composed letters."""
     return unicodedata.normalize("NFC", name).casefold()

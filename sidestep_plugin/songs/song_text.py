@@ -30,6 +30,7 @@ from ..files import is_companion
 from ..text import listed, shown
 from . import sidecars, vocabulary
 from .sidecars import Found, Table, Unreadable
+from .song_names import folded
 from .vocabulary import INSTRUMENTAL, Word
 
 Position = Literal["before", "after", "instead"]
@@ -198,9 +199,9 @@ class _Look:
         self.unreadable: list[str] = []
         self._audio = {song: _audio_of(known.get(song, {})) for song in songs}
         stems = {song: [PurePosixPath(name).stem for name in self._audio[song]] for song in songs}
-        count = Counter(stem for song in songs for stem in set(map(_folded, stems[song])))
+        count = Counter(stem for song in songs for stem in set(map(folded, stems[song])))
         self._names = {
-            song: list(dict.fromkeys([song.stem, *(stem for stem in stems[song] if count[_folded(stem)] == 1)]))
+            song: list(dict.fromkeys([song.stem, *(stem for stem in stems[song] if count[folded(stem)] == 1)]))
             for song in songs
         }
         self._listing: dict[Path, dict[str, list[Path]]] = {}
@@ -223,7 +224,7 @@ class _Look:
             try:
                 for file in sorted(place.iterdir()):
                     if not file.name.startswith(".") and not is_companion(file.name):
-                        listing.setdefault(_folded(file.name), []).append(file)
+                        listing.setdefault(folded(file.name), []).append(file)
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -234,7 +235,7 @@ class _Look:
     def _beside(self, song: Path, ending: str) -> Path | None:
         """The file named after a song with an ending; one of exactly its name before one with other capitals."""
         for place, stem in self._places_of(song):
-            alike = self._files(place).get(_folded(stem + ending), [])
+            alike = self._files(place).get(folded(stem + ending), [])
             exact = [file for file in alike if _same(file.name) == _same(stem + ending)]
             if found := exact or (alike if len(alike) == 1 else []):
                 self._used.add(found[0])
@@ -254,7 +255,7 @@ class _Look:
         yield from ((self.texts, stem) for stem in self._names[song])
 
     def _read_tables(self, place: Path) -> None:
-        stems = {_folded(stem) for song in self.songs if song.parent == place for stem in self._names[song]}
+        stems = {folded(stem) for song in self.songs if song.parent == place for stem in self._names[song]}
         for file in (file for files in self._files(place).values() for file in files):
             ending = file.suffix.lower()
             if ending == ".csv":
@@ -262,7 +263,7 @@ class _Look:
                     self._used.add(file)
                     self._tables.append(self._match(table, place))
             elif ending == ".json" and file.name not in ("manifest.json", "preprocess_meta.json"):
-                own = _folded(file.stem) in stems
+                own = folded(file.stem) in stems
                 if own or not file.is_file():
                     continue
                 try:  # any other JSON file may lie about: only a dataset JSON is ours
@@ -301,11 +302,11 @@ class _Look:
         by_path: dict[str, set[Path]] = {}
         for file in below:
             for path in self._paths_of(file, place):
-                by_path.setdefault(_folded(path), set()).add(file)
+                by_path.setdefault(folded(path), set()).add(file)
         by_name: dict[str, set[Path]] = {}
         for file in below:
             for name in (file.name, *self._names[file], *(PurePosixPath(path).name for path in self._audio[file])):
-                by_name.setdefault(_folded(name), set()).add(file)
+                by_name.setdefault(folded(name), set()).add(file)
         rows: dict[Path, list[Found]] = {}
         lost: list[str] = []
         unclear: list[str] = []
@@ -314,7 +315,7 @@ class _Look:
             exact = (by_path[path] for name in names for path in _tails(name) if path in by_path)
             song: Path | None = next((next(iter(one)) for one in exact if len(one) == 1), None)
             if song is None:
-                bases = [_folded(PurePosixPath(_forward(name)).name) for name in names]
+                bases = [folded(PurePosixPath(_forward(name)).name) for name in names]
                 matches: set[Path] = next((by_name[base] for base in bases if base in by_name), set())
                 if len(matches) == 1:
                     song = next(iter(matches))
@@ -399,16 +400,12 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folded(name: str) -> str:
-    return _same(name).casefold()
-
-
 def _tails(name: str) -> Iterator[str]:
     """A path in a table and its ends of two parts and more: it may have been written on another machine."""
     parts = PurePosixPath(_forward(name)).parts
-    yield _folded(PurePosixPath(*parts).as_posix()) if parts else ""
+    yield folded(PurePosixPath(*parts).as_posix()) if parts else ""
     for first in range(1, len(parts) - 1):
-        yield _folded("/".join(parts[first:]))
+        yield folded("/".join(parts[first:]))
 
 
 def _of_table(table: Table, found: Sequence[Found], *, by_genre: bool) -> Found:

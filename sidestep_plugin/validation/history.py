@@ -113,10 +113,7 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The epoch with the lowest mean of the adapter or a variant of it; None before the first that is finite.
-
-        It is the first of several.
-        """
+        """The epoch with the lowest finite mean of the adapter or a variant, the first of several; None without one."""
         return self._lowest_of_all()[0]
 
     @property

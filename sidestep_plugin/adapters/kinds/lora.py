@@ -96,7 +96,7 @@ class _Lora(Kind):
         return f"base_model.model.{layer.name}", {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def check_comfyui(self, adapter: Adapter, trained: Sequence[Layer], base: BaseWeights | None) -> None:
-        from ..layer_names import is_known_layer
+        from ..layer_names import is_block_layer, is_outer_layer
         from ..peft_config import unread_pattern
 
         path = adapter.file.path
@@ -107,7 +107,7 @@ class _Lora(Kind):
             )
         for layer in adapter.layers.values():
             flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
-            if flat and not is_known_layer(layer.name):
+            if flat and not is_block_layer(layer.name) and not is_outer_layer(layer.name):
                 raise Refusal(
                     f"{path} adapts {shown(layer.name, 80)}, a layer that ComfyUI does not know in ACE-Step 1.5. Use "
                     "it in ACE-Step's app."
