@@ -16,11 +16,11 @@ from .text import is_control
 
 
 def option(name: str, text: str, kind: Any = None, metavar: str | None = None, default: Any = None) -> click.Option:
-    """An option by its name and its help: of a click type, with its default shown if it has one; else a flag."""
+    """An option by its name and its help: of a click type, with its default shown if the help has none; else a flag."""
     if kind is None:
         return click.Option([name], is_flag=True, default=False, help=text)
-    shown = True if default is not None else None
-    return click.Option([name], type=kind, metavar=metavar, default=default, show_default=shown, help=text)
+    shown = default is not None and "[default" not in text
+    return click.Option([name], type=kind, metavar=metavar, default=default, show_default=shown or None, help=text)
 
 
 class Place(click.Path):

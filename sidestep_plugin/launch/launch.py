@@ -60,8 +60,7 @@ from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
 from ..resuming.starting import settings_to_start_from
 from ..run import AdapterType, ModelFacts
-from ..songs.dataset import Dataset, inspect_dataset
-from ..songs.fit import check_songs, check_width
+from ..songs.dataset import Dataset, check_songs, check_width, inspect_dataset
 from ..songs.values import check_values
 from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment

@@ -10,7 +10,7 @@ from typing import Any, Final
 from ..files import room
 from ..hookspecs import hookimpl
 from ..run import Run
-from ..songs.lengths import longest
+from ..songs.one_song import longest
 from .gradient_checkpointing import is_checkpointed
 from .of_training import settings_of
 from .savings import advice_for

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.kinds import kind_of_config
 from ..run import ModelFacts, Run
-from ..songs.lengths import longest
+from ..songs.one_song import longest
 from .base_weights import chosen
 from .estimate import FRAMES_A_SECOND, PARTS, Needs, Settings, needs, shown
 from .quantization import BYTES

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..engine.song_encoding import (
-    LYRIC_TOKENS,
-    PROMPT_TOKENS,
-    Told,
-    import_handler,
-    load_tokenizer,
-    make_handler,
-    read_words,
-)
+from ..engine import song_encoding
 from ..engine.song_files import UPSTREAM, words_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import DEFAULT
@@ -24,15 +16,13 @@ _LONGEST = 100_000  # characters of a text
 
 
 def dry_run(request: PrepareRequest) -> Iterator[str]:
-    """Lines about every song. Nothing is encoded and nothing is written.
-
-    Raises:
-        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
-    """
+    """Lines about every song. Nothing is encoded and nothing is written. Raises Refusal."""
     offline()
     planned = plan(request, look=True)
     places = find_places(request)
-    handler = make_handler(import_handler(places.root), tokenizer=load_tokenizer(places.text_encoder))
+    handler = song_encoding.make_handler(
+        song_encoding.import_handler(places.root), tokenizer=song_encoding.load_tokenizer(places.text_encoder)
+    )
     yield from (f"Note: {note}" for note in planned.notes)
     if request.conditions == UPSTREAM:
         yield (
@@ -40,7 +30,10 @@ def dry_run(request: PrepareRequest) -> Iterator[str]:
             "below are those of a generation."
         )
     for song in planned.songs:
-        yield from _about(song, None if song.unusable else read_words(handler, words_of(song.text, _frames(song))))
+        frames = max(1, int(song.seconds * FRAMES_A_SECOND))
+        yield from _about(
+            song, None if song.unusable else song_encoding.read_words(handler, words_of(song.text, frames))
+        )
     yield from (f"Note: {name} belongs to no song any more and will not be trained on." for name in planned.removed)
     unusable = len(planned.songs) - len(planned.usable)
     yield (
@@ -50,19 +43,15 @@ def dry_run(request: PrepareRequest) -> Iterator[str]:
     )
 
 
-def _frames(song: Song) -> int:
-    return max(1, int(song.seconds * FRAMES_A_SECOND))
-
-
-def _about(song: Song, told: Told | None) -> Iterator[str]:
+def _about(song: Song, told: song_encoding.Told | None) -> Iterator[str]:
     length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
     yield f"{shown(song.name)} -> {shown(song.file.name)}, {length}"
     if told is None:
         yield f"  cannot be used: {song.unusable}"
         return
-    yield f"  prompt, {_tokens(told.prompt_tokens, told.prompt_lost, PROMPT_TOKENS)}:"
+    yield f"  prompt, {_tokens(told.prompt_tokens, told.prompt_lost, song_encoding.PROMPT_TOKENS)}:"
     yield from _quoted(told.prompt)
-    yield f"  lyrics, {_tokens(told.lyric_tokens, told.lyrics_lost, LYRIC_TOKENS)}:"
+    yield f"  lyrics, {_tokens(told.lyric_tokens, told.lyrics_lost, song_encoding.LYRIC_TOKENS)}:"
     yield from _quoted(told.lyrics)
     by_source: dict[str, list[str]] = {}
     for field, source in song.text.sources.items():

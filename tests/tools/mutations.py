@@ -261,7 +261,7 @@ MUTATIONS = [
     ),
     Mutation(
         "alpha as it is for diffusers, whatever the rank of a layer",
-        "sidestep_plugin/adapters/diffusers.py",
+        "sidestep_plugin/adapters/header.py",
         "for layer in layers if layer.alpha != alpha}",
         "for layer in ()}",
         "tests/adapters/test_diffusers.py",
