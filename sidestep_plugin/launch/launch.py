@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
+from ..clock import last_step
 from ..engine import seams
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
@@ -125,8 +126,7 @@ class Launch:
         lock: the lock of the output folder; released by the caller of :func:`prepare`.
         trainer: upstream's LoRATrainer or LoKRTrainer.
         decided: what was decided before the model was loaded, for the training that begins.
-        most_steps: the most training steps; None without a limit.
-        total_steps: training steps that upstream will run, validation not counted.
+        total_steps: training steps until it is finished, validation not counted.
         steps_per_epoch: the same for one epoch.
         state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
     """
@@ -140,11 +140,7 @@ class Launch:
     epochs: int
     state: dict[str, Any]
     decided: CommandLine
-    most_steps: int | None = None
-
-    @property
-    def total_steps(self) -> int:
-        return min(self.steps_per_epoch * self.epochs, self.most_steps or sys.maxsize)
+    total_steps: int
 
     def messages(self) -> Iterator[tuple[int, float, str]]:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
@@ -502,6 +498,7 @@ def _made(
         raise
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
+    each = int(getattr(config, "gradient_accumulation_steps", 1))
     return Launch(
         request=request,
         attachment=attachment,
@@ -512,17 +509,8 @@ def _made(
         epochs=config.max_epochs,
         state={"should_stop": False},
         decided=decided,
-        most_steps=_rounded_up(attachment.options.get("max_steps"), steps, config),
+        total_steps=last_step(attachment.options.get("max_steps"), steps, config.max_epochs, each),
     )
-
-
-def _rounded_up(most: int | None, steps_per_epoch: int, config: Any) -> int | None:
-    """The training step of an optimizer step behind which a training of at most so many steps ends."""
-    if most is None:
-        return None
-    each = max(1, int(getattr(config, "gradient_accumulation_steps", 1)))
-    epochs, rest = divmod(most, steps_per_epoch)
-    return epochs * steps_per_epoch + min(steps_per_epoch, math.ceil(rest / each) * each)
 
 
 def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:

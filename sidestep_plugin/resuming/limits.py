@@ -55,6 +55,7 @@ def acestep_options() -> list[click.Option]:
 def acestep_run_started(run: Run) -> list[str] | None:
     limits = _Limits(run)
     run.state[_KEY] = limits
+    run.clock.most_steps, run.clock.ends_at = limits.steps, limits.ends_at
     if limits.ends_at is None:
         return None
     left = max(0, round(limits.ends_at - time.monotonic()))

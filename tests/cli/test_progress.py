@@ -13,6 +13,7 @@ from terminal import as_seen
 
 from sidestep_plugin.cli import progress as showing
 from sidestep_plugin.cli.progress import Progress
+from sidestep_plugin.clock import Clock
 
 
 @pytest.fixture
@@ -26,16 +27,17 @@ def clock(monkeypatch):
 @pytest.fixture
 def stepping(clock):
     """A resumed training of 100 steps in 10 epochs, of which 50 were done: ``step(51)``."""
-    progress = Progress()
+    progress, time = Progress(), Clock()
     progress.begin(10, 10)
 
-    def step(number, seconds=2.0):
+    def step(number, seconds=2.0, paused=0.0):
         clock[0] += seconds
-        run = SimpleNamespace(steps=number, resumed_at=50, best_epoch=None)
+        time.stepped(paused)
+        run = SimpleNamespace(steps=number, resumed_at=50, best_epoch=None, clock=time)
         module = SimpleNamespace(training_losses=[1.0])
         progress.acestep_step_finished(SimpleNamespace(training=True, loss=1.0, module=module, run=run))
 
-    step.progress = progress
+    step.progress, step.clock = progress, time
     return step
 
 
@@ -71,6 +73,27 @@ def test_the_total_is_told_at_the_end(stepping, capsys):
         stepping(number)
     stepping.progress.end()
     assert capsys.readouterr().out.splitlines()[-1] == "Total time: 0:01:40 for 50 training steps"
+
+
+def test_what_is_saved_at_the_end_is_in_the_bar_and_in_the_total(stepping, clock, terminal, capsys):
+    """One clock: the bar that stays on the screen says the time that the line below it says."""
+    terminal(140)
+    stepping.progress.begin(10, 10)
+    for number in range(51, 101):
+        stepping(number)
+    clock[0] += 5.5  # the adapter is saved
+    stepping.clock.stop()
+    clock[0] += 2.0  # the page is drawn
+    stepping.progress.end()
+    bar, total = as_seen(capsys.readouterr().out).splitlines()[-2:]
+    assert "0:01:45 elapsed" in bar and "0.50 steps/s" in bar
+    assert total == "Total time: 0:01:45 for 50 training steps"
+
+
+def test_the_time_left_ends_with_the_time_limit(stepping, clock):
+    stepping.clock.ends_at = clock[0] + 30.0
+    stepping(51), stepping(52), stepping(53)
+    assert "0:00:24 left" in stepping.progress._status(), "and not the 0:01:34 that 47 steps need"
 
 
 def demo(tmp_path, **streams):
@@ -174,8 +197,7 @@ def test_a_pipe_gets_no_bar_and_no_colours(stepping, capsys):
 
 
 def test_time_between_epochs_is_no_part_of_the_rate_and_one_of_the_time_left(stepping):
-    stepping(51), stepping(52)
-    stepping.progress._paused = 1.0
+    stepping(51), stepping(52, paused=1.0)
     assert "1.00 steps/s" in stepping.progress._status() and "0:01:36 left" in stepping.progress._status()
 
 

@@ -18,6 +18,7 @@ import pytest
 from preview_parts import NAMES, filled
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.cli.progress import Progress
 from sidestep_plugin.report import live_page
 from sidestep_plugin.report.charts import charts
 from sidestep_plugin.report.page import FILE_NAME, duration, page, read_page, show_clips
@@ -231,6 +232,75 @@ def test_warnings_are_on_it(train):
     assert "Warning: <epoch 1> was odd." in data["told"]
     text = page(data)
     assert "&lt;epoch 1&gt; was odd." in text and "<epoch 1>" not in text
+
+
+# -- times -----------------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A training on a clock that goes on 10 seconds with each step, 7 with each save, and between the epochs."""
+
+    def __init__(self, monkeypatch, between=0.0):
+        self.now, self.between = 1000.0, between
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    @hookimpl
+    def acestep_prepare_batch(self, step):
+        self.now += 10.0
+
+    @hookimpl
+    def acestep_between_epochs(self, epoch):
+        self.now += self.between * (epoch > 0)
+
+    @hookimpl
+    def acestep_adapter_saved(self):
+        self.now += 7.0
+
+
+def test_all_times_of_a_training_are_of_one_clock(train, monkeypatch, capsys):
+    """The page, its report and the terminal: with saving, and without the time that the page itself takes."""
+    slow, progress = Slow(monkeypatch, between=20.0), Progress()
+    write = live_page.write_page
+
+    def writing(folder, data):
+        slow.now += 100.0 * (data["state"] == "finished")
+        return write(folder, data)
+
+    monkeypatch.setattr(live_page, "write_page", writing)
+    progress.begin(4, 2)
+    done = train("base", max_epochs=2, extra_plugins={"slow": slow, "progress": progress})
+    progress.end()
+    data, steps = data_on(done.output), len(done.losses)
+    saves = sum(1 for _ in done.output.rglob("training_config.json"))
+    assert data["seconds"] == 10 * steps + 2 * 20 + 7 * saves
+    assert data["report"]["seconds_per_step"] == 10.0 + 7.0 / (steps - 1), "with the checkpoint between two steps"
+    minutes, seconds = divmod(int(data["seconds"]), 60)
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"Total time: 0:{minutes:02}:{seconds:02} for {steps} training steps"
+    )
+    assert f"Time {minutes}:{seconds:02} min" in on_page(done.output).words
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "left"),
+    [
+        ({}, "", lambda steps: (40 * steps - steps) * 10),
+        ({"max_steps": 11}, "--max-steps 11", lambda steps: (11 - steps) * 10),
+        ({"max_steps": 300, "time_limit": "2m"}, "--time-limit 2m", lambda steps: 120 - 10 * steps),
+    ],
+)
+def test_the_time_left_counts_what_ends_it_earlier(train, every_epoch, monkeypatch, options, limit, left):
+    slow, pages = Slow(monkeypatch), []
+    write = live_page.write_page
+    monkeypatch.setattr(live_page, "write_page", lambda folder, data: pages.append(data) or write(folder, data))
+    stopper = {} if options else {"stopper": Stopper(9)}
+    train("base", max_epochs=40, save_every_n_epochs=99, options=options, extra_plugins={"slow": slow, **stopper})
+    after_one = next(data for data in pages if data["epochs_done"] == 1)
+    steps = after_one["report"]["training_steps"]
+    assert steps > 1 and after_one["limit"] == limit
+    assert after_one["seconds_left"] == pytest.approx(left(steps))
+    assert f"so far{limit and f'; {limit} ends it'} Speed" in Parsed(page(after_one)).words
 
 
 # -- that it changes nothing -----------------------------------------------------------------------------------------
