@@ -38,6 +38,7 @@ class Journal:
         ending: whether the run has stopped or failed and is being saved as it is.
         failed: whether the newest step failed, so that the gradients that it left are unusable.
         summed_up: whether plugins were asked for their summary.
+        steps_before: training steps of the checkpoint; None if it does not say how many there are in its epochs.
         begins: called before the first batch that this run computes is read.
         epoch_to_end: number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
         ends: called before the next epoch begins.
@@ -64,6 +65,7 @@ class Journal:
         self.gather: Callable[[Any], list[Any]] | None = None
         self._of_all = 0  # losses that are the mean over all processes; those after them are this process's own
         self._validating = False
+        self.steps_before = 0 if point is None else point.steps_done
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()

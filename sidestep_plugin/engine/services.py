@@ -120,6 +120,13 @@ class Services:
         return 0 if journal is None else max(0, journal.epochs_begun - 1)
 
     @property
+    def steps_before(self) -> int:
+        """Training steps before those that this run computes; 0 for a training from the start."""
+        journal, run = self._training.journal, self._training.run
+        known = 0 if journal is None else journal.steps_before
+        return run.resumed_at if known is None else known
+
+    @property
     def songs(self) -> tuple[Path, ...]:
         """The files of the songs that are trained on, without those that are held out."""
         run = self._training.run

@@ -89,6 +89,8 @@ class LivePage:
     def _data(self, state: str) -> dict[str, Any]:
         run, engine = self._run, self._run.engine
         report = dict(self._report(state))
+        done, before = max(run.steps, engine.steps_before), engine.steps_before  # its loop goes through those anew
+        report["training_steps"] = done
         clock, config, (_, length) = run.clock, run.training_config, engine.place_in_epoch
         epochs, steps = getattr(config, "max_epochs", None), None
         if length and isinstance(epochs, int):
@@ -103,12 +105,13 @@ class LivePage:
             "written": now(),
             "seconds": round(clock.seconds, 3),
             "seconds_per_epoch": clock.pace * length if clock.pace is not None and length else None,
-            "seconds_left": None if steps is None else clock.left(steps - run.steps),
+            "seconds_left": None if steps is None else clock.left(steps - done),
             "limit": _limit(run, steps),
             "epochs_done": self._epoch,
             "epochs": epochs,
             "steps": steps,
             "resumed_after": (self._epochs_before or 0) if run.resuming else None,
+            "resumed_step": before if run.resuming and length and before % length else None,
             "facts": dict(run.describe()),
             "report": report,
             "songs": self._songs,

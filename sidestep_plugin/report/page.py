@@ -73,7 +73,7 @@ def _template() -> Template:
 
 _TOP: Final = (
     *("state", "reason", "written", "seconds", "seconds_left", "seconds_per_epoch", "epochs_done", "epochs"),
-    *("steps", "limit"),
+    *("steps", "limit", "resumed_step"),
     *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "final", "saved"),
     *("commands", "clips"),
 )

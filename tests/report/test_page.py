@@ -195,6 +195,19 @@ def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(tra
     assert "resumed after epoch 2" in on_page(stopped.output).words and data["saved"] is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "place"), [(2, "2 of 12 steps, resumed after step 2"), (7, "7 of 12 steps, resumed after epoch 2, step 7")]
+)
+def test_the_page_of_a_resumed_training_says_from_its_start_where_it_was(train, every_epoch, steps, place):
+    epoch = steps // 3
+    stopped = train("base", max_epochs=4, extra_plugins={"stopper": Stopper(steps)})
+    every_epoch.clear()
+    again = {"resume_from": str(stopped.output / "interrupted"), "output_dir": str(stopped.output)}
+    train("base", max_epochs=4, extra_plugins={"stopper": Stopper(1)}, **again)
+    state, done, text = every_epoch[0]
+    assert (state, done) == ("training", epoch) and f"Epoch {epoch} / 4 {place}" in Parsed(text).words
+
+
 def test_a_failed_training_says_why(train):
     done = train("base", max_epochs=3, extra_plugins={"failing": Failing(5, "no <b>power</b>")})
     assert done.messages[-1].startswith("❌")
