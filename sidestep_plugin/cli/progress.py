@@ -43,6 +43,7 @@ class Progress:
         self.best_epoch: int | None = None
         self.rate: float | None = None
         self.memory = 0
+        self._run: Run | None = None
         self._steps_per_epoch = 1
         self._epochs = self._first_step = self._steps = 1
         self._bar: ProgressBar[int] | None = None
@@ -88,6 +89,15 @@ class Progress:
         if self.began:
             steps = self.step - self._first_step + 1
             say(f"Total time: {_duration(self._clock.seconds)} for {counted(steps, 'training step')}")
+
+    @property
+    def computes(self) -> bool:
+        """Whether the first step that is not replayed has begun: there may be something to save."""
+        return self._run is not None and self._run.steps > self._run.resumed_at
+
+    @hookimpl
+    def acestep_run_started(self, run: Run) -> None:
+        self._run = run
 
     @hookimpl
     def engine_waiting(self, run: Run, what: str, done: int, total: int) -> None:

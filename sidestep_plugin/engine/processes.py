@@ -359,6 +359,11 @@ class SharedState(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self._own)
 
+    @property
+    def pressed(self) -> bool:
+        """Whether this process was told to stop, without asking the others."""
+        return bool(self._own.get(STOP))
+
     def _agree(self) -> None:
         import torch
         import torch.distributed as dist

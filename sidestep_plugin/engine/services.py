@@ -14,7 +14,7 @@ from .decoders import plain_decoder, undisturbed, without_adapter
 from .ending import in_its_place, in_ram, put, save_checkpoint, save_weights
 from .evaluation import evaluate
 from .loggers import log_entries
-from .processes import INTERRUPTED, STOP
+from .processes import INTERRUPTED, STOP, SharedState
 from .replay import trained_tensors
 from .weights import live_weights, put_weights
 
@@ -259,6 +259,12 @@ class Services:
         """Training steps of the epoch that have begun, and how many it has; None if that is not known."""
         journal = self._training.journal
         return (0, None) if journal is None else journal.place_in_epoch
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this process was told to stop the training after this step."""
+        state = self._training.state
+        return state.pressed if isinstance(state, SharedState) else bool(state and state.get(STOP))
 
     def stop(self, line: str) -> None:
         """Stop the training after this step and save it, as the stop button does, and tell the user a line."""

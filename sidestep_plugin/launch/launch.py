@@ -166,9 +166,12 @@ class Launch:
                 if overwriting is not None and report[2].startswith("💾"):
                     yield from _as_reports(overwriting.saved())
             if overwriting is not None:
-                yield from _as_reports(overwriting.end())
+                lines, overwriting = overwriting.end(), None
+                yield from _as_reports(lines)
         finally:
             running.close()
+            if overwriting is not None:  # the program is ended at once
+                overwriting.end()
 
     @property
     def final_adapter(self) -> Path | None:
