@@ -49,10 +49,12 @@ def check_plugins(said: Sequence[str], what: str) -> tuple[str, ...]:
     """
     from sidestep_plugin.registry import Registry
 
+    from .terminal import say
+
     plugins = chosen(said)
     Registry.load(plugins)
     if plugins != (OURS,):
-        click.echo(f"Note: --plugin changes nothing here: {what}.", err=True)
+        say(f"Note: --plugin changes nothing here: {what}.", err=True)
     return plugins
 
 

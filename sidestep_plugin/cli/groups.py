@@ -60,7 +60,11 @@ class DefaultGroup(LazyGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         with ended_by_signals(ctx):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.UsageError as error:
+                terminal.wrap_error(error)
+                raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

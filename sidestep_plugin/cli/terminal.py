@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ NAME = "acestep-train"
 def say(text: str, *, err: bool = False) -> None:
     """Print lines, if anybody can still read them."""
     with unread(sys.stderr if err else sys.stdout):
-        click.echo(for_people(text, sys.stderr if err else sys.stdout), err=err)
+        echo(text, err=err)
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print lines that are what a command was asked for: where they cannot be written, that is an error."""
+    click.echo(for_people(text, sys.stderr if err else sys.stdout), err=err)
 
 
 def say_what_takes_long(text: str) -> None:
@@ -34,8 +40,13 @@ _STYLES = (
 )
 """How lines look on a terminal, by what they begin with; all others look as usual."""
 
-_IN_ONE_PIECE = ("  ", "Adapter", "Page: ", "For ComfyUI: ", "Report: ", "💾", "✅")
+_IN_ONE_PIECE = re.compile(
+    r"Adapter|Page: |For ComfyUI: |Report: |💾|✅|\s+(\S*[/\\]|acestep-train\b|pip |uv |git |\w+=\S+ )"
+)
 """What lines begin with that hold a command or a path, which somebody may copy."""
+
+_FIRST_COLUMN = re.compile(r"\s*\S+(?: \S+)* {2,}(?=\S)")
+"""The beginning of a line that has what is told in a column of its own."""
 
 
 def for_people(text: str, stream: TextIO | None) -> str:
@@ -45,22 +56,51 @@ def for_people(text: str, stream: TextIO | None) -> str:
     """
     if stream is None or not stream.isatty():
         return text
-    return "\n".join(_styled(_wrapped(line)) for line in text.split("\n"))
+    return "\n".join(_styled(wrapped(line)) for line in text.split("\n"))
 
 
-def _wrapped(line: str) -> str:
+def columns() -> int | None:
+    """Columns that a line on standard output may take; None where it goes to no terminal."""
+    import shutil
+
+    there = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns - 1 if there else None
+
+
+def cells(text: str) -> int:
+    """Columns that a text takes on a terminal, where Chinese, Japanese and Korean letters take two."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def wrapped(line: str) -> str:
+    """A line that is wrapped between words at the terminal's width, indented behind its first column if it has one."""
     import shutil
 
     room = shutil.get_terminal_size().columns - 1
-    if len(line) < room or room < 20:
+    if len(line) <= room or room < 20:
         return line
-    if line.startswith(_IN_ONE_PIECE):
+    if _IN_ONE_PIECE.match(line):
         path, remark, rest = line.rpartition(" (")
         return f"{path}\n    ({rest}" if remark and line.endswith(")") else line
     import textwrap
 
+    column = _FIRST_COLUMN.match(line)
+    own = len(line) - len(line.lstrip())
+    indent = column.end() if column is not None and column.end() <= room // 2 else own + (2 if own else 4)
     more = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-    return textwrap.fill(line, room, subsequent_indent="    ", **more)  # type: ignore[arg-type]
+    return textwrap.fill(line, room, subsequent_indent=" " * indent, **more)  # type: ignore[arg-type]
+
+
+def wrap_error(error: click.ClickException) -> None:
+    """Let a message of click's, which it prints behind "Error: ", be wrapped between words on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        before = "Error: "
+        lines = "\n".join(map(wrapped, f"{before}{error.format_message()}".split("\n")))
+        error.format_message = lambda: lines.removeprefix(before)  # type: ignore[method-assign]
 
 
 def _styled(line: str) -> str:

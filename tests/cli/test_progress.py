@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from conftest import COMMAND
 from terminal import as_seen
 
 from sidestep_plugin.cli import progress as showing
+from sidestep_plugin.cli import terminal as terminal_module
 from sidestep_plugin.cli.progress import Progress
+from sidestep_plugin.cli.terminal import wrap_error
 from sidestep_plugin.clock import Clock
 
 
@@ -219,6 +223,36 @@ def test_words_are_not_broken_and_commands_and_paths_stay_in_one_piece(terminal)
     assert "x" * 60 in seen(command, terminal) and seen(command, terminal).count("\n") == 1
     page = f"Page: /home/{'x' * 40}/index.html (open it)"
     assert f"{'x' * 40}/index.html\n    (open it)" in seen(page, terminal)
+
+
+def test_what_stands_behind_a_first_column_stays_behind_it(terminal):
+    line = "  --epochs 800  ACE-Step's LoRA tutorial, for 10 to 20 songs, and its own example"
+    assert seen(line, terminal).split("\n") == [
+        "  --epochs 800  ACE-Step's LoRA",
+        "                tutorial, for 10 to 20",
+        "                songs, and its own",
+        "                example",
+    ]
+    refused = "  No folder of songs there. Type the one that has the .pt files."
+    assert seen(refused, terminal) == "  No folder of songs there. Type the\n    one that has the .pt files."
+    command = f"  acestep-train --model base --dataset-dir {'x' * 40}"
+    assert seen(command, terminal) == command
+
+
+def test_a_usage_error_is_wrapped_too(terminal, monkeypatch):
+    terminal(40)
+    monkeypatch.setattr(showing.sys.stderr, "isatty", lambda: True, raising=False)
+    error = click.UsageError("Name the folder of audio, or finished songs with --renew DIR: one of the two.")
+    wrap_error(error)
+    lines = f"Error: {error.format_message()}".split("\n")
+    assert len(lines) == 3 and all(len(line) < 40 for line in lines) and lines[1].startswith("    finished songs")
+
+
+def test_commands_print_by_what_wraps():
+    """Everything but JSON, the patch, a table of numbers, and what is drawn over."""
+    sources = sorted(Path(terminal_module.__file__).parent.rglob("*.py"))
+    echoing = {source.name for source in sources if "click.echo(" in source.read_text(encoding="utf-8")}
+    assert echoing == {"commands.py", "compare.py", "patch.py", "progress.py", "schedule.py", "terminal.py"}
 
 
 def test_important_lines_stand_out_unless_somebody_wants_no_colours(terminal, monkeypatch):

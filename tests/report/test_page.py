@@ -196,7 +196,8 @@ def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(tra
 
 
 @pytest.mark.parametrize(
-    ("steps", "place"), [(2, "2 of 12 steps, resumed after step 2"), (7, "7 of 12 steps, resumed after epoch 2, step 7")]
+    ("steps", "place"),
+    [(2, "2 of 12 steps, resumed after step 2"), (7, "7 of 12 steps, resumed after epoch 2, step 7")],
 )
 def test_the_page_of_a_resumed_training_says_from_its_start_where_it_was(train, every_epoch, steps, place):
     epoch = steps // 3

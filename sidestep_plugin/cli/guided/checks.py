@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import click
-
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import at_home
 from sidestep_plugin.recommended import recommended
 from sidestep_plugin.text import counted
 
+from ..terminal import echo
 from ..torch_here import require_torch
 from .answers import Answers
 
@@ -250,5 +249,5 @@ def _whole(text: str, what: str) -> int:
 
 def _say_that_torch_is_imported() -> None:
     if "torch" not in sys.modules:
-        click.echo("  Importing torch ...")
+        echo("  Importing torch ...")
     require_torch(told=True)
