@@ -140,7 +140,12 @@ def _audio(request: PrepareRequest, look: bool) -> tuple[list[Song], list[str]]:
     found = audio_files(request.source)
     audio = [file for file in found.audio if not file.resolve().is_relative_to(request.output.resolve())]
     texts = find_texts(
-        request.source, audio, dataset=request.dataset, trigger=request.trigger, as_typed=request.as_typed
+        request.source,
+        audio,
+        dataset=request.dataset,
+        trigger=request.trigger,
+        as_typed=request.as_typed,
+        language=request.language,
     )
     names = song_names(request.source, audio)
     songs = []
@@ -192,6 +197,7 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         as_typed=request.as_typed,
         known=known,
         texts=request.texts,
+        language=request.language,
     )
     names = song_names(request.source, files)
     songs = []

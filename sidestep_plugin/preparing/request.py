@@ -35,6 +35,7 @@ class PrepareRequest:
         texts: for `renew`, a folder with texts beside the songs' own metadata.
         dataset: a dataset JSON.
         trigger: a trigger word for all songs.
+        language: code of what is sung in songs about which nothing else says it.
         as_typed: leave values as they are typed.
         strict: refuse songs with problems.
         low_memory: the VAE first for all songs, then the encoders.
@@ -50,6 +51,7 @@ class PrepareRequest:
     texts: Path | None = None
     dataset: Path | None = None
     trigger: Trigger | None = None
+    language: str | None = None
     as_typed: bool = False
     strict: bool = False
     low_memory: bool = False
