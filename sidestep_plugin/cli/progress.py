@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed curve
 _SECONDS_BETWEEN_LINES = 30.0
-_BAR, _NARROW_BAR = 16, 6  # characters that the bar has at least; it takes what the words leave
+_BAR, _NARROW_BAR = 14, 6  # characters that the bar has at least; it takes what the words leave
 _WIDE, _NOT_NARROW = 120, 100  # columns of a terminal
 _TIMED_STEPS = 10  # after which the rest is estimated
 _WORTH_SAYING = 60.0  # seconds that are left
@@ -111,7 +111,7 @@ class Progress:
                 self._draw()
                 return
             counts = f"  {done}/{total}"
-            room = shutil.get_terminal_size().columns - 1 - len(f"{what}  []{counts}")
+            room = _line() - len(f"{what}  []{counts}")
             filled = round(room * done / total)
             click.echo(f"\r{what}  [{'#' * filled}{'-' * (room - filled)}]{counts}", nl=False)
 
@@ -185,7 +185,7 @@ class Progress:
         """Characters beside the bar: a line that wraps could not be written over."""
         assert self._bar is not None
         clutter = len(f"{_label()}[]  {self._steps}/{self._steps}  ") + self._bar.width
-        return shutil.get_terminal_size().columns - 1 - clutter
+        return _line() - clutter
 
     def _status(self, room: int | None = None) -> str:
         """Epoch, loss, rate and times; what does not fit into the room is left out, the rate first."""
@@ -213,6 +213,11 @@ class Progress:
 def _least() -> int:
     """Characters that the bar has at least."""
     return _BAR if shutil.get_terminal_size().columns >= _WIDE else _NARROW_BAR
+
+
+def _line() -> int:
+    """Columns for a line that is drawn over: behind it there is room for the ^C that a terminal shows, and one more."""
+    return shutil.get_terminal_size().columns - 3
 
 
 def _label() -> str:

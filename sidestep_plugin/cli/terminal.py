@@ -92,7 +92,8 @@ def wrapped(line: str) -> str:
     own = len(line) - len(line.lstrip())
     indent = column.end() if column is not None and column.end() <= room // 2 else own + (2 if own else 4)
     more = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-    return textwrap.fill(line, room, subsequent_indent=" " * indent, **more)  # type: ignore[arg-type]
+    whole = line.replace(" ...", "\0...")  # dots stay behind their word
+    return textwrap.fill(whole, room, subsequent_indent=" " * indent, **more).replace("\0", " ")  # type: ignore[arg-type]
 
 
 def wrap_error(error: click.ClickException) -> None:

@@ -127,6 +127,19 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(tmp_path):
     assert (tmp_path / "demo/output/base-lora/final/adapter/training_config.json").is_file()
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_sign_of_ctrl_c_that_a_terminal_shows_behind_the_bar_is_wiped_out(stepping, terminal, capsys, columns):
+    """Beyond the last column it would begin a new line, and the bar would stay above."""
+    terminal(columns)
+    stepping.progress.begin(10, 10)
+    for number in range(51, 101):
+        stepping(number)
+    drawn = as_seen(capsys.readouterr().out).splitlines()[-1]
+    stepping.progress.say("Stopping after this step.")
+    assert len(f"{drawn}^C") < columns
+    assert capsys.readouterr().out.startswith(f"\r{' ' * (columns - 1)}\rStopping")
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(6.0, 1), (1.0, 0)])
 def test_what_an_epoch_takes_is_said_once_after_ten_steps(stepping, capsys, seconds, said):
     """If a minute or more is left: 39 steps here."""
@@ -168,7 +181,7 @@ def test_the_bar_takes_the_room_that_the_words_leave(stepping, terminal, capsys,
     for number in range(51, 61):
         stepping(number)
     line = as_seen(capsys.readouterr().out).splitlines()[-1].rstrip()
-    assert columns - 3 <= len(line) <= columns - 1  # it has room for a longer number of steps
+    assert columns - 5 <= len(line) <= columns - 3  # with room for a longer number of steps, and for ^C
     assert re.search(r"\[#{3,}-{2,}\]  60/100  epoch 6/10, loss", line)
 
 
@@ -186,7 +199,7 @@ def test_what_is_waited_for_takes_the_place_of_the_bar(stepping, terminal, capsy
     stepping.progress.begin(10, 10)
     stepping.progress.engine_waiting(None, "Validation", 3, 4)
     shown = capsys.readouterr().out.split("\r")[-1]
-    assert re.fullmatch(r"Validation  \[#{30,}-{10,}\]  3/4", shown) and len(shown) == 59
+    assert re.fullmatch(r"Validation  \[#{28}-{10}\]  3/4", shown) and len(shown) == 57
     stepping.progress.say("A line")
     assert "0/100" not in capsys.readouterr().out, "the bar is not drawn over it"
     stepping.progress.engine_waiting(None, "Validation", 4, 4)
