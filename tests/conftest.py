@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--acestep-root", metavar="DIR", help="run against this ACE-Step 1.5 checkout")
+    parser.addoption("--readers", metavar="DIR", help="run the code of other programs, from clones in this folder")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -75,6 +75,7 @@ _RANKS = ", ".join(f"{kind.title} {_usual_rank(kind.name, True)}" for kind in KI
 @click.option(
     "--batch-size", type=WholeNumber(1, 1024), metavar="N", default=1, show_default=True, help="Songs per batch."
 )
+@click.option("--average", is_flag=True, help="Count the running mean that a training with --average keeps, too.")
 @ACESTEP_ROOT
 @CHECKPOINT_DIR
 @plugin_option()
@@ -89,6 +90,7 @@ def estimate(
     target_modules: str,
     dropout: float,
     batch_size: int,
+    average: bool,
     acestep_root: Path | None,
     checkpoint_dir: Path | None,
     plugin: tuple[str, ...],
@@ -122,6 +124,7 @@ def estimate(
             batch_size=batch_size,
             frames=frames,
             tokens=tokens,
+            averaged=average,
         )
         known = ", ".join(sorted({name.partition(".")[2] for name in size.layer_linears}))
         unknown = [name for name in settings.targets if not size.targets([name])]

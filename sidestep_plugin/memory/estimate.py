@@ -44,6 +44,7 @@ class Settings:
         checkpointing: whether gradient checkpointing is on.
         crop_seconds: length of the windows of songs that are trained on; None: whole songs.
         optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
+        averaged: whether a running mean of the adapter is kept beside it, in fp32.
     """
 
     kind: AdapterType = DEFAULT.name
@@ -59,6 +60,7 @@ class Settings:
     checkpointing: bool = False
     crop_seconds: float | None = None
     optimizer_bytes: int = 8
+    averaged: bool = False
 
     @property
     def trained_frames(self) -> int:
@@ -78,7 +80,7 @@ class Needs:
 
     Attributes:
         weights: the decoder's frozen weights.
-        adapter, gradients, optimizer: of the trained parameters.
+        adapter, gradients, optimizer: of the trained parameters; a running mean counts as adapter.
         activations: what waits for the backward pass, and what exists beside it there.
     """
 
@@ -109,7 +111,7 @@ def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, 
     trained = adapter_parameters(size, settings.kind, settings.rank, settings.targets) if trained is None else trained
     return Needs(
         weights=weight_bytes(size, settings) if weights is None else weights,
-        adapter=4 * trained,
+        adapter=(8 if settings.averaged else 4) * trained,
         gradients=4 * trained,
         optimizer=settings.optimizer_bytes * trained,
         activations=activations(size, settings),

@@ -137,6 +137,7 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
         mixed=mixed,
         frozen=kind if kind in BYTES or kind == "fp32" else "bf16",
         crop_seconds=options.get("crop_seconds"),
+        averaged=bool(options.get("average")),
     )
 
 

@@ -61,10 +61,11 @@ def _lokr_by_acestep_cpp(path, before):
             continue
         second = mine["lokr_w2"] if whole else mine["lokr_w2_a"] @ mine["lokr_w2_b"]
         rank = config["linear_dim"] if whole else len(mine["lokr_w2_b"])
-        change = torch.kron(mine["lokr_w1"], second) * (mine["alpha"] / rank)
+        change = (torch.kron(mine["lokr_w1"], second) * (mine["alpha"] / rank)).bfloat16().float()
         if (scale := mine.get("dora_scale")) is not None:
             changed = weight + change
-            change = changed * (scale.reshape(-1, 1) / changed.norm(dim=1, keepdim=True)) - weight
+            norms = changed.norm(dim=1, keepdim=True) + torch.finfo(torch.bfloat16).eps
+            change = changed * (scale.reshape(-1, 1) / norms) - weight
         found[layer] = change
     return found
 
@@ -92,23 +93,43 @@ def wan2gp(path, before):
 
 
 def acestep_cpp(path, before):
-    """ServeurpersoCom/acestep.cpp fa33775, src/adapter-merge.h, and HOT-Step, which has it from there.
+    """ServeurpersoCom/acestep.cpp fa33775, src/adapter-merge.h.
 
     Alpha is the tensor's, else the whole number after "lora_alpha" in the adapter_config.json of the file's folder,
     else the rank. Patterns and rsLoRA are not read. A, B and their product are rounded to bf16.
 
     Of a LoKr, whole first factors are read, and its alpha is divided by the second factor's rank or, if that is whole,
-    by linear_dim of the header's lokr_config. Weight decomposition is LyCORIS' own: by the norms of the changed weight.
+    by linear_dim of the header's lokr_config; the change is rounded to bf16. Weight decomposition is LyCORIS' own
+    for bf16: by the norms of the changed weight plus bf16's epsilon.
+    It takes a LoKr as a file, and of folders PEFT's alone.
     """
+    return _merged(path, before, {})
+
+
+def hot_step(path, before):
+    """scragnog/HOT-Step-CPP 4b5492c, engine/src/adapter-merge.h: acestep.cpp's, and it reads more.
+
+    An alpha in "alpha_pattern" is that of the layer whose whole name stands there, and a
+    folder may be a LoKr's.
+    """
+    config = _config_beside(path)
+    return _merged(path, before, dict(config.get("alpha_pattern") or {}))
+
+
+def _config_beside(path):
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+
+
+def _merged(path, before, alpha_by_layer):
     if lokr_in(path):
         return _lokr_by_acestep_cpp(path, before)
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    said = int(float(json.loads(config.read_text(encoding="utf-8")).get("lora_alpha", 0))) if config.is_file() else 0
+    said = int(float(_config_beside(path).get("lora_alpha", 0)))
     pairs, alphas = pairs_in(weights_in(path), ("base_model.model.", "diffusion_model.", "decoder."))
     found = {}
     for layer, pair in pairs.items():
         rank = len(pair["A"])
-        alpha = alphas.get(layer) or said or rank
+        alpha = alphas.get(layer) or alpha_by_layer.get(layer) or said or rank
         found[layer] = (pair["B"].bfloat16().float() @ pair["A"].bfloat16().float() * (alpha / rank)).bfloat16().float()
     return found
 
@@ -129,4 +150,10 @@ def hot_step_trigger(path):
     return (trigger, position) if trigger else ("", "")
 
 
-READERS = {"ComfyUI": comfyui, "acestep.cpp and HOT-Step": acestep_cpp, "Wan2GP": wan2gp, "DEMON": demon}
+READERS = {
+    "ComfyUI": comfyui,
+    "acestep.cpp": acestep_cpp,
+    "HOT-Step": hot_step,
+    "Wan2GP": wan2gp,
+    "DEMON": demon,
+}

@@ -28,6 +28,6 @@ def test_every_copy_of_a_lora_is_right_where_it_is_made_for():
     universal = text.partition("### Universal copy\n")[2]
     copies = text.partition("### ComfyUI copy\n")[2].partition("\n### ")[0]
     for title in LORAS:
-        assert f"| {title} | {' | '.join(['1'] * 5)} |\n" in universal
+        assert f"| {title} | {' | '.join(['1'] * 6)} |\n" in universal
     for title in LORAS | LOKRS:
         assert f"| {title} | – | 1 |" in copies

@@ -44,6 +44,13 @@ def test_a_card_that_is_too_small_is_told_the_cheapest_flags(estimate):
     assert rows[0].startswith("ACE-Step alone") and rows[0].endswith(" no") and rows[-1].endswith(" yes")
 
 
+def test_the_mean_that_a_training_keeps_is_counted(estimate):
+    words = ["--model", "base", "--seconds", "60", "--rank", "64", "--json"]
+    without, averaged = (json.loads(estimate(*words, *more))["rows"][-1] for more in ([], ["--average"]))
+    assert averaged["adapter"] == 2 * without["adapter"]
+    assert averaged["total"] - without["total"] == without["adapter"]
+
+
 def test_without_a_gpu_it_asks_for_the_memory(estimate, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "Say how much there is: --memory 12GB" in estimate("--model", "base", "--seconds", "60")

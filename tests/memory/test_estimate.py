@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from sidestep_plugin.memory.estimate import MARGIN, Needs, Settings, needs, shown
 from sidestep_plugin.memory.known import TWO_B, XL, known_size
+from sidestep_plugin.memory.of_training import settings_of
 from sidestep_plugin.memory.savings import SAVINGS, advice_for, enough, savings_for
 from sidestep_plugin.memory.sizes import DecoderSize, adapter_parameters
 
@@ -31,6 +33,13 @@ def test_a_lokr_keeps_its_target_layers_in_fp32():
     lora, lokr = (needs(TWO_B, Settings(kind=kind)).weights for kind in ("lora", "lokr"))
     adapted = TWO_B.layers * sum(one * other for one, other in TWO_B.targets(TARGETS).values())
     assert lokr - lora == 2 * adapted
+
+
+def test_a_running_mean_is_one_more_copy_of_the_adapter_in_fp32():
+    without, averaged = (needs(TWO_B, Settings(averaged=averaged)) for averaged in (False, True))
+    assert averaged.total - without.total == 4 * adapter_parameters(TWO_B, "lora", 64, TARGETS)
+    configs = SimpleNamespace(), SimpleNamespace(r=64)
+    assert [settings_of(*configs, {"average": on}, mixed=True).averaged for on in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -121,32 +121,38 @@ def told(found: Changes, trained: Changes) -> str:
     return f"{text}, {100 * off:.0f} % wrong" if off > OFF else text
 
 
-def row(make: object, settings: dict, dtype: torch.dtype) -> dict[str, list[str]]:
+def forms_of(title: str, dtype: torch.dtype, folder: Path) -> tuple[dict[str, Path | None], Changes]:
+    """The adapter as trained and its copies, in a folder, None where a copy is refused; and what was trained."""
+    make, settings = (lora, LORAS[title]) if title in LORAS else (lokr, LOKRS[title])
+    trained = make(folder / "adapter", copy.deepcopy(settings), dtype)
+    adapter, before = read_adapter(folder / "adapter"), weights_of(a_decoder())
+    forms: dict[str, Path | None] = {"as trained": folder / "adapter"}
+    (folder / "ComfyUI").mkdir()
+    copies = {
+        "ComfyUI copy": (
+            folder / "ComfyUI" / "copy.safetensors",
+            lambda to: write_comfyui_copy(adapter, to, None, before.get),
+        ),
+        "universal copy": (folder / "universal", lambda to: write_universal(adapter, to, {})),
+    }
+    for name, (place, write) in copies.items():
+        try:
+            write(place)
+            forms[name] = place
+        except Refusal:
+            forms[name] = None
+    return forms, trained
+
+
+def row(title: str, dtype: torch.dtype) -> dict[str, list[str]]:
     """For one adapter, by form (as trained, ComfyUI copy, universal copy), what each program makes of it."""
     before, cells = weights_of(a_decoder()), {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "adapter"
-        trained = make(folder, settings, dtype)
-        adapter = read_adapter(folder)
-        forms = {"as trained": folder}
-        copies = {
-            "ComfyUI copy": lambda to: write_comfyui_copy(adapter, to, None, before.get),
-            "universal copy": lambda to: write_universal(adapter, to, {}),
-        }
-        for name, write in copies.items():
-            place = Path(temporary) / name.split()[0]
-            try:
-                if name == "ComfyUI copy":
-                    place.mkdir()
-                    place = place / "copy.safetensors"
-                write(place)
-                forms[name] = place
-            except Refusal:
-                forms[name] = None
+        forms, trained = forms_of(title, dtype, Path(temporary))
         for name, place in forms.items():
             played = [NOT if place is None else told(read(place, dict(before)), trained) for read in READERS.values()]
-            own = "1" if make is lokr and name == "as trained" else NOT
-            if place is not None and make is lora and name != "ComfyUI copy":
+            own = "1" if title in LOKRS and name == "as trained" else NOT
+            if place is not None and title in LORAS and name != "ComfyUI copy":
                 own = told(by_peft(place), trained)
             cells[name] = [own, *played]
     return cells
@@ -154,8 +160,7 @@ def row(make: object, settings: dict, dtype: torch.dtype) -> dict[str, list[str]
 
 def lines_of(title: str) -> dict[str, str]:
     """The line of an adapter in each of the tables."""
-    make, settings = (lora, LORAS[title]) if title in LORAS else (lokr, LOKRS[title])
-    one, other = (row(make, copy.deepcopy(settings), dtype) for dtype in (torch.float32, torch.bfloat16))
+    one, other = (row(title, dtype) for dtype in (torch.float32, torch.bfloat16))
     lines = {}
     for form in one:
         pairs = zip(one[form], other[form], strict=True)
