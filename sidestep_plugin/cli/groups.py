@@ -63,8 +63,7 @@ class DefaultGroup(LazyGroup):
             try:
                 return super().invoke(ctx)
             except click.UsageError as error:
-                terminal.wrap_error(error)
-                raise
+                raise terminal.wrapped_error(error) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -96,12 +96,13 @@ def wrapped(line: str) -> str:
     return textwrap.fill(whole, room, subsequent_indent=" " * indent, **more).replace("\0", " ")  # type: ignore[arg-type]
 
 
-def wrap_error(error: click.ClickException) -> None:
-    """Let a message of click's, which it prints behind "Error: ", be wrapped between words on a terminal."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        before = "Error: "
-        lines = "\n".join(map(wrapped, f"{before}{error.format_message()}".split("\n")))
-        error.format_message = lambda: lines.removeprefix(before)  # type: ignore[method-assign]
+def wrapped_error(error: click.UsageError) -> click.UsageError:
+    """The same error, which click prints behind "Error: ", wrapped between words where it goes to a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return error
+    before = "Error: "
+    lines = "\n".join(map(wrapped, f"{before}{error.format_message()}".split("\n")))
+    return click.UsageError(lines.removeprefix(before), error.ctx)
 
 
 def _styled(line: str) -> str:

@@ -16,7 +16,7 @@ from terminal import as_seen
 from sidestep_plugin.cli import progress as showing
 from sidestep_plugin.cli import terminal as terminal_module
 from sidestep_plugin.cli.progress import Progress
-from sidestep_plugin.cli.terminal import wrap_error
+from sidestep_plugin.cli.terminal import wrapped_error
 from sidestep_plugin.clock import Clock
 
 
@@ -256,7 +256,7 @@ def test_a_usage_error_is_wrapped_too(terminal, monkeypatch):
     terminal(40)
     monkeypatch.setattr(showing.sys.stderr, "isatty", lambda: True, raising=False)
     error = click.UsageError("Name the folder of audio, or finished songs with --renew DIR: one of the two.")
-    wrap_error(error)
+    error = wrapped_error(error)
     lines = f"Error: {error.format_message()}".split("\n")
     assert len(lines) == 3 and all(len(line) < 40 for line in lines) and lines[1].startswith("    finished songs")
 
