@@ -63,7 +63,7 @@ class DefaultGroup(LazyGroup):
             try:
                 return super().invoke(ctx)
             except click.UsageError as error:
-                raise terminal.wrapped_error(error) from None
+                raise terminal.ErrorOfUsage(error) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

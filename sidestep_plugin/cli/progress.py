@@ -194,6 +194,8 @@ class Progress:
         parts = {"epoch": f"epoch {epoch}/{self._epochs}", "loss": f"loss (smoothed) {loss}"}
         if self.rate is not None:
             parts["lr"] = f"lr {self.rate:.1e}"
+        if self._run is not None and self._run.best_epoch is not None:
+            self.best_epoch = self._run.best_epoch  # perhaps of a validation after the newest step
         if self.best_epoch is not None:
             parts["best"] = f"best epoch {self.best_epoch}"
         if self.memory:

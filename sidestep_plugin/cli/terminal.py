@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import IO, TextIO
 
 import click
 
@@ -34,16 +34,20 @@ def say_what_takes_long(text: str) -> None:
 
 _STYLES = (
     (("Error", "❌"), {"fg": "red", "bold": True}),
-    (("Warning:", "⚠"), {"fg": "yellow"}),
     (("✅", "Adapter", "Best epoch", "Page: ", "Next:", "To resume:", "Interrupted", "Settings: "), {"bold": True}),
     (("Importing ", "Loading ", "📂", "🧠", "🚀", "🎯", "ℹ"), {"dim": True}),
 )
 """How lines look on a terminal, by what they begin with; all others look as usual."""
 
+_WARNINGS = ("Warning:", "⚠️", "⚠")
+"""What is black on yellow: yellow letters cannot be read on a light ground."""
+
 _IN_ONE_PIECE = re.compile(
     r"Adapter|Page: |For ComfyUI: |Report: |💾|✅|\s+(\S*[/\\]|acestep-train\b|pip |uv |git |\w+=\S+ )"
 )
 """What lines begin with that hold a command or a path, which somebody may copy."""
+
+_PATH = re.compile(r" (?=[/~]|[A-Za-z]:[/\\]|\.{1,2}[/\\])")
 
 _FIRST_COLUMN = re.compile(r"\s*\S+(?: \S+)* {2,}(?=\S)")
 """The beginning of a line that has what is told in a column of its own."""
@@ -85,7 +89,9 @@ def wrapped(line: str) -> str:
         return line
     if _IN_ONE_PIECE.match(line):
         path, remark, rest = line.rpartition(" (")
-        return f"{path}\n    ({rest}" if remark and line.endswith(")") else line
+        if remark and line.endswith(")"):
+            return f"{_before_the_path(path, room)}\n    ({rest}"
+        return _before_the_path(line, room)
     import textwrap
 
     column = _FIRST_COLUMN.match(line)
@@ -96,18 +102,34 @@ def wrapped(line: str) -> str:
     return textwrap.fill(whole, room, subsequent_indent=" " * indent, **more).replace("\0", " ")  # type: ignore[arg-type]
 
 
-def wrapped_error(error: click.UsageError) -> click.UsageError:
-    """The same error, which click prints behind "Error: ", wrapped between words where it goes to a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return error
-    before = "Error: "
-    lines = "\n".join(map(wrapped, f"{before}{error.format_message()}".split("\n")))
-    return click.UsageError(lines.removeprefix(before), error.ctx)
+def _before_the_path(line: str, room: int) -> str:
+    """A line with its path on a line of its own, if it fits there and not here. A command stays as it is."""
+    found = _PATH.search(line)
+    if len(line) <= room or line[0] == " " or found is None or len(line) - found.end() > room - 4:
+        return line
+    return f"{line[: found.start()]}\n    {line[found.end() :]}"
+
+
+class ErrorOfUsage(click.UsageError):
+    """The same as click's, which looks like other errors on a terminal."""
+
+    def __init__(self, error: click.UsageError) -> None:
+        super().__init__(error.format_message(), error.ctx)
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print how the command is used, and the message, on standard error."""
+        if file is not None or sys.stderr is None or not sys.stderr.isatty():
+            return super().show(file)
+        if self.ctx is not None:
+            say(f"{self.ctx.get_usage()}\nTry '{self.ctx.command_path} --help' for help.\n", err=True)
+        return say(f"Error: {self.message}", err=True)
 
 
 def _styled(line: str) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return line
+    if (mark := next((mark for mark in _WARNINGS if line.startswith(mark)), "")) != "":
+        return click.style(mark, fg="black", bg="yellow") + line.removeprefix(mark)
     style = next((style for beginnings, style in _STYLES if line.startswith(beginnings)), None)
     return line if style is None else click.style(line, **style)
 

@@ -16,7 +16,7 @@ from terminal import as_seen
 from sidestep_plugin.cli import progress as showing
 from sidestep_plugin.cli import terminal as terminal_module
 from sidestep_plugin.cli.progress import Progress
-from sidestep_plugin.cli.terminal import wrapped_error
+from sidestep_plugin.cli.terminal import ErrorOfUsage
 from sidestep_plugin.clock import Clock
 
 
@@ -154,7 +154,7 @@ def test_the_best_epoch_is_in_the_bar():
     progress = Progress()
     progress.begin(10, 10)
     assert "best epoch" not in progress._status()
-    progress.best_epoch = 3
+    progress._run = SimpleNamespace(best_epoch=3)  # validation after the last step
     assert "best epoch 3" in progress._status() and "best epoch 3" not in progress._status(room=40)
 
 
@@ -252,13 +252,26 @@ def test_what_stands_behind_a_first_column_stays_behind_it(terminal):
     assert seen(command, terminal) == command
 
 
-def test_a_usage_error_is_wrapped_too(terminal, monkeypatch):
+def test_an_error_of_usage_looks_like_any_other(terminal, monkeypatch, capsys):
+    said = "Name the folder of audio, or finished songs with --renew DIR: one of the two."
+    error = ErrorOfUsage(click.UsageError(said))
+    error.show()
+    assert capsys.readouterr().err == f"Error: {said}\n"
     terminal(40)
     monkeypatch.setattr(showing.sys.stderr, "isatty", lambda: True, raising=False)
-    error = click.UsageError("Name the folder of audio, or finished songs with --renew DIR: one of the two.")
-    error = wrapped_error(error)
-    lines = f"Error: {error.format_message()}".split("\n")
-    assert len(lines) == 3 and all(len(line) < 40 for line in lines) and lines[1].startswith("    finished songs")
+    error.show()
+    shown = capsys.readouterr().err
+    assert shown.startswith("\x1b[31m\x1b[1mError: Name") and all(len(line) < 40 for line in as_seen(shown).split("\n"))
+    assert " ".join(as_seen(shown).split()) == f"Error: {said}"
+
+
+def test_a_path_that_fits_gets_a_line_of_its_own(terminal):
+    saved = "💾 Saved as it was after 9 training steps: /home/somebody/out/interrupted"
+    assert seen(saved, terminal, 60).split("\n") == [
+        "💾 Saved as it was after 9 training steps:",
+        "    /home/somebody/out/interrupted",
+    ]
+    assert "\n" not in seen(f"Page: /home/{'x' * 60}/index.html", terminal, 60)
 
 
 def test_commands_print_by_what_wraps():
@@ -269,8 +282,10 @@ def test_commands_print_by_what_wraps():
 
 
 def test_important_lines_stand_out_unless_somebody_wants_no_colours(terminal, monkeypatch):
-    for line, code in (("Warning: x", 33), ("Error: x", 31), ("Adapter: x", 1), ("Loading x", 2)):
+    for line, code in (("Error: x", 31), ("Adapter: x", 1), ("Loading x", 2)):
         assert seen(line, terminal).startswith(f"\x1b[{code}m") and seen(line, terminal).endswith("\x1b[0m")
+    for line in ("Warning: x", "⚠️ x"):  # yellow letters cannot be read on a light ground: black on yellow can
+        assert seen(line, terminal) == f"\x1b[30m\x1b[43m{line[:-2]}\x1b[0m x"
     assert seen("Note: x", terminal) == "Note: x"
     monkeypatch.setenv("NO_COLOR", "1")
     assert seen("Warning: x", terminal) == "Warning: x"
