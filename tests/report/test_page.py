@@ -5,6 +5,7 @@ The page in a real browser is a slow test.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import random
@@ -234,6 +235,14 @@ def test_a_training_that_is_refused_leaves_the_page_of_the_one_before(train):
     refused = train("base", max_epochs=1, options=options, output_dir=str(first.output))
     assert refused.messages[-1].startswith("❌") and not refused.losses
     assert (first.output / FILE_NAME).read_bytes() == before
+
+
+def test_a_command_can_be_copied_as_it_is(train):
+    """Its words are never broken, so each is an element of its own."""
+    data = data_on(train("base", max_epochs=1).output)
+    command = "acestep-train list 'my  <old> output' --json"
+    (typed,) = re.findall("<pre>(.*?)</pre>", page(data | {"commands": [["List it:", command]]}), re.DOTALL)
+    assert html.unescape(re.sub("</?span>", "", typed)) == command and typed.count("<span>") == len(command.split(" "))
 
 
 def test_warnings_are_on_it(train):
