@@ -37,6 +37,7 @@ def test_a_sentence_ends_once(text, told):
     assert sentence(text) == told
 
 
+@pytest.mark.slow
 def test_a_training_of_one_song_one_step_and_one_checkpoint(checkout, trainer, tmp_path, monkeypatch):
     """Everything that is printed about it, by the commands that look at it, too."""
     monkeypatch.chdir(tmp_path)

@@ -48,6 +48,7 @@ def both(train, load):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_header_is_another(both, kind):
     theirs, ours = (taken_apart(file) for file in both(kind))
@@ -200,6 +201,7 @@ def test_a_changed_tensor_no_longer_has_the_hash(saved, tmp_path):
     assert texts["modelspec.hash_sha256"] != "0x" + hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_lokrs_own_record_of_the_run_says_the_same(saved):
     for file in saved("lokr"):
         header = taken_apart(file)[0]

@@ -574,6 +574,7 @@ def test_the_adapters_of_another_training_are_not_replaced_unasked(run, refused,
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_resume_from_latest(run, require_kind, tmp_path, kind):
     require_kind(kind)

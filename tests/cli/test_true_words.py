@@ -58,6 +58,7 @@ def test_allowing_duplicates_is_advised_where_it_helps(invoke, training, other_s
     assert done.exit_code == 2 and "Take the copies out." in done.stderr and asks not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_settings_file_of_a_training_with_a_validation_folder_repeats_it(invoke, training, other_songs, tmp_path):
     done = invoke(*training, f"--validation-dir={other_songs}", "--validate-every=1", "--patience=3")
     assert done.exit_code == 0, done.output

@@ -111,6 +111,7 @@ def test_savings_change_no_bit(run, same, deterministic, note, device, family, k
     assert same(dear, cheap), str(kernels)
 
 
+@pytest.mark.slow
 @on_both("kind", ["lora", "lokr"])
 def test_validation_and_previews_leave_everything_as_it_was(run, same, deterministic, note, device, kind):
     held_out = {"validate": 2, "cfg_ratio": 0.5}
@@ -126,6 +127,7 @@ def test_validation_and_previews_leave_everything_as_it_was(run, same, determini
     assert same(plain, watched), str(kernels)
 
 
+@pytest.mark.slow
 @on_both("kind", ["lora", "lokr"])
 def test_a_resumed_training_comes_close_to_one_that_went_through(
     run, deterministic, largest_difference, note, device, kind

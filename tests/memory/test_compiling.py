@@ -186,6 +186,7 @@ def test_what_is_compiled_is_put_back_after_a_look():
     assert len(called) == 1
 
 
+@pytest.mark.slow
 def test_resuming_says_that_compiling_changed(train, backend, capsys):
     backend(Counting())
     whole = train("base", options={"compile": True}, max_epochs=2, batch_size=6)

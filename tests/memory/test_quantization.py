@@ -136,6 +136,7 @@ def test_a_training_with_quantized_weights(train, load, capsys, kind):
     assert len({weight.dtype for weight in after}) == 1
 
 
+@pytest.mark.slow
 def test_resuming_equals_going_through(train, capsys):
     options = {"base_weights": "int8", "export": "comfyui"}
     whole = train("base", max_epochs=3, options=options)
@@ -191,6 +192,7 @@ def test_a_fact_that_is_no_number_is_left_out(train):
     assert facts["compiled"] is True and "base_weights_loss_change" not in facts
 
 
+@pytest.mark.slow
 def test_measuring_draws_no_random_number(train, monkeypatch):
     """A replacement that computes the same bits, so that only the measuring could make a difference."""
     plain = train("base", max_epochs=1)

@@ -133,6 +133,7 @@ def test_an_output_folder_that_cannot_be_written_is_said(command, music, tmp_pat
     assert code == 2 and "Cannot write to" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_finished_songs_and_no_half_one(prepare, music, monkeypatch, tmp_path, checkout):
     from sidestep_plugin import files
     from sidestep_plugin.preparing import job

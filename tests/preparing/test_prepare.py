@@ -57,6 +57,7 @@ def test_a_song_says_what_it_was_told_and_how_it_was_made(prepare, music):
     assert made["sound"]["vae"] and made["machine"]["dtype"] == "float32" and made["machine"]["attention"] == "sdpa"
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(prepare, music, tmp_path):
     one = prepare(music, tmp_path / "a")
     torch.manual_seed(99)
@@ -92,6 +93,7 @@ def test_running_again_does_nothing(prepare, music, monkeypatch):
     assert {file.name: file.stat().st_mtime_ns for file in first.folder.iterdir()} == times
 
 
+@pytest.mark.slow
 def test_a_changed_caption_makes_only_its_conditions_anew(prepare, music, monkeypatch):
     first = prepare(music)
     before, songs = digests(first.folder), songs_of(first.folder)

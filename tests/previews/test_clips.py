@@ -127,6 +127,7 @@ def heard(train):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_a_saved_adapter_gives_the_clip_of_its_epoch(heard, checkout, trainer, kind):
     """What the training generated with the adapter in memory, and what the file gives."""

@@ -115,6 +115,7 @@ def test_drawing_in_a_preview_changes_nothing(train, equal_bits, monkeypatch):
     assert equal_bits(without, train("base", options=ON, max_epochs=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_twins_are_equal_when_the_adapter_is_zero(train, kind):
     """A learning rate so small that nothing is learned: what the adapter adds is exactly nothing."""
@@ -167,6 +168,7 @@ def test_clips_of_an_earlier_training_are_moved_aside(train, capsys, tmp_path):
     assert read_table(tmp_path / "previews-1") == earlier
 
 
+@pytest.mark.slow
 def test_with_a_vae_there_are_wav_files_and_tensorboard_has_them(train, trainer, vae_there, capsys, monkeypatch):
     logged = []
     if getattr(trainer, "LIGHTNING_AVAILABLE", False):

@@ -102,6 +102,7 @@ def handler(checkpoints):  # noqa: F811
     return lambda: load_model(find_model("base", checkpoints), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_prompts_are_heard_while_it_trains_and_change_no_bit(train, handler, prompts, equal_bits, checkout, capsys):
     if checkout.real:
         pytest.skip("the songs are the miniature's")

@@ -120,6 +120,7 @@ class Failing:
 # -- what is on it ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_told_as_a_whole(train):
     options = {"title": "Late Night Jazz", "trigger": "ltnjz", "validate": 2, "validate_every": 1}
     done = train("base", options=options | {"preview_every": 1, "preview_songs": "1", "num_inference_steps": 2})

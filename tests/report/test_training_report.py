@@ -111,6 +111,7 @@ def test_a_report_that_cannot_be_written_costs_no_adapter(train, monkeypatch):
     assert done.tensors and any("no report could be written" in line for line in done.messages)
 
 
+@pytest.mark.slow
 def test_an_older_report_does_not_pass_for_that_of_this_training(train, monkeypatch):
     from sidestep_plugin.report import plugin as training_report
 

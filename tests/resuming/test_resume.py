@@ -146,6 +146,7 @@ def test_a_training_that_was_stopped_anywhere_goes_on_as_if_it_had_not(job, kind
     assert same(whole, job("stopped", kind, resume_from=interrupted, **settings))
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_again_and_again(job):
     whole = job("whole")
     job("stopped", stop_at=2)
@@ -176,6 +177,7 @@ def test_a_checkpoint_outside_of_the_folders_that_the_app_may_read(job, trainer)
     assert "is outside the folders that ACE-Step may read" in job.said[-1]
 
 
+@pytest.mark.slow
 def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, trainer):
     pytest.importorskip("lightning", reason="upstream validates with Lightning only")
     if "val_split" not in inspect.signature(trainer.TrainingConfig).parameters:
@@ -193,6 +195,7 @@ def test_validation_and_the_best_checkpoint_are_what_they_would_have_been(job, t
     assert same(whole, job("again", resume_from=job.output / "whole" / "checkpoints" / "best", **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"persistent_workers": True}, {"persistent_workers": True, "val_split": 0.3}])
 def test_songs_that_worker_processes_load(job, trainer, more):
     """They are read ahead; the order, and what is drawn beside it, has to be the same all the same.
@@ -207,6 +210,7 @@ def test_songs_that_worker_processes_load(job, trainer, more):
     assert same(whole, job("stopped", resume_from=job.output / "stopped" / "interrupted", **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_without_lightning(job, trainer, monkeypatch, kind):
     monkeypatch.setattr(trainer, "LIGHTNING_AVAILABLE", False)
@@ -293,6 +297,7 @@ def test_a_checkpoint_by_upstream_alone_gives_its_weights(job):
 # -- what upstream does ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_songs_of_the_same_number_are_told(job, checkout, tmp_path):
     job("whole", max_epochs=3)
     songs = shutil.copytree(checkout.tensors, tmp_path / "songs")

@@ -17,6 +17,8 @@ KINDS = ("lora", "lokr")
 INJECTED = {"inject": True, "ordered": True, "songs": 6, "options": {"cfg_ratio": 0.0, "average": True}}
 PLAIN = {"dropout": 0.1, "options": {"cfg_ratio": 0.5}}
 
+pytestmark = pytest.mark.slow  # one training in two processes serves all of them
+
 
 @pytest.fixture(scope="module")
 def base(checkout):
@@ -86,7 +88,6 @@ def adapter(output, *, average=False):
     return load_file(file)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_twice_the_accumulation(two, alone, kind, require_kind):
     require_kind(kind)

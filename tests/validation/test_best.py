@@ -75,6 +75,7 @@ class AfterEpoch:
 # -- another course of the same training -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_patience_takes_the_best_of_this_course_and_not_of_one_that_was_left(train, kind, monkeypatch, capsys):
     """Best was epoch 4. From epoch 2 on another course is taken, in which everything gets worse."""

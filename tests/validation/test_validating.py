@@ -153,6 +153,7 @@ def test_without_lightning_it_is_the_same_bit_for_bit(
     assert equal_bits(plain, validated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lightning", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_resuming_from_best_equals_an_unbroken_training(
@@ -257,6 +258,7 @@ def test_a_resumed_training_measures_what_it_would_have(train, measured, kind, c
 # -- best and patience -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_a_planted_overfit_turns_the_curve_and_patience_stops_it(train, measured, overfitting, capsys, kind, load):
     options = {"validate": 4, "validate_every": 1, "patience": 2}
