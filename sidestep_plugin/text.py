@@ -25,6 +25,12 @@ def counted(number: object, noun: str) -> str:
     return f"{number} {noun if str(number) == '1' else plural}"
 
 
+def hours(seconds: float) -> str:
+    """A length of time, such as 1:02:03; the rest of a second is left out."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
 def sentence(text: object) -> str:
     """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
     line = " ".join(str(text).split())

@@ -12,7 +12,7 @@ import click
 
 from sidestep_plugin.clock import Clock
 from sidestep_plugin.hookspecs import hookimpl
-from sidestep_plugin.text import counted
+from sidestep_plugin.text import counted, hours
 
 from .terminal import for_people, say, unread
 
@@ -88,7 +88,7 @@ class Progress:
             self._bar = None
         if self.began:
             steps = self.step - self._first_step + 1
-            say(f"Total time: {_duration(self._clock.seconds)} for {counted(steps, 'training step')}")
+            say(f"Total time: {hours(self._clock.seconds)} for {counted(steps, 'training step')}")
 
     @property
     def computes(self) -> bool:
@@ -143,8 +143,8 @@ class Progress:
         if pace is None or rest is None or rest < _WORTH_SAYING:
             return
         self.say(
-            f"Time: about {_duration(pace * self._steps_per_epoch)} per epoch, {_duration(rest)} left ({_TIMED_STEPS} "
-            f"steps took {_duration(_TIMED_STEPS * pace)})"
+            f"Time: about {hours(pace * self._steps_per_epoch)} per epoch, {hours(rest)} left ({_TIMED_STEPS} "
+            f"steps took {hours(_TIMED_STEPS * pace)})"
         )
 
     def _show(self) -> None:
@@ -202,10 +202,10 @@ class Progress:
             parts["memory"] = f"GPU {self.memory / 2**30:.1f} GiB"
         if (a_step := self._clock.seconds_per_step) is not None:
             parts["rate"] = f"{1 / max(a_step, 1e-9):.2f} steps/s"
-            parts["elapsed"] = f"{_duration(self._clock.seconds)} elapsed"
+            parts["elapsed"] = f"{hours(self._clock.seconds)} elapsed"
             left = self._clock.left(self._steps - self.step)
             if self.step < self._steps and left is not None:
-                parts["left"] = f"{_duration(left)} left"
+                parts["left"] = f"{hours(left)} left"
         for name in ("lr", "rate", "elapsed", "memory", "left", "best"):
             if room is not None and len(", ".join(parts.values())) > room:
                 parts.pop(name, None)
@@ -229,8 +229,3 @@ def _label() -> str:
 
 def _blank() -> str:
     return " " * (shutil.get_terminal_size().columns - 1)
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -13,7 +13,7 @@ from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..options import WholeNumber
 from ..run import Run, Step
-from ..text import counted
+from ..text import counted, hours
 
 _KEY: Final = "limits"
 _UNITS: Final = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
@@ -59,7 +59,7 @@ def acestep_run_started(run: Run) -> list[str] | None:
     if limits.ends_at is None:
         return None
     left = max(0, round(limits.ends_at - time.monotonic()))
-    return [f"Time limit: {run.options['time_limit']}, then it stops and is saved; {_clock(left)} left"]
+    return [f"Time limit: {run.options['time_limit']}, then it stops and is saved; {hours(left)} left"]
 
 
 @hookimpl
@@ -136,7 +136,3 @@ def _already_running(run: Run) -> float:
     import psutil
 
     return max(0.0, time.time() - float(psutil.Process().create_time()))
-
-
-def _clock(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -184,6 +184,7 @@ def mood(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "installed_plugins", lambda: [*found, registry.Installed("mood", "mood", "1", point)])
 
 
+@pytest.mark.slow
 def test_plugins_options_are_those_of_the_checkpoint(train, mood, tmp_path):
     """Of the plugin sidestep and of everybody's; what is typed wins, and it is said."""
     options = ["--mood", 3, "--calm", "--crop-seconds", 0.4, "--time-limit", "1h", "--title", "Two words"]

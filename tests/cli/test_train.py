@@ -187,6 +187,7 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
         assert list(file.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_training_that_is_interrupted_before_its_first_step_ends_at_once(run, tmp_path, monkeypatch):
     """Without the rest of the base model's clips, and what --overwrite has set aside is back in its place."""

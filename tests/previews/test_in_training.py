@@ -229,7 +229,7 @@ def test_a_preview_that_fails_warns_once_and_the_training_goes_on(train, equal_b
     assert out.count("Clips of any saved adapter: ") == 1
 
 
-@pytest.mark.parametrize("clips", [1, 3])
+@pytest.mark.parametrize("clips", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_training_that_is_stopped_makes_no_more_clips(train, monkeypatch, capsys, clips):
     """Before its first step and after an epoch: two songs are heard each time."""
     from sidestep_plugin.engine.services import Services

@@ -197,6 +197,7 @@ def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(tra
     assert "resumed after epoch 2" in on_page(stopped.output).words and data["saved"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "place"),
     [(2, "2 of 12 steps, resumed after step 2"), (7, "7 of 12 steps, resumed after epoch 2, step 7")],
@@ -309,7 +310,7 @@ def test_all_times_of_a_training_are_of_one_clock(train, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "limit", "left"),
     [
-        ({}, "", lambda steps: (40 * steps - steps) * 10),
+        pytest.param({}, "", lambda steps: (40 * steps - steps) * 10, marks=pytest.mark.slow),
         ({"max_steps": 11}, "--max-steps 11", lambda steps: (11 - steps) * 10),
         ({"max_steps": 300, "time_limit": "2m"}, "--time-limit 2m", lambda steps: 120 - 10 * steps),
     ],
