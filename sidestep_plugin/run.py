@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .clock import Clock
 from .errors import Refusal
 from .files import not_a_file, stand_in
 from .ranks import Ranks
@@ -121,6 +122,7 @@ class Run:
         before_run_ended: functions that are called in every process before :func:`acestep_run_ended` is called in the
             first one, which is where a plugin exchanges what its processes have noted since the last epoch.
         paused: seconds since the first step that were spent between epochs on something else than training.
+        clock: the time that the training takes (private; see ``clock.py``).
         engine: what the engine does for the rooms of this package (private; see ``engine/services.py``).
         reports: functions that return entries for the training's report (private).
         keeps: by name, functions that return what a checkpoint keeps for a part of the plugin (private).
@@ -153,6 +155,7 @@ class Run:
     facts: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)
     describe: Callable[[], Mapping[str, Any]] = dict
     paused: float = 0.0
+    clock: Clock = field(default_factory=Clock)
     engine: Any = None
     reports: list[Callable[[], Mapping[str, Any]]] = field(default_factory=list)
     keeps: dict[str, Callable[[], Any]] = field(default_factory=dict)

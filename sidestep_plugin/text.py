@@ -32,6 +32,12 @@ def listed(names: Sequence[str], longest: int = 5) -> str:
     return first + (f" and {len(names) - longest} more" if len(names) > longest else "")
 
 
+def hours(seconds: float) -> str:
+    """A length of time, such as 1:02:03; the rest of a second is left out."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
 def sentence(text: object) -> str:
     """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
     line = " ".join(str(text).split())

@@ -16,7 +16,7 @@ from sidestep_plugin.text import counted, shown
 
 from .commands import Command, Unusable
 from .quiet import quiet_third_parties, quiet_upstream
-from .terminal import say
+from .terminal import echo, say
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, check_device
 
@@ -91,7 +91,7 @@ def average(
             )
             if last == 1:
                 for line in [*chose, "Nothing was saved: the newest checkpoint alone has the lowest loss."]:
-                    click.echo(line)
+                    echo(line)
                 return
         elif songs["dataset_dir"] is not None:
             raise Refusal("--dataset-dir is for choosing. Say among what: --best-of 2,4,8.")
@@ -115,8 +115,8 @@ def average(
     except OSError as error:
         raise Unusable(f"Cannot write the average: {error.strerror or error}: {error.filename or output}.") from None
     for line in [*chose, *_lines(reports, done, told, to_rank)]:
-        click.echo(line)
-    click.echo(f"Saved: {shown(output, 5000)}")
+        echo(line)
+    echo(f"Saved: {shown(output, 5000)}")
 
 
 def _reports(paths: list[Path]) -> list[Report]:

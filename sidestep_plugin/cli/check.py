@@ -12,7 +12,7 @@ from sidestep_plugin.adapters.kinds import NAMES
 from sidestep_plugin.errors import Refusal
 
 from .commands import FAILED, Command, Unusable, echo_json
-from .terminal import say_what_takes_long
+from .terminal import echo, say_what_takes_long
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check(
     try:
         root = find_root(acestep_root)
         if not as_json:
-            click.echo(f"ACE-Step: {root}")
+            echo(f"ACE-Step: {root}")
         require_torch()
     except Refusal as refusal:
         raise Unusable(str(refusal)) from None
@@ -66,18 +66,18 @@ def check(
     if as_json:
         echo_json(dataclasses.asdict(fitness))
         sys.exit(0 if fitness.fits else FAILED)
-    click.echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
+    echo("Versions: " + ", ".join(f"{name} {version}" for name, version in fitness.versions.items()))
     for kind in dict.fromkeys(seam.adapter_type for seam in fitness.seams):
-        click.echo(f"Compatibility check for {kind}:")
+        echo(f"Compatibility check for {kind}:")
         for seam in fitness.seams:
             if seam.adapter_type == kind:
                 reason = f": {seam.reason}" if seam.reason else ""
-                click.echo(f"    {seam.status:<12}{seam.name}{reason}")
-    click.echo(f"Models in {fitness.checkpoint_dir}:" + ("" if fitness.models else " none"))
+                echo(f"    {seam.status:<12}{seam.name}{reason}")
+    echo(f"Models in {fitness.checkpoint_dir}:" + ("" if fitness.models else " none"))
     for model in fitness.models:
-        click.echo(f"    {model.name}: {model.member or 'unknown'} ({model.evidence})")
-    click.echo("Plugins:" + ("" if fitness.plugins else " none"))
+        echo(f"    {model.name}: {model.member or 'unknown'} ({model.evidence})")
+    echo("Plugins:" + ("" if fitness.plugins else " none"))
     for plugin in fitness.plugins:
-        click.echo(f"    {plugin.name} ({plugin.distribution} {plugin.version}): {plugin.error or 'loads'}")
-    click.echo(f"Verdict: {fitness.verdict}")
+        echo(f"    {plugin.name} ({plugin.distribution} {plugin.version}): {plugin.error or 'loads'}")
+    echo(f"Verdict: {fitness.verdict}")
     sys.exit(0 if fitness.fits else FAILED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from .terminal import program
 from .training_options import usual_defaults
 
 if TYPE_CHECKING:
+    import click
+
     from sidestep_plugin.launch.launch import Request
 
 
@@ -51,14 +53,18 @@ def words_of(request: Request, *, whole: bool = False) -> list[str]:
     for name, value in request.settings.items():
         words += _option(f"--{name.replace('_', '-')}", value)
     for option in declared:
-        value = request.options.get(str(option.name))
-        if value != option.default:
-            words += _option(option.opts[0], value)
+        words += option_words(option, request.options)
     if request.resume_from is None and request.defaults != usual_defaults(request.plugins):
         words += ["--settings", request.defaults]
     words += ["--overwrite"] if request.overwrite else []
     words += ["--allow-duplicates"] if request.allow_duplicates else []
     return words
+
+
+def option_words(option: click.Option, values: Mapping[str, Any]) -> list[str]:
+    """A plugin's option as it is typed; nothing where its value is the default one."""
+    value = values.get(str(option.name))
+    return [] if value == option.default else _option(option.opts[0], value)
 
 
 def resuming_line(request: Request) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.signals import INTERRUPTED as INTERRUPTED
@@ -49,10 +50,12 @@ def check_plugins(said: Sequence[str], what: str) -> tuple[str, ...]:
     """
     from sidestep_plugin.registry import Registry
 
+    from .terminal import say
+
     plugins = chosen(said)
     Registry.load(plugins)
     if plugins != (OURS,):
-        click.echo(f"Note: --plugin changes nothing here: {what}.", err=True)
+        say(f"Note: --plugin changes nothing here: {what}.", err=True)
     return plugins
 
 
@@ -180,8 +183,14 @@ class PluginCommand(RefusingCommand):
             for option in self._declared:
                 if any(set(own.opts) & set(option.opts) or own.name == option.name for own in self.params):
                     raise Refusal(f"A plugin declares {option.opts[0]}, which {ctx.info_name} has already.")
-            ctx.default_map = {**(ctx.default_map or {}), **said.checked(self.get_params(ctx), ctx)}
-            return super().parse_args(ctx, args)
+            kept = self._kept(args, said)
+            known, params = ctx.default_map or {}, self.get_params(ctx)
+            ctx.default_map = {**known, **kept.checked(params, ctx), **said.checked(params, ctx)}
+            rest = super().parse_args(ctx, args)
+            default_map = ParameterSource.DEFAULT_MAP
+            took = {name for name in kept.values if ctx.get_parameter_source(name) is default_map} - {*said.values}
+            ctx.meta["resumed_options"] = (self._declared, kept.values, took)
+            return rest
         except Refusal as refusal:
             raise Unusable(str(refusal)) from refusal
         except click.NoSuchOption as error:
@@ -205,6 +214,17 @@ class PluginCommand(RefusingCommand):
             if (kept := plugins_to_resume(resumed[-1], output[-1] if output else None)) is not None:
                 return kept
         return self.default_plugins
+
+    def _kept(self, args: list[str], said: Any) -> Any:
+        """What the checkpoint to resume from says about the plugins' options. Raises Refusal."""
+        from .settings_file import SettingsFile
+
+        if not (resumed := values_of("--resume-from", args) or _texts(said.values.get("resume_from"))):
+            return SettingsFile.empty()
+        from .resumed import options_to_resume
+
+        output = values_of("--output-dir", args) or _texts(said.values.get("output_dir"))
+        return options_to_resume(resumed[-1], output[-1] if output else None, self._declared)
 
     def _settings_file(self, args: list[str]) -> Any:
         """The settings file that was named, an empty one when none was. Raises Refusal."""

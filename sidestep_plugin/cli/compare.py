@@ -19,7 +19,7 @@ from . import quiet
 from .command_line import quoted
 from .commands import RefusingCommand, check_plugins, echo_json
 from .plotting import check_plot
-from .terminal import program, say
+from .terminal import echo, program, say
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, STRENGTHS, check_device, plugin_option
 
@@ -115,11 +115,11 @@ def compare(
         echo_json(_as_json(done, names))
         return
     for line in _as_text(done, names, several=len(strengths) > 1):
-        click.echo(line)
+        echo(line)
     if plot is not None:
-        click.echo(f"\nPicture: {plot}")
+        echo(f"\nPicture: {plot}")
     if line := _copy_command(done) if len(strengths) > 1 else "":
-        click.echo(f"\n{line}")
+        echo(f"\n{line}")
 
 
 class _Progress:

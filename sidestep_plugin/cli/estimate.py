@@ -15,6 +15,7 @@ from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
 
 from .commands import OURS, Command, Unusable, chosen, echo_json
+from .terminal import echo
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, plugin_option
 
@@ -139,7 +140,7 @@ def estimate(
         echo_json(answer.as_json())
         return
     for line in answer.lines():
-        click.echo(line)
+        echo(line)
 
 
 @dataclass(frozen=True)

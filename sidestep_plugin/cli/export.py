@@ -14,6 +14,7 @@ from sidestep_plugin.options import FiniteFloat, Place
 from sidestep_plugin.text import counted, shown
 
 from .commands import Unusable
+from .terminal import echo
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 if TYPE_CHECKING:
@@ -103,12 +104,12 @@ def export(
     except OSError as error:
         raise Unusable(f"Cannot write the copy: {error.strerror or error}: {error.filename or output}.") from None
     for line in lines:
-        click.echo(line)
+        echo(line)
     if better := better_than(report.adapter.file.path):
-        click.echo(f"Note: {shown(better, 5000)}")
+        echo(f"Note: {shown(better, 5000)}")
     if (generate := report.generate).shift is not None and not generate.guess:
         steps = counted(generate.num_inference_steps, "step")
-        click.echo(f"Generate with shift {generate.shift}, {steps}, CFG {generate.cfg}.")
+        echo(f"Generate with shift {generate.shift}, {steps}, CFG {generate.cfg}.")
 
 
 def _comfyui(

@@ -60,7 +60,10 @@ class DefaultGroup(LazyGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         with ended_by_signals(ctx):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.UsageError as error:
+                raise terminal.ErrorOfUsage(error) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

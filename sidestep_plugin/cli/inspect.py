@@ -12,6 +12,7 @@ from sidestep_plugin.options import Place
 from sidestep_plugin.text import shown
 
 from .commands import UNUSABLE, Unusable, echo_json
+from .terminal import echo
 
 
 @click.command()
@@ -43,9 +44,9 @@ def inspect(path: Path, as_json: bool) -> None:
         echo_json(report.as_json(found))
     else:
         for line in report.as_text(found):
-            click.echo(line)
+            echo(line)
         if better := better_than(found.adapter.file.path):
-            click.echo(f"  {'Note:':<11}{shown(better, 5000)}")
+            echo(f"  {'Note:':<11}{shown(better, 5000)}")
         for problem in found.problems:
-            click.echo(f"Problem: {shown(problem, 5000)}", err=True)
+            echo(f"Problem: {shown(problem, 5000)}", err=True)
     sys.exit(UNUSABLE if found.problems else 0)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 AT_ONCE: Final = "Stopped at once. Checkpoints that were saved before are complete."
+BEFORE_THE_FIRST_STEP: Final = "Interrupted before the first step; nothing was saved."
 
 _TRAIN: Final = frozenset({"train", "demo"})
 _BEGAN: Final = "sidestep_plugin.training_began"
@@ -66,7 +67,7 @@ def ended_by_signals(context: click.Context) -> Iterator[None]:
 
 @contextmanager
 def interruptible(launch: Launch, progress: Progress) -> Iterator[Stop]:
-    """Let signals end the training after the running step; a second Ctrl-C ends it at once."""
+    """Let signals end the training after the running step; before the first one, and a second Ctrl-C, at once."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[_BEGAN] = True
     stop = Stop(launch, progress)
@@ -74,7 +75,7 @@ def interruptible(launch: Launch, progress: Progress) -> Iterator[Stop]:
         try:
             yield stop
         except KeyboardInterrupt:
-            say(AT_ONCE, err=True)
+            say(AT_ONCE if progress.computes else BEFORE_THE_FIRST_STEP, err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -103,6 +104,8 @@ class Stop:
         self._launch.state["should_stop"] = True
         if self._several:  # all of them stop after the same step; whoever started them ends them at once if asked to
             self._launch.state["interrupted"] = True
+        elif not self._progress.computes:  # there is nothing to save
+            raise signals.Interrupted
         elif not before:
             again = " Press Ctrl-C again to stop at once." if number in signals.TYPED else ""
             done = self._progress.step >= self._launch.total_steps

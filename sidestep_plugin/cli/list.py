@@ -13,6 +13,7 @@ from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import Place
 
 from .commands import Command, Unusable, echo_json
+from .terminal import echo
 
 if TYPE_CHECKING:
     from sidestep_plugin.resuming.overview import Saved
@@ -40,7 +41,7 @@ def list_checkpoints(output: Path, as_json: bool) -> None:
         echo_json([dataclasses.asdict(entry) for entry in entries])
         return
     for line in [*_table(entries), "", *_remarks(entries, output.absolute())]:
-        click.echo(line)
+        echo(line)
 
 
 def _table(entries: Sequence[Saved]) -> Sequence[str]:

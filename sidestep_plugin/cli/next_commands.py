@@ -38,19 +38,38 @@ def next_commands(request: Request, state: str) -> list[tuple[str, str]]:
     where = [word for flag, place in _places(request) for word in (flag, str(place)) if place is not None]
     model = ["--model", request.model]
     songs = ["--dataset-dir", str(request.dataset_dir)]
-    listen = _line("preview", final, *songs, *(model if re.search(r"[\\/]", request.model) else ()), *where)
-    commands = [("Listen to it, beside the model without it:", listen)]
+    commands = []
+    if _can_be_heard(request):
+        listen = _line("preview", final, *songs, *(model if re.search(r"[\\/]", request.model) else ()), *where)
+        commands.append(("Listen to it, beside the model without it:", listen))
     another = best is not None and _epoch_of(best) not in (None, _epoch_of(final))
     if another and (held_out := _held_out(request, songs)):
         compare = _line("compare", final, best, *model, *held_out, *where)
         commands.append(("Compare it with the best epoch, on songs that it has not seen:", compare))
-    else:
+    elif not commands:
+        compare = _line("compare", final, *model, *(_held_out(request, songs) or songs), *where)
+        commands.append(("Compare it with the model without it, by its loss:", compare))
+    if len(commands) < 2:
         commands.append(overview)
     if request.options.get("export") != "comfyui":
         commands.append(("Make a copy for ComfyUI:", _line("export", final, "--to", "comfyui")))
     else:
         commands.append(("See what it says about itself:", _line("inspect", final)))
     return commands
+
+
+def _can_be_heard(request: Request) -> bool:
+    """Whether clips can be decoded where the models lie; also where that cannot be told."""
+    from sidestep_plugin.engine.checkout import find_root
+    from sidestep_plugin.engine.models import checkpoint_folder
+    from sidestep_plugin.errors import Refusal
+    from sidestep_plugin.previews.decoding import find_vae, why_not
+
+    try:
+        folder = checkpoint_folder(request.checkpoint_dir, find_root(request.acestep_root))
+        return not why_not(find_vae(folder))
+    except Refusal:
+        return True
 
 
 def _epoch_of(folder: Path) -> int | None:

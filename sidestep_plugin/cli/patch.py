@@ -11,6 +11,7 @@ import click
 from sidestep_plugin.errors import Refusal
 
 from .commands import Unusable
+from .terminal import echo
 from .training_options import ACESTEP_ROOT
 
 
@@ -49,8 +50,8 @@ def apply(acestep_root: Path | None) -> None:
 
     changed, root = _in_checkout(patching.apply, acestep_root)
     done = "five lines were added at its top." if changed else "has the lines already."
-    click.echo(f"{root / patching.TARGET}: {done}")
-    click.echo("Start ACE-Step as always; its log says which plugins are attached. To undo: acestep-train patch revert")
+    echo(f"{root / patching.TARGET}: {done}")
+    echo("Start ACE-Step as always; its log says which plugins are attached. To undo: acestep-train patch revert")
 
 
 @patch.command()
@@ -61,7 +62,7 @@ def revert(acestep_root: Path | None) -> None:
 
     changed, root = _in_checkout(patching.revert, acestep_root)
     done = "is as it was before the patch." if changed else "has no such lines."
-    click.echo(f"{root / patching.TARGET}: {done}")
+    echo(f"{root / patching.TARGET}: {done}")
 
 
 @patch.command()
@@ -72,7 +73,7 @@ def status(acestep_root: Path | None) -> None:
 
     state, root = _in_checkout(patching.status, acestep_root)
     todo = "acestep-train patch revert takes it out." if state == "applied" else "acestep-train patch apply puts it in."
-    click.echo(f"{root / patching.TARGET}: the patch is {state}. {todo}")
+    echo(f"{root / patching.TARGET}: the patch is {state}. {todo}")
 
 
 @patch.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .commands import echo_json
+from .terminal import echo
 
 
 @click.command()
@@ -23,12 +24,12 @@ def plugins(as_json: bool) -> None:
         echo_json([dataclasses.asdict(listing) for listing in listings])
         return
     if not listings:
-        click.echo(f"No plugins are installed (entry-point group {GROUP}).")
+        echo(f"No plugins are installed (entry-point group {GROUP}).")
     for listing in listings:
-        click.echo(f"{listing.name} ({listing.distribution} {listing.version})")
+        echo(f"{listing.name} ({listing.distribution} {listing.version})")
         if listing.error:
-            click.echo(f"    failed: {listing.error}")
+            echo(f"    failed: {listing.error}")
             continue
-        click.echo(f"    hooks:   {', '.join(listing.hooks)}")
+        echo(f"    hooks:   {', '.join(listing.hooks)}")
         if listing.options:
-            click.echo(f"    options: {', '.join(listing.options)}")
+            echo(f"    options: {', '.join(listing.options)}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _GROUPS = {
     "Needed": ("model", "output"),
-    "Texts": ("dataset", "trigger", "trigger_position", "as_typed", "texts", "strict"),
+    "Texts": ("dataset", "trigger", "trigger_position", "language", "as_typed", "texts", "strict"),
     "Usual": ("renew", "dry_run", "low_memory", "acestep_root", "checkpoint_dir", "device"),
     "Expert": ("conditions", "plugin", "max_seconds", "debug"),
 }
@@ -47,6 +47,12 @@ _GROUPS = {
     default="before",
     show_default=True,
     help="Where the trigger word goes.",
+)
+@click.option(
+    "--language",
+    callback=lambda _, __, value: _language(value),
+    metavar="CODE",
+    help="What is sung where no file says it: en, de, zh, ...",
 )
 @click.option("--as-typed", is_flag=True, help="Leave key, time signature, language and bpm as they are typed.")
 @click.option("--strict", is_flag=True, help="Refuse songs with problems instead of telling them.")
@@ -126,6 +132,16 @@ def prepare(
     except KeyboardInterrupt:
         say("Interrupted. Finished songs are complete; the same command goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _language(said: str | None) -> str | None:
+    """A language as the model knows it. Raises click.BadParameter for another one."""
+    from sidestep_plugin.songs import vocabulary
+
+    word = vocabulary.language(said)
+    if said is not None and (not word.known or word.value not in vocabulary.LANGUAGES):
+        raise click.BadParameter(f"the model does not know {said!r}. Expected a code such as en, de, ja or zh.")
+    return None if said is None else str(word.value)
 
 
 def _conditions(said: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from sidestep_plugin.text import shown
 
 from .commands import Command, Unusable, check_plugins
 from .quiet import quiet_third_parties, quiet_upstream
+from .terminal import echo
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, STRENGTHS, check_device, plugin_option
 
@@ -88,7 +89,7 @@ def preview(
         check_plugins(plugin, "clips are generated as the model generates")
         require_torch()
         request = ClipRequest(path, prompt=_prompt(prompt, lyrics, said, asked), **asked)
-        folder = decode_saved(request, click.echo) or make_clips(request, click.echo)
+        folder = decode_saved(request, echo) or make_clips(request, echo)
         page = _on_a_page(folder)
     except Refusal as refusal:
         raise Unusable(shown(refusal, 5000)) from None
@@ -97,7 +98,7 @@ def preview(
         raise Unusable(f"Cannot write the clips: {error.strerror or error}: {where}.") from None
     table = read_table(folder)
     told = "Clips, as latents that nobody can hear yet" if table is not None and any(table.undecoded) else "Listen"
-    click.echo(f"{told}: {page}")
+    echo(f"{told}: {page}")
 
 
 def _on_a_page(folder: Path) -> Path:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sidestep_plugin.clock import Clock
 from sidestep_plugin.hookspecs import hookimpl
-from sidestep_plugin.text import counted
+from sidestep_plugin.text import counted, hours
 
 from .terminal import for_people, say, unread
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.1  # weight of the newest loss, as in upstream's own smoothed curve
 _SECONDS_BETWEEN_LINES = 30.0
-_BAR, _NARROW_BAR = 16, 6  # characters that the bar has at least; it takes what the words leave
+_BAR, _NARROW_BAR = 14, 6  # characters that the bar has at least; it takes what the words leave
 _WIDE, _NOT_NARROW = 120, 100  # columns of a terminal
 _TIMED_STEPS = 10  # after which the rest is estimated
 _WORTH_SAYING = 60.0  # seconds that are left
@@ -42,16 +43,16 @@ class Progress:
         self.best_epoch: int | None = None
         self.rate: float | None = None
         self.memory = 0
+        self._run: Run | None = None
         self._steps_per_epoch = 1
         self._epochs = self._first_step = self._steps = 1
         self._bar: ProgressBar[int] | None = None
-        self._began = self._first = self._shown = self._looked = time.monotonic()
-        self._paused = 0.0  # seconds since the first step in which nothing was trained
+        self._clock = Clock()  # the training's own from its first step on
+        self._shown = self._looked = time.monotonic()
         self._waiting = False
 
     def begin(self, steps_per_epoch: int, epochs: int, steps: int | None = None) -> None:
         """Start the display, now that the number of steps is known."""
-        self._began = time.monotonic()
         self._steps_per_epoch, self._epochs = max(1, steps_per_epoch), epochs
         self._steps = self._steps_per_epoch * epochs if steps is None else steps
         if sys.stdout is not None and sys.stdout.isatty():
@@ -78,14 +79,25 @@ class Progress:
             self._draw()
 
     def end(self) -> None:
-        """Leave the bar as it is, and print the total time below it."""
+        """Leave the bar as it is in the end, and print the total time below it."""
+        self._clock.stop()
         if self._bar is not None:
             with unread(sys.stdout):
+                self._draw()
                 self._bar.render_finish()
             self._bar = None
         if self.began:
             steps = self.step - self._first_step + 1
-            say(f"Total time: {_duration(time.monotonic() - self._began)} for {counted(steps, 'training step')}")
+            say(f"Total time: {hours(self._clock.seconds)} for {counted(steps, 'training step')}")
+
+    @property
+    def computes(self) -> bool:
+        """Whether the first step that is not replayed has begun: there may be something to save."""
+        return self._run is not None and self._run.steps > self._run.resumed_at
+
+    @hookimpl
+    def acestep_run_started(self, run: Run) -> None:
+        self._run = run
 
     @hookimpl
     def engine_waiting(self, run: Run, what: str, done: int, total: int) -> None:
@@ -99,7 +111,7 @@ class Progress:
                 self._draw()
                 return
             counts = f"  {done}/{total}"
-            room = shutil.get_terminal_size().columns - 1 - len(f"{what}  []{counts}")
+            room = _line() - len(f"{what}  []{counts}")
             filled = round(room * done / total)
             click.echo(f"\r{what}  [{'#' * filled}{'-' * (room - filled)}]{counts}", nl=False)
 
@@ -113,9 +125,8 @@ class Progress:
         self.newest = float(recorded[-1] if recorded else step.loss.detach())
         if not self.began:
             self.began, self._first_step = True, step.run.steps
-            self._first = self._shown = time.monotonic()  # the setup does not count for the rate
+            self._clock, self._shown = step.run.clock, time.monotonic()
         self.best_epoch = getattr(step.run, "best_epoch", None)
-        self._paused = getattr(step.run, "paused", 0.0)
         self._look(step)
         self.step = step.run.steps  # of a resumed training with those before it
         if math.isfinite(self.newest):  # upstream skips single steps that are not finite
@@ -123,18 +134,17 @@ class Progress:
             self.loss = _SMOOTHING * self.newest + (1.0 - _SMOOTHING) * before
         with unread(sys.stdout):
             self._show()
-        if self.step - self._first_step == _TIMED_STEPS and self.step < self._total:
+        if self.step - self._first_step == _TIMED_STEPS and self.step < self._steps:
             self._say_how_long()
 
     def _say_how_long(self) -> None:
         """Say once what an epoch takes, by the clock and without asking the device."""
-        a_step = 1.0 / self._rate()  # what it waits for is not known yet
-        epoch, rest = a_step * self._steps_per_epoch, a_step * (self._total - self.step)
-        if rest < _WORTH_SAYING:
+        pace, rest = self._clock.pace, self._clock.left(self._steps - self.step)  # what it waits for is not known yet
+        if pace is None or rest is None or rest < _WORTH_SAYING:
             return
         self.say(
-            f"Time: about {_duration(epoch)} per epoch, {_duration(rest)} left ({_TIMED_STEPS} steps took "
-            f"{_duration(_TIMED_STEPS * a_step)})"
+            f"Time: about {hours(pace * self._steps_per_epoch)} per epoch, {hours(rest)} left ({_TIMED_STEPS} "
+            f"steps took {hours(_TIMED_STEPS * pace)})"
         )
 
     def _show(self) -> None:
@@ -145,7 +155,7 @@ class Progress:
         now = time.monotonic()
         if self.step % self._steps_per_epoch == 0 or now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
-            click.echo(f"step {self.step}/{self._total}, {self._status()}")
+            click.echo(f"step {self.step}/{self._steps}, {self._status()}")
 
     def _look(self, step: Step) -> None:
         """Read the learning rate and the memory of the GPU, once a second and without waiting for it."""
@@ -171,24 +181,11 @@ class Progress:
             self._bar._last_line = None
             self._bar.render_progress()
 
-    @property
-    def _total(self) -> int:
-        return self._steps
-
     def _room(self) -> int:
         """Characters beside the bar: a line that wraps could not be written over."""
         assert self._bar is not None
-        clutter = len(f"{_label()}[]  {self._total}/{self._total}  ") + self._bar.width
-        return shutil.get_terminal_size().columns - 1 - clutter
-
-    def _rate(self, *, alone: bool = False) -> float:
-        """Steps per second that this run has computed; 0 until its second step.
-
-        Args:
-            alone: without the time of validations, previews and checkpoints between two epochs.
-        """
-        done, seconds = self.step - self._first_step, time.monotonic() - self._first
-        return done / max(seconds - self._paused * alone, 1e-9) if done > 0 else 0.0
+        clutter = len(f"{_label()}[]  {self._steps}/{self._steps}  ") + self._bar.width
+        return _line() - clutter
 
     def _status(self, room: int | None = None) -> str:
         """Epoch, loss, rate and times; what does not fit into the room is left out, the rate first."""
@@ -197,15 +194,18 @@ class Progress:
         parts = {"epoch": f"epoch {epoch}/{self._epochs}", "loss": f"loss (smoothed) {loss}"}
         if self.rate is not None:
             parts["lr"] = f"lr {self.rate:.1e}"
+        if self._run is not None and self._run.best_epoch is not None:
+            self.best_epoch = self._run.best_epoch  # perhaps of a validation after the newest step
         if self.best_epoch is not None:
             parts["best"] = f"best epoch {self.best_epoch}"
         if self.memory:
             parts["memory"] = f"GPU {self.memory / 2**30:.1f} GiB"
-        if rate := self._rate():
-            parts["rate"] = f"{self._rate(alone=True):.2f} steps/s"
-            parts["elapsed"] = f"{_duration(time.monotonic() - self._began)} elapsed"
-            if self.step < self._total:
-                parts["left"] = f"{_duration((self._total - self.step) / rate)} left"
+        if (a_step := self._clock.seconds_per_step) is not None:
+            parts["rate"] = f"{1 / max(a_step, 1e-9):.2f} steps/s"
+            parts["elapsed"] = f"{hours(self._clock.seconds)} elapsed"
+            left = self._clock.left(self._steps - self.step)
+            if self.step < self._steps and left is not None:
+                parts["left"] = f"{hours(left)} left"
         for name in ("lr", "rate", "elapsed", "memory", "left", "best"):
             if room is not None and len(", ".join(parts.values())) > room:
                 parts.pop(name, None)
@@ -217,6 +217,11 @@ def _least() -> int:
     return _BAR if shutil.get_terminal_size().columns >= _WIDE else _NARROW_BAR
 
 
+def _line() -> int:
+    """Columns for a line that is drawn over: behind it there is room for the ^C that a terminal shows, and one more."""
+    return shutil.get_terminal_size().columns - 3
+
+
 def _label() -> str:
     """What stands before the bar, where there is room for it."""
     return "Training  " if shutil.get_terminal_size().columns >= _NOT_NARROW else ""
@@ -224,8 +229,3 @@ def _label() -> str:
 
 def _blank() -> str:
     return " " * (shutil.get_terminal_size().columns - 1)
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

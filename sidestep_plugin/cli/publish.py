@@ -12,6 +12,7 @@ from sidestep_plugin.options import Place
 from sidestep_plugin.text import shown
 
 from .commands import Command, Unusable
+from .terminal import echo
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR
 
 
@@ -77,17 +78,17 @@ def publish(
         raise Unusable(shown(refusal, 5000)) from None
     except OSError as error:
         raise Unusable(f"Cannot write the folder: {error.strerror or error}: {error.filename or output}.") from None
-    click.echo(f"Made: {shown(output, 5000)}")
+    echo(f"Made: {shown(output, 5000)}")
     width = max(len(file) for file, _ in files)
     for file, what in files:
-        click.echo(f"  {file:<{width}}  {what}")
+        echo(f"  {file:<{width}}  {what}")
     if not any(file == f"{called}.safetensors" for file, _ in files):
         exact = "an exact one needs the base model: name it with --model"
         why = "it is a DoRA" if report.adapter.kind == DEFAULT.name else exact
-        click.echo(f"No copy for other programs: {why}.")
+        echo(f"No copy for other programs: {why}.")
     missing = [word for word, key in (("a licence", "license"), ("an author", "author")) if not report.facts.get(key)]
     if missing:
-        click.echo(f"The card has no {' and no '.join(word.split()[1] for word in missing)}: add it in README.md.")
+        echo(f"The card has no {' and no '.join(word.split()[1] for word in missing)}: add it in README.md.")
 
 
 def _name_of(title: str, adapter: Path) -> str:

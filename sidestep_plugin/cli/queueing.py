@@ -16,7 +16,7 @@ import click
 from sidestep_plugin import signals
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import Place
-from sidestep_plugin.text import counted, shown
+from sidestep_plugin.text import counted, hours, shown
 
 from .commands import FAILED, INTERRUPTED, UNUSABLE
 from .settings_file import SettingsFile
@@ -60,7 +60,7 @@ class _Training:
     seconds: float = 0.0
 
     def line(self, width: int) -> str:
-        took = "" if self.ending == _NOT_STARTED else f", {_duration(self.seconds)}"
+        took = "" if self.ending == _NOT_STARTED else f", {hours(self.seconds)}"
         where = f": {Path(self.output) / 'final'}" if self.ending == _ENDINGS[0] and self.output else ""
         return f"  {shown(self.file, 200):<{width}}  {self.ending}{took}{where}"
 
@@ -132,11 +132,6 @@ class _Runner:
         self.asked = True
         if self._running is not None and os.name != "nt":  # there it reaches every process of the console
             self._running.send_signal(number)
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def queue_option(function: Any) -> Any:

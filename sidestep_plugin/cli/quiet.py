@@ -7,7 +7,7 @@ import threading
 import warnings
 from typing import Any
 
-import click
+from .terminal import say
 
 _SETUP_TALK = ("bitsandbytes not installed",)
 """Warnings of ACE-Step's about optional packages: nobody asked for them, and nothing can go wrong without them."""
@@ -52,7 +52,7 @@ def quiet_upstream() -> None:
     logger.remove()
     # A function instead of a format string keeps loguru from adding tracebacks.
     logger.add(
-        lambda line: click.echo(line, nl=False, err=True),
+        lambda line: say(line.removesuffix("\n"), err=True),
         level="WARNING",
         filter=_worth_a_line,
         format=lambda _: "ACE-Step: {message}\n",

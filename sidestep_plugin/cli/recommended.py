@@ -8,6 +8,7 @@ from sidestep_plugin.adapters.kinds import DEFAULT, NAMES
 from sidestep_plugin.options import WholeNumber
 
 from .commands import Command, echo_json
+from .terminal import echo
 
 _USUAL_SECONDS = 180
 """Length of a song, where no dataset says it."""
@@ -39,12 +40,12 @@ def recommended(songs: int, adapter_type: str, as_json: bool) -> None:
     words = [f"--{name.replace('_', '-')} {setting.value}" for name, setting in settings.items()]
     width = max(map(len, words))
     for word, setting in zip(words, settings.values(), strict=True):
-        click.echo(f"{word:<{width}}  {setting.reason}")
+        echo(f"{word:<{width}}  {setting.reason}")
     needed = f"acestep-train --model base --dataset-dir SONGS --output-dir ADAPTER --adapter-type {adapter_type}"
-    click.echo("\nA training uses these for whatever is left out. To write them down, or to change one:")
-    click.echo(f"  {needed} {' '.join(words)}")
+    echo("\nA training uses these for whatever is left out. To write them down, or to change one:")
+    echo(f"  {needed} {' '.join(words)}")
     for line in _times(songs * int(settings["epochs"].value), adapter_type):
-        click.echo(line)
+        echo(line)
 
 
 def _times(songs: int, adapter_type: str) -> list[str]:

@@ -14,6 +14,10 @@ from sidestep_plugin.options import Place
 from sidestep_plugin.text import counted, shown
 
 from .commands import Command, Unusable, echo_json
+from .terminal import cells, columns, echo
+
+_NARROWEST = 8  # columns of a terminal for a name or a text
+
 
 if TYPE_CHECKING:
     from sidestep_plugin.songs.showing import ShownFolder, ShownSong
@@ -41,7 +45,7 @@ def songs(folder: Path, as_json: bool) -> None:
         echo_json(_json(found))
         return
     for line in _lines(found):
-        click.echo(line)
+        echo(line)
 
 
 def _json(found: ShownFolder) -> dict[str, Any]:
@@ -97,10 +101,24 @@ def _table(shown_songs: tuple[ShownSong, ...]) -> Iterator[str]:
         prompt = cut(song.text.prompt, 40) if song.text else "-"
         lyrics = first_words(song.text.lyrics) if song.text else "-"
         rows.append((cut(song.file, 40), length, made, prompt, lyrics, str(len(song.wrong) or "")))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(cells(row[column]) for row in rows) for column in range(6)]
+    if (room := columns()) is not None:
+        texts = (0, 3, 4)
+        while sum(widths) + 2 * 5 > room and max(widths[column] for column in texts) > _NARROWEST:
+            widths[max(texts, key=lambda column: widths[column])] -= 1
     for row in rows:
-        cells = [
-            f"{cell:>{width}}" if column == 1 else f"{cell:<{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        yield "  ".join([*cells, row[5]]).rstrip()
+        shortened = [_fitted(cell, width) for cell, width in zip(row, widths, strict=True)]
+        blanks = [" " * (width - cells(cell)) for cell, width in zip(shortened, widths, strict=True)]
+        parts = [cell + blank for cell, blank in zip(shortened, blanks, strict=True)]
+        parts[1] = blanks[1] + shortened[1]
+        yield "  ".join(parts).rstrip()
+
+
+def _fitted(text: str, width: int) -> str:
+    """A text in so many columns, without its last words if it does not fit."""
+    if cells(text) <= width:
+        return text
+    while cells(text) > width - 3:
+        text = text[:-1]
+    words = text.rpartition(" ")[0]
+    return (words if 2 * cells(words) > width else text).rstrip() + "..."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import IO, TextIO
 
 import click
 
@@ -17,7 +18,12 @@ NAME = "acestep-train"
 def say(text: str, *, err: bool = False) -> None:
     """Print lines, if anybody can still read them."""
     with unread(sys.stderr if err else sys.stdout):
-        click.echo(for_people(text, sys.stderr if err else sys.stdout), err=err)
+        echo(text, err=err)
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print lines that are what a command was asked for: where they cannot be written, that is an error."""
+    click.echo(for_people(text, sys.stderr if err else sys.stdout), err=err)
 
 
 def say_what_takes_long(text: str) -> None:
@@ -28,14 +34,23 @@ def say_what_takes_long(text: str) -> None:
 
 _STYLES = (
     (("Error", "❌"), {"fg": "red", "bold": True}),
-    (("Warning:", "⚠"), {"fg": "yellow"}),
     (("✅", "Adapter", "Best epoch", "Page: ", "Next:", "To resume:", "Interrupted", "Settings: "), {"bold": True}),
     (("Importing ", "Loading ", "📂", "🧠", "🚀", "🎯", "ℹ"), {"dim": True}),
 )
 """How lines look on a terminal, by what they begin with; all others look as usual."""
 
-_IN_ONE_PIECE = ("  ", "Adapter", "Page: ", "For ComfyUI: ", "Report: ", "💾", "✅")
+_WARNINGS = ("Warning:", "⚠️", "⚠")
+"""What is black on yellow: yellow letters cannot be read on a light ground."""
+
+_IN_ONE_PIECE = re.compile(
+    r"Adapter|Page: |For ComfyUI: |Report: |💾|✅|\s+(\S*[/\\]|acestep-train\b|pip |uv |git |\w+=\S+ )"
+)
 """What lines begin with that hold a command or a path, which somebody may copy."""
+
+_PATH = re.compile(r" (?=[/~]|[A-Za-z]:[/\\]|\.{1,2}[/\\])")
+
+_FIRST_COLUMN = re.compile(r"\s*\S+(?: \S+)* {2,}(?=\S)")
+"""The beginning of a line that has what is told in a column of its own."""
 
 
 def for_people(text: str, stream: TextIO | None) -> str:
@@ -45,27 +60,76 @@ def for_people(text: str, stream: TextIO | None) -> str:
     """
     if stream is None or not stream.isatty():
         return text
-    return "\n".join(_styled(_wrapped(line)) for line in text.split("\n"))
+    return "\n".join(_styled(wrapped(line)) for line in text.split("\n"))
 
 
-def _wrapped(line: str) -> str:
+def columns() -> int | None:
+    """Columns that a line on standard output may take; None where it goes to no terminal."""
+    import shutil
+
+    there = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns - 1 if there else None
+
+
+def cells(text: str) -> int:
+    """Columns that a text takes on a terminal, where Chinese, Japanese and Korean letters take two."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def wrapped(line: str) -> str:
+    """A line that is wrapped between words at the terminal's width, indented behind its first column if it has one."""
     import shutil
 
     room = shutil.get_terminal_size().columns - 1
-    if len(line) < room or room < 20:
+    if len(line) <= room or room < 20:
         return line
-    if line.startswith(_IN_ONE_PIECE):
+    if _IN_ONE_PIECE.match(line):
         path, remark, rest = line.rpartition(" (")
-        return f"{path}\n    ({rest}" if remark and line.endswith(")") else line
+        if remark and line.endswith(")"):
+            return f"{_before_the_path(path, room)}\n    ({rest}"
+        return _before_the_path(line, room)
     import textwrap
 
+    column = _FIRST_COLUMN.match(line)
+    own = len(line) - len(line.lstrip())
+    indent = column.end() if column is not None and column.end() <= room // 2 else own + (2 if own else 4)
     more = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-    return textwrap.fill(line, room, subsequent_indent="    ", **more)  # type: ignore[arg-type]
+    whole = line.replace(" ...", "\0...")  # dots stay behind their word
+    return textwrap.fill(whole, room, subsequent_indent=" " * indent, **more).replace("\0", " ")  # type: ignore[arg-type]
+
+
+def _before_the_path(line: str, room: int) -> str:
+    """A line with its path on a line of its own, if it fits there and not here. A command stays as it is."""
+    found = _PATH.search(line)
+    if len(line) <= room or line[0] == " " or found is None or len(line) - found.end() > room - 4:
+        return line
+    return f"{line[: found.start()]}\n    {line[found.end() :]}"
+
+
+class ErrorOfUsage(click.UsageError):
+    """The same as click's, which looks like other errors on a terminal."""
+
+    def __init__(self, error: click.UsageError) -> None:
+        super().__init__(error.format_message(), error.ctx)
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print how the command is used, and the message, on standard error."""
+        if file is not None or sys.stderr is None or not sys.stderr.isatty():
+            return super().show(file)
+        if self.ctx is not None:
+            say(f"{self.ctx.get_usage()}\nTry '{self.ctx.command_path} --help' for help.\n", err=True)
+        return say(f"Error: {self.message}", err=True)
 
 
 def _styled(line: str) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return line
+    if (mark := next((mark for mark in _WARNINGS if line.startswith(mark)), "")) != "":
+        return click.style(mark, fg="black", bg="yellow") + line.removeprefix(mark)
     style = next((style for beginnings, style in _STYLES if line.startswith(beginnings)), None)
     return line if style is None else click.style(line, **style)
 

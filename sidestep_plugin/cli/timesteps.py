@@ -12,6 +12,7 @@ from sidestep_plugin.options import Place, WholeNumber
 
 from .commands import PluginCommand, echo_json
 from .plotting import check_plot
+from .terminal import echo
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, WINS, plugin_option
 
@@ -98,12 +99,12 @@ def timesteps(
         echo_json({"model": folder.name, "bands": bands} | {n: vars(c) for n, c in zip(names, columns, strict=True)})
         return
     for line in rehearsal.lines:
-        click.echo(line)
-    click.echo("Share of the training steps by t (1 is pure noise), and the median with the range of 90 %:\n")
+        echo(line)
+    echo("Share of the training steps by t (1 is pure noise), and the median with the range of 90 %:\n")
     for line in shares.as_text(columns, block=_block()):
-        click.echo(line)
+        echo(line)
     if plot is not None:
-        click.echo(f"\nPicture: {plot}")
+        echo(f"\nPicture: {plot}")
 
 
 def _block() -> str:

@@ -18,7 +18,7 @@ from .command_line import resuming_line
 from .commands import FAILED, INTERRUPTED
 from .interrupts import Stop, interruptible
 from .next_commands import next_commands
-from .resumed import resumed_with, settings_to_resume
+from .resumed import options_resumed_with, resumed_with, settings_to_resume
 from .terminal import say
 from .torch_here import require_torch
 from .workers import one_voice, start_workers, tell_failure
@@ -60,6 +60,9 @@ def _train(request: Request) -> None:
     launch = prepare(request, say=progress.say, extra_plugins=lambda: extra, kept=settings_to_resume)
     if launch.request.resume_from is not None:
         progress.say(resumed_with(request.plugins, launch.request.resume_from))
+        declared, kept, took = click.get_current_context().meta["resumed_options"]
+        for line in options_resumed_with(declared, kept, took, request.options):
+            progress.say(line)
     with interruptible(launch, progress) as stop:
         failure = _run(launch, progress, stop)
         if not ranks().several:

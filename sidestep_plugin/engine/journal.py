@@ -100,6 +100,8 @@ class Journal:
         self.gather: Callable[[Any], list[Any]] | None = None  # the values of all processes; None for a single one
         self._of_all = 0  # losses that are the mean over all processes; those after them are this process's own
         self._validating = False
+        # Training steps of the checkpoint; None if it does not say how many there are in its epochs.
+        self.steps_before = 0 if point is None else point.steps_done
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()

@@ -312,6 +312,11 @@ class SharedState(UserDict[str, Any]):
             return self.agreed
         return self.data[key]
 
+    @property
+    def pressed(self) -> bool:
+        """Whether this process was told to stop, without asking the others."""
+        return bool(self.data.get(STOP))
+
     def _agree(self) -> None:
         import torch
         import torch.distributed as dist

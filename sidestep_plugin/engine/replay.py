@@ -162,7 +162,7 @@ def _restore_optimizer(point: ResumePoint, scheduler: Any, trained: list[torch.T
     if same:
         scheduler.load_state_dict(point.scheduler)
     elif point.scheduler is not None:
-        return ["⚠️ The learning rate follows the settings of this run, not those of the checkpoint"]
+        return ["Note: the learning rate follows the settings of this run, not those of the checkpoint"]
     return []
 
 

@@ -16,7 +16,7 @@ from .checkout import place_of
 from .decoders import plain_decoder, undisturbed, without_adapter
 from .evaluation import evaluate
 from .loggers import log_entries
-from .processes import INTERRUPTED, STOP
+from .processes import INTERRUPTED, STOP, SharedState
 from .replay import put_parameters, trained_tensors
 from .shapes import SAVE_FUNCTIONS, WEIGHT_FILES
 from .weights import live_weights, put_weights
@@ -100,9 +100,17 @@ class Services:
         return 0 if journal is None else max(0, journal.epochs_begun - 1)
 
     @property
+    def steps_before(self) -> int:
+        """Training steps before those that this run computes; 0 for a training from the start."""
+        journal = self._training.journal
+        known = 0 if journal is None else journal.steps_before
+        return self._run.resumed_at if known is None else known
+
+    @property
     def place_in_epoch(self) -> tuple[int, int | None]:
         """Training steps of the epoch that have begun, and how many it has; None if that is not known."""
-        return self._journal.place_in_epoch
+        journal = self._training.journal
+        return (0, None) if journal is None else journal.place_in_epoch
 
     def ends_after(self, epoch: int) -> bool:
         """Whether no epoch follows this one: it is the last one, or a plugin has ended the training."""
@@ -139,6 +147,12 @@ class Services:
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         """Write numbers to upstream's log, which TensorBoard shows."""
         log_entries(self._host, self._training, values, epoch)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this process was told to stop the training after this step."""
+        state = self._training.state
+        return state.pressed if isinstance(state, SharedState) else bool(state and state.get(STOP))
 
     def stop(self, line: str) -> None:
         """Stop the training after this step and save it, as the stop button does, and tell the user a line."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
+from ..clock import last_step
 from ..engine.answers import held_out
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
@@ -109,12 +110,7 @@ class Launch:
     epochs: int
     state: dict[str, Any]  # upstream's: ``state["should_stop"] = True`` ends the training after the current step
     decided: CommandLine  # before the model was loaded, for the training that begins
-    most_steps: int | None = None  # None without a limit
-
-    @property
-    def total_steps(self) -> int:
-        """Training steps that upstream will run, validation not counted."""
-        return min(self.steps_per_epoch * self.epochs, self.most_steps or sys.maxsize)
+    total_steps: int  # until it is finished, validation not counted
 
     def messages(self) -> Iterator[tuple[int, float, str]]:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
@@ -137,9 +133,12 @@ class Launch:
                 if overwriting is not None and report[2].startswith("💾"):
                     yield from _as_reports(overwriting.saved())
             if overwriting is not None:
-                yield from _as_reports(overwriting.end())
+                lines, overwriting = overwriting.end(), None
+                yield from _as_reports(lines)
         finally:
             running.close()
+            if overwriting is not None:  # the program is ended at once
+                overwriting.end()
 
     @property
     def final_adapter(self) -> Path | None:
@@ -445,6 +444,7 @@ def _made(
     trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
+    each = int(getattr(config, "gradient_accumulation_steps", 1))
     return Launch(
         request=request,
         attachment=attachment,
@@ -455,17 +455,8 @@ def _made(
         epochs=config.max_epochs,
         state={"should_stop": False},
         decided=decided,
-        most_steps=_rounded_up(attachment.options.get("max_steps"), steps, config),
+        total_steps=last_step(attachment.options.get("max_steps"), steps, config.max_epochs, each),
     )
-
-
-def _rounded_up(most: int | None, steps_per_epoch: int, config: Any) -> int | None:
-    """The training step of an optimizer step behind which a training of at most so many steps ends."""
-    if most is None:
-        return None
-    each = max(1, int(getattr(config, "gradient_accumulation_steps", 1)))
-    epochs, rest = divmod(most, steps_per_epoch)
-    return epochs * steps_per_epoch + min(steps_per_epoch, math.ceil(rest / each) * each)
 
 
 def _as_reports(lines: list[str]) -> Iterator[tuple[int, float, str]]:

@@ -48,7 +48,7 @@ from ..previews.making import freed
 from ..resuming.lock import OutputLock
 from ..songs.audio import read_audio
 from ..songs.one_song import frames_in, load_song
-from ..text import counted, shown
+from ..text import counted, hours, shown
 from .planning import ALL, CONDITIONS, NOTHING, Plan, Song, decide, plan
 from .request import Places, PrepareRequest, Say, find_places, offline
 
@@ -269,7 +269,7 @@ class _Clock:
         self._rest -= song.seconds
         left = ""
         if self._done and self._number < self._all:
-            left = f", about {_clock(self._spent / self._done * self._rest)} left"
+            left = f", about {hours(self._spent / self._done * self._rest)} left"
         length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
         self._say(f"{self._number}/{self._all} {shown(song.name, 80)}{self._what}: {length}, {took:.1f} s{left}")
         for line in told:
@@ -323,8 +323,3 @@ def _finish(request: PrepareRequest, places: Places, planned: Plan, failed: dict
         request.output / "preprocess_meta.json", {"model_variant": places.model.name, "prepared_by": "sidestep-plugin"}
     )
     write_json(request.output / "manifest.json", manifest_of([song.file.name for song in songs], shared))
-
-
-def _clock(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

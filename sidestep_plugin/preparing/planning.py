@@ -172,6 +172,7 @@ def _with_texts(
         as_typed=request.as_typed,
         known=known,
         texts=None if known is None else request.texts,
+        language=request.language,
     )
     names = song_names(request.source, files)
     songs = []

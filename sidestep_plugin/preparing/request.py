@@ -34,6 +34,7 @@ class PrepareRequest:
     texts: Path | None = None  # for `renew`, a folder with texts beside the songs' own metadata
     dataset: Path | None = None  # a dataset JSON
     trigger: Trigger | None = None  # a trigger word for all songs
+    language: str | None = None  # code of what is sung in songs about which nothing else says it
     as_typed: bool = False  # leave values as they are typed
     strict: bool = False  # refuse songs with problems
     low_memory: bool = False  # the VAE first for all songs, then the encoders

@@ -183,20 +183,27 @@ def engine_training_began(run: Run) -> list[str]:
         return [f"Warning: the clips in {folder} stay as they are: {error}"]
 
 
+class _NotAnyMore(Exception):
+    """Somebody has stopped the training while clips were being made."""
+
+
 @hookimpl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     plan: _Plan | None = run.state.get(_KEY)
     if plan is None or plan.over or not run.ranks.first:  # of several processes, the first one makes the clips
         return None
-    if epoch % plan.every and not run.engine.ends_after(epoch):
+    if (epoch % plan.every and not run.engine.ends_after(epoch)) or run.engine.stopping:
         return None
     from .generation import computed_in
     from .making import freed
 
     device = computed_in(run.engine.decoder)[0]
+    news: EpochNews | None
     try:
         with run.engine.undisturbed():
             news = _preview(run, plan, device, epoch, loss, folder / FOLDER)
+    except _NotAnyMore:
+        news = None
     except Exception as error:  # a training of hours matters more than a clip
         plan.over = True
         reason = sentence(str(error) or type(error).__name__)
@@ -230,6 +237,8 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
         before = len(rows) * len(plan.songs)
 
         def told(done: int) -> None:
+            if run.engine.stopping:
+                raise _NotAnyMore
             run.engine.waiting("Previews", before + done, total)
 
         return list(generated(run.model, plan.songs, plan.silence, plan.settings, told))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from ..clock import last_step
 from ..run import NEXT_COMMANDS, Run
 from ..text import sentence
 from .page import FILE_NAME, SCHEMA_VERSION, now, write_page
@@ -27,7 +28,7 @@ class LivePage:
 
     def __init__(self, run: Run, report: Callable[[str], Mapping[str, Any]]) -> None:
         self._run, self._report = run, report
-        self._began: float | None = None  # before the first step that this run computes
+        self._began = False  # before the first step that this run computes
         self._epochs_before: int | None = None
         self._epoch = 0
         self._ending: str | None = None
@@ -39,7 +40,7 @@ class LivePage:
     def begin(self) -> list[str]:
         """Write the first page, in place of that of an earlier training. Returns lines for the user."""
         run = self._run
-        self._began = time.monotonic()
+        self._began = True
         self._epoch = self._epochs_before = run.engine.epochs_before
         self._songs = [song.stem for song in run.engine.songs]
         written = self._write("training")
@@ -48,7 +49,7 @@ class LivePage:
     def epoch_over(self, epoch: int) -> None:
         """Write the page anew, unless that would take too much of the time."""
         self._epoch = epoch
-        if self._began is not None and time.monotonic() >= self._next:
+        if self._began and time.monotonic() >= self._next:
             self._write("training")
 
     def ended(self, ending: str) -> None:
@@ -57,7 +58,7 @@ class LivePage:
 
     def close(self) -> None:
         """Write the last page. The training is over, however it ended."""
-        if self._began is None and self._ending is None:  # refused: the page of an earlier training stays true
+        if not self._began and self._ending is None:  # refused: the page of an earlier training stays true
             return
         done = self._run.engine.epochs_done
         if done is not None and self._ending is not None:
@@ -88,12 +89,13 @@ class LivePage:
     def _data(self, state: str) -> dict[str, Any]:
         run, engine = self._run, self._run.engine
         report = dict(self._report(state))
-        seconds, done = self._times()
-        epochs = getattr(run.training_config, "max_epochs", None)
-        a_epoch = seconds / done if done else None
-        left = None
-        if state == "training" and a_epoch is not None and isinstance(epochs, int):
-            left = a_epoch * max(0, epochs - self._epoch)
+        done, before = max(run.steps, engine.steps_before), engine.steps_before  # its loop goes through those anew
+        report["training_steps"] = done
+        clock, config, (_, length) = run.clock, run.training_config, engine.place_in_epoch
+        epochs, steps = getattr(config, "max_epochs", None), None
+        if length and isinstance(epochs, int):
+            each = int(getattr(config, "gradient_accumulation_steps", 1))
+            steps = last_step(clock.most_steps, length, epochs, each)
         commands: Callable[[str], Sequence[tuple[str, str]]] | None = run.state.get(NEXT_COMMANDS)
         saved = engine.interrupted
         return {
@@ -101,12 +103,15 @@ class LivePage:
             "state": state,
             "reason": engine.failure if state == "failed" else "",
             "written": now(),
-            "seconds": round(seconds, 3),
-            "seconds_per_epoch": a_epoch,
-            "seconds_left": left,
+            "seconds": round(clock.seconds, 3),
+            "seconds_per_epoch": clock.pace * length if clock.pace is not None and length else None,
+            "seconds_left": None if steps is None else clock.left(steps - done),
+            "limit": _limit(run, steps),
             "epochs_done": self._epoch,
             "epochs": epochs,
+            "steps": steps,
             "resumed_after": (self._epochs_before or 0) if run.resuming else None,
+            "resumed_step": before if run.resuming and length and before % length else None,
             "facts": dict(run.describe()),
             "report": report,
             "songs": self._songs,
@@ -119,11 +124,16 @@ class LivePage:
             "commands": [list(pair) for pair in commands(state)] if commands is not None else [],
         }
 
-    def _times(self) -> tuple[float, int]:
-        """Seconds since this run began, and the epochs that it has computed."""
-        if self._began is None:
-            return 0.0, 0
-        return time.monotonic() - self._began, self._epoch - (self._epochs_before or 0)
+
+def _limit(run: Run, steps: int | None) -> str:
+    """The option that ends the training before its last epoch, as it is going now; "" for none."""
+    clock, (_, length) = run.clock, run.engine.place_in_epoch
+    if steps is None or not length:
+        return ""
+    left = clock.left(steps - run.steps)
+    if left is not None and left >= clock.until_the_limit:
+        return f"--time-limit {run.options['time_limit']}"
+    return f"--max-steps {clock.most_steps}" if steps < length * run.training_config.max_epochs else ""
 
 
 def _memory(run: Run) -> dict[str, Any] | None:

@@ -73,6 +73,7 @@ def _template() -> Template:
 
 _TOP: Final = (
     *("state", "reason", "written", "seconds", "seconds_left", "seconds_per_epoch", "epochs_done", "epochs"),
+    *("steps", "limit", "resumed_step"),
     *("resumed_after", "facts", "report", "songs", "held_out", "told", "memory", "folder", "final", "saved"),
     *("commands", "clips"),
 )
@@ -166,7 +167,7 @@ def _printable(value: Any) -> Any:
 
 def duration(seconds: float) -> str:
     """Such as "3 s", "12:05" (minutes) or "1:02:03"."""
-    whole = round(seconds)
+    whole = int(seconds)  # as on the terminal
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     hours, minutes = whole // 3600, whole // 60 % 60

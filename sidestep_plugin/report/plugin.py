@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,9 +49,6 @@ class _Notes:
     rows: list[int] = field(default_factory=lambda: [0] * BANDS)
     losses: list[float] = field(default_factory=lambda: [0.0] * BANDS)
     dropped: int = 0
-    began: float = 0.0
-    ended: float = 0.0
-    paused: float = 0.0  # between the first and the newest step
     count: int = 0
 
 
@@ -104,10 +100,6 @@ def acestep_step_finished(step: Step) -> None:
     if _KEY not in step.run.state:  # without upstream's trainer
         step.run.state[_KEY] = _Notes()
     notes: _Notes = step.run.state[_KEY]
-    notes.ended = time.monotonic()
-    if notes.count == 0:
-        notes.began = notes.ended  # the setup does not count for the time per step
-    notes.paused = step.run.paused
     notes.count += 1
     t, loss = step.t, step.loss
     notes.steps.append((t.detach() if t is not None and t.requires_grad else t, loss))
@@ -189,7 +181,7 @@ def _rows(steps: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
 def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
     treatment = treatment_of(run)
     by_epoch = run.loss_by_epoch
-    trained = max(0.0, notes.ended - notes.began - notes.paused)
+    a_step = run.clock.seconds_per_step
     rows = sum(notes.rows)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -199,7 +191,7 @@ def _report(run: Run, notes: _Notes, ending: str) -> dict[str, Any]:
         "adapter_type": run.adapter_type,
         "training_steps": run.steps,
         "steps_of_this_run": notes.count,
-        "seconds_per_step": round(trained / (notes.count - 1), 6) if notes.count > 1 else None,
+        "seconds_per_step": None if a_step is None else round(a_step, 6),
         "loss_by_epoch": [{"epoch": epoch, "loss": _finite(by_epoch[epoch])} for epoch in sorted(by_epoch)],
         "loss_by_t": [
             {

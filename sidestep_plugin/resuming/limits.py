@@ -13,7 +13,7 @@ from ..errors import Refusal
 from ..hookspecs import hookimpl
 from ..options import WholeNumber, option
 from ..run import Run, Step
-from ..text import counted
+from ..text import counted, hours
 
 _KEY: Final = "limits"
 _UNITS: Final = (86_400, 3600, 60, 1)  # seconds of a day, an hour, a minute, a second
@@ -51,10 +51,11 @@ def acestep_options() -> list[click.Option]:
 def acestep_run_started(run: Run) -> list[str] | None:
     limits = _Limits(run)
     run.state[_KEY] = limits
+    run.clock.most_steps, run.clock.ends_at = limits.steps, limits.ends_at
     if limits.ends_at is None:
         return None
     left = max(0, round(limits.ends_at - time.monotonic()))
-    return [f"Time limit: {run.options['time_limit']}, then it stops and is saved; {_clock(left)} left"]
+    return [f"Time limit: {run.options['time_limit']}, then it stops and is saved; {hours(left)} left"]
 
 
 @hookimpl
@@ -124,7 +125,3 @@ def _already_running(run: Run) -> float:
     import psutil
 
     return max(0.0, time.time() - float(psutil.Process().create_time()))
-
-
-def _clock(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -28,7 +28,7 @@ from typing import Any, Final, Literal
 from ..errors import Refusal
 from ..files import is_companion
 from ..text import listed, shown
-from . import sidecars, vocabulary
+from . import near_names, sidecars, vocabulary
 from .sidecars import Found, Table, Unreadable
 from .song_names import folded
 from .vocabulary import INSTRUMENTAL, Word
@@ -40,6 +40,7 @@ POSITIONS: Final[Mapping[str, Position]] = {"prepend": "before", "append": "afte
 DEFAULT: Final = "default"  # the source of a value that no file gave
 
 _ITSELF: Final = " itself"
+_FOR_ALL: Final = "--language"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def find_texts(
     as_typed: bool = False,
     known: Mapping[Path, Mapping[str, Any]] | None = None,
     texts: Path | None = None,
+    language: str | None = None,
 ) -> Texts:
     """Find what belongs to each song, in every form.
 
@@ -114,6 +116,7 @@ def find_texts(
         known: metadata of finished songs (the "metadata" of a ``.pt`` file), where songs are such files. Files may be
             named after the song or after the audio that its metadata names.
         texts: another folder in which files that belong to finished songs lie, such as that of the audio.
+        language: what is sung in songs about which nothing else says it.
 
     Raises:
         Refusal: files cannot be read, all named with the reason, or `dataset` is no dataset JSON.
@@ -129,6 +132,9 @@ def find_texts(
         candidates = look.of(file)
         if metadata := known.get(file):
             candidates.append(_said_by_itself(metadata, file.name))
+        said = {str(one.values.get("language", "")).strip().lower() for one in candidates}
+        if language and said <= {"", "unknown", "auto"}:  # which is what programs write that know none
+            candidates.insert(0, Found(_FOR_ALL, {"language": language}))
         told[file] = _together(file, candidates, trigger=trigger, general=general, as_typed=as_typed)
     if look.unreadable:
         raise Refusal(
@@ -366,15 +372,23 @@ class _Look:
         endings = (".caption.txt", ".lyrics.txt", ".txt", ".json", ".csv")
         ignored = {"manifest.json", "preprocess_meta.json", "readme.txt", "license.txt"}
         left = [
-            file.name
+            file
             for place in self._folders
             for files in self._files(place).values()
             for file in files
-            if file.name.lower().endswith(endings) and file.name.lower() not in ignored
+            if file.name.lower().endswith((*endings, *near_names.OTHERS)) and file.name.lower() not in ignored
             and file not in self._used and file not in self.songs and file != dataset
         ]  # fmt: skip
-        if left:
-            yield f"No song belongs to {listed(left)}"
+        meant = {file: self._meant(file) for file in left}
+        if left := [file for file in left if meant[file] or file.name.lower().endswith(endings)]:
+            names = [f"{file.name} (expected {meant[file]})" if meant[file] else file.name for file in left]
+            yield f"No song belongs to {listed(names)}"
+
+    def _meant(self, file: Path) -> str | None:
+        """The name that was perhaps meant for a file that belongs to no song."""
+        songs = {name for song in self.songs if file.parent in (song.parent, self.texts) for name in self._names[song]}
+        there = [other.name for files in self._files(file.parent).values() for other in files]
+        return near_names.expected(file.name, songs, there)
 
 
 _BESIDE: Final[tuple[tuple[str, Callable[[Path], Found]], ...]] = (
@@ -475,7 +489,9 @@ def _together(
     language = str(brought("language")) or "unknown"
     lyrics, instrumental = _lyrics(song, chosen, sources, changes, problems, as_typed=as_typed)
     if instrumental:
-        if language != "unknown" and not as_typed:
+        if sources["language"] == _FOR_ALL:
+            language, sources["language"] = "unknown", DEFAULT
+        elif language != "unknown" and not as_typed:
             changes.append(f'language: "{language}" becomes "unknown", because nobody sings')
             language = "unknown"
     elif language == "unknown":

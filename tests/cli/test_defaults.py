@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 
 import pytest
 from click.testing import CliRunner
@@ -157,6 +158,52 @@ def test_a_checkpoint_of_ace_step_alone_is_asked_about(train, tmp_path, resumed)
     assert "was saved by ACE-Step without a plugin. Say how to go on: --plugin sidestep" in done.stderr
     said_so = train(*said, "--plugin", "sidestep", output=tmp_path)
     assert "Say how to go on" not in said_so.stderr
+
+
+@pytest.fixture
+def mood(monkeypatch, tmp_path):
+    """A plugin of somebody else's with an option and a folder of this machine."""
+    from importlib.metadata import EntryPoint
+
+    from sidestep_plugin import registry
+
+    code = """
+        import click
+        from sidestep_plugin import hookimpl
+        @hookimpl
+        def acestep_options():
+            return [click.Option(["--mood"], type=int, default=1), click.Option(["--calm"], is_flag=True)]
+        @hookimpl
+        def acestep_run_started(run):
+            return [f"Mood: {run.options['mood']}, {run.options['calm']}"]
+    """
+    (tmp_path / "mood_plugin.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [*registry.installed_plugins()]
+    point = EntryPoint("mood", "mood_plugin", "acestep.plugins")
+    monkeypatch.setattr(registry, "installed_plugins", lambda: [*found, registry.Installed("mood", "mood", "1", point)])
+
+
+@pytest.mark.slow
+def test_plugins_options_are_those_of_the_checkpoint(train, mood, tmp_path):
+    """Of the plugin sidestep and of everybody's; what is typed wins, and it is said."""
+    options = ["--mood", 3, "--calm", "--crop-seconds", 0.4, "--time-limit", "1h", "--title", "Two words"]
+    first = train("--plugin", "mood", "--epochs", 1, "--rank", 4, *options, output=tmp_path / "out")
+    assert first.exit_code == 0 and "Mood: 3, True" in first.output, first.output
+    resumed = train("--resume-from", "latest", "--epochs", 2, output=tmp_path / "out")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Plugins: sidestep, mood, as in the checkpoint\n" in resumed.output
+    (said,) = re.findall("^Options: .*$", resumed.output, flags=re.MULTILINE)
+    assert said == "Options: --crop-seconds 0.4 --title 'Two words' --mood 3 --calm, as in the checkpoint"
+    assert "Mood: 3, True" in resumed.output and "changed since the checkpoint: crops" not in resumed.output
+    assert facts_of(tmp_path / "out")["crop_seconds"] == 0.4
+    checkpoint = max((tmp_path / "out/checkpoints").glob("epoch_2*"))
+    other = train(
+        "--resume-from", checkpoint, "--epochs", 3, "--mood", 4, "--crop-seconds", 0.3, output=tmp_path / "out"
+    )
+    assert other.exit_code == 0 and "Mood: 4, True" in other.output, other.output
+    assert "Note: changed since the checkpoint: --mood (was --mood 3, now --mood 4)\n" in other.output
+    assert "Note: changed since the checkpoint: crops in seconds (was 0.4, now 0.3)\n" in other.output
 
 
 # -- settings --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,9 @@ def test_every_command_at_the_end_works(trained, tmp_path):
     assert places == sorted(places)
     assert f"Page: {output / 'index.html'}\n" in done.output and f"in {output / 'checkpoints' / 'best'}" in done.output
     commands = commands_in(done.output)
-    assert len(commands) == 3 and commands[0][1] == "preview" and commands[2][1] == "export"
+    assert [words[1] for words in commands] == ["compare", "list", "export"]  # these models have no VAE
     for words in commands:
-        more = ["--seconds", "0.2"] if words[1] == "preview" else []
-        result = invoke(*words[1:], *more)
+        result = invoke(*words[1:])
         assert result.exit_code == 0, (words, result.output)
     assert [shlex.split(command) for _, command in read_page(output / "index.html")["commands"]] == commands
 
@@ -75,7 +76,8 @@ def reported(output, **validation):
     (output / "training_report.json").write_text(json.dumps({"validation": validation}), encoding="utf-8")
 
 
-def test_the_best_epoch_is_compared_where_it_is_another_one(tmp_path):
+def test_the_best_epoch_is_compared_where_it_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep_plugin.cli.next_commands._can_be_heard", lambda _: True)
     saved(tmp_path / "final" / "adapter", epoch=9)
     assert [command.split()[1] for _, command in next_commands(request(tmp_path, validate=2.0), "finished")] == [
         *("preview", "list", "export")
@@ -91,6 +93,33 @@ def test_the_best_epoch_is_compared_where_it_is_another_one(tmp_path):
     reported(tmp_path, best_epoch=7, best_in=None)  # there was no room for it, and epoch 3 is the best before
     (_, (_, other), _) = next_commands(request(tmp_path, validate=2.0), "finished")
     assert other.split()[1] == "list"
+
+
+@pytest.mark.slow
+def test_clips_of_the_last_command_can_be_heard_where_there_is_a_vae(trained, checkout, tmp_path):
+    from sidestep_plugin import miniature
+
+    if checkout.real:
+        pytest.skip("the miniature's VAE decodes its own latents")
+    models = shutil.copytree(checkout.checkpoints, tmp_path / "models")
+    miniature.write_encoders(models)
+    done = trained("--checkpoint-dir", models, "--epochs", 1)
+    (listen, *_) = commands_in(done.output)
+    assert listen[1] == "preview" and invoke(*listen[1:], "--seconds", "0.2").exit_code == 0
+    assert list((tmp_path / "my output").rglob("*.wav"))
+
+
+def test_nobody_is_told_to_listen_where_nothing_can_be_heard(tmp_path):
+    saved(tmp_path / "final" / "adapter", epoch=9)
+    (tmp_path / "root" / "acestep" / "training").mkdir(parents=True)
+    (tmp_path / "root" / "acestep" / "training" / "trainer.py").touch()
+    here = replace(request(tmp_path), acestep_root=tmp_path / "root", checkpoint_dir=tmp_path / "models")
+    told = next_commands(here, "finished")
+    assert [command.split()[1] for _, command in told] == ["compare", "list", "export"]
+    assert told[0][0] == "Compare it with the model without it, by its loss:"
+    (tmp_path / "models" / "vae").mkdir(parents=True)
+    (tmp_path / "models" / "vae" / "config.json").write_text('{"auto_map": {}}', encoding="utf-8")
+    assert next_commands(here, "finished")[0][0].startswith("Listen to it")
 
 
 def test_a_training_that_has_saved_nothing_is_not_resumed(tmp_path):

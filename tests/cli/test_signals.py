@@ -65,7 +65,7 @@ def stop(found, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = []
     launch = SimpleNamespace(state={"should_stop": False}, total_steps=4)
-    made = interrupts.Stop(launch, SimpleNamespace(say=said.append, step=3))
+    made = interrupts.Stop(launch, SimpleNamespace(say=said.append, step=3, computes=True))
     made.said = said
     with signals.taken_over(made):
         yield made
@@ -87,6 +87,15 @@ def test_several_signals_of_one_event_are_one(stop):
     assert len(stop.said) == 1
     with pytest.raises(KeyboardInterrupt):  # somebody is there after all, and does not want to wait
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *SENT])
+def test_before_the_first_step_each_of_them_ends_it_at_once(stop, number):
+    """Whatever is being made then, such as clips of the base model, nobody will need it."""
+    stop._progress.computes = False
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert stop.asked and stop.said == []
 
 
 def test_there_is_no_step_to_stop_after_when_all_are_done(stop):

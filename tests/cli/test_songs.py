@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from click.testing import CliRunner
 from song_files import a_song, save
 
 from sidestep_plugin.cli import cli
+from sidestep_plugin.cli import songs as showing
+from sidestep_plugin.cli.terminal import cells
 
 
 def run(*arguments):
@@ -53,6 +56,24 @@ def test_the_table_shows_length_prompt_lyrics_and_what_looks_wrong(folder):
     (said,) = [line for line in lines if line.startswith("- cannot be read: ")]
     assert "Git LFS" in said and "git lfs pull" in said and said.endswith(": c.pt")
     assert lines[-1].startswith("    acestep-train prepare --renew ")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_fits_the_terminal(tmp_path, monkeypatch, width):
+    """Names and texts are cut between words, with dots; Chinese letters take two columns."""
+    name, caption = (
+        "A very long name of a song that somebody has given it",
+        "smoky jazz with brushes, a walking bass " * 3,
+    )
+    text = {"caption": caption, "lyrics": "[Verse]\nla la la la la la la la la"}
+    save(tmp_path, f"{name}.pt", a_song(metadata=text))
+    save(tmp_path, f"{'深夜的爵士乐' * 4}.pt", a_song(metadata=text | {"caption": "深夜的爵士乐" * 9}))
+    monkeypatch.setattr(showing, "columns", lambda: width - 1)
+    lines = run(tmp_path).stdout.splitlines()[:3]
+    assert all(cells(line) < width for line in lines) and cells(lines[1]) > width - 12, lines
+    assert lines[0].split() == ["song", "length", "conditions", "prompt", "lyrics", "wrong"]
+    cut = re.findall(r"(\S+)\.\.\.", lines[1])
+    assert len(cut) >= 2 and set(cut) < {*name.split(), *caption.split(), "la", "[Verse]", "/"}, lines[1]
 
 
 def test_json_has_all_that_the_table_shows_and_more(folder):

@@ -187,6 +187,27 @@ def test_an_interrupted_training_saves_the_adapter(checkout, require_kind, tmp_p
         assert list(file.keys())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_a_training_that_is_interrupted_before_its_first_step_ends_at_once(run, tmp_path, monkeypatch):
+    """Without the rest of the base model's clips, and what --overwrite has set aside is back in its place."""
+    from sidestep_plugin.previews import making
+
+    assert run("--model", "base", "--save-every", "1", *QUICK).exit_code == 0
+    checkpoints, page = list((tmp_path / "output/checkpoints").iterdir()), tmp_path / "output/index.html"
+    before, made = page.read_bytes(), []
+
+    def interrupted(*_):
+        made.append(1)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(making, "generate", interrupted)
+    result = run("--model", "base", "--preview-every", "1", "--overwrite", *QUICK)
+    assert (result.exit_code, made) == (130, [1]), result.output
+    assert result.stderr == "Interrupted before the first step; nothing was saved.\n"
+    assert list((tmp_path / "output/checkpoints").iterdir()) == checkpoints and page.read_bytes() == before
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

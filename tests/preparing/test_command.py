@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -53,6 +54,34 @@ def test_a_dry_run_shows_what_the_model_is_told_and_writes_nothing(command, musi
     assert "    | zxsound, loud guitars" in out and "    | # Languages" in out and "    | [Verse]" in out
     assert "from: one.caption.txt: caption" in out and "Nothing was written." in out
     assert not (tmp_path / "songs").exists()
+
+
+def test_a_dry_run_ends_with_all_problems_by_kind(command, music):
+    """What they are, how many songs have them, and what to do about it, once; and files that belong to nothing."""
+    for name in ("a", "b"):
+        write_wav(music / f"{name}.wav", 12.0, seed=7)
+    write_texts(music, "a", caption="very " * 300)
+    (music / "b.lyric.txt").write_text("la la", encoding="utf-8")
+    code, out, _ = command("music", "--model", "base", "--output", "songs", "--dry-run")
+    end = out.splitlines()[out.splitlines().index("Problems:") + 1 :]
+    assert code == 0
+    assert any(line.startswith("  b.wav: no caption: the file's name") for line in end)
+    advice = "Write NAME.lyrics.txt, with [Instrumental] in it where nobody sings"
+    assert f"  no lyrics: 3 of 5 songs (a.wav, b.wav, two.wav). {advice}" in end
+    assert re.search(r"  a\.wav: prompt too long: the last \d+ tokens are cut\. Shorten the prompt\n", out)
+    assert end[-2:] == ["Note: No song belongs to b.lyric.txt (expected b.lyrics.txt)", end[-1]]
+    assert end[-1].startswith("5 songs for acestep-v15-base")
+
+
+def test_a_language_for_all_songs_comes_after_every_file(command, music):
+    write_texts(music, "two", caption="a quiet piano", lyrics="[Verse]\nla la")
+    code, out, _ = command("music", "--model", "base", "--output", "songs", "--dry-run", "--language", "english")
+    told = {block.split(" ->")[0]: block for block in re.split(r"\n(?=\S+ -> )", out)}
+    assert code == 0 and "no language" not in out
+    assert [re.search(r"# Languages\n *\| (\w+)", told[name])[1] for name in ("three.wav", "two.wav")] == ["de", "en"]
+    assert "--language: language" in told["two.wav"] and "--language" not in told["three.wav"]
+    code, _, err = command("music", "--model", "base", "--output", "songs", "--language", "klingon")
+    assert code == 2 and "the model does not know 'klingon'. Expected a code such as en" in err
 
 
 def test_tokens_that_are_cut_are_counted_by_song(command, music):

@@ -229,6 +229,25 @@ def test_a_preview_that_fails_warns_once_and_the_training_goes_on(train, equal_b
     assert out.count("Clips of any saved adapter: ") == 1
 
 
+@pytest.mark.parametrize("clips", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_training_that_is_stopped_makes_no_more_clips(train, monkeypatch, capsys, clips):
+    """Before its first step and after an epoch: two songs are heard each time."""
+    from sidestep_plugin.engine.services import Services
+    from sidestep_plugin.previews import making
+
+    original, made = making.generate, []
+
+    def stopping(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(making, "generate", stopping)
+    monkeypatch.setattr(Services, "stopping", property(lambda _: len(made) >= clips))
+    done = train("base", options=ON, max_epochs=3)
+    assert len(made) == clips and "Warning" not in capsys.readouterr().out
+    assert not (done.output / "previews").exists() if clips < 2 else [row["epoch"] for row in rows(done.output)] == [0]
+
+
 @pytest.mark.slow
 def test_a_vae_that_fails_leaves_latents(train, vae_there, capsys, monkeypatch):
     from sidestep_plugin.previews import making

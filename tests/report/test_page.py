@@ -5,6 +5,7 @@ The page in a real browser is a slow test.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import random
@@ -18,6 +19,7 @@ import pytest
 from preview_parts import NAMES, filled
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.cli.progress import Progress
 from sidestep_plugin.report import live_page
 from sidestep_plugin.report.charts import charts
 from sidestep_plugin.report.page import FILE_NAME, duration, page, read_page, show_clips
@@ -195,6 +197,21 @@ def test_a_stopped_training_says_so_and_goes_on_saying_it_when_it_is_resumed(tra
     assert "resumed after epoch 2" in on_page(stopped.output).words and data["saved"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steps", "place"),
+    [(2, "2 of 12 steps, resumed after step 2"), (7, "7 of 12 steps, resumed after epoch 2, step 7")],
+)
+def test_the_page_of_a_resumed_training_says_from_its_start_where_it_was(train, every_epoch, steps, place):
+    epoch = steps // 3
+    stopped = train("base", max_epochs=4, extra_plugins={"stopper": Stopper(steps)})
+    every_epoch.clear()
+    again = {"resume_from": str(stopped.output / "interrupted"), "output_dir": str(stopped.output)}
+    train("base", max_epochs=4, extra_plugins={"stopper": Stopper(1)}, **again)
+    state, done, text = every_epoch[0]
+    assert (state, done) == ("training", epoch) and f"Epoch {epoch} / 4 {place}" in Parsed(text).words
+
+
 def test_a_failed_training_says_why(train):
     done = train("base", max_epochs=3, extra_plugins={"failing": Failing(5, "no <b>power</b>")})
     assert done.messages[-1].startswith("❌")
@@ -222,6 +239,14 @@ def test_a_training_that_is_refused_leaves_the_page_of_the_one_before(train):
     assert (first.output / FILE_NAME).read_bytes() == before
 
 
+def test_a_command_can_be_copied_as_it_is(train):
+    """Its words are never broken, so each is an element of its own."""
+    data = data_on(train("base", max_epochs=1).output)
+    command = "acestep-train list 'my  <old> output' --json"
+    (typed,) = re.findall("<pre>(.*?)</pre>", page(data | {"commands": [["List it:", command]]}), re.DOTALL)
+    assert html.unescape(re.sub("</?span>", "", typed)) == command and typed.count("<span>") == len(command.split(" "))
+
+
 def test_warnings_are_on_it(train):
     class Warning:
         @hookimpl
@@ -232,6 +257,75 @@ def test_warnings_are_on_it(train):
     assert "Warning: <epoch 1> was odd." in data["told"]
     text = page(data)
     assert "&lt;epoch 1&gt; was odd." in text and "<epoch 1>" not in text
+
+
+# -- times -----------------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A training on a clock that goes on 10 seconds with each step, 7 with each save, and between the epochs."""
+
+    def __init__(self, monkeypatch, between=0.0):
+        self.now, self.between = 1000.0, between
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    @hookimpl
+    def acestep_prepare_batch(self, step):
+        self.now += 10.0
+
+    @hookimpl
+    def acestep_between_epochs(self, epoch):
+        self.now += self.between * (epoch > 0)
+
+    @hookimpl
+    def acestep_adapter_saved(self):
+        self.now += 7.0
+
+
+def test_all_times_of_a_training_are_of_one_clock(train, monkeypatch, capsys):
+    """The page, its report and the terminal: with saving, and without the time that the page itself takes."""
+    slow, progress = Slow(monkeypatch, between=20.0), Progress()
+    write = live_page.write_page
+
+    def writing(folder, data):
+        slow.now += 100.0 * (data["state"] == "finished")
+        return write(folder, data)
+
+    monkeypatch.setattr(live_page, "write_page", writing)
+    progress.begin(4, 2)
+    done = train("base", max_epochs=2, extra_plugins={"slow": slow, "progress": progress})
+    progress.end()
+    data, steps = data_on(done.output), len(done.losses)
+    saves = sum(1 for _ in done.output.rglob("training_config.json"))
+    assert data["seconds"] == 10 * steps + 2 * 20 + 7 * saves
+    assert data["report"]["seconds_per_step"] == 10.0 + 7.0 / (steps - 1), "with the checkpoint between two steps"
+    minutes, seconds = divmod(int(data["seconds"]), 60)
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"Total time: 0:{minutes:02}:{seconds:02} for {steps} training steps"
+    )
+    assert f"Time {minutes}:{seconds:02} min" in on_page(done.output).words
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "left"),
+    [
+        pytest.param({}, "", lambda steps: (40 * steps - steps) * 10, marks=pytest.mark.slow),
+        ({"max_steps": 11}, "--max-steps 11", lambda steps: (11 - steps) * 10),
+        ({"max_steps": 300, "time_limit": "2m"}, "--time-limit 2m", lambda steps: 120 - 10 * steps),
+    ],
+)
+def test_the_time_left_counts_what_ends_it_earlier(train, every_epoch, monkeypatch, options, limit, left):
+    slow, pages = Slow(monkeypatch), []
+    write = live_page.write_page
+    monkeypatch.setattr(live_page, "write_page", lambda folder, data: pages.append(data) or write(folder, data))
+    stopper = {} if options else {"stopper": Stopper(9)}
+    train("base", max_epochs=40, save_every_n_epochs=99, options=options, extra_plugins={"slow": slow, **stopper})
+    after_one = next(data for data in pages if data["epochs_done"] == 1)
+    steps = after_one["report"]["training_steps"]
+    assert steps > 1 and after_one["limit"] == limit
+    assert after_one["seconds_left"] == pytest.approx(left(steps))
+    assert f"so far{limit and f'; {limit} ends it'} Speed" in Parsed(page(after_one)).words
 
 
 # -- that it changes nothing -----------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_a_finished_training_can_be_made_longer(job):
     longer = job("longer", max_epochs=6, resume_from=checkpoint_of(job.output / "short", 3))
     assert not same(longer, load_file(next((job.output / "short" / "final").glob("**/*.safetensors"))))
     assert any("epochs (was 3, now 6)" in line for line in job.said)
-    assert any("learning rate follows the settings of this run" in line for line in job.said)
+    assert "Note: the learning rate follows the settings of this run, not those of the checkpoint" in job.said
 
 
 def test_a_smaller_batch_after_the_memory_was_not_enough(job):

@@ -34,6 +34,8 @@ def at(name, step):
 @hookimpl
 def acestep_step_finished(step):
     Path(os.environ["PLACE"], f"pid-{step.run.ranks.rank}").write_text(str(os.getpid()))
+    with Path(os.environ["PLACE"], f"losses-{step.run.ranks.rank}").open("a") as file:
+        print(float(step.loss), file=file)
     time.sleep(float(os.environ.get("SLOW", "0")))
     if at("FAIL", step):
         raise RuntimeError("made to fail")
@@ -127,6 +129,25 @@ def test_torchrun_and_devices_train_the_same(line, place):
             assert out.count(once) == 1, out
     text = (place / "output" / "final" / "adapter" / "training_options.toml").read_text(encoding="utf-8")
     assert "devices = 2" in text and "rendezvous" not in text
+
+
+def test_the_page_is_about_all_processes(line, place):
+    """Losses are their mean and rows their sum; steps are those of each, and it says so."""
+    from sidestep_plugin.report.page import page, read_page
+
+    code, out = run([*MODULE, *line("--devices", 2, "--validate", 2, "--preview-every", 4, "--preview-songs", 1)])
+    assert code == 0, out
+    data = read_page(place / "output" / "index.html")
+    assert data["state"] == "finished" and (data["epochs_done"], len(data["songs"]), len(data["held_out"])) == (4, 4, 2)
+    losses = [[float(word) for word in (place / f"losses-{rank}").read_text().split()] for rank in (0, 1)]
+    assert [len(own) for own in losses] == [8, 8] and losses[0] != losses[1]
+    means = [sum(sum(own[at : at + 2]) for own in losses) / 4 for at in range(0, 8, 2)]
+    assert [entry["loss"] for entry in data["report"]["loss_by_epoch"]] == pytest.approx(means, abs=1e-5)
+    assert (data["steps"], data["report"]["training_steps"], data["report"]["rows"]) == (8, 8, 16)
+    text = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page(data)))
+    assert "4 / 4 8 steps in each of 2 processes" in text
+    assert "Processes 2" in text and "GPUs" not in text
+    assert [row["epoch"] for row in data["report"]["previews"]["rows"]] == [0, 4]
 
 
 def test_two_machines_on_one(line, place):

@@ -332,6 +332,35 @@ def test_files_that_belong_to_no_song_are_named_once(tmp_path):
     assert notes == ("No song belongs to sogn.caption.txt",)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("song.lyric.txt", "song.lyrics.txt"),
+        ("song_lyrics.txt", "song.lyrics.txt"),
+        ("song.lyrics", "song.lyrics.txt"),
+        ("song.LRC", "song.lyrics.txt"),
+        ("song.captions.txt", "song.caption.txt"),
+        ("song.wav.txt", "song.txt"),
+        ("song.wav.json", "song.json"),
+        ("sogn.caption.txt", "song.caption.txt"),
+        ("song.captoin.txt", "song.caption.txt"),
+        ("other.txt", None),
+        ("song_7.txt", None),  # of another song
+        ("songbook.lyrics.txt", None),
+    ],
+)
+def test_a_file_of_nearly_the_right_name_is_told_which_name_was_expected(tmp_path, name, expected):
+    put(tmp_path, {name: "{}" if name.endswith("json") else "la", "a/b.txt": "x"})
+    files = [tmp_path / "song.wav", tmp_path / "song_1.wav"]
+    told = f"{name} (expected {expected})" if expected else name
+    assert find_texts(tmp_path, files).notes == (f"No song belongs to {told}",)
+
+
+def test_a_picture_and_a_readme_beside_a_song_are_not_told(tmp_path):
+    put(tmp_path, {"song.jpg": "x", "README.md": "x", "notes.md": "x"})
+    assert find_texts(tmp_path, [tmp_path / "song.wav"]).notes == ()
+
+
 def test_capitals_and_composed_letters_of_a_name_do_not_matter(tmp_path):
     name = unicodedata.normalize("NFD", "Lücke")
     put(tmp_path, {f"{name}.caption.txt": "pop", "SONG.Caption.TXT": "rock"})

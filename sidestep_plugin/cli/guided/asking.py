@@ -10,6 +10,7 @@ import click
 from sidestep_plugin.errors import Refusal
 
 from ..command_line import command_line
+from ..terminal import echo
 from .answers import Answers, Question
 from .checks import check_said
 from .extras import add, offered
@@ -34,9 +35,9 @@ def ask(request: Request, missing: set[str]) -> Request:
         SystemExit: somebody does not want to start.
     """
     answers = Answers(request, missing)
-    click.echo(f"A few questions. Enter takes the answer in brackets, {BACK} goes back, Ctrl-C leaves.")
+    echo(f"A few questions. Enter takes the answer in brackets, {BACK} goes back, Ctrl-C leaves.")
     how = f"with the plugin {', '.join(request.plugins)}" if request.plugins else "without a plugin, as ACE-Step trains"
-    click.echo(f"Training {how}. For everything else: acestep-train --help")
+    echo(f"Training {how}. For everything else: acestep-train --help")
     questions = [question for question in QUESTIONS if question.name in missing]
     number, checked = 0, False
     before: list[tuple[int, Answers]] = []
@@ -67,9 +68,9 @@ def ask(request: Request, missing: set[str]) -> Request:
 
 
 def _put(question: Question, answers: Answers) -> None:
-    click.echo()
+    echo()
     for line in question.title(answers):
-        click.echo(line)
+        echo(line)
     while True:
         text = str(click.prompt(question.prompt, default=question.default(answers), type=str)).strip()
         if text == BACK:
@@ -79,40 +80,40 @@ def _put(question: Question, answers: Answers) -> None:
         try:
             lines = question.take(answers, text)
         except Refusal as refusal:
-            click.echo(f"  {refusal}")
+            echo(f"  {refusal}")
             continue
         except OSError as error:  # a name that is too long, a folder that may not be opened
-            click.echo(f"  {text[:80]}: {error.strerror or error}. Type another.")
+            echo(f"  {text[:80]}: {error.strerror or error}. Type another.")
             continue
         for line in lines:
-            click.echo(f"  {line}")
+            echo(f"  {line}")
         return
 
 
 def _confirm(answers: Answers) -> None:
-    click.echo("\nThis training will start:")
+    echo("\nThis training will start:")
     for line in summary(answers):
-        click.echo(f"  {line}")
-    click.echo("\nThe same without questions:")
-    click.echo(f"  {command_line(answers.request)}\n")
+        echo(f"  {line}")
+    echo("\nThe same without questions:")
+    echo(f"  {command_line(answers.request)}\n")
     if more := offered(answers):
-        click.echo("Type one or more of these, with commas between them, to add:")
+        echo("Type one or more of these, with commas between them, to add:")
         width = max(map(len, more))
         for name, what in more.items():
-            click.echo(f"  {name:<{width}}  {what}")
+            echo(f"  {name:<{width}}  {what}")
     while True:
         text = str(click.prompt(f"Start? [Y/n/{BACK}]", default="y", show_default=False)).strip()
         if text.lower() in ("y", "yes"):
             return
         if text.lower() in ("n", "no"):
-            click.echo("Nothing was started, nothing was written.")
+            echo("Nothing was started, nothing was written.")
             raise SystemExit(0)
         if text.lower() == BACK:
             raise GoBack
         try:
             add(answers, text)
         except Refusal as refusal:
-            click.echo(f"  {refusal}")
+            echo(f"  {refusal}")
             continue
         _confirm(answers)
         return

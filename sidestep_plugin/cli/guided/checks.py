@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from sidestep_plugin.adapters.kinds import DEFAULT, NAMES, check_installed
 from sidestep_plugin.errors import Refusal
@@ -13,6 +15,7 @@ from sidestep_plugin.files import at_home
 from sidestep_plugin.recommended import recommended
 from sidestep_plugin.text import counted
 
+from ..terminal import echo
 from ..torch_here import require_torch
 from .answers import Answers
 
@@ -189,11 +192,28 @@ def resume(answers: Answers) -> list[str]:
         notes.append(f"with the plugins of that training: {', '.join(kept) or 'none'}")
     kind_of_adapter = facts.get("adapter_type", answers.request.adapter_type)
     answers.set(resume_from=said, adapter_type=kind_of_adapter if kind_of_adapter in NAMES else DEFAULT.name)
+    notes += _options_to_resume(answers, checkpoint.folder)
     for name, value in settings_to_resume(checkpoint.folder, answers.request.adapter_type).items():
         if name in answers.asked:
             answers.setting(name, value)
     answers.checkpoint = f"{folder.name} ({checkpoint.point.where})"
     return [*notes, f"{answers.checkpoint}, with the settings that it was made with"]
+
+
+def _options_to_resume(answers: Answers, checkpoint: Path) -> Iterator[str]:
+    """Take the plugins' options from a checkpoint, except for those that were typed. Returns lines."""
+    from sidestep_plugin.registry import Registry
+
+    from ..resumed import options_resumed_with, options_to_resume
+
+    context = click.get_current_context()
+    declared = Registry.load(answers.request.plugins, answers.request.wins).declared_options()
+    kept = options_to_resume(str(checkpoint), None, declared).checked(declared, context)
+    by_name = {str(option.name): option for option in declared}
+    took = {name for name in kept if context.get_parameter_source(name) in (None, ParameterSource.DEFAULT)}
+    for name in took:
+        answers.option(name, by_name[name].type_cast_value(context, kept[name]))
+    yield from options_resumed_with(declared, kept, took, answers.request.options)
 
 
 def kind(answers: Answers, text: str) -> list[str]:
@@ -249,5 +269,5 @@ def _whole(text: str, what: str) -> int:
 
 def _say_that_torch_is_imported() -> None:
     if "torch" not in sys.modules:
-        click.echo("  Importing torch ...")
+        echo("  Importing torch ...")
     require_torch(told=True)

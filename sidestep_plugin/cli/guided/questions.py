@@ -82,7 +82,7 @@ QUESTIONS: Final = (
     Question("output_dir", lambda _: ["Where to save"], "Folder", _default_output, checks.output),
     Question(
         "adapter_type",
-        lambda _: [f"Adapter: {'; '.join(f'{kind.name} {kind.remark}' for kind in KINDS)}"],
+        lambda _: [f"Kind of adapter: {'; '.join(f'{kind.name} {kind.remark}' for kind in KINDS)}"],
         " or ".join(NAMES),
         lambda _: DEFAULT.name,
         checks.kind,

@@ -57,6 +57,8 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 check_decoder_input(step, batch, calls, samples=samples)
             if journal is not None:
                 loss = journal.record(loss, training)
+            if training:
+                run.clock.stepped(run.paused)
             if finishes:
                 # A copy: nothing that a plugin does to it reaches the training.
                 note(step, loss=loss.detach().clone())

@@ -83,6 +83,7 @@ def wrap_training(host: Host, original: Callable[..., Any], kind: AdapterType) -
             yield from _followed(host, training, original(*call.args, **call.kwargs))
         finally:
             if training is not None:
+                training.run.clock.stop()
                 training.at_end.close()
 
     return train_from_preprocessed
