@@ -92,7 +92,7 @@ class Recorder:
 def train_with_plugin(arguments: list[str]) -> dict[str, Any]:
     """Run the real command line; the recorder joins it as one more plugin."""
     from sidestep_plugin import cli
-    from sidestep_plugin.engine import launch
+    from sidestep_plugin.launch import launch
 
     recorder = Recorder(Path(arguments[arguments.index("--dataset-dir") + 1]))
     prepare, load_model = launch.prepare, launch.load_model
