@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin import hookimpl
-from sidestep_plugin.options import FiniteFloat
+from sidestep_plugin.options import FiniteFloat, option
 from sidestep_plugin.run import FRAMES, Run, Step
 from sidestep_plugin.songs.dataset import FRAMES_A_SECOND
 from sidestep_plugin.songs.one_song import frames_in
@@ -24,15 +24,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--crop-seconds"],
-            type=FiniteFloat(0.2),
-            metavar="S",
-            default=None,
-            help="Train on a random window of S seconds of each song.  [default: whole songs]",
-        )
-    ]
+    text = "Train on a random window of S seconds of each song.  [default: whole songs]"
+    return [option("--crop-seconds", text, FiniteFloat(0.2), "S")]
 
 
 @hookimpl

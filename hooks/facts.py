@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.targets import trained_shapes
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.files import without_nan
+from sidestep_plugin.registry import version_of
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.timesteps.treatment import Treatment
@@ -48,7 +47,7 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
     adapter, options = run.adapter_config, run.options
     # A folder's name may contain bytes that are not UTF-8.
     model_name = treatment.model_name.encode("utf-8", "replace").decode("utf-8")
-    kind = BY_NAME[run.adapter_type]
+    kind, targets = BY_NAME[run.adapter_type], getattr(adapter, "target_modules", None)
     told: dict[str, Any] = {}
     for tell in run.facts:
         # JSON has neither NaN nor infinity, and a number that is none says nothing: it is left out.
@@ -71,15 +70,15 @@ def describe_run(run: Run, treatment: Treatment, other_sampler: str | None = Non
         "adapter_type": run.adapter_type,
         "rank": getattr(adapter, kind.fields["rank"], None),
         "alpha": kind.effective_alpha(adapter, trained_shapes(run.model, kind.name, adapter)),
-        "dropout": _first(adapter, "dropout", "lora_dropout"),
-        "target_modules": _names(getattr(adapter, "target_modules", None)),
+        "dropout": getattr(adapter, "dropout", getattr(adapter, "lora_dropout", None)),
+        "target_modules": targets if isinstance(targets, str | None) else [str(name) for name in targets],
         "trained_layers": None,
         "songs": songs_of(run),
         "epoch": None,
         "global_step": None,
         "training_steps": run.steps,
     }
-    versions = {f"{name.replace('-', '_')}_version": version for name, version in _versions().items()}
+    versions = {f"{name.replace('-', '_')}_version": found for name in _VERSIONS if (found := version_of(name))}
     # Facts win: a future setting of upstream's may have the same name.
     return (
         dict(without_nan(facts))
@@ -138,19 +137,3 @@ def _training_settings(config: Any) -> dict[str, Any]:
         for name, value in settings.items()
         if name not in _NOT_A_SETTING and (isinstance(value, bool | int | float) or name in TEXT_SETTINGS)
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _first(config: Any, *names: str) -> Any:
-    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
-
-
-def _names(value: Any) -> list[str] | str | None:
-    return value if value is None or isinstance(value, str) else [str(name) for name in value]

@@ -19,7 +19,7 @@ from sidestep_plugin.adapters.facts import read_training_config, write_training_
 from sidestep_plugin.adapters.header import write_header
 from sidestep_plugin.adapters.layers import read_adapter
 from sidestep_plugin.adapters.paths import forget_folders
-from sidestep_plugin.options import Line
+from sidestep_plugin.options import Line, option
 from sidestep_plugin.run import Run, SavedAdapter
 from sidestep_plugin.timesteps.treatment import other_sampler, treatment_of
 
@@ -29,18 +29,13 @@ from .facts import describe_adapter, describe_run, songs_of
 @hookimpl
 def acestep_options() -> list[click.Option]:
     """Options that describe the adapter."""
-    line = Line()
+    line, programs = Line(), click.Choice(["comfyui"])
     return [
-        click.Option(["--title"], type=line, help="Name of the adapter. [default: LoRA or LoKr for MODEL]"),
-        click.Option(["--author"], type=line, help="Author of the adapter."),
-        click.Option(["--trigger"], type=line, help="Trigger words: words for the prompt that activate the adapter."),
-        click.Option(["--license"], type=line, help="Licence of the adapter, such as CC-BY-4.0."),
-        click.Option(
-            ["--export"],
-            type=click.Choice(["comfyui"]),
-            metavar="PROGRAM",
-            help="Also save a copy of every adapter for this program: comfyui.",
-        ),
+        option("--title", "Name of the adapter. [default: LoRA or LoKr for MODEL]", line),
+        option("--author", "Author of the adapter.", line),
+        option("--trigger", "Trigger words: words for the prompt that activate the adapter.", line),
+        option("--license", "Licence of the adapter, such as CC-BY-4.0.", line),
+        option("--export", "Also save a copy of every adapter for this program: comfyui.", programs, "PROGRAM"),
     ]
 
 

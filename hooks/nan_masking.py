@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep_plugin import hookimpl
+from sidestep_plugin.options import option
 from sidestep_plugin.run import Run, Step
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.one_song import MASK_OF
@@ -24,14 +25,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--mask-nan"],
-            is_flag=True,
-            default=False,
-            help="Zero NaN and infinity where a song's mask hides them.",
-        )
-    ]
+    return [option("--mask-nan", "Zero NaN and infinity where a song's mask hides them.")]
 
 
 @hookimpl

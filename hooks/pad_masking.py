@@ -8,12 +8,12 @@ song is told the same in a batch as alone. A batch of one song, or of songs of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidestep_plugin import Refusal, hookimpl
+from sidestep_plugin.options import option
 from sidestep_plugin.run import Run
 from sidestep_plugin.songs.dataset import songs_in
 from sidestep_plugin.songs.making import Making, making_of
@@ -25,16 +25,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--mask-padding"],
-            type=click.Choice(["auto", "on", "off"]),
-            default="auto",
-            show_default=True,
-            metavar="WHEN",
-            help="Hide padding of prompts: auto (songs from prepare), on, off.",
-        )
-    ]
+    text = "Hide padding of prompts: auto (songs from prepare), on, off."
+    return [option("--mask-padding", text, click.Choice(["auto", "on", "off"]), "WHEN", "auto")]
 
 
 @hookimpl(trylast=True)
@@ -44,7 +36,8 @@ def acestep_run_started(run: Run) -> list[str]:
     batch = int(getattr(run.training_config, "batch_size", 1) or 1)
     if said == "off" or run.tensor_dir is None or run.engine is None:
         return []
-    songs = [song for song in map(_making, songs_in(run.tensor_dir)) if song is not None]
+    read = (read_song(file) for file in songs_in(run.tensor_dir))
+    songs = [making_of(song) for song, problem in read if not problem]
     if problem := _problem(songs):
         if said == "on":
             raise Refusal(f"--mask-padding on: {problem}. Prepare them with acestep-train prepare, or leave it out.")
@@ -120,11 +113,6 @@ class Masking:
 
 def _cross_attentions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "cross_attn"]
-
-
-def _making(file: Path) -> Making | None:
-    song, problem = read_song(file)
-    return None if problem else making_of(song)
 
 
 def _problem(songs: Sequence[Making]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sidestep_plugin import Refusal, hookimpl
-from sidestep_plugin.options import FiniteFloat, WholeNumber
+from sidestep_plugin.options import FiniteFloat, WholeNumber, option
 from sidestep_plugin.run import ModelFacts, Run
 from sidestep_plugin.text import counted
 from sidestep_plugin.timesteps.treatment import CFG_RATIO, PLUGIN, Treatment, decide_treatment, other_sampler
@@ -19,44 +19,30 @@ from sidestep_plugin.variants import VARIANTS, guidance
 @hookimpl
 def acestep_options() -> list[click.Option]:
     """The options about how the model is trained."""
+    modes = click.Choice(["auto", "discrete", "continuous"])
     return [
-        click.Option(
-            ["--variant"],
-            type=click.Choice(["auto", *VARIANTS]),
-            metavar="KIND",
-            default="auto",
-            show_default=True,
-            help="turbo, base or sft; auto: config.json and folder name.",
+        option(
+            "--variant",
+            "turbo, base or sft; auto: config.json and folder name.",
+            click.Choice(["auto", *VARIANTS]),
+            "KIND",
+            "auto",
         ),
-        click.Option(
-            ["--timestep-mode"],
-            type=click.Choice(["auto", "discrete", "continuous"]),
-            default="auto",
-            show_default=True,
-            metavar="MODE",
-            help="auto (as the model was trained), discrete or continuous.",
+        option("--timestep-mode", "auto (as the model was trained), discrete or continuous.", modes, "MODE", "auto"),
+        option(
+            "--cfg-ratio", "Condition dropout for base and sft, from 0 to 1.", FiniteFloat(0.0, 1.0), "X", CFG_RATIO
         ),
-        click.Option(
-            ["--cfg-ratio"],
-            type=FiniteFloat(0.0, 1.0),
-            default=CFG_RATIO,
-            show_default=True,
-            metavar="X",
-            help="Condition dropout for base and sft, from 0 to 1.",
+        option(
+            "--shift",
+            "For generating, saved only.  [default: turbo 3.0, base and sft 1.0]",
+            FiniteFloat(0.0, min_open=True),
+            "X",
         ),
-        click.Option(
-            ["--shift"],
-            type=FiniteFloat(0.0, min_open=True),
-            metavar="X",
-            default=None,
-            help="For generating, saved only.  [default: turbo 3.0, base and sft 1.0]",
-        ),
-        click.Option(
-            ["--num-inference-steps"],
-            type=WholeNumber(min=1),
-            metavar="N",
-            default=None,
-            help="For generating, saved only.  [default: turbo 8, base and sft 50]",
+        option(
+            "--num-inference-steps",
+            "For generating, saved only.  [default: turbo 8, base and sft 50]",
+            WholeNumber(min=1),
+            "N",
         ),
     ]
 

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from .run import ProcessPlan, ResumePoint, Run
 
 EXCLUSIVE: Final = frozenset(
-    {
-        "engine_plan_processes",
-        "engine_resume",
-        "engine_read_checkpoint",
-        "engine_hold_out",
-        "engine_read_song",
-    }
+    {"engine_plan_processes", "engine_resume", "engine_read_checkpoint", "engine_hold_out", "engine_read_song"}
 )
 """Hooks with a single answer."""
 
@@ -35,18 +29,7 @@ def engine_hold_out(songs: Sequence[Path], options: Mapping[str, Any], training_
 
     When: once for each training: on the command line before the model is loaded, elsewhere before it begins. The
     answer is ``run.held_out`` from then on. In several processes, each is asked: choose by the songs' names, and draw
-    no random number.
-
-    Args:
-        songs: the files of all preprocessed songs.
-        options: the values of all plugin options.
-        training_config: upstream's TrainingConfig.
-
-    Returns:
-        Some of `songs`, but not all. None to train on all of them.
-
-    Raises:
-        Refusal: to stop. Nothing has been written yet.
+    no random number. None trains on all of them. Raises Refusal to stop: nothing has been written yet.
     """
 
 
@@ -62,15 +45,8 @@ def engine_plan_processes(options: Mapping[str, Any], ranks: Ranks) -> ProcessPl
     by the first one. Weights are equal everywhere. ``run.ranks`` tells the processes apart, and ``run.gather``
     exchanges values between them.
 
-    Args:
-        options: the values of all plugin options.
-        ranks: the place of this process among those that were started; process 0 of 1 before that.
-
-    Returns:
-        A ProcessPlan, or None for a single process.
-
-    Raises:
-        Refusal: the options contradict each other, or what was started.
+    `ranks` is the place of this process among those that were started; process 0 of 1 before that. None means a single
+    process. Raises Refusal where the options contradict each other, or what was started.
     """
 
 
@@ -93,15 +69,8 @@ def engine_resume(run: Run, folder: Path) -> ResumePoint | None:
     If a plugin implements this hook, a training that is stopped or fails is saved in the folder ``interrupted`` inside
     its output folder, and :func:`acestep_adapter_saved` receives with every checkpoint what resuming it needs.
 
-    Args:
-        run: the run, with upstream's configurations.
-        folder: the checkpoint's folder, as the user named it.
-
-    Returns:
-        The place to resume from, or None to leave resuming to upstream.
-
-    Raises:
-        Refusal: the folder holds no complete checkpoint, or one of another training.
+    `folder` is the checkpoint's, as the user named it. None leaves resuming to upstream. Raises Refusal where it holds
+    no complete checkpoint, or one of another training.
     """
 
 
@@ -143,16 +112,11 @@ def engine_model_ready(
     it to the device. Never without Lightning.
 
     Args:
-        run: the run.
-        decoder: the decoder with the adapter in it.
         network: the LyCORIS network of a LoKr, None for a LoRA.
         autocast: the type that autocast computes in, None without autocast.
 
-    Returns:
-        Lines to announce. What changes the adapter must be an option that the user has chosen.
-
-    Raises:
-        Refusal: to stop the run before its first step.
+    Returns lines to announce. What changes the adapter must be an option that the user has chosen. Raises Refusal to
+    stop the run before its first step.
     """
 
 
@@ -183,7 +147,6 @@ def engine_waiting(run: Run, what: str, done: int, total: int) -> None:
     """Show how far something is for which the training waits. An error must not reach the training.
 
     Args:
-        run: the run.
         what: such as "Validation".
         done, total: how much of it is done; equal when it is over.
     """
@@ -194,7 +157,6 @@ def engine_final_saved(run: Run, epochs: int, limits: Mapping[str, float]) -> No
     """Note that the finished adapter is in its place, in the first process. An error must not reach the training.
 
     Args:
-        run: the run.
         epochs: after how many epochs the training has ended.
         limits: if a plugin has ended it before its last epoch, the options that did, and up to which value each of
             them would have.

@@ -18,5 +18,10 @@ class PluginError(Refusal):
     """A plugin is not installed, cannot be loaded, or answered a hook with something unusable."""
 
 
+def unusable_answer(plugin: str, hook: str, found: object, expected: str) -> PluginError:
+    """The error of a plugin that returned something unusable."""
+    return PluginError(f"Plugin {plugin!r} returned {found} from {hook}, expected {expected}.")
+
+
 class DetachError(RuntimeError):
     """Somebody replaced a name after us: restoring the original would remove their wrapper."""

@@ -173,10 +173,7 @@ def is_companion(name: str) -> bool:
 
 
 _STAND_INS: Final = (
-    (
-        b"version https://git-lfs",
-        "is a Git LFS pointer, which only names the file: git lfs pull gets it",
-    ),
+    (b"version https://git-lfs", "is a Git LFS pointer, which only names the file: git lfs pull gets it"),
     (b"<!doctype html", "is a web page: download the file itself, not the page that shows it"),
     (b"<html", "is a web page: download the file itself, not the page that shows it"),
 )

@@ -15,6 +15,14 @@ from .files import at_home
 from .text import is_control
 
 
+def option(name: str, text: str, kind: Any = None, metavar: str | None = None, default: Any = None) -> click.Option:
+    """An option by its name and its help: of a click type, with its default shown if the help has none; else a flag."""
+    if kind is None:
+        return click.Option([name], is_flag=True, default=False, help=text)
+    shown = default is not None and "[default" not in text
+    return click.Option([name], type=kind, metavar=metavar, default=default, show_default=shown or None, help=text)
+
+
 class Place(click.Path):
     """The name of a file or folder, with ``~`` for the home folder, which no shell replaces in ``--dir=~/x``.
 
@@ -125,7 +133,6 @@ def resolve_options(declared: Sequence[click.Option], given: Mapping[str, Any]) 
     """Check given values by the options' own types and fill in the defaults.
 
     Args:
-        declared: the plugins' options.
         given: values by option name. None means: the default.
 
     Raises:

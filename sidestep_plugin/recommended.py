@@ -26,15 +26,10 @@ TUTORIAL: Final = "ACE-Step's LoRA tutorial"
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        value: as the option of that name takes it.
-        reason: where it comes from.
-    """
-
-    value: int | float
-    reason: str
+    value: int | float  # as the option of that name takes it
+    reason: str  # where it comes from
 
 
 def recommended(

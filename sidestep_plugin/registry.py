@@ -19,7 +19,7 @@ import click
 import pluggy
 
 from . import engine_hookspecs, hookspecs
-from .errors import PluginError, Refusal
+from .errors import PluginError, Refusal, unusable_answer
 from .options import resolve_options
 
 if TYPE_CHECKING:
@@ -70,12 +70,6 @@ class Registry:
     A plugin may consist of parts: a module with ``PLUGINS``, a sequence of (name, module), brings each of them, named
     ``PLUGIN.NAME``. Plugins are called in the order in which they were registered, parts in the order of their list.
     Within one module or object, functions with the same ``specname`` are called in pluggy's order.
-
-    Args:
-        wins: the plugin to ask when two implement an exclusive hook.
-
-    Attributes:
-        names: names of the plugins, without their parts.
     """
 
     def __init__(self, wins: str | None = None) -> None:
@@ -85,7 +79,7 @@ class Registry:
         self._callers: dict[str, tuple[tuple[str, pluggy.HookCaller], ...]] = {}
         self._trace = os.environ.get(TRACE, "").strip() not in ("", "0")
         self._parts: list[str] = []
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the plugins, without their parts
         self.wins = wins
 
     @classmethod
@@ -93,7 +87,6 @@ class Registry:
         """Load plugins by name, in that order; a name given twice counts once.
 
         Args:
-            names: names of installed plugins.
             wins: the plugin to ask when two implement an exclusive hook.
             later: names under which plugin objects will be registered as well.
 
@@ -208,9 +201,7 @@ class Registry:
         for name, caller in self.callers(hook):
             answers += [(name, answer) for answer in self.ask(name, caller, hook, arguments)]
             if answers and hook in hookspecs.SILENT:
-                raise PluginError(
-                    f"Plugin {name!r} returned {described(answers[-1][1])} from {hook}, expected nothing."
-                )
+                raise unusable_answer(name, hook, described(answers[-1][1]), "nothing")
         return answers
 
     def ask(self, name: str, caller: Callable[..., Any], hook: str, arguments: Mapping[str, Any]) -> list[Any]:
@@ -235,9 +226,7 @@ class Registry:
         options: list[click.Option] = []
         for plugin, declared in self.call("acestep_options"):
             if not isinstance(declared, Sequence) or not all(isinstance(option, click.Option) for option in declared):
-                raise PluginError(
-                    f"Plugin {plugin!r} returned {declared!r} from acestep_options, expected click options."
-                )
+                raise unusable_answer(plugin, "acestep_options", repr(declared), "click options")
             for option in declared:
                 owner = owners.setdefault(str(option.name), plugin)
                 if owner != plugin:
@@ -286,26 +275,33 @@ class Listing:
     name: str
     distribution: str
     version: str
-    hooks: tuple[str, ...]
-    options: tuple[str, ...]
-    error: str | None
+    hooks: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    error: str | None = None
 
 
 def list_plugins() -> list[Listing]:
     """Load every installed plugin on its own and list what it implements, or why it failed."""
     listings = []
     for plugin in installed_plugins():
-        hooks: Sequence[str] = ()
-        options: Sequence[str] = ()
-        error = None
+        about = (plugin.name, plugin.distribution, plugin.version)
         try:
             registry = Registry.load([plugin.name])
-            hooks = registry.hooks_of(plugin.name)
-            options = [option.opts[0] for option in registry.declared_options()]
+            options = tuple(option.opts[0] for option in registry.declared_options())
+            listings.append(Listing(*about, tuple(registry.hooks_of(plugin.name)), options))
         except Refusal as refusal:
-            error = str(refusal)
-        listings.append(Listing(plugin.name, plugin.distribution, plugin.version, tuple(hooks), tuple(options), error))
+            listings.append(Listing(*about, error=str(refusal)))
     return listings
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def owner_of(part: str) -> str:

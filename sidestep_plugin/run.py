@@ -227,51 +227,29 @@ def note(step: Step, **values: Any) -> None:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A place in a training to resume from, with everything that the rest of the training depends on.
+    """A place in a training to resume from, with everything that the rest of the training depends on."""
 
-    Attributes:
-        epochs: complete passes through the songs.
-        steps: training steps of the pass that has begun; 0 between two passes.
-        steps_per_epoch: training steps in a complete pass; None if they were not recorded.
-        losses: the loss of every training step so far, shape [N]; None if they were not recorded.
-        validation: the loss of every validation step so far, shape [M]; None if they were not recorded.
-        random: states of the random generators at this place; None if they were not recorded.
-        epoch_random: their states at the start of the pass that has begun, which decide the order of the songs; None
-            between two passes.
-        gradients: for each trained tensor, the gradient that waits for the next optimizer step; None if none waits.
-        optimizer, scheduler: their ``state_dict()``; None to start with new ones.
-        optimizer_class: name of the optimizer's class, "" if unknown.
-        weights: the adapter's tensors under the names with which they are saved; empty if they are in a file.
-        parameters: the trained tensors themselves, if the saved ones are computed from them (LyCORIS multiplies its
-            scalar into them); None if they are the same.
-        songs: fingerprint of the songs, "" if unknown.
-        kept: by name, what parts of the plugin keep: numbers, texts, tensors, lists and dictionaries.
-        save_number: counts the saves in an output folder from 1, so the newest checkpoint has the highest; 0 if it was
-            not recorded.
-        ranks: of a training in several processes, each one's ``random`` and ``epoch_random``, by rank; empty for one.
-        lines: what the user should know before resuming from here.
-        finished: why there is nothing to resume; "" to train on.
-    """
-
-    epochs: int
-    steps: int
-    steps_per_epoch: int | None = None
-    losses: torch.Tensor | None = None
-    validation: torch.Tensor | None = None
-    random: Mapping[str, Any] | None = None
+    epochs: int  # complete passes through the songs
+    steps: int  # training steps of the pass that has begun; 0 between two passes
+    steps_per_epoch: int | None = None  # training steps in a complete pass; None if they were not recorded
+    losses: torch.Tensor | None = None  # of every training step so far, shape [N]; None if they were not recorded
+    validation: torch.Tensor | None = None  # of every validation step so far, shape [M]; None if not recorded
+    random: Mapping[str, Any] | None = None  # states of the random generators at this place; None if not recorded
+    # Their states at the start of the pass that has begun, which decide the order of its songs; None between two.
     epoch_random: Mapping[str, Any] | None = None
-    gradients: list[torch.Tensor | None] | None = None
-    optimizer: Mapping[str, Any] | None = None
-    scheduler: Mapping[str, Any] | None = None
-    optimizer_class: str = ""
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gradients: list[torch.Tensor | None] | None = None  # of each trained tensor, if they wait for the optimizer
+    optimizer: Mapping[str, Any] | None = None  # its ``state_dict()``; None to start with a new one
+    scheduler: Mapping[str, Any] | None = None  # the same
+    optimizer_class: str = ""  # name of the optimizer's class, "" if unknown
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by their saved names; {} if they are in a file
+    # The trained tensors themselves, if the saved ones are computed from them: LyCORIS multiplies its scalar into them.
     parameters: list[torch.Tensor] | None = None
-    songs: str = ""
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    save_number: int = 0
-    ranks: Sequence[Mapping[str, Any]] = ()
-    lines: tuple[str, ...] = ()
-    finished: str = ""
+    songs: str = ""  # fingerprint of the songs, "" if unknown
+    kept: Mapping[str, Any] = field(default_factory=dict)  # by name, what parts of the plugin keep, in plain types
+    save_number: int = 0  # counts the saves in an output folder from 1: the newest has the highest; 0 if not recorded
+    ranks: Sequence[Mapping[str, Any]] = ()  # `random` and `epoch_random` of each of several processes, by rank
+    lines: tuple[str, ...] = ()  # what the user should know before resuming from here
+    finished: str = ""  # why there is nothing to resume; "" to train on
 
     @property
     def where(self) -> str:
@@ -314,23 +292,15 @@ class EpochNews:
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """In how many processes a training runs, one for each GPU.
+    """In how many processes a training runs, one for each GPU."""
 
-    Attributes:
-        devices: processes on this machine.
-        machines: number of machines.
-        machine: number of this machine, from 0.
-        rendezvous: ``host:port`` on the first machine, where the processes meet; "" on a single machine.
-        own: names of options that may differ between the machines.
-        outcome: called in the first process when the songs are divided, with the run, the number of songs and the
-            training steps that each process has per epoch; returns lines to announce.
-    """
-
-    devices: int = 1
-    machines: int = 1
-    machine: int = 0
-    rendezvous: str = ""
-    own: frozenset[str] = frozenset()
+    devices: int = 1  # processes on this machine
+    machines: int = 1  # number of machines
+    machine: int = 0  # number of this machine, from 0
+    rendezvous: str = ""  # ``host:port`` on the first machine, where the processes meet; "" on a single machine
+    own: frozenset[str] = frozenset()  # names of options that may differ between the machines
+    # called in the first process when the songs are divided, with the run, the number of songs and the training steps
+    # that each process has per epoch; returns lines to announce
     outcome: Callable[[Run, int, int], Sequence[str]] | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Final
 
 # What turns the direction of writing round, and so can make a line say something else than it does.
@@ -23,6 +24,12 @@ def counted(number: object, noun: str) -> str:
     """
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number} {noun if str(number) == '1' else plural}"
+
+
+def listed(names: Sequence[str], longest: int = 5) -> str:
+    """The first few names, safe to print, and how many there are besides: "a, b and 3 more"."""
+    first = ", ".join(shown(name, 80) for name in names[:longest])
+    return first + (f" and {len(names) - longest} more" if len(names) > longest else "")
 
 
 def hours(seconds: float) -> str:

@@ -17,17 +17,9 @@ TURBO_STEPS: Final = 8
 MODEL_ALIASES: Final = {
     alias: f"acestep-v15-{alias}"
     for alias in (
-        "turbo",
-        "turbo-shift1",
-        "turbo-shift3",
-        "turbo-continuous",
-        "base",
-        "sft",
-        "xl-turbo",
-        "xl-base",
-        "xl-sft",
+        "turbo", "turbo-shift1", "turbo-shift3", "turbo-continuous", "base", "sft", "xl-turbo", "xl-base", "xl-sft",
     )
-}
+}  # fmt: skip
 """Folder names of the official models by their short names."""
 
 

@@ -146,7 +146,7 @@ def pages_without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def kinds(trainer: Any) -> list[str]:
-    from sidestep_plugin.engine.seams import adapter_types
+    from sidestep_plugin.engine.shapes import adapter_types
 
     return list(adapter_types(trainer))
 
@@ -205,16 +205,16 @@ def module_for(trainer: Any) -> Callable[..., Any]:
     """Upstream's training module around a handler: ``module_for(handler, "lora")``, without LoRA dropout."""
     import torch
 
-    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine import shapes
 
     def make(handler: Any, kind: str = "lora", **training: Any) -> Any:
-        config_class = getattr(trainer, seams.CONFIG_CLASS[kind])
+        config_class = getattr(trainer, shapes.CONFIG_CLASS[kind])
         config = (
             config_class(r=4, alpha=8, dropout=0.0) if kind == "lora" else config_class(linear_dim=4, linear_alpha=8)
         )
         training_config = known_fields(trainer.TrainingConfig, training)
-        module_class = getattr(trainer, seams.MODULE_CLASS[kind])
-        if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+        module_class = getattr(trainer, shapes.MODULE_CLASS[kind])
+        if shapes.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
             # These versions step in bf16 on every device, and leave it to Fabric to make that possible.
             handler.model.to(torch.bfloat16)
             handler.dtype = torch.bfloat16
@@ -309,7 +309,7 @@ def train(
     from safetensors.torch import load_file
 
     from sidestep_plugin import attach
-    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine import shapes
 
     counter = iter(range(1000))
 
@@ -336,7 +336,7 @@ def train(
 
         # The class's forward is the same object before and after PEFT and Fabric have wrapped the decoder.
         hook = handler.model.decoder.register_forward_pre_hook(record, with_kwargs=True)
-        config_class = getattr(trainer, seams.CONFIG_CLASS[kind])
+        config_class = getattr(trainer, shapes.CONFIG_CLASS[kind])
         adapter = config_class(r=4, alpha=8) if kind == "lora" else config_class(linear_dim=4, linear_alpha=8)
         training = SETTINGS | {"output_dir": str(output)} | settings
         attached = (
@@ -347,7 +347,7 @@ def train(
         tensors = tensors or (checkout.xl_tensors if "xl" in model else checkout.tensors)
         with attached:
             torch.manual_seed(7)  # the first versions of upstream do not seed
-            made = getattr(trainer, seams.TRAINER_CLASS[kind])(
+            made = getattr(trainer, shapes.TRAINER_CLASS[kind])(
                 handler, adapter, known_fields(trainer.TrainingConfig, training)
             )
             more = {} if resume_from is None else {"resume_from": resume_from}

@@ -67,7 +67,7 @@ ALLOWED = {
     ("sidestep_plugin/memory/base_weights.py", "buffer.data"): "upstream's own cast, made in its place",
     ("sidestep_plugin/engine/decoders.py", "module.training"): "every module's mode is put back as it was",
     ("sidestep_plugin/engine/decoders.py", "module._compiled_call_impl"): "compiled code, put back after a look",
-    ("sidestep_plugin/engine/wrappers/song_list.py", "setattr()"): "one list of songs, which upstream has just made",
+    ("sidestep_plugin/engine/wrappers/songs.py", "setattr()"): "one list of songs, which upstream has just made",
     ("sidestep_plugin/cli/quiet.py", "threading.excepthook"): "what our own program prints of its threads",
     (
         "sidestep_plugin/cli/workers.py",

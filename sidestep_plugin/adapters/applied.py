@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Refusal
 from ..text import shown
 from .kinds import BY_NAME, KINDS
-from .layers import Adapter, Layer
+from .layers import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +24,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, strengths: Sequence[float] = (1.0,)) -> None:
-    """Refuse an adapter that cannot be applied to a model's decoder.
+    """Refuse an adapter that cannot be applied to a model's decoder, or be multiplied by `strengths` beside its own.
 
-    Args:
-        adapter: the adapter.
-        shapes: shapes of the decoder's weights by layer; {} if they are not known yet.
-        model: the model's name.
-        strengths: what it will be multiplied by, beside its own strength.
-
-    Raises:
-        Refusal: another kind of adapter, an unknown strength, or layers of another width.
+    `shapes` are those of the decoder's weights by layer; {} if they are not known yet. Raises Refusal.
     """
     path = adapter.file.path
     kind = BY_NAME.get(adapter.kind)
@@ -48,12 +41,11 @@ def check_applicable(adapter: Adapter, shapes: Shapes, model: str, *, strengths:
         if name in adapter.idle:
             continue
         if kind.strength(layer) is None:
-            raise Refusal(
-                f"The alpha of {path} is unknown, and so is its strength. Put its adapter_config.json beside it."
-            )
+            raise adapter.unknown_alpha()
         if "lokr_t2" in layer.parts:
             raise Refusal(f"{path} is a LoKr with a Tucker decomposition, which cannot be compared. Leave it out.")
-        wanted, found = shapes.get(name), _shape(adapter, layer)
+        wanted = shapes.get(name)
+        found = kind.shape({part: adapter.file.tensors[key].shape for part, key in layer.parts.items()})
         if shapes and wanted is None:
             raise Refusal(
                 f"{path} adapts {shown(name, 80)}, a layer that {model} does not have: it is for another model. Leave "
@@ -77,12 +69,9 @@ def linear_layers(decoder: torch.nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module], strength: float = 1.0) -> Iterator[None]:
-    """Apply an adapter in this block.
+    """Apply an adapter that :func:`check_applicable` has accepted to the decoder's own layers in this block.
 
-    Args:
-        adapter: what :func:`check_applicable` has accepted.
-        layers: the decoder's own layers by name.
-        strength: what it is multiplied by, beside its own strength.
+    It is multiplied by `strength`, beside its own.
     """
     from safetensors import safe_open
 
@@ -99,8 +88,3 @@ def applied(adapter: Adapter, layers: Mapping[str, torch.nn.Module], strength: f
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _shape(adapter: Adapter, layer: Layer) -> tuple[int, int] | None:
-    """Rows and columns of the weight that a layer was trained for; None when its tensors do not fit together."""
-    return BY_NAME[adapter.kind].shape({part: adapter.file.tensors[key].shape for part, key in layer.parts.items()})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Refusal
 from ..text import shown
-from .kinds import BY_NAME, Kind, Mean, title_of
+from .kinds import BY_NAME, KINDS, Kind, Mean, title_of
 from .layers import Adapter, Layer
 
 if TYPE_CHECKING:
@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The mean of some adapters.
-
-    Attributes:
-        kind: the kind of all of them, and of the mean.
-        layers: the mean by layer.
-        energy: share of the exact mean's energy that it holds, from 0 to 1.
-        lowest: the lowest of the layers' shares.
-    """
+    """The mean of some adapters of one kind, by layer."""
 
     kind: Kind
     layers: dict[str, Mean]
-    energy: float
-    lowest: float
+    energy: float  # share of the exact mean's energy that it holds, from 0 to 1
+    lowest: float  # the lowest of the layers' shares
 
     @property
     def ranks(self) -> set[int]:
@@ -43,14 +36,11 @@ class Averaged:
 
 
 def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, rank: int | None = None) -> Averaged:
-    """The weighted mean of adapters. A layer that one of them does not have counts as zero there.
+    """The weighted mean of adapters of one kind. A layer that one of them does not have counts as zero there.
 
-    The arithmetic is in float64; the result has the dtype of the adapters' tensors, the widest if they differ.
-
-    Args:
-        adapters: adapters of one kind.
-        weights: positive numbers, one for each; their sum does not matter. None: all alike.
-        rank: rank to cut back to. None: the highest that a layer has in any of them.
+    The arithmetic is in float64; the result has the dtype of the adapters' tensors, the widest if they differ. The
+    weights are positive, and their sum does not matter; None: all alike. It is cut back to `rank`; None: the highest of
+    each layer.
 
     Raises:
         Refusal: they cannot be averaged exactly, or hold NaN; the message names the file and the layer.
@@ -68,18 +58,16 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         parts = [(share, adapter.layers[name], _tensors(adapter, adapter.layers[name])) for share, adapter in holders]
         untrained = all(name in adapter.untrained for _, adapter in holders)
         if untrained and (rank is None or not _is_plain(holders[0][1], kind, holders[0][1].layers[name])):
-            layers[name] = _as_it_is(*parts[0][1:])
+            _, layer, tensors = parts[0]
+            kept = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
+            layers[name] = Mean(kept, layer.rank, layer.alpha or float(layer.rank or 1), exact=0.0, kept=0.0)
             continue
         _check_sizes(kind, name, [adapter for _, adapter in holders], parts)
         layers[name] = kind.mean(parts, rank)
-    exact, kept = sum(mean.exact for mean in layers.values()), sum(mean.kept for mean in layers.values())
-    changing = [mean for mean in layers.values() if mean.exact > 0.0]
-    return Averaged(
-        kind,
-        layers,
-        energy=kept / exact if exact else 1.0,
-        lowest=min((mean.kept / mean.exact for mean in changing), default=1.0),
-    )
+    exact = sum(mean.exact for mean in layers.values())
+    energy = sum(mean.kept for mean in layers.values()) / exact if exact else 1.0
+    lowest = min((mean.kept / mean.exact for mean in layers.values() if mean.exact > 0.0), default=1.0)
+    return Averaged(kind, layers, energy, lowest)
 
 
 def _kind_of(adapters: Sequence[Adapter]) -> Kind:
@@ -89,12 +77,9 @@ def _kind_of(adapters: Sequence[Adapter]) -> Kind:
         raise Refusal(f"There are {titles} among these adapters. Expected adapters of one kind.")
     (name,) = names
     if name not in BY_NAME:
-        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {_known()} can be averaged. Leave it out.")
+        known = " and ".join(kind.title for kind in KINDS)
+        raise Refusal(f"{adapters[0].file.path} is a {title_of(name)}. Only {known} can be averaged. Leave it out.")
     return BY_NAME[name]
-
-
-def _known() -> str:
-    return " and ".join(kind.title for kind in BY_NAME.values())
 
 
 def _check(adapter: Adapter, kind: Kind) -> None:
@@ -110,9 +95,7 @@ def _check(adapter: Adapter, kind: Kind) -> None:
                 "mean of what they do. Leave it out."
             )
         if kind.strength(layer) is None:
-            raise Refusal(
-                f"The alpha of {path} is unknown, and so is its strength. Put its adapter_config.json beside it."
-            )
+            raise adapter.unknown_alpha()
         if layer.name not in adapter.untrained and not _is_plain(adapter, kind, layer):
             raise Refusal(
                 f"{path} cannot be averaged: the tensors of {shown(layer.name, 80)} are not two matrices. Leave it out."
@@ -123,11 +106,6 @@ def _is_plain(adapter: Adapter, kind: Kind, layer: Layer) -> bool:
     """Whether a layer is a product of matrices and nothing else."""
     sizes = {part: adapter.file.tensors[key].shape for part, key in layer.parts.items()}
     return not {"lokr_t2", "scalar"} & sizes.keys() and kind.shape(sizes) is not None
-
-
-def _as_it_is(layer: Layer, tensors: dict[str, torch.Tensor]) -> Mean:
-    kept = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
-    return Mean(kept, layer.rank, layer.alpha or float(layer.rank or 1), exact=0.0, kept=0.0)
 
 
 def _tensors(adapter: Adapter, layer: Layer) -> dict[str, torch.Tensor]:

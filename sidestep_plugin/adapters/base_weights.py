@@ -20,14 +20,7 @@ _PREFIX = "decoder."
 
 
 def weights_in_folder(folder: Path) -> BaseWeights:
-    """The weights in a model's folder. Each is read when it is asked for.
-
-    Args:
-        folder: the model's folder, with its safetensors files.
-
-    Raises:
-        Refusal: there is no safetensors file with weights of a decoder.
-    """
+    """The weights in the safetensors files of a model's folder, each read when it is asked for. Raises Refusal."""
     files = {
         name.removeprefix(_PREFIX).removesuffix(".weight"): file
         for file in sorted(folder.glob("*.safetensors"))

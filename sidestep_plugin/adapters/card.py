@@ -13,15 +13,15 @@ from typing import Any, Final
 
 from ..files import replacing
 from ..text import counted, is_control
-from ..variants import MODEL_ALIASES, guidance, member_of
+from ..variants import MODEL_ALIASES, guidance
+from .header import model_in_words
 from .kinds import BY_NAME, title_of
 from .kinds.lora import LORA
 
 FILE_NAME: Final = "README.md"
 
 _ORGANISATION: Final = "ACE-Step"
-_INSIDE: Final = {"acestep-v15-turbo": "Ace-Step1.5"}
-"""Models that are in a repository of another name on the hub."""
+_INSIDE: Final = {"acestep-v15-turbo": "Ace-Step1.5"}  # models that are in a repository of another name on the hub
 
 _LICENSES: Final = frozenset(
     {"apache-2.0", "mit", "openrail", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
@@ -31,11 +31,9 @@ _LICENSES: Final = frozenset(
 
 
 def model_card(facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = ()) -> str:
-    """The card of an adapter.
+    """The card of an adapter, from facts under the keys of ``training_config.json``, which may all be missing.
 
-    Args:
-        facts: what is known about it, under the keys of ``training_config.json``. All may be missing.
-        files: names of the files in the folder with what each is, for a folder that is shared.
+    For a folder that is shared it lists the names of the files in it with what each is.
     """
     kind = str(facts.get("adapter_type", LORA.name))
     title = _line(facts.get("title") or f"{title_of(kind)} for {facts.get('model_name') or 'ACE-Step 1.5'}")
@@ -51,19 +49,7 @@ def model_card(facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = (
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], *, files: Sequence[tuple[str, str]] = ()) -> Path:
-    """Write the card into a folder, completely or not at all.
-
-    Args:
-        folder: the adapter's folder.
-        facts: what is known about it.
-        files: names of the files in the folder with what each is.
-
-    Returns:
-        The file.
-
-    Raises:
-        OSError: it cannot be written. An older card is not changed.
-    """
+    """Write the :func:`model_card` into a folder, completely or not at all. Returns the file. Raises OSError."""
     with replacing(folder / FILE_NAME) as stream:
         stream.write(model_card(facts, files=files).encode("utf-8"))
     return folder / FILE_NAME
@@ -78,7 +64,8 @@ def _front_matter(facts: Mapping[str, Any], kind: str) -> str:
     entries: dict[str, Any] = {}
     if license_ := facts.get("license"):
         name = str(license_).strip().lower().replace(" ", "-")
-        entries |= {"license": name} if name in _LICENSES else {"license": "other", "license_name": _slug(name)}
+        slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "custom"
+        entries |= {"license": name} if name in _LICENSES else {"license": "other", "license_name": slug}
     if (base := base_model_id(facts.get("model_name"))) is not None:
         entries |= {"base_model": base, "base_model_relation": "adapter"}
     if kind == LORA.name:
@@ -95,9 +82,8 @@ def _front_matter(facts: Mapping[str, Any], kind: str) -> str:
 
 
 def _about(facts: Mapping[str, Any], kind: str) -> str:
-    variant, name = facts.get("model_variant"), facts.get("model_name")
-    size = "XL " if facts.get("model_size") == "XL" else ""
-    model = f"ACE-Step 1.5 {size}{member_of(str(variant), str(name or ''))}" if variant else "ACE-Step 1.5"
+    name = facts.get("model_name")
+    model = model_in_words(facts) if facts.get("model_variant") else "ACE-Step 1.5"
     link = base_model_id(name)
     where = f" ([`{_line(name)}`](https://huggingface.co/{link}))" if link else f" (`{_line(name)}`)" if name else ""
     by = f", by {_line(facts['author'])}" if facts.get("author") else ""
@@ -158,20 +144,12 @@ def _training(facts: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
     add("condition dropout", "cfg_ratio", lambda share: f"{100 * share:.4g} %")
     add("windows", "crop_seconds", lambda seconds: f"{seconds:g} s")
     add("mean of", "average_of")
-    add(
-        "trained with",
-        "sidestep_plugin_version",
-        lambda version: f"ACE-Step 1.5's own trainer, sidestep-plugin {version}",
-    )
+    trainer = "ACE-Step 1.5's own trainer, sidestep-plugin"
+    add("trained with", "sidestep_plugin_version", lambda version: f"{trainer} {version}")
     change, songs = facts.get("validation_change"), facts.get("validation_songs")
     if isinstance(change, int | float) and isinstance(songs, int):
-        rows.append(
-            (
-                "validation",
-                f"loss on {counted(songs, 'song')} that it was not trained on: {100 * change:+.2f} %, against the "
-                "model without it",
-            )
-        )
+        on = f"loss on {counted(songs, 'song')} that it was not trained on"
+        rows.append(("validation", f"{on}: {100 * change:+.2f} %, against the model without it"))
     return rows
 
 
@@ -196,17 +174,6 @@ def _line(value: object) -> str:
 def _yaml(value: object) -> str:
     """A text for YAML: as it is where that is safe, else quoted as in JSON, which is YAML as well."""
     text = str(value)
-    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in (
-        "true",
-        "false",
-        "null",
-        "yes",
-        "no",
-        "on",
-        "off",
-    )
+    words = ("true", "false", "null", "yes", "no", "on", "off")
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in words
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "custom"

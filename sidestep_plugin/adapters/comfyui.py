@@ -41,19 +41,11 @@ def write_comfyui_copy(
     base: BaseWeights | None = None,
     strength: float = 1.0,
 ) -> int:
-    """Write the copy, completely or not at all.
+    """Write the copy, completely or not at all. Returns the number of layers that were left out.
 
-    Layers that change nothing are left out: some of them crash ComfyUI's bypass loader, and the result is the same.
-
-    Args:
-        adapter: the adapter. It is not changed.
-        target: the file to write. An existing file is replaced.
-        facts: what is known about the adapter, for the header. None keeps the adapter's own header.
-        base: the base model's weights, which some adapters cannot be copied without.
-        strength: what the copy is multiplied by, beside its own strength.
-
-    Returns:
-        Number of layers that were left out.
+    Layers that change nothing are left out: some of them crash ComfyUI's bypass loader, and the result is the same. The
+    copy is multiplied by `strength`, beside its own. Without `facts` it has the adapter's own header. Some adapters
+    cannot be copied without the weights of their base model.
 
     Raises:
         Refusal: ComfyUI cannot apply the adapter as it was trained, or its alpha is unknown, or the base model is
@@ -100,10 +92,7 @@ def check_exportable(adapter: Adapter, base: BaseWeights | None = None) -> None:
             f"{path} holds tensors that ComfyUI would ignore ({shown(adapter.unknown[0], 80)}), so a copy would not "
             "work as trained."
         )
-    if len(adapter.untrained) == len(adapter.layers):
-        raise Refusal(
-            f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
-        )
+    adapter.check_changes_something()
     kind.check_comfyui(adapter, _trained(adapter), base)
 
 

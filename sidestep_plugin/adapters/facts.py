@@ -15,6 +15,8 @@ from typing import Any, Final
 from ..files import read_json_object, replacing
 
 FILE_NAME: Final = "training_config.json"
+BEST: Final = "checkpoints/best"
+"""Folder in the output folder for the checkpoint with the lowest validation loss, as upstream calls it too."""
 SCHEMA_VERSION: Final = 1
 
 FACTS: Final = {
@@ -77,15 +79,14 @@ TEXT_FACTS: Final = frozenset(
 )
 """Those of them that are strings."""
 
-SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})
-"""Those of them that are true or left out."""
+SWITCHES: Final = frozenset({"mask_nan", "mask_padding", "compiled"})  # those of them that are true or left out
 
 # Upstream's settings that are strings and known not to be paths. Unknown strings are left out.
 TEXT_SETTINGS: Final = frozenset({"mixed_precision", "optimizer", "optimizer_type", "scheduler", "scheduler_type"})
 
 
 def write_training_config(folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Write the facts into a folder, completely or not at all | returns the file | raises OSError."""
+    """Write the facts into a folder, completely or not at all. Returns the file. Raises OSError."""
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(folder / FILE_NAME) as stream:
         stream.write(text.encode("utf-8"))
@@ -98,3 +99,37 @@ def read_training_config(folder: Path) -> dict[str, Any] | None:
         return read_json_object(folder / FILE_NAME)
     except (OSError, ValueError):  # missing, not UTF-8, not JSON, nested too deeply
         return None
+
+
+# -- the best adapter of a training, and its finished one --------------------------------------------------------------
+
+
+def better_than(weights: Path) -> str | None:
+    """:func:`better_than_final` for the weights file of a training's finished adapter; None for any other adapter."""
+    folder = weights.absolute().parent
+    final = folder.parent if folder.name == "adapter" else folder
+    return better_than_final(final.parent) if final.name == "final" else None
+
+
+def better_than_final(output: Path) -> str | None:
+    """A sentence when the best adapter in a training's output folder is better than the finished one.
+
+    It has both validations and where the better one is. None if the finished one is as good, or without a validation of
+    both on equally many songs.
+    """
+    best, final = _facts_in(output / BEST), _facts_in(output / "final")
+    one, other = (_plain_float(facts.get("validation_change")) for facts in (best, final))
+    if one is None or other is None or one >= other or best.get("validation_songs") != final.get("validation_songs"):
+        return None
+    return (
+        f"best (epoch {best.get('epoch')}, {100 * one:+.2f} % on the held-out songs) is better than final (epoch "
+        f"{final.get('epoch')}, {100 * other:+.2f} %): {output / BEST}"
+    )
+
+
+def _facts_in(folder: Path) -> Mapping[str, Any]:
+    return read_training_config(folder / "adapter") or read_training_config(folder) or {}
+
+
+def _plain_float(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

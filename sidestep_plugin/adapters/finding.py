@@ -16,8 +16,7 @@ _COPY: Final = re.compile(r"comfyui_.*\.safetensors")
 def find_weights(path: Path) -> Path:
     """The weights file that a path means: the path itself, or the file in the folder of an adapter or a training.
 
-    Raises:
-        Refusal: there is no such file, more than one, or only a pickle, or it is a link out of the folder.
+    Raises Refusal if there is none, more than one, only a pickle, or a link out of the folder.
     """
     if path.is_dir():
         found = [

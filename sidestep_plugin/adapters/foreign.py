@@ -8,7 +8,7 @@ that is still applied becomes part of what the new adapter is trained on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,34 +22,23 @@ from .kinds.lora import LORA
 from .targets import is_target, own_name
 from .weights_file import read_weights_file
 
-TRAINED: Final = "default"
-"""PEFT's name of the adapter that upstream trains."""
+TRAINED: Final = "default"  # PEFT's name of the adapter that upstream trains
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """An adapter in a model that the coming training does not train.
+    """An adapter in a model that the coming training does not train."""
 
-    Attributes:
-        name: PEFT's name of it; "" for a LoKr, which has none.
-        kind: "LoRA" or "LoKr", or what PEFT calls another kind.
-        layers: number of layers that have it.
-    """
-
-    name: str
-    kind: str
-    layers: int
+    name: str  # PEFT's name of it; "" for a LoKr, which has none
+    kind: str  # "LoRA" or "LoKr", or what PEFT calls another kind
+    layers: int  # number of layers that have it
 
 
 def foreign_adapters(model: Any, kind: AdapterType, targets: Sequence[str] | str | None) -> list[Foreign]:
     """The adapters in a model that the coming training does not train. Nothing is changed.
 
-    A LoRA that an earlier training left in the same layers is not among them: PEFT starts it anew.
-
-    Args:
-        model: the model, before upstream attaches the adapter to it.
-        kind: kind of adapter that will be trained.
-        targets: its target modules.
+    The model is as it is before upstream attaches the adapter; `kind` and `targets` are those of the coming training. A
+    LoRA that an earlier training left in the same layers is not among them: PEFT starts it anew.
     """
     found: dict[tuple[str, str], int] = {}
     for layer, module in model.decoder.named_modules():
@@ -63,13 +52,7 @@ def foreign_adapters(model: Any, kind: AdapterType, targets: Sequence[str] | str
 
 
 def check_no_foreign_adapters(model: Any, kind: AdapterType, adapter_config: Any) -> None:
-    """Refuse to train a model that carries an adapter already. Raises Refusal.
-
-    Args:
-        model: the model, before upstream attaches the adapter to it.
-        kind: kind of adapter that will be trained.
-        adapter_config: upstream's configuration of it.
-    """
+    """Refuse to train a model that carries an adapter already, before upstream attaches its own. Raises Refusal."""
     if foreign := foreign_adapters(model, kind, getattr(adapter_config, "target_modules", None)):
         one = foreign[0]
         named = f"the {one.kind} {shown(one.name, 60)!r}" if one.name else f"a {one.kind}"
@@ -85,14 +68,7 @@ def check_no_foreign_adapters(model: Any, kind: AdapterType, adapter_config: Any
 def drop_foreign_adapters(folder: Path) -> list[str]:
     """Remove what PEFT saved of other adapters: each is in a folder of its name beside the files of the trained one.
 
-    Args:
-        folder: the folder that upstream has just written the trained adapter's weights into.
-
-    Returns:
-        The names of the adapters that were removed.
-
-    Raises:
-        OSError: a folder cannot be removed.
+    Returns the names of those adapters. Raises OSError.
     """
     others = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
     for other in others:
@@ -103,14 +79,7 @@ def drop_foreign_adapters(folder: Path) -> list[str]:
 def check_holds_tensors(folder: Path) -> None:
     """Refuse weights files without a tensor: versions of February 2026 save them when a model is trained twice.
 
-    They wrap a LoRA around the one of the first training, and PEFT then finds neither.
-
-    Args:
-        folder: the folder that upstream has just written the weights into, or below.
-
-    Raises:
-        Refusal: a file has no tensor, or is none.
-        OSError: a file cannot be read.
+    They wrap a LoRA around the one of the first training, and PEFT then finds neither. Raises Refusal and OSError.
     """
     for file in sorted(folder.rglob("*.safetensors")):
         if not read_weights_file(file).tensors:
@@ -120,13 +89,10 @@ def check_holds_tensors(folder: Path) -> None:
             )
 
 
-def _in_peft(module: Any) -> Iterator[str]:
+def _in_peft(module: Any) -> Iterable[str]:
     """Names of the adapters in one of PEFT's layers."""
-    names: dict[str, None] = {}
-    for attribute in getattr(module, "adapter_layer_names", None) or ():
-        held = getattr(module, attribute, None)
-        names |= dict.fromkeys(held.keys() if held is not None and hasattr(held, "keys") else ())
-    return iter(names)
+    held = [getattr(module, attribute, None) for attribute in getattr(module, "adapter_layer_names", None) or ()]
+    return dict.fromkeys(name for each in held if each is not None and hasattr(each, "keys") for name in each)
 
 
 def _kind(module: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,25 +17,20 @@ from ..errors import Refusal
 from ..files import without_nan
 from ..text import counted
 from ..variants import guidance, member_of
-from .diffusers import diffusers_config
 from .facts import TEXT_FACTS, TEXT_SETTINGS
 from .kinds import BY_NAME, title_of
-from .layers import understand
+from .kinds.lora import LORA
+from .layer_names import in_diffusers, target_in_diffusers
+from .layers import Adapter, understand
 from .paths import without_paths
-from .peft_config import DIFFUSERS_KEY
+from .peft_config import DIFFUSERS_KEY, plain_number
 from .weights_file import HASH_KEY, WeightsFile, read_weights_file, write_metadata
 
-PREFIX: Final = "sidestep."
-"""Prefix of our own keys in a header."""
+PREFIX: Final = "sidestep."  # prefix of our own keys in a header
 
 
 def write_header(weights: Path, facts: Mapping[str, Any]) -> None:
-    """Add the facts to the header of a safetensors file. The tensors' bytes do not change.
-
-    Raises:
-        OSError: the file cannot be written. It is not changed.
-        Refusal: it is not a safetensors file.
-    """
+    """Add the facts to a safetensors file's header. The tensors' bytes do not change. Raises Refusal and OSError."""
     file = read_weights_file(weights)
     write_metadata(file, header_of(file, facts))
 
@@ -52,7 +48,7 @@ def header_of(file: WeightsFile, facts: Mapping[str, Any]) -> dict[str, str]:
     }
     for_diffusers: dict[str, str] = {}
     with contextlib.suppress(Refusal):  # unknown layers: diffusers does not know them either
-        if (config := diffusers_config(understand(file))) is not None:
+        if (config := _for_diffusers(understand(file))) is not None:
             for_diffusers = {DIFFUSERS_KEY: json.dumps(config)}
     return header | for_diffusers | _modelspec(facts) | _kohya(facts) | _hot_step(facts) | ours
 
@@ -69,14 +65,39 @@ def facts_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def usage_hint(facts: Mapping[str, Any]) -> str:
     """How to generate, in one line: "ACE-Step 1.5 base: shift 1.0, 50 steps, CFG on"."""
-    size = "XL " if facts.get("model_size") == "XL" else ""
-    variant = facts.get("model_variant")
     trigger = f"; trigger: {facts['trigger']}" if facts.get("trigger") else ""
-    model = member_of(str(variant), str(facts.get("model_name", "")))
-    return (
-        f"ACE-Step 1.5 {size}{model}: shift {facts.get('shift')}, {counted(facts.get('num_inference_steps'), 'step')}, "
-        f"CFG {guidance(variant)}{trigger}"
-    )
+    steps = counted(facts.get("num_inference_steps"), "step")
+    cfg = guidance(facts.get("model_variant"))
+    return f"{model_in_words(facts)}: shift {facts.get('shift')}, {steps}, CFG {cfg}{trigger}"
+
+
+def model_in_words(facts: Mapping[str, Any]) -> str:
+    """The model that an adapter is for, such as "ACE-Step 1.5 XL base"."""
+    size = "XL " if facts.get("model_size") == "XL" else ""
+    return f"ACE-Step 1.5 {size}{member_of(str(facts.get('model_variant')), str(facts.get('model_name') or ''))}"
+
+
+def _for_diffusers(adapter: Adapter) -> dict[str, Any] | None:
+    """The configuration for the header of a LoRA. None for other adapters, and if an alpha is unknown.
+
+    diffusers passes the entries with the prefix ``transformer.`` to PEFT's ``LoraConfig``, which refuses unknown ones.
+    It also renames the layers, so ranks and alphas that differ are listed under the layers' full names in diffusers.
+    """
+    layers = [layer for layer in adapter.layers.values() if layer.rank]
+    if adapter.kind != LORA.name or not layers or any(layer.alpha is None for layer in layers):
+        return None
+    rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers).most_common(1)[0][0]
+    alphas = {in_diffusers(layer.name): plain_number(layer.alpha) for layer in layers if layer.alpha != alpha}
+    entries = {
+        "r": rank,
+        "lora_alpha": plain_number(alpha),
+        "target_modules": sorted({target_in_diffusers(layer.name) for layer in layers}),
+        "rank_pattern": {in_diffusers(layer.name): layer.rank for layer in layers if layer.rank != rank},
+        "alpha_pattern": alphas,
+        "use_dora": adapter.is_dora,
+    }
+    return {f"transformer.{name}": value for name, value in entries.items()}
 
 
 def _modelspec(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Inspects an adapter: gathers what is known about it from all the places where trainers write it.
 
 Our own facts come first: those in the header, then those in ``training_config.json``. After them come Side-Step's
-``training_config.json``, kohya-style headers, upstream's LoKr header and PEFT's configuration. Facts that none of them
-has are listed as missing. What follows only from the model's name is marked as a guess.
+``training_config.json``, kohya-style headers, upstream's LoKr header and PEFT's configuration. Impossible values are
+left out, with a note, and facts that none of them has are listed as missing. What follows only from the model's name is
+marked as a guess.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,30 @@ from typing import Any, Final
 
 from ..text import is_control, shown
 from ..variants import VARIANTS, Variant, guidance, inference_settings, member_of
-from .finding import find_weights
+from .facts import FACTS, SCHEMA_VERSION, SWITCHES, TEXT_FACTS
 from .header import facts_in_header
-from .layers import Adapter, understand
+from .kinds import BY_NAME
+from .layers import Adapter, read_adapter
 from .origins import configured, facts_beside, kohya, merged, our_name, side_step, upstream
 from .peft_config import unread_pattern
-from .plausibility import check_schema, check_strengths, usable
-from .weights_file import HASH_KEY, read_weights_file
+from .weights_file import HASH_KEY
+
+_HUGE: Final = 1e15
+_COUNTS: Final = ("trained_layers", "songs", "epoch", "global_step", "training_steps")
+_WHOLE: Final = frozenset({"num_inference_steps", *_COUNTS})
+_RANGES: Final = {
+    "shift": (1e-6, _HUGE),
+    "num_inference_steps": (1, _HUGE),
+    "cfg_ratio": (0.0, 1.0),
+    "timestep_sigma": (0.0, _HUGE),
+    "rank": (1, _HUGE),
+    "alpha": (1e-9, _HUGE),
+    "dropout": (0.0, 1.0),
+    "crop_seconds": (1e-6, _HUGE),
+    "average_energy": (0.0, 1.0),
+    "copy_strength": (-100.0, 100.0),
+    **dict.fromkeys(_COUNTS, (0, _HUGE)),
+}
 
 _WANTED: Final = {
     "model_name": "the model",
@@ -35,55 +54,33 @@ _WANTED: Final = {
 
 @dataclass(frozen=True)
 class Generate:
-    """What to generate with.
+    """What to generate with."""
 
-    Attributes:
-        shift, num_inference_steps: None if they are unknown and cannot be guessed.
-        cfg: "on", "off", or None if unknown.
-        guess: whether they are not written in any file, but follow from the model's variant.
-        because: where they come from, for people.
-    """
-
+    # shift, num_inference_steps: None if they are unknown and cannot be guessed.
     shift: float | None
     num_inference_steps: int | None
-    cfg: str | None
-    guess: bool
-    because: str
+    cfg: str | None  # "on", "off", or None if unknown
+    guess: bool  # whether they are not written in any file, but follow from the model's variant
+    because: str  # where they come from, for people
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an inspection.
-
-    Attributes:
-        adapter: the weights file and its layers.
-        written_by: the program that wrote it, as far as can be told.
-        facts: the known facts, under the keys of ``training_config.json``.
-        generate: what to generate with.
-        intact: whether the tensors match the hash in the header. None if there is no hash.
-        missing: names of unknown facts, for people.
-        notes: other things worth knowing, for people.
-        problems: what is wrong although the weights can be read, for people.
-    """
+    """The result of an inspection; `missing`, `notes` and `problems` are for people."""
 
     adapter: Adapter
-    written_by: str
-    facts: Mapping[str, Any]
+    written_by: str  # the program that wrote it, as far as can be told
+    facts: Mapping[str, Any]  # the known facts, under the keys of ``training_config.json``
     generate: Generate
-    intact: bool | None
-    missing: tuple[str, ...]
+    intact: bool | None  # whether the tensors match the hash in the header. None if there is no hash.
+    missing: tuple[str, ...]  # names of unknown facts
     notes: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what is wrong although the weights can be read
 
 
 def inspect_adapter(path: Path) -> Report:
-    """Inspect the adapter at a path, which is a weights file or the folder of an adapter or a training.
-
-    Raises:
-        OSError: the weights cannot be read.
-        Refusal: there is no readable adapter for ACE-Step 1.5.
-    """
-    adapter = understand(read_weights_file(find_weights(path)))
+    """Inspect an adapter: a weights file, or the folder of an adapter or a training. Raises Refusal and OSError."""
+    adapter = read_adapter(path)
     notes: list[str] = []
     problems = list(adapter.problems)
     written_by, gathered = _gather(adapter, notes, problems)
@@ -122,7 +119,7 @@ def _gather(adapter: Adapter, notes: list[str], problems: list[str]) -> tuple[st
 
 
 def _check_header(adapter: Adapter, notes: list[str], problems: list[str]) -> bool | None:
-    """Check the header's texts and its hash | returns whether the tensors match the hash, None if there is none."""
+    """Check the header's texts and its hash. Returns whether the tensors match the hash, None if there is none."""
     metadata = adapter.file.metadata
     intact = None
     if said := metadata.get(HASH_KEY):
@@ -174,3 +171,72 @@ def _generate(facts: Mapping[str, Any]) -> Generate:
     own_shift, own_steps = inference_settings(known, name)
     because = f"not in the file; these are the usual settings for {member_of(known, name)} models"
     return Generate(shift or own_shift, steps or own_steps, cfg, guess=True, because=because)
+
+
+def usable(facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The facts in their usual order, without impossible values. Adds a note for each of these."""
+    usable = {}
+    for key in dict.fromkeys((*FACTS, *facts)):
+        value = facts.get(key)
+        if value is None or value == "":
+            continue
+        if _can_be(key, value):
+            usable[key] = value
+        else:
+            notes.append(f"{shown(key, 60)} = {shown(value, 60)} is not a possible value and is ignored.")
+    return usable
+
+
+def _can_be(key: str, value: Any) -> bool:
+    """Whether a value is possible for a key. Unknown keys may have numbers, booleans, strings, and lists of these."""
+    if isinstance(value, str):
+        known = key not in FACTS or key in TEXT_FACTS or key == "target_modules"
+        return known and len(value) <= 5000 and not any(unicodedata.category(c) == "Cs" for c in value)
+    if key in TEXT_FACTS:
+        return False
+    if key == "timestep_schedule":
+        times = value if isinstance(value, list) else []
+        return len(times) > 1 and all(_is_number(t) and 0 < t <= 1 for t in times) and times[1] < 1
+    if isinstance(value, list):
+        listable = key not in FACTS or (key == "target_modules" and all(isinstance(name, str) for name in value))
+        return listable and len(value) <= 1000 and all(not isinstance(one, list) and _can_be("", one) for one in value)
+    if key == "target_modules":
+        return False
+    if isinstance(value, bool):
+        return key not in FACTS or key in SWITCHES
+    if key in SWITCHES:
+        return False
+    low, high = _RANGES.get(key, (-_HUGE, _HUGE))
+    return _is_number(value) and low <= value <= high and (key not in _WHOLE or isinstance(value, int))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -_HUGE <= value <= _HUGE  # false for NaN as well
+
+
+def check_schema(facts: Mapping[str, Any], notes: list[str]) -> None:
+    """Add a note if the facts are of an unknown or newer schema version."""
+    version = facts.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or abs(version) > _HUGE:
+        notes.append(f"Its schema_version is {shown(version)}, expected a number. The keys that are known are used.")
+    elif version > SCHEMA_VERSION:
+        notes.append(
+            f"Its facts were written by a newer version of this program (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}). The keys that are known are used."
+        )
+
+
+def check_strengths(adapter: Adapter, facts: Mapping[str, Any], notes: list[str]) -> None:
+    """Add a note if the files beside the weights give another strength than the header."""
+    rank, alpha = facts.get("rank"), facts.get("alpha")
+    plain = adapter.kind in BY_NAME and len(adapter.strengths) == 1
+    if not plain or not isinstance(rank, int | float) or not isinstance(alpha, int | float) or not rank:
+        return
+    (strength,) = adapter.strengths
+    if abs(alpha / rank - strength) > 1e-6 * strength and not adapter.config.get("use_rslora"):
+        notes.append(
+            f"It was saved with strength {alpha / rank:.4g}, but {adapter.config_source or 'its tensors'} would give "
+            f"it strength {strength:.4g}."
+        )

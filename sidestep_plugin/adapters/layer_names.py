@@ -21,11 +21,6 @@ _FLAT_OUTER: Final = re.compile(r"(proj_in|proj_out|time_embed_r|time_embed)_(\w
 _DIFFUSERS_NAMES: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0"}
 
 
-def is_known_layer(name: str) -> bool:
-    """Whether a layer of ACE-Step 1.5's decoder has this name."""
-    return _LAYER.fullmatch(name) is not None or _OUTER.fullmatch(name) is not None
-
-
 def is_block_layer(name: str) -> bool:
     """Whether a layer of one of the decoder's transformer blocks has this name."""
     return _LAYER.fullmatch(name) is not None

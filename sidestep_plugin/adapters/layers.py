@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from ..errors import Refusal
 from ..text import shown
@@ -22,7 +22,6 @@ from .finding import find_weights
 from .kinds import BY_NAME, KINDS
 from .layer_names import in_diffusers, is_block_layer, is_outer_layer, layer_name, name_in_file, some
 from .peft_config import DIFFUSERS_SOURCE, Patterns, alpha_patterns, by_pattern, find_configuration, positive
-from .trained_layers import untrained_layers
 from .weights_file import Tensor, WeightsFile, read_weights_file
 
 if TYPE_CHECKING:
@@ -40,48 +39,43 @@ _PARTS: Final = (
 )
 _PART: Final = [(kind, re.compile(f"(?P<layer>.+?)(?:{pattern})"), part) for kind, pattern, part in _PARTS]
 
+# Each of them is multiplied by the others. Alpha is not among them: it is never zero in a file that was trained.
+_FACTORS: Final = (
+    *("A", "B", "scalar"),
+    *("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+)
+# Bytes of one number of the floating types, little-endian; the sign is the highest bit of the last byte.
+_FLOATS: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 4}
+_INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+_FIRST: Final = 4096  # bytes; nearly every trained tensor shows in these that it is not zero
+_BUFFER: Final = 2**20
+
 
 @dataclass
 class Layer:
-    """One adapted layer.
+    """One adapted layer."""
 
-    Attributes:
-        name: its name in ACE-Step's decoder.
-        parts: names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own
-            names.
-        peft_name: its name in the model that PEFT's patterns are written for.
-        rank: rank of a LoRA, or of a LoKr's decomposed factor. None if there is no rank.
-        alpha: the effective alpha, so that strength = alpha / rank. None if unknown.
-    """
-
-    name: str
+    name: str  # its name in ACE-Step's decoder
+    # Names of its tensors: "A" and "B" of a LoRA, "magnitude" of a DoRA, "alpha"; a LoKr's under their own names.
     parts: dict[str, str] = field(default_factory=dict)
-    peft_name: str = ""
-    rank: int | None = None
-    alpha: float | None = None
+    peft_name: str = ""  # its name in the model that PEFT's patterns are written for
+    rank: int | None = None  # of a LoRA, or of a LoKr's decomposed factor. None if there is none.
+    alpha: float | None = None  # the effective one, so that strength = alpha / rank. None if unknown.
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's weights file and the configuration beside it.
+    """An adapter's weights file and the configuration beside it."""
 
-    Attributes:
-        file: the weights.
-        kind: name of its kind: one of ``kinds.NAMES``, or "loha" or "oft".
-        layers: the adapted layers by name.
-        unknown: names of tensors that do not belong to any known kind of adapter.
-        config: PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
-        config_source: where it was found. None if there is none.
-        problems: what is wrong with the files beside the weights.
-    """
-
-    file: WeightsFile
-    kind: str
-    layers: Mapping[str, Layer]
-    unknown: tuple[str, ...]
+    file: WeightsFile  # the weights
+    kind: str  # name of its kind: one of ``kinds.NAMES``, or "loha" or "oft"
+    layers: Mapping[str, Layer]  # the adapted layers by name
+    unknown: tuple[str, ...]  # names of tensors that do not belong to any known kind of adapter
+    # PEFT's configuration (adapter_config.json, else the one in the header). Empty if there is none.
     config: Mapping[str, Any]
-    config_source: str | None
-    problems: tuple[str, ...]
+    config_source: str | None  # where it was found. None if there is none.
+    problems: tuple[str, ...]  # what is wrong with the files beside the weights
 
     @property
     def ranks(self) -> Counter[int]:
@@ -90,16 +84,9 @@ class Adapter:
 
     @property
     def strengths(self) -> Counter[float]:
-        """Number of trained layers by strength; of all layers if none was trained. Unknown ones are left out.
-
-        Raises:
-            OSError: the weights cannot be read.
-        """
+        """Number of trained layers by strength. Unknown ones are left out. Raises OSError."""
         kind = BY_NAME.get(self.kind)
-        trained = self.layers.keys() - self.untrained or self.layers.keys()
-        found = (
-            None if kind is None else kind.strength(layer) for name, layer in self.layers.items() if name in trained
-        )
+        found = [] if kind is None else map(kind.strength, self.trained)
         return Counter(strength for strength in found if strength is not None)
 
     @property
@@ -109,16 +96,11 @@ class Adapter:
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the trained layers' names, such as q_proj, sorted. Of all layers if none was trained."""
-        names = self.layers.keys() - self.untrained or self.layers.keys()
-        return sorted({name.rpartition(".")[2] if "." in name else name for name in names})
+        """Last parts of the trained layers' names, such as q_proj, sorted. Raises OSError."""
+        return sorted({layer.name.rpartition(".")[2] for layer in self.trained})
 
     def load(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """A layer's tensors by the names in its parts, as they are in the file, on the CPU.
-
-        Raises:
-            OSError: the weights cannot be read.
-        """
+        """A layer's tensors by the names in its parts, as they are in the file, on the CPU. Raises OSError."""
         from safetensors import safe_open
 
         with safe_open(self.file.path, framework="pt") as weights:
@@ -126,29 +108,53 @@ class Adapter:
 
     @cached_property
     def untrained(self) -> frozenset[str]:
-        """Names of the layers in which one of the factors is still zero. Read on first use.
+        """Names of the layers in which one of the factors is still zero, so that they add nothing. Raises OSError.
 
-        Raises:
-            OSError: the weights cannot be read.
+        LyCORIS wraps and saves every layer; in those that upstream does not train, a factor keeps the zeros that it
+        starts with. A LoRA starts with zeros in lora_B. It is read on first use, a few kilobytes of a trained layer.
         """
-        return untrained_layers(self.file, self.layers)
+        with self.file.path.open("rb") as stream:
+            return frozenset(
+                name
+                for name, layer in self.layers.items()
+                if any(
+                    _is_zero(stream, self.file.data_start, self.file.tensors[layer.parts[part]])
+                    for part in _FACTORS
+                    if part in layer.parts
+                )
+            )
+
+    @property
+    def trained(self) -> list[Layer]:
+        """The layers that were trained; all if none was. Raises OSError."""
+        return [layer for layer in self.layers.values() if layer.name not in self.untrained] or [*self.layers.values()]
 
     @property
     def idle(self) -> frozenset[str]:
-        """Names of the layers that certainly change nothing: untrained ones without a magnitude.
+        """Names of the layers that certainly change nothing: untrained ones without a magnitude. Raises OSError.
 
-        Raises:
-            OSError: the weights cannot be read.
+        A magnitude (DoRA) scales the model's own weight, which is not in the file. LyCORIS begins with the one that the
+        weight has, and trains it together with the factors.
         """
         return frozenset(name for name in self.untrained if "magnitude" not in self.layers[name].parts)
 
+    def check_changes_something(self) -> None:
+        """Refuse to copy an adapter of zeros. Raises Refusal."""
+        if len(self.untrained) == len(self.layers):
+            raise Refusal(
+                f"{self.file.path} holds only zeros and changes nothing, so there is nothing to copy. Use a later "
+                "checkpoint."
+            )
+
+    def unknown_alpha(self) -> Refusal:
+        """The refusal to apply an adapter whose alpha nothing says."""
+        return Refusal(
+            f"The alpha of {self.file.path} is unknown, and so is its strength. Put its adapter_config.json beside it."
+        )
+
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter's layers, ranks and strengths without loading a tensor.
-
-    Raises:
-        Refusal: there is no readable weights file, or it is not an adapter for ACE-Step 1.5.
-    """
+    """Read an adapter's layers, ranks and strengths without loading a tensor. Raises Refusal."""
     return understand(read_weights_file(find_weights(path)))
 
 
@@ -232,3 +238,29 @@ def _number(file: WeightsFile, tensor: Tensor) -> float | None:
     if code is None or len(raw) != struct.calcsize(code):
         return None
     return positive(struct.unpack(code, raw)[0])
+
+
+def _is_zero(stream: BinaryIO, data_start: int, tensor: Tensor) -> bool:
+    """Whether a tensor holds values, all of them zero. Negative zeros count: LyCORIS multiplies by a scalar of zero."""
+    if tensor.dtype not in _FLOATS and tensor.dtype not in _INTEGERS:
+        return False
+    stream.seek(data_start + tensor.start)
+    left, size = tensor.end - tensor.start, _FIRST
+    if left == 0:
+        return False
+    while left:
+        piece = stream.read(min(left, size))
+        if not piece or not _all_zero(piece, _FLOATS.get(tensor.dtype)):
+            return False
+        left, size = left - len(piece), _BUFFER
+    return True
+
+
+def _all_zero(piece: bytes, width: int | None) -> bool:
+    if not piece.strip(b"\0"):
+        return True
+    if width is None:
+        return False
+    signs = piece[width - 1 :: width]
+    others = (piece[position::width] for position in range(width - 1))
+    return not signs.translate(None, b"\0\x80") and not any(part.strip(b"\0") for part in others)

@@ -14,6 +14,7 @@ from .facts import write_training_config
 from .header import write_header
 from .kinds import Kind, Mean
 from .layers import Adapter
+from .peft_config import plain_number
 from .staging import published, staged
 
 if TYPE_CHECKING:
@@ -23,20 +24,11 @@ if TYPE_CHECKING:
 def write_adapter(
     folder: Path, kind: Kind, layers: Mapping[str, Mean], facts: Mapping[str, Any], like: Adapter
 ) -> Path:
-    """Write an adapter into a folder, completely or not at all.
+    """Write an adapter into a folder, completely or not at all. Returns the weights file.
 
-    Args:
-        folder: the folder. Weights that are in it are replaced with all that belongs to them; other files stay.
-        kind: its kind.
-        layers: its layers by name.
-        facts: what is known about it. ``rank`` and ``alpha`` are filled in from the layers.
-        like: an adapter whose settings it shares: its configuration, or what ACE-Step wrote into its header.
-
-    Returns:
-        The weights file.
-
-    Raises:
-        OSError: the folder cannot be written. An older adapter in it is not changed.
+    Weights that are in the folder are replaced with all that belongs to them; other files stay. ``rank`` and ``alpha``
+    among the facts are filled in from the layers. The adapter shares the settings of another one: its configuration, or
+    what ACE-Step wrote into its header. Raises OSError; an older adapter is not changed then.
     """
     from safetensors.torch import save
 
@@ -75,6 +67,7 @@ def _tensors(kind: Kind, layers: Mapping[str, Mean]) -> dict[str, torch.Tensor]:
 def _configuration(layers: Mapping[str, Mean], facts: Mapping[str, Any], like: Adapter) -> dict[str, Any]:
     """PEFT's configuration. What differs from layer to layer is under the layers' full names, which match only them."""
     alphas = _alphas(layers)
+    last = {name: name.rpartition(".")[2] for name in layers}
     known = {key: value for key, value in like.config.items() if not key.endswith("_pattern")}
     return known | {
         "peft_type": "LORA",
@@ -86,20 +79,14 @@ def _configuration(layers: Mapping[str, Mean], facts: Mapping[str, Any], like: A
         "use_dora": False,
         "r": facts["rank"],
         "lora_alpha": facts["alpha"],
-        "target_modules": sorted({_target(name) for name in layers}),
+        "target_modules": sorted({name if part.isdigit() else part for name, part in last.items()}),
         "rank_pattern": {name: mean.rank for name, mean in layers.items() if mean.rank != facts["rank"]},
         "alpha_pattern": {name: alpha for name, alpha in zip(layers, alphas, strict=True) if alpha != facts["alpha"]},
     }
 
 
-def _target(layer: str) -> str:
-    """The entry for a layer in PEFT's list of target modules."""
-    last = layer.rpartition(".")[2]
-    return layer if last.isdigit() else last
-
-
-def _alphas(layers: Mapping[str, Mean]) -> list[float]:
-    return [int(mean.alpha) if mean.alpha.is_integer() else mean.alpha for mean in layers.values()]
+def _alphas(layers: Mapping[str, Mean]) -> list[float | None]:
+    return [plain_number(mean.alpha) for mean in layers.values()]
 
 
 def _usual(values: Any) -> Any:

@@ -19,6 +19,7 @@ from .kinds import BY_NAME
 from .kinds.lokr import LOKR
 from .kinds.lora import LORA
 from .layers import Adapter
+from .peft_config import plain_number
 
 # Side-Step 1.x writes its file beside a checkpoint, or into the folder above the final adapter.
 _CONFIG_NAMES: Final = (FILE_NAME, "sidestep_training_config.json")
@@ -122,13 +123,12 @@ def upstream(metadata: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
 def configured(adapter: Adapter) -> dict[str, Any]:
     """Facts from PEFT's configuration and from the tensors."""
     name = _name_of(adapter.config.get("base_model_name_or_path"))
-    trained = adapter.layers.keys() - adapter.untrained or adapter.layers.keys()
-    ranks, alphas = adapter.ranks, {adapter.layers[name].alpha for name in trained}
+    ranks, alphas = adapter.ranks, {layer.alpha for layer in adapter.trained}
     found: dict[str, Any] = {
         "model_name": name,
         "model_variant": _variant_in(name or ""),
         "rank": next(iter(ranks)) if len(ranks) == 1 and adapter.kind == LORA.name else None,
-        "alpha": _plain(next(iter(alphas))) if len(alphas) == 1 and adapter.kind in BY_NAME else None,
+        "alpha": plain_number(next(iter(alphas))) if len(alphas) == 1 and adapter.kind in BY_NAME else None,
         "dropout": adapter.config.get("lora_dropout"),
         "target_modules": adapter.targets,
     }
@@ -159,7 +159,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _number(text: str | None) -> float | int | None:
     try:
-        return None if text is None else _plain(float(text))
+        return None if text is None else plain_number(float(text))
     except (ValueError, OverflowError):
         return None
 
@@ -167,7 +167,3 @@ def _number(text: str | None) -> float | int | None:
 def _whole(text: str | None) -> int | None:
     number = _number(text)
     return number if isinstance(number, int) else None
-
-
-def _plain(number: float | None) -> float | int | None:
-    return int(number) if number is not None and number.is_integer() else number

@@ -18,10 +18,7 @@ def forget_folders(folder: Path, model_name: str) -> None:
 
     PEFT writes the model's folder as ``base_model_name_or_path``. It is not needed to load an adapter. It becomes null,
     not another name: PEFT asks the Hugging Face Hub for any name that is no folder here, whenever it saves a model that
-    the adapter is loaded into.
-
-    Raises:
-        OSError: a file cannot be written. It is not changed.
+    the adapter is loaded into. Raises OSError; the file is not changed then.
     """
     file = folder / "adapter_config.json"
     try:

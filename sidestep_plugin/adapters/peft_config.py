@@ -15,8 +15,7 @@ from .weights_file import WeightsFile
 
 DIFFUSERS_KEY: Final = "lora_adapter_metadata"
 """Header key of a LoRA's configuration in JSON for diffusers (``LORA_ADAPTER_METADATA_KEY`` there)."""
-DIFFUSERS_SOURCE: Final = f"header ({DIFFUSERS_KEY})"
-"""What :func:`find_configuration` calls that place."""
+DIFFUSERS_SOURCE: Final = f"header ({DIFFUSERS_KEY})"  # what :func:`find_configuration` calls that place
 
 # Patterns are regular expressions from other people's files, and some of them take forever. Only those are used that
 # are made of single characters: "q_proj", "^layers.0.self_attn.q_proj". PEFT reads their dots as any character.
@@ -63,18 +62,10 @@ def unread_pattern(config: Mapping[str, Any]) -> str | None:
 
 
 def by_pattern(patterns: Patterns, name: str, default: float | None) -> float | None:
-    """PEFT's lookup (``peft.utils.get_pattern_key``): the value of the first pattern that matches a name.
+    """PEFT's lookup (``peft.utils.get_pattern_key``): the value of the first pattern that matches a layer's name.
 
     A pattern matches the whole name, or its end after a dot. So "^q_proj" matches no layer of a decoder, and "q.proj"
-    matches q_proj.
-
-    Args:
-        patterns: the patterns.
-        name: the layer's name in the model that PEFT loads the adapter into.
-        default: the value where none matches.
-
-    Returns:
-        The value, or None if it is no number above zero, or the name is too long to be matched in a moment.
+    matches q_proj. None if the value is no number above zero, or the name is too long to be matched in a moment.
     """
     if len(name) > _LONGEST:
         return None
@@ -87,6 +78,11 @@ def by_pattern(patterns: Patterns, name: str, default: float | None) -> float | 
 def _alpha_pattern(config: Mapping[str, Any]) -> Mapping[str, Any]:
     patterns = config.get("alpha_pattern")
     return patterns if isinstance(patterns, Mapping) else {}
+
+
+def plain_number(number: float | None) -> float | int | None:
+    """A number without a fraction as a whole one, for JSON."""
+    return int(number) if number is not None and float(number).is_integer() else number
 
 
 def positive(value: Any) -> float | None:

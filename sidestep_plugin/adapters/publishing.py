@@ -23,7 +23,7 @@ from .kinds import BY_NAME
 from .kinds.lora import LORA
 from .layers import Adapter
 from .staging import published, staged
-from .universal import check_universal, write_universal
+from .universal import write_universal
 
 OPTIONS: Final = "training_options.toml"
 
@@ -44,18 +44,10 @@ def publish(
     clips: Sequence[Path] = (),
     base: BaseWeights | None = None,
 ) -> list[tuple[str, str]]:
-    """Make the folder, completely or not at all.
+    """Make the folder, completely or not at all. Returns the files' names with what each is.
 
-    Args:
-        adapter: the adapter. It is not changed.
-        facts: what is known about it.
-        output: the folder. It must not exist, or be empty, or hold an older one.
-        name: what the files are called: letters, digits, ``-`` and ``_``.
-        clips: audio files to take along, as clip-1 and so on.
-        base: the base model's weights, for a LoKr with weight decomposition.
-
-    Returns:
-        The files' names with what each is.
+    The folder must not exist, or be empty, or hold an older one. `name` is what the files are called: letters, digits,
+    ``-`` and ``_``. Clips are taken along as clip-1 and so on. A LoKr with weight decomposition needs its base model.
 
     Raises:
         Refusal: the adapter cannot be shared, or something private would be in the folder.
@@ -107,7 +99,6 @@ def _copies(
     if adapter.is_dora and adapter.kind == LORA.name:
         return []
     if adapter.kind == LORA.name:
-        check_universal(adapter)
         write_universal(adapter, target, facts)
         return [(target.name, "for every other program, with the strength in its weights")]
     try:

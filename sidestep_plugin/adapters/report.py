@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from ..text import counted, shown
@@ -22,13 +23,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "written_by": report.written_by,
         "adapter_type": adapter.kind,
         "dora": adapter.is_dora,
-        "generate": {
-            "shift": report.generate.shift,
-            "num_inference_steps": report.generate.num_inference_steps,
-            "cfg": report.generate.cfg,
-            "guess": report.generate.guess,
-            "because": report.generate.because,
-        },
+        "generate": asdict(report.generate),
         "layers": len(adapter.layers),
         "trained_layers": len(adapter.layers) - len(adapter.untrained),
         "untrained_layers": len(adapter.untrained),
@@ -145,10 +140,8 @@ def _size(count: int) -> str:
 def _trained(facts: Any) -> str:
     parts = []
     if "songs" in facts:
-        out = facts.get("held_out_songs")
-        parts.append(
-            f"on {counted(shown(facts['songs']), 'song')}" + (f" ({shown(out)} of them held out)" if out else "")
-        )
+        out = f" ({shown(facts['held_out_songs'])} of them held out)" if facts.get("held_out_songs") else ""
+        parts.append(f"on {counted(shown(facts['songs']), 'song')}{out}")
     if isinstance(facts.get("validation_change"), int | float):
         parts.append(f"validation loss {100 * facts['validation_change']:+.2f} % vs. no adapter")
     if "training_steps" in facts:

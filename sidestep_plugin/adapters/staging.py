@@ -30,16 +30,14 @@ _BESIDE_WEIGHTS: Final = frozenset(
 )
 """Files that belong to the weights beside them and are replaced together. All other files in a folder stay."""
 
-AVERAGE: Final = "average"
-"""Folder beside an adapter for the mean of its training, which is replaced together with it."""
+AVERAGE: Final = "average"  # folder beside an adapter for the mean of its training, which is replaced together with it
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A new folder beside the one that will be saved. It is removed at the end with everything that is left in it.
 
-    Raises:
-        OSError: the folder cannot be written, or its name is taken by something else.
+    Raises OSError if the folder cannot be written, or its name is taken by something else.
     """
     import shutil  # imported here because --help does not need it
 
@@ -58,13 +56,10 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def published(stage: Path, folder: Path) -> Iterator[None]:
-    """Move the staged folder to its place when the block ends.
+    """Move the staged folder to its place when the block ends. Raises OSError; the older folder is not changed then.
 
     It is also moved if a plugin fails in the block, because upstream's own save has succeeded. It is not moved after
     Ctrl-C, because an incomplete folder would look complete.
-
-    Raises:
-        OSError: it cannot be moved. The older folder is not changed.
     """
     try:
         yield

@@ -13,17 +13,10 @@ from .kinds.lora import LORA
 
 
 def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> None:
-    """Refuse names of target modules that match no layer.
+    """Refuse names of target modules that match none of the decoder's layers, which have their full names.
 
-    PEFT ignores such a name as long as another one matches, and upstream's LoKr trains all layers if none does.
-
-    Args:
-        layers: full names of the decoder's layers, such as ``layers.0.self_attn.q_proj``.
-        targets: the names that were given.
-        kind: name of the kind of adapter.
-
-    Raises:
-        Refusal: a name matches no layer.
+    PEFT ignores such a name as long as another one matches, and upstream's LoKr trains all layers if none does. Raises
+    Refusal.
     """
     known = list(layers)
     matches = BY_NAME[kind].matches
@@ -35,12 +28,9 @@ def check_targets(layers: Iterable[str], targets: Sequence[str], kind: str) -> N
 
 
 def trained_shapes(model: Any, kind: str, adapter_config: Any) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the linear layers that an adapter's target modules mean, by name.
+    """Rows and columns of the linear layers that an adapter's target modules mean, by name; {} without a decoder.
 
-    Args:
-        model: the model; its decoder may carry the adapter. {} without a decoder.
-        kind: name of the kind of adapter.
-        adapter_config: upstream's configuration of it.
+    The model's decoder may carry the adapter already.
     """
     import torch
 

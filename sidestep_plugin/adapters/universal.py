@@ -23,7 +23,7 @@ from ..text import counted, shown
 from .facts import SCHEMA_VERSION
 from .kinds import Mean, title_of
 from .kinds.lora import LORA
-from .layers import Adapter, Layer
+from .layers import Adapter
 from .new_adapter import write_adapter
 
 if TYPE_CHECKING:
@@ -52,19 +52,18 @@ def check_universal(adapter: Adapter) -> None:
             f"{path} was begun with init_lora_weights = {shown(started, 40)}, which changes the model's own weights as "
             "well. Only PEFT plays it. Use it there."
         )
-    if len(adapter.untrained) == len(adapter.layers):
-        raise Refusal(
-            f"{path} holds only zeros and changes nothing, so there is nothing to copy. Use a later checkpoint."
-        )
+    adapter.check_changes_something()
 
 
 def notes(adapter: Adapter) -> list[str]:
     """What some programs do not play of it, as lines for people."""
     found = []
-    others = [name for name in adapter.layers if _ATTENTION.fullmatch(name) is None]
-    if len(others) == len(adapter.layers):
+    if not any(map(_ATTENTION.fullmatch, adapter.layers)):
         found.append("diffusers does not recognise it: it looks for attention layers, and there are none.")
-    convolutions = [name for name, layer in adapter.layers.items() if _dimensions(adapter, layer) > 2]
+    sizes = adapter.file.tensors
+    convolutions = [
+        name for name, layer in adapter.layers.items() if any(len(sizes[layer.parts[part]].shape) > 2 for part in "AB")
+    ]
     if convolutions:
         found.append(f"acestep.cpp and DEMON leave out {counted(len(convolutions), 'convolution')}: {convolutions[0]}.")
     return found
@@ -73,13 +72,9 @@ def notes(adapter: Adapter) -> list[str]:
 def write_universal(
     adapter: Adapter, target: Path, facts: Mapping[str, Any] | None, strength: float = 1.0
 ) -> tuple[int, bool]:
-    """Write a universal copy, completely or not at all.
+    """Write a universal copy of a LoRA, multiplied by `strength` beside its own, completely or not at all.
 
-    Args:
-        adapter: a LoRA. It is not changed.
-        target: a file to write (``.safetensors``), or a folder, which ACE-Step's app and PEFT load as well.
-        facts: what is known about the adapter, for the header.
-        strength: what it is multiplied by, beside its own.
+    The target is a file (``.safetensors``), or a folder, which ACE-Step's app and PEFT load as well.
 
     Returns:
         Number of layers that were left out because they change nothing, and whether tensors had to become fp32 to keep
@@ -124,10 +119,8 @@ def folded(adapter: Adapter, strength: float = 1.0) -> dict[str, Mean]:
     for name, layer in adapter.layers.items():
         if name in adapter.untrained:
             continue
-        own = LORA.strength(layer)
-        assert own is not None
         tensors = adapter.load(layer)
-        down, up = tensors["A"], _scaled(tensors["B"], own * strength)
+        down, up = tensors["A"], _scaled(tensors["B"], LORA.known_strength(layer) * strength)
         if not bool(down.isfinite().all() and up.isfinite().all()):
             raise Refusal(f"{adapter.file.path} holds NaN or infinity in {shown(name, 80)}. Use an earlier checkpoint.")
         found[name] = Mean(
@@ -151,7 +144,3 @@ def _filled(tensor: torch.Tensor, rank: int, dimension: int) -> torch.Tensor:
     missing = list(tensor.shape)
     missing[dimension] = rank - tensor.shape[dimension]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=dimension) if missing[dimension] else tensor
-
-
-def _dimensions(adapter: Adapter, layer: Layer) -> int:
-    return max(len(adapter.file.tensors[layer.parts[part]].shape) for part in ("A", "B"))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from ..errors import Refusal
 from ..files import replacing, special_kind, stand_in
@@ -38,18 +38,13 @@ _BITS: Final = {
 }
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DIMENSIONS: Final = 32
+_LONGEST: Final = 200  # characters of what is wrong
 _PLACEHOLDER: Final = "0x" + "0" * 64
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's type and its position in the file.
-
-    Attributes:
-        dtype: safetensors' name, such as "F32" or "BF16".
-        shape: its shape, ``()`` for a single number.
-        start, end: position of its bytes, counted from the first tensor byte in the file.
-    """
+    """A tensor's type, such as "BF16", its shape, and the position of its bytes, counted from the first tensor byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,11 +56,7 @@ class Tensor:
 class WeightsFile:
     """A safetensors file whose header has been read and checked against the file's length.
 
-    Attributes:
-        path: the file.
-        tensors: its tensors by name.
-        metadata: the strings in its header.
-        data_start: number of bytes before the first tensor.
+    `metadata` are the strings in its header, `data_start` the number of bytes before the first tensor.
     """
 
     path: Path
@@ -81,22 +72,14 @@ class WeightsFile:
 
     def data_hash(self) -> str:
         """SHA-256 of all tensor bytes, as ModelSpec writes it: "0x" and 64 lower-case digits."""
-        digest = hashlib.sha256()
         with self.path.open("rb") as stream:
             stream.seek(self.data_start)
-            while piece := stream.read(_BUFFER):
-                digest.update(piece)
-        return "0x" + digest.hexdigest()
+            return "0x" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write into a file.
-
-    Attributes:
-        dtype, shape: as in :class:`Tensor`.
-        content: its bytes, or the tensor of the source file whose bytes are copied.
-    """
+    """A tensor to write into a file: its bytes, or the tensor of the source file whose bytes are copied."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -106,8 +89,7 @@ class NewTensor:
 def read_weights_file(path: Path) -> WeightsFile:
     """Read a safetensors file's header and check it against the file's length. Tensors are not read.
 
-    Raises:
-        Refusal: the file is missing, a pickle, truncated, or not a safetensors file.
+    Raises Refusal if the file is missing, a pickle, truncated, or not a safetensors file.
     """
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise _pickle(path)
@@ -134,19 +116,14 @@ def read_weights_file(path: Path) -> WeightsFile:
         metadata = _texts(header.pop("__metadata__", {}))
         tensors = {name: _tensor(name, entry) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, wrong types
-        raise _no_weights(path, f"its header cannot be read: {_shortened(str(error))}") from None
+        told = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]}..."
+        raise _no_weights(path, f"its header cannot be read: {told}") from None
     _check_places(path, tensors, size - 8 - length)
     return WeightsFile(path, tensors, metadata, 8 + length)
 
 
 def write_metadata(source: WeightsFile, metadata: Mapping[str, str]) -> None:
-    """Replace the strings in a file's header. The tensors' bytes do not change.
-
-    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the tensors.
-
-    Raises:
-        OSError: the file cannot be written. It is not changed.
-    """
+    """Replace the strings in a file's header, as :func:`write_copy` writes them. The tensors' bytes do not change."""
     tensors = {name: NewTensor(entry.dtype, entry.shape, entry) for name, entry in source.tensors.items()}
     write_copy(source, source.path, tensors, metadata)
 
@@ -156,20 +133,19 @@ def write_copy(
 ) -> None:
     """Write a file of tensors whose bytes are given or copied from another file.
 
-    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the new tensors.
-
-    Raises:
-        OSError: the file cannot be written. An existing file is not changed.
+    If `metadata` has :data:`HASH_KEY`, its value becomes the hash of the new tensors. Raises OSError; an existing file
+    is not changed then.
     """
     # Copied tensors keep their order, so if only the header changes, the tensors' bytes stay the same.
-    ordered = sorted(tensors.items(), key=lambda item: _position(item[1].content))
+    ordered = sorted(tensors.items(), key=lambda item: getattr(item[1].content, "start", -1))
     texts = dict(metadata)
     if HASH_KEY in texts:
         texts[HASH_KEY] = _PLACEHOLDER
     header: dict[str, Any] = {"__metadata__": texts}
     position = 0
     for name, tensor in ordered:
-        end = position + _length(tensor.content)
+        content = tensor.content
+        end = position + (len(content) if isinstance(content, bytes) else content.end - content.start)
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -189,10 +165,6 @@ def write_copy(
             stream.seek(0, os.SEEK_END)
 
 
-def _position(content: bytes | Tensor) -> int:
-    return -1 if isinstance(content, bytes) else content.start
-
-
 def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator[bytes]:
     with source.path.open("rb") as stream:
         for content in contents:
@@ -200,20 +172,13 @@ def _pieces(source: WeightsFile, contents: Iterable[bytes | Tensor]) -> Iterator
                 yield content
                 continue
             stream.seek(source.data_start + content.start)
-            yield from _read_exactly(stream, content.end - content.start, source.path)
-
-
-def _read_exactly(stream: BinaryIO, length: int, path: Path) -> Iterator[bytes]:
-    while length:
-        piece = stream.read(min(length, _BUFFER))
-        if not piece:
-            raise OSError(f"{path} was truncated while it was read")
-        length -= len(piece)
-        yield piece
-
-
-def _length(content: bytes | Tensor) -> int:
-    return len(content) if isinstance(content, bytes) else content.end - content.start
+            left = content.end - content.start
+            while left:
+                piece = stream.read(min(left, _BUFFER))
+                if not piece:
+                    raise OSError(f"{source.path} was truncated while it was read")
+                left -= len(piece)
+                yield piece
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -274,7 +239,3 @@ def _pickle(path: Path) -> Refusal:
     return Refusal(
         f"{path} is a pickle file, which could run code, so it was not opened. Save the adapter as safetensors."
     )
-
-
-def _shortened(text: str, longest: int = 200) -> str:
-    return text if len(text) <= longest else text[:longest] + "..."

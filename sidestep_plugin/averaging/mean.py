@@ -23,12 +23,9 @@ POWER: Final = 4
 
 
 class RunningMean:
-    """The mean of some tensors over optimizer steps, in fp32 where they are.
+    """The mean of some tensors over optimizer steps, in fp32 where they are; no tensors before the first step.
 
-    Attributes:
-        steps: how many steps it is the mean of.
-        first, last: number of the first and of the newest of them in the training.
-        tensors: the mean of each tensor; [] before the first step.
+    It is that of `steps` steps, from number `first` to number `last` of the training.
     """
 
     def __init__(self, steps: int = 0, first: int = 0, last: int = 0, tensors: Sequence[torch.Tensor] = ()) -> None:
@@ -39,7 +36,6 @@ class RunningMean:
         """Add the tensors as they are after another optimizer step. Neither waits for a GPU nor draws a random number.
 
         Args:
-            step: number of the step in the training.
             trained: the tensors, the same ones in each call. They are only read.
         """
         import torch

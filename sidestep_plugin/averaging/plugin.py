@@ -17,6 +17,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run, Step
 from .mean import POWER, RunningMean
 
@@ -30,13 +31,7 @@ NAME: Final = "average"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--average"],
-            is_flag=True,
-            help="Also save the mean of the adapter over about the last third of its training.",
-        )
-    ]
+    return [option("--average", "Also save the mean of the adapter over about the last third of its training.")]
 
 
 @hookimpl
@@ -67,12 +62,7 @@ def acestep_step_finished(step: Step) -> None:
 
 
 class _Averaging:
-    """The average of one training.
-
-    Args:
-        run: the training.
-        mean: the mean so far.
-    """
+    """The average of one training."""
 
     def __init__(self, run: Run, mean: RunningMean) -> None:
         self._run, self._mean = run, mean

@@ -44,7 +44,7 @@ def check(
     from sidestep_plugin.engine.checkout import find_root
     from sidestep_plugin.engine.compatibility import examine_checkout
     from sidestep_plugin.engine.models import checkpoint_folder
-    from sidestep_plugin.engine.seams import MODULE_CLASS
+    from sidestep_plugin.engine.shapes import MODULE_CLASS
 
     from . import quiet
     from .torch_here import require_torch

@@ -278,8 +278,7 @@ def _length(dataset_dir: Path | None, seconds: float | None) -> tuple[int, int, 
         raise Refusal("How long are the songs? Give either --dataset-dir DIR or --seconds S.")
     if seconds is not None:
         return max(1, round(seconds * FRAMES_A_SECOND)), USUAL_TOKENS, []
-    from sidestep_plugin.songs.lengths import longest
-    from sidestep_plugin.songs.one_song import read_song
+    from sidestep_plugin.songs.one_song import longest, read_song
 
     assert dataset_dir is not None
     songs = songs_in(dataset_dir)

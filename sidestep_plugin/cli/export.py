@@ -79,7 +79,7 @@ def export(
         acestep-train export adapters/jazz/final --to universal --output share/jazz.safetensors
     """
     from sidestep_plugin.adapters.base_weights import weights_in_folder
-    from sidestep_plugin.adapters.best_beside import better_than
+    from sidestep_plugin.adapters.facts import better_than
     from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:

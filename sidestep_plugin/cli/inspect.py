@@ -31,7 +31,7 @@ def inspect(path: Path, as_json: bool) -> None:
     The exit code is 0, or 2 if the adapter cannot be read or has a problem.
     """
     from sidestep_plugin.adapters import report
-    from sidestep_plugin.adapters.best_beside import better_than
+    from sidestep_plugin.adapters.facts import better_than
     from sidestep_plugin.adapters.inspection import inspect_adapter
 
     try:

@@ -73,7 +73,7 @@ def _table(entries: Sequence[Saved]) -> Sequence[str]:
 
 def _remarks(entries: Sequence[Saved], output: Path) -> Sequence[str]:
     """What the columns mean, and which adapter to take."""
-    from sidestep_plugin.adapters.best_beside import better_than_final
+    from sidestep_plugin.adapters.facts import better_than_final
 
     lines = ["loss: mean over the training steps of that epoch. The loss in a folder's name is ACE-Step's own count."]
     if any(entry.validation_change is not None for entry in entries):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PluginError
+from ..errors import PluginError, unusable_answer
 from ..run import FRAMES
 
 if TYPE_CHECKING:
     import torch
 
+    from ..registry import Registry
+
 
 def checked_lines(plugin: str, hook: str, lines: Any) -> Sequence[str]:
     if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
-        raise PluginError(f"Plugin {plugin!r} returned {lines!r} from {hook}, expected a list of lines.")
+        raise unusable_answer(plugin, hook, repr(lines), "a list of lines")
     return lines
 
 
@@ -78,10 +81,31 @@ def check_timesteps(plugin: str, t: Any, batch_size: int, device: Any, dtype: to
     if fits and (not first or bool(((t >= 0) & (t <= 1)).all())):
         return
     found = f"timesteps outside [0, 1] ({t.tolist()})" if fits else described(t)
-    raise PluginError(
-        f"Plugin {plugin!r} returned {found} from acestep_sample_timesteps, expected {batch_size} values in [0, 1], "
-        f"shape [{batch_size}], {dtype} on {wanted}."
-    )
+    expected = f"{batch_size} values in [0, 1], shape [{batch_size}], {dtype} on {wanted}"
+    raise unusable_answer(plugin, "acestep_sample_timesteps", found, expected)
+
+
+def held_out(
+    registry: Registry, songs: Sequence[Path], options: Mapping[str, Any], training_config: Any
+) -> tuple[Path, ...]:
+    """Ask once which songs are not trained on; () without a plugin that holds songs out.
+
+    Raises:
+        Refusal: a plugin refuses, or returns what are not songs, or all of them.
+    """
+    asked = {"songs": tuple(songs), "options": options, "training_config": training_config}
+    for plugin, answer in registry.call("engine_hold_out", **asked):
+        expected = "some of the songs"
+        if not isinstance(answer, Sequence) or not all(isinstance(song, Path) for song in answer):
+            found = described(answer)
+        elif strange := [song for song in answer if song not in songs]:
+            found = str(strange[0])
+        elif answer and set(answer) >= set(songs):
+            found, expected = f"all {len(songs)} songs", "to leave at least one to train on"
+        else:
+            return tuple(answer)
+        raise unusable_answer(plugin, "engine_hold_out", found, expected)
+    return ()
 
 
 def described(value: Any) -> str:

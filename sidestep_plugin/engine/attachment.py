@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from ..errors import DetachError, Refusal, UpstreamMismatch
@@ -20,9 +19,10 @@ from ..registry import Registry
 from ..run import AdapterType
 from .checkout import import_trainer
 from .host import Host, log_of
-from .seams import EVALUATE, FOLDERS, MODULE_CLASS, TRAINER_CLASS, adapter_types, in_use, require
+from .seams import EVALUATE, FOLDERS, in_use, require
+from .shapes import MODULE_CLASS, TRAINER_CLASS, adapter_types
 from .wrappers.path_guard import guarded_modules, wrap_path_guard
-from .wrappers.refusing import announce_construction, refuse_construction, refuse_steps, refuse_training
+from .wrappers.refusing import before_construction, refuse_steps, refuse_training
 
 _attached: list[Attachment] = []
 _lock: Final = threading.RLock()
@@ -78,7 +78,7 @@ def attach_registry(
     announce: Callable[[str], None] | None = None,
 ) -> Attachment:
     """The same with plugins that are loaded and options that are resolved already; see :func:`attach`."""
-    resolved, wins = dict(options), registry.wins
+    resolved = dict(options)
     allowed = tuple(Path(folder).resolve() for folder in allowed_folders)
     with _lock:
         automatic = None
@@ -86,12 +86,8 @@ def attach_registry(
             if attached.automatic:
                 automatic = attached
                 continue
-            if (attached.registry.names, attached.registry.wins, attached.options, attached.allowed_folders) != (
-                registry.names,
-                wins,
-                resolved,
-                allowed,
-            ):
+            theirs = (attached.registry.names, attached.registry.wins, attached.options, attached.allowed_folders)
+            if theirs != (registry.names, registry.wins, resolved, allowed):
                 raise Refusal(
                     f"Already attached with {_listed(attached.registry.names)} and other options or folders. "
                     "Call detach() on that handle first."
@@ -133,15 +129,12 @@ def attach_automatically(
             values, unknown = registry.options_in(os.environ)
             for name in unknown:
                 log.warning(f"{name} is set, but no loaded plugin has such an option. It is ignored.")
-        attachment = Attachment(trainer, registry, registry.resolve_options(values))
-        attachment.automatic = True
-        attachment._apply()
+        Attachment(trainer, registry, registry.resolve_options(values), automatic=True)._apply()
     except Exception as error:
         told = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         message = f"Plugins {_listed(names)} could not be attached, so trainings are refused: {told}"
         log.error(message)
-        attachment = Attachment(trainer, Registry(), {})
-        attachment.automatic = True
+        attachment = Attachment(trainer, Registry(), {}, automatic=True)
         attachment._message = message
         attachment._apply()
         return
@@ -150,9 +143,7 @@ def attach_automatically(
 
 def attached_to_evaluate(trainer: Any) -> Attachment:
     """Attach no plugin, only what :func:`.evaluation.evaluate` needs. Detach the handle afterwards."""
-    attachment = Attachment(trainer, Registry(), {}, announce=lambda _: None, evaluates=True)
-    attachment._apply()
-    return attachment
+    return Attachment(trainer, Registry(), {}, announce=lambda _: None, evaluates=True)._apply()
 
 
 def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
@@ -169,15 +160,17 @@ def leave_alone(module: Any, plugins: Iterable[str], *, refuse: bool) -> None:
         f"acestep.training_v2 has its own training step, in which plugins ({_listed(list(plugins))}) take no part. "
         "It uses continuous timesteps and condition dropout for every model, turbo too."
     )
-    if refuse:
-        message += (
-            " Refused, because plugins were asked for. Train with acestep-train --plugin, or start the program "
-            "without acestep-train run."
+
+    def tell() -> None:
+        if not refuse:
+            log_of(module).warning(message)
+            return
+        raise Refusal(
+            f"{message} Refused, because plugins were asked for. Train with acestep-train --plugin, or start the "
+            "program without acestep-train run."
         )
-        wrapper = refuse_construction(message, trainer_class.__init__)
-    else:
-        wrapper = announce_construction(log_of(module).warning, message, trainer_class.__init__)
-    trainer_class.__init__ = wrapper
+
+    trainer_class.__init__ = before_construction(tell, trainer_class.__init__)
 
 
 @dataclass(frozen=True)
@@ -230,6 +223,7 @@ class Attachment:
         announce: Callable[[str], None] | None = None,
         *,
         evaluates: bool = False,
+        automatic: bool = False,
     ) -> None:
         self.evaluates = evaluates or registry.implements("engine_epoch_ended")
         self.trainer = trainer
@@ -241,7 +235,7 @@ class Attachment:
         self._calls = 1  # of attach() that were given this handle
         self._blocks = 0  # with blocks that are open
         self._held_outside = False
-        self.automatic = False
+        self.automatic = automatic
         self._making_room: Attachment | None = None
         self._message: str | None = None  # with which every training ends at once
 
@@ -251,9 +245,7 @@ class Attachment:
         self._blocks += 1
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._blocks -= 1
         if self._blocks == 0 and not self._held_outside:
             self.detach()
@@ -293,8 +285,11 @@ class Attachment:
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
-    def _apply(self) -> None:
-        planned = self._plan() if self._message is None else self._blocking(self._message)
+    def _apply(self) -> Attachment:
+        planned = [  # every wrapper is made before one is put in place
+            _Replacement(owner, name, vars(owner).get(name, _INHERITED), make(getattr(owner, name)))
+            for owner, name, make in self._wanted()
+        ]
         try:
             for replacement in planned:
                 replacement.put()
@@ -305,26 +300,16 @@ class Attachment:
             raise
         self._host.attached = True
         _attached.append(self)
-
-    def _blocking(self, message: str) -> list[_Replacement]:
-        name, ours = "train_from_preprocessed", refuse_training(message)
-        classes = [getattr(self.trainer, name, None) for name in TRAINER_CLASS.values()]
-        return [
-            _Replacement(owner, name, vars(owner).get(name, _INHERITED), ours)
-            for owner in classes
-            if hasattr(owner, name)
-        ]
-
-    def _plan(self) -> list[_Replacement]:
-        """Make every wrapper without putting any in place. Raises UpstreamMismatch."""
-        return [
-            _Replacement(owner, name, vars(owner).get(name, _INHERITED), make(getattr(owner, name)))
-            for owner, name, make in self._wanted()
-        ]
+        return self
 
     def _wanted(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         """Yield each name to replace: its owner, the name, and what makes the wrapper. Raises UpstreamMismatch."""
         trainer, host = self.trainer, self._host
+        if self._message is not None:
+            for owner in (getattr(trainer, name, None) for name in TRAINER_CLASS.values()):
+                if hasattr(owner, "train_from_preprocessed"):
+                    yield owner, "train_from_preprocessed", partial(refuse_training, self._message)
+            return
         misfits: dict[AdapterType, UpstreamMismatch] = {}
         kinds = adapter_types(trainer)
         for kind in kinds:
@@ -333,8 +318,13 @@ class Attachment:
             except UpstreamMismatch as misfit:
                 misfits[kind] = misfit
         if len(misfits) == len(kinds):
-            raise next(iter(misfits.values())) if misfits else _no_module(trainer)
-
+            raise next(
+                iter(misfits.values()),
+                UpstreamMismatch(
+                    f"{getattr(trainer, '__name__', trainer)} has neither {' nor '.join(MODULE_CLASS.values())}: this "
+                    "is not ACE-Step 1.5's trainer. Give your checkout's folder with --acestep-root DIR."
+                ),
+            )
         for kind in misfits:  # the other kind is compatible and may train; this one must fail before its first step
             yield getattr(trainer, MODULE_CLASS[kind]), "training_step", partial(refuse_steps, misfits[kind])
         fitting = [kind for kind in kinds if kind not in misfits]
@@ -347,14 +337,6 @@ class Attachment:
         if hook == FOLDERS:
             return bool(self.allowed_folders)
         return self.evaluates if hook == EVALUATE else self.registry.implements(hook)
-
-
-def _no_module(trainer: Any) -> UpstreamMismatch:
-    name = getattr(trainer, "__name__", trainer)
-    return UpstreamMismatch(
-        f"{name} has neither {' nor '.join(MODULE_CLASS.values())}: this is not ACE-Step 1.5's trainer. "
-        "Give your checkout's folder with --acestep-root DIR."
-    )
 
 
 def _listed(names: list[str]) -> str:

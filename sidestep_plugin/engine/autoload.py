@@ -39,19 +39,12 @@ TRAINING_V2: Final = "acestep.training_v2.trainer_fixed"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to attach.
+    """What to attach."""
 
-    Attributes:
-        plugins: names, in the order in which they are asked.
-        options: the plugins' options; None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``).
-        wins: of two plugins that implement an exclusive hook, the one that is asked.
-        on_request: whether the user asked for this program to run with plugins; not so in a patched checkout.
-    """
-
-    plugins: tuple[str, ...]
-    options: Mapping[str, Any] | None = None
-    wins: str | None = None
-    on_request: bool = False
+    plugins: tuple[str, ...]  # names, in the order in which they are asked
+    options: Mapping[str, Any] | None = None  # None for what the environment says (``SIDESTEP_CFG_RATIO=0.1``)
+    wins: str | None = None  # of two plugins that implement an exclusive hook, the one that is asked
+    on_request: bool = False  # whether the user asked for plugins in this program; not so in a patched checkout
 
     @classmethod
     def by_environment(cls) -> Wanted:

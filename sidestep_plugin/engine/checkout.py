@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,22 +75,7 @@ def import_trainer(root: Path | None = None) -> ModuleType:
         UpstreamMismatch: upstream's code cannot be imported (its own error is shown), or another checkout's
             ``acestep`` has already been imported in this process.
     """
-    if root is not None and str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        # The caller decides about plugins, even in a patched checkout, which loads some by itself.
-        with not_automatic():
-            trainer = importlib.import_module(TRAINER)
-    except Exception as error:  # upstream's code may raise anything at import
-        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
-        raise UpstreamMismatch(
-            f"{TRAINER} cannot be imported. ACE-Step's own error: {sentence(f'{type(error).__name__}: {error}')} "
-            + (
-                "Use the Python environment in which ACE-Step runs, or install its requirements there."
-                if missing
-                else "The same import fails without any plugin. Try another version of ACE-Step."
-            )
-        ) from error
+    trainer = import_module_of(TRAINER, root, "The same import fails without any plugin.")
     found = Path(str(trainer.__file__)).resolve()
     # The package folder may be a symbolic link.
     if root is not None and not found.is_relative_to((root / "acestep").resolve()):
@@ -99,10 +85,51 @@ def import_trainer(root: Path | None = None) -> ModuleType:
     return trainer
 
 
+def import_module_of(name: str, root: Path | None, elsewhere: str) -> ModuleType:
+    """Import one of upstream's modules, from a checkout when one is given.
+
+    Args:
+        root: as for :func:`import_trainer`.
+        elsewhere: a sentence for the message about an error in upstream's own code: where it comes up, too.
+
+    Raises:
+        UpstreamMismatch: upstream's code cannot be imported; its own error is shown.
+    """
+    if root is not None and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        # The caller decides about plugins, even in a patched checkout, which loads some by itself.
+        with not_automatic():
+            return importlib.import_module(name)
+    except Exception as error:  # upstream's code may raise anything at import
+        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
+        what_to_do = (
+            "Use the Python environment in which ACE-Step runs, or install its requirements there."
+            if missing
+            else f"{elsewhere} Try another version of ACE-Step."
+        )
+        reason = sentence(f"{type(error).__name__}: {error}")
+        raise UpstreamMismatch(f"{name} cannot be imported. ACE-Step's own error: {reason} {what_to_do}") from error
+
+
+def beside(trainer: Any, name: str) -> ModuleType | None:
+    """A module of the trainer's package; None if it has not been imported, or does not exist."""
+    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
+    return sys.modules.get(f"{package}.{name}")
+
+
+def project_of(root: Path | None) -> dict[str, Any]:
+    """The table ``project`` of a checkout's pyproject.toml; {} where there is none."""
+    try:
+        content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")) if root else {}
+    except (OSError, ValueError):
+        return {}
+    return project if isinstance(project := content.get("project"), dict) else {}
+
+
 def place_of(trainer: Any, said: str) -> Path:
     """Where upstream saves to when it is given a path: relative to its path guard's root, if it has one."""
-    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    root = getattr(sys.modules.get(f"{package}.path_safety"), "_SAFE_ROOT", None)
+    root = getattr(beside(trainer, "path_safety"), "_SAFE_ROOT", None)
     return (Path(root) / said if isinstance(root, str) else Path(said)).resolve()
 
 

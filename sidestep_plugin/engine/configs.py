@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.kinds import BY_NAME, KINDS
 from ..errors import Refusal
-from ..run import AdapterType, ModelFacts
-from .shapes import CONFIG_CLASS
+from ..run import AdapterType
 
 if TYPE_CHECKING:
     import torch
@@ -31,21 +30,6 @@ TRAINING_FIELDS: Final = {
     "log_every": "log_every_n_steps",
 }
 ADAPTER_FIELDS: Final[dict[AdapterType, Mapping[str, str]]] = {kind.name: kind.fields for kind in KINDS}
-
-
-def check_rank(kind: AdapterType, settings: Mapping[str, Any], facts: ModelFacts) -> None:
-    """Refuse a LoRA of a higher rank than the decoder's width, before anything is loaded.
-
-    Each layer that is trained has the decoder's width (``hidden_size``) on one of its two sides, so that no update of
-    it can have a higher rank: the rest only takes memory. A LoKr has no such bound: above some dimension, LyCORIS
-    trains full matrices.
-
-    Raises:
-        Refusal: the rank, the width and what to choose.
-    """
-    rank, width = settings.get("rank"), facts.config.get("hidden_size")
-    if isinstance(rank, int) and isinstance(width, int):
-        BY_NAME[kind].check_rank(rank, width, facts.name)
 
 
 def build_configs(
@@ -75,7 +59,7 @@ def build_configs(
     }
     training["output_dir"] = str(output_dir.absolute())
     return (
-        _build(getattr(module, CONFIG_CLASS[kind]), adapter, {}, fields),
+        _build(getattr(module, BY_NAME[kind].config_class), adapter, {}, fields),
         _build(module.TrainingConfig, training, ours, TRAINING_FIELDS),
     )
 

@@ -44,18 +44,14 @@ def watched_decoder(module: Any) -> Iterator[list[Given]]:
     if not isinstance(decoder, torch.nn.Module):
         yield calls
         return
-    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with decoder.register_forward_pre_hook(note, with_kwargs=True):
         yield calls
-    finally:
-        hook.remove()
 
 
 def check_decoder_input(step: Step, batch: Mapping[str, Any], calls: list[Given], *, samples: bool) -> None:
     """Compare what the decoder received with what was sampled and prepared.
 
     Args:
-        step: the step that has just run.
         batch: the batch that was handed to upstream's step.
         calls: what :func:`watched_decoder` collected.
         samples: whether a plugin samples the timesteps.

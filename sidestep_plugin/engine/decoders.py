@@ -35,10 +35,6 @@ def undisturbed(root: torch.nn.Module, device: torch.device) -> Iterator[None]:
     Random states, the mode (train or eval) of every module and what is trained are restored. Compiled modules compute
     uncompiled in the block: what the compiler sees there, such as other lengths or eval mode, decides what it compiles
     for the training afterwards, and with that how the training rounds.
-
-    Args:
-        root: the module that is looked at, with everything below it.
-        device: where it computes.
     """
     import torch
 
@@ -84,9 +80,6 @@ def without_adapter(module: Any) -> Iterator[None]:
 
     A layer that is out of it already, because it adds nothing, stays out. Afterwards each layer has the very objects
     that it had: compiled code is kept for them.
-
-    Args:
-        module: upstream's training module.
     """
     decoder = module.model.decoder
     with ExitStack() as after:

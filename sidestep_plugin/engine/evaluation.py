@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..songs.one_song import SONG_TENSORS, load_song
+from .current import during
 from .decoders import undisturbed, without_ddp
 
 if TYPE_CHECKING:
@@ -26,19 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation.
-
-    Attributes:
-        t: the timestep.
-        noise: seed of the noise.
-        condition: whether with the song's condition; else with the model's null condition.
-        check: whether to look at what the decoder receives, which waits for the GPU.
-    """
+    """One evaluation."""
 
     t: float
-    noise: int
-    condition: bool
-    check: bool
+    noise: int  # seed of the noise
+    condition: bool  # whether with the song's condition; else with the model's null condition
+    check: bool  # whether to look at what the decoder receives, which waits for the GPU
 
     def seed_noise(self, device: torch.device) -> None:
         """Seed the generators that the next noise is drawn from: torch's, of the CPU and of this device."""
@@ -69,7 +63,6 @@ def evaluate(
         module: upstream's training module, whose ``training_step`` is wrapped.
         songs: files of preprocessed songs. One at a time is evaluated: a batch of several would need more memory than
             the training does.
-        timesteps: the t.
         conditions: True for the song's condition, False for the model's null condition, with the same noise.
         done: called after each song with the number of songs so far.
 
@@ -91,11 +84,8 @@ def evaluate(
             for column, t in enumerate(timesteps):
                 for place, condition in enumerate(conditions):
                     point = Point(t, noise_seed(song, column), condition, check=row == column == 0)
-                    token = evaluating.set(point)
-                    try:
+                    with during(evaluating, point):
                         losses[row, column, place] = float(module.training_step(batch))
-                    finally:
-                        evaluating.reset(token)
             if done is not None:
                 done(row + 1)
     return losses
@@ -112,14 +102,13 @@ def _unrecorded(module: Any) -> Iterator[None]:
     """Undisturbed, and nothing of it stays in upstream's list of losses."""
     import torch
 
-    recorded = getattr(module, "training_losses", None)
-    length = len(recorded) if recorded is not None else 0
+    recorded = getattr(module, "training_losses", [])
+    length = len(recorded)
     try:
         with undisturbed(module, torch.device(module.device)), without_ddp(module.model.decoder):
             yield
     finally:
-        if recorded is not None:
-            del recorded[length:]
+        del recorded[length:]
 
 
 def without_condition(step: Step, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,19 +34,7 @@ NEED_A_JOURNAL: Final = (
 
 
 class Host:
-    """The plugins of one attachment and the state of their runs.
-
-    Attributes:
-        trainer: upstream's trainer module.
-        registry: the loaded plugins.
-        options: the plugins' options.
-        listened_to: whether the announced lines reach the user; upstream's log may be hidden.
-        attached: whether the wrappers are in place.
-        refusal: the refusal that stopped the newest run, or None.
-        interrupted: where the newest run was saved if it was stopped or failed, else None.
-        told: the lines that were announced since the newest run began.
-        journals: the progress of each run.
-    """
+    """The plugins of one attachment and the state of their runs."""
 
     def __init__(
         self,
@@ -58,11 +47,11 @@ class Host:
         self.registry = registry
         self.options = dict(options)
         self._say = announce or log_of(trainer).info
-        self.listened_to = announce is not None
-        self.attached = False
-        self.refusal: Refusal | None = None
-        self.interrupted: Path | None = None
-        self.told: list[str] = []
+        self.listened_to = announce is not None  # by the user; upstream's log may be hidden
+        self.attached = False  # whether the wrappers are in place
+        self.refusal: Refusal | None = None  # that stopped the newest run
+        self.interrupted: Path | None = None  # where the newest run was saved if it was stopped or failed
+        self.told: list[str] = []  # lines that were announced since the newest run began
         self.journals: weakref.WeakKeyDictionary[Run, Journal] = weakref.WeakKeyDictionary()
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
 
@@ -125,6 +114,15 @@ class Host:
             if saved is run.model_ref() or (module is not None and saved is network_of(module)):
                 return run
         return None
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """A block whose refusal is kept in :attr:`refusal`: upstream reports it like any other failure."""
+        try:
+            yield
+        except Refusal as refusal:
+            self.refusal = refusal
+            raise
 
     def ask_and_announce(self, hook: str, **arguments: Any) -> None:
         """Call a hook of every plugin and announce the lines that they return. Raises Refusal."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..adapters.kinds import BY_NAME
 from ..run import ResumePoint, Run
-from .losses import Losses
 from .random_states import random_states
 from .replay import Replay, trained_tensors
 
@@ -22,54 +21,92 @@ if TYPE_CHECKING:
 _SKIPPED: Final[dict[str, Any]] = {}
 """Stands for a batch that is not read because its step is replayed."""
 
+_TOGETHER: Final = 4096  # losses that are kept one by one before they become one tensor
+
+
+class Losses:
+    """A long list of losses that stay on their device: reading them one by one would wait for the GPU each time."""
+
+    def __init__(self) -> None:
+        self._parts: list[torch.Tensor] = []
+        self._newest: list[torch.Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, loss: torch.Tensor) -> None:
+        self._newest.append(loss.reshape(()))
+        self._count += 1
+        if len(self._newest) == _TOGETHER:
+            self._join()
+
+    def replace_newest(self, losses: torch.Tensor) -> None:
+        """Put other losses, shape [N], in place of the newest N."""
+        import torch
+
+        self._parts = [torch.cat([self.all()[: -len(losses)], losses.cpu()])]
+
+    def mean_of_newest(self, count: int) -> float:
+        """Mean of the newest losses. Waits for the GPU."""
+        import torch
+
+        if count <= len(self._newest):
+            return float(torch.stack([loss.float() for loss in self._newest[-count:]]).mean())
+        return float(self.all()[-count:].float().mean())
+
+    def all(self) -> torch.Tensor:
+        """All losses, on the CPU."""
+        import torch
+
+        self._join()
+        return torch.cat([part.cpu() for part in self._parts]) if self._parts else torch.empty(0)
+
+    def _join(self) -> None:
+        import torch
+
+        if self._newest:
+            self._parts.append(torch.stack([loss.to(self._newest[-1].device) for loss in self._newest]))
+            self._newest.clear()
+
 
 class Journal:
     """The record of one run. Recording a step never waits for a GPU.
 
     Args:
-        device: where the run computes.
         point: the checkpoint to resume from; None for a run from the start.
         accumulation: training steps per optimizer step; 0 when unknown.
-
-    Attributes:
-        scheduler: upstream's learning-rate scheduler, once it is made; it knows the optimizer.
-        finished: whether the final adapter was saved.
-        unsaved: whether the newest checkpoint could not be saved, which upstream does not know.
-        ending: whether the run has stopped or failed and is being saved as it is.
-        failed: whether the newest step failed, so that the gradients that it left are unusable.
-        summed_up: whether plugins were asked for their summary.
-        steps_before: training steps of the checkpoint; None if it does not say how many there are in its epochs.
-        begins: called before the first batch that this run computes is read.
-        epoch_to_end: number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
-        ends: called before the next epoch begins.
-        holds: the checkpoint that was put into the adapter in place of what the run has trained; None: nothing was.
-        copy_of: the folder of its weights; None if it was kept in RAM.
-        lines: messages for the user since the last look, unless :attr:`say` takes them.
-        say: takes each message for the user as soon as there is one.
-        mean: the mean of a tensor over the processes of the training; None for a single process.
-        gather: the values of all processes, by rank; None for a single process.
     """
 
     def __init__(self, device: torch.device, point: ResumePoint | None = None, accumulation: int = 0) -> None:
         self.device = device
-        self.scheduler: Any = None
-        self.finished = self.unsaved = self.ending = self.failed = self.summed_up = False
-        self.begins: Callable[[], None] | None = None
-        self.ends: Callable[[], None] | None = None
+        self.scheduler: Any = None  # upstream's learning-rate scheduler, once it is made; it knows the optimizer
+        self.finished = False  # whether the final adapter was saved
+        self.unsaved = False  # whether the newest checkpoint could not be saved, which upstream does not know
+        self.ending = False  # whether the run has stopped or failed and is being saved as it is
+        self.failed = False  # whether the newest step failed, so that the gradients that it left are unusable
+        self.summed_up = False  # whether plugins were asked for their summary
+        self.begins: Callable[[], None] | None = None  # called before the first batch that this run computes is read
+        self.ends: Callable[[], None] | None = None  # called before the next epoch begins
+        # Number and mean loss of a computed epoch whose end nobody has been told yet; see :mod:`.epochs`.
         self.epoch_to_end: tuple[int, float] | None = None
+        # The checkpoint that was put into the adapter in place of what the run has trained, and the folder of its
+        # weights; None if it was kept in RAM.
         self.holds: ResumePoint | None = None
         self.copy_of: Path | None = None
-        self.lines: list[str] = []
+        self.lines: list[str] = []  # messages for the user since the last look, unless `say` takes them at once
         self.say: Callable[[str], None] = self.lines.append
-        self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.gather: Callable[[Any], list[Any]] | None = None
+        self.mean: Callable[[torch.Tensor], torch.Tensor] | None = None  # over the processes; None for a single one
+        self.gather: Callable[[Any], list[Any]] | None = None  # the values of all processes; None for a single one
         self._of_all = 0  # losses that are the mean over all processes; those after them are this process's own
         self._validating = False
+        # Training steps of the checkpoint; None if it does not say how many there are in its epochs.
         self.steps_before = 0 if point is None else point.steps_done
         self._replay = None if point is None else Replay(point, device)
         self._replayed = self._unknown = 0
         self._losses, self._validation = Losses(), Losses()
-        self._epochs_begun = self._in_epoch = 0
+        self.epochs_begun = 0  # by upstream's loop, including those of earlier runs
+        self._in_epoch = 0
         self._steps_per_epoch: int | None = None
         self._epoch_random: dict[str, Any] | None = None
         self._accumulation = accumulation
@@ -86,12 +123,7 @@ class Journal:
     @property
     def walking(self) -> bool:
         """Whether upstream's loop has begun to go through such steps: its reports are no news."""
-        return self.catching_up and self._epochs_begun > 0
-
-    @property
-    def epochs_begun(self) -> int:
-        """Epochs that upstream's loop has begun, including those of earlier runs."""
-        return self._epochs_begun
+        return self.catching_up and self.epochs_begun > 0
 
     @property
     def epochs_done(self) -> int | None:
@@ -103,7 +135,7 @@ class Journal:
     @property
     def whole_epochs(self) -> int:
         """Epochs that upstream's loop has gone through, including those of earlier runs."""
-        return self._epochs_begun - (self._in_epoch != self._steps_per_epoch and self._epochs_begun > 0)
+        return self.epochs_begun - (self._in_epoch != self._steps_per_epoch and self.epochs_begun > 0)
 
     @property
     def place_in_epoch(self) -> tuple[int, int | None]:
@@ -141,10 +173,9 @@ class Journal:
 
     def here(self, run: Run) -> ResumePoint | None:
         """The run's position, to be saved; None before its first step, and where too little is known of upstream."""
-        if self.scheduler is None or not len(self._losses) or self._epochs_begun == 0:
+        if self.scheduler is None or not len(self._losses) or self.epochs_begun == 0:
             return None
         between = self._in_epoch in (0, self._steps_per_epoch)
-        begun = self._epochs_begun - (self._in_epoch != self._steps_per_epoch)
         now = random_states(self.device)
         if self._in_epoch == 0 and self._epoch_random is not None:
             now = self._epoch_random  # the next epoch has been shuffled, and will be again
@@ -154,7 +185,7 @@ class Journal:
         trained = trained_tensors(self.scheduler)
         gradients = [None if weight.grad is None else weight.grad.detach() for weight in trained]
         return ResumePoint(
-            epochs=begun,
+            epochs=self.whole_epochs,
             steps=0 if between else self._in_epoch,
             steps_per_epoch=self._steps_per_epoch,
             losses=self._losses.all(),
@@ -201,7 +232,7 @@ class Journal:
         yield from batches
         self._share_losses()
         if self._in_epoch:
-            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)
+            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)
 
     def validation(self, run: Run, songs: Callable[[], Iterator[Any]], length: int) -> Generator[Any, None, None]:
         """One pass of the validation loop, in the same way."""
@@ -289,4 +320,4 @@ class Journal:
             )
 
     def _begin(self, length: int) -> None:
-        self._epochs_begun, self._in_epoch, self._steps_per_epoch = self._epochs_begun + 1, 0, length
+        self.epochs_begun, self._in_epoch, self._steps_per_epoch = self.epochs_begun + 1, 0, length

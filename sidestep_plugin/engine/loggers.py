@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 class Secondary:
-    """Stands in for a logger and never fails. Everything but logging is the logger's own.
-
-    Args:
-        logger: one of the engine's loggers.
-        announce: takes the one line about a failure.
-    """
+    """Stands in for a logger and never fails. Everything but logging is the logger's own."""
 
     def __init__(self, logger: Any, announce: Callable[[str], None]) -> None:
         self._logger, self._announce = logger, announce
@@ -63,7 +58,6 @@ def tolerate_failures(host: Host, engine: Any) -> list[Secondary]:
     """Let the loggers of an engine fail without ending the training; does nothing the second time.
 
     Args:
-        host: announces a failure.
         engine: Lightning's Fabric, or None for a training without it.
 
     Returns:
@@ -79,11 +73,7 @@ def tolerate_failures(host: Host, engine: Any) -> list[Secondary]:
 def log_entries(host: Host, training: Training, entries: Mapping[str, Any], epoch: int) -> None:
     """Write numbers, clips and tensors (as histograms) to upstream's log, in the first process. Never fails.
 
-    Args:
-        host: announces a failure.
-        training: the training; nothing is written without Lightning.
-        entries: by name.
-        epoch: number of finished epochs.
+    Without Lightning there is no log.
     """
     engine = getattr(training.trainer, "fabric", None) if training.run.ranks.first else None
     for logger in tolerate_failures(host, engine):

@@ -37,11 +37,15 @@ class SaidElsewhere(Refusal):
     """A refusal that another process on this machine tells."""
 
 
+def refusal_of(here: Ranks, text: str) -> Refusal:
+    """A refusal of all processes, as one of them raises it: the first one of each machine tells it."""
+    return SaidElsewhere(text) if here.local_rank else Refusal(text)
+
+
 def meet(here: Ranks, about: Mapping[str, str], say: Callable[[str], None]) -> Store:
     """Wait until all processes of the training are there, at MASTER_ADDR and MASTER_PORT.
 
     Args:
-        here: the place of this process.
         about: what has to be the same in all processes before they can talk to each other, by name.
         say: takes a line about who is missing, in the first process of each machine.
 
@@ -51,13 +55,18 @@ def meet(here: Ranks, about: Mapping[str, str], say: Callable[[str], None]) -> S
     Raises:
         Refusal: the address is of no use, somebody did not come, two processes have the same number, or they differ.
     """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _port()
     waiting = _Waiting(here, f"{host}:{port}", say)
     # torchrun's agents have met before, and keep the store.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
     if here.first and not by_agent:
-        if here.machines > 1:
-            _check_nobody_there(host, port)
+        if here.machines > 1 and _answers(host, port):
+            raise Refusal(
+                f"Somebody listens at {host}:{port} already: another machine that is numbered 0, or another program. "
+                "Give each machine a --node-rank of its own, or choose another port."
+            )
         store = _store("127.0.0.1", port, listens=True)
         if here.machines > 1 and not _answers(host, port):
             raise Refusal(
@@ -69,7 +78,7 @@ def meet(here: Ranks, about: Mapping[str, str], say: Callable[[str], None]) -> S
             waiting.for_("process 0 (machine 0)")
         store = _store(host, port, listens=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return _settled(_prefixed(f"acestep/{attempt}", store), here, about, waiting)
+    return _settled(PrefixStore(f"acestep/{attempt}", store), here, about, waiting)
 
 
 class _Waiting:
@@ -133,7 +142,7 @@ def _settled(store: Store, here: Ranks, about: Mapping[str, str], waiting: _Wait
             _check_refused(store, here)
             waiting.for_(_names(missing, here))
     except RuntimeError as error:  # torch's, when the process is gone that keeps the store
-        raise Refusal(f"Process 0 has ended while the others came: {_first_line(error)}. Start all again.") from None
+        raise Refusal(f"Process 0 has ended while the others came: {first_line(error)}. Start all again.") from None
     return store
 
 
@@ -148,13 +157,12 @@ def _said(store: Store, rank: int) -> dict[str, Any] | None:
 def _refusal(store: Store, here: Ranks, text: str) -> Refusal:
     """Tell all processes."""
     store.set(_REFUSED, text)
-    return Refusal(text) if here.local_rank == 0 else SaidElsewhere(text)
+    return refusal_of(here, text)
 
 
 def _check_refused(store: Store, here: Ranks) -> None:
     if store.check([_REFUSED]):
-        text = store.get(_REFUSED).decode("utf-8")
-        raise Refusal(text) if here.local_rank == 0 else SaidElsewhere(text)
+        raise refusal_of(here, store.get(_REFUSED).decode("utf-8"))
 
 
 def _names(missing: Sequence[int], here: Ranks) -> str:
@@ -178,15 +186,6 @@ def _port() -> int:
             "--devices."
         )
     return int(text)
-
-
-def _check_nobody_there(host: str, port: int) -> None:
-    """Refuse an address at which somebody listens already. Raises Refusal."""
-    if _answers(host, port):
-        raise Refusal(
-            f"Somebody listens at {host}:{port} already: another machine that is numbered 0, or another program. Give "
-            "each machine a --node-rank of its own, or choose another port."
-        )
 
 
 def _answers(host: str, port: int) -> bool:
@@ -224,19 +223,13 @@ def _store(host: str, port: int, *, listens: bool) -> Store:
     except RuntimeError as error:
         if listens:
             raise Refusal(
-                f"Port {port} of this machine cannot be used: {_first_line(error)}. Another training may use it, or "
+                f"Port {port} of this machine cannot be used: {first_line(error)}. Another training may use it, or "
                 "another machine that is numbered 0. Choose another port, and give each machine its own --node-rank."
             ) from None
         raise Refusal(
-            f"Process 0 at {host}:{port} cannot be reached: {_first_line(error)}. Correct --rendezvous."
+            f"Process 0 at {host}:{port} cannot be reached: {first_line(error)}. Correct --rendezvous."
         ) from None
 
 
-def _prefixed(prefix: str, store: Store) -> Store:
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-    return PrefixStore(prefix, store)
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

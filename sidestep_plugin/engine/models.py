@@ -142,13 +142,8 @@ def check_weights(folder: Path, facts: ModelFacts) -> None:
             raise Refusal(f"{file} cannot be read ({error}). Download it again.") from None
 
 
-def decoder_layers(folder: Path) -> list[str]:
-    """Full names of the decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``."""
-    return list(decoder_shapes(folder))
-
-
 def decoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of those layers' weights.
+    """The decoder's layers that an adapter can be trained on, such as ``layers.0.self_attn.q_proj``, with their shapes.
 
     Read from the headers of the weights, before anything is loaded; check_weights has read them before. Empty for a
     model without safetensors.
@@ -204,13 +199,6 @@ def restrict_gpus(said: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index].strip() if visible else str(index)
 
 
-def _unusable_cache(error: BaseException, folder: Path) -> str | None:
-    """The place outside of the model's folder that could not be written, if that is why it cannot be loaded."""
-    if not isinstance(error, OSError) or not isinstance(error.filename, str):
-        return None
-    return None if Path(error.filename).is_relative_to(folder) else f"{error.strerror}: {error.filename}"
-
-
 def load_model(folder: Path, device: torch.device) -> Handler:
     """Load a model folder for training, from local files only.
 
@@ -236,9 +224,11 @@ def load_model(folder: Path, device: torch.device) -> Handler:
             **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
         )
     except (Exception, SystemExit) as error:  # the model's own code may do anything
-        if (place := _unusable_cache(error, folder)) is not None:
+        place = error.filename if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and isinstance(place, str) and not Path(place).is_relative_to(folder):
             raise Refusal(
-                f"transformers copies the code of {folder.name} into its cache, and cannot write there: {place}. "
+                f"transformers copies the code of {folder.name} into its cache, and cannot write there: "
+                f"{error.strerror}: {place}. "
                 "Correct $HF_HOME, or name a folder that can be written: HF_MODULES_CACHE=DIR"
             ) from error
         reason = sentence(f"{type(error).__name__}: {error}")

@@ -6,19 +6,21 @@ also where gradients go over NCCL: nothing here waits for a GPU.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from ..errors import PluginError, Refusal
+from ..errors import Refusal, unusable_answer
 from ..ranks import ranks
+from ..registry import version_of
 from ..run import ProcessPlan
 from ..text import counted
 from .answers import described
 from .meeting import SaidElsewhere as SaidElsewhere
-from .meeting import meet
+from .meeting import first_line, meet, refusal_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +37,8 @@ LOST: Final = "The connection to another process was lost"
 """How a failure begins of which this process knows only that another one is gone."""
 
 _LOST: Final = (
-    LOST,
-    "gloo",
-    "NCCL",
-    "nccl",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "ProcessGroup",
-    "TCPStore",
-)
+    LOST, "gloo", "NCCL", "nccl", "Connection closed by peer", "Connection reset by peer", "ProcessGroup", "TCPStore",
+)  # fmt: skip
 _groups: Final[dict[str, Any]] = {}
 _DECIDE: Final = ("torch", "peft", "lightning", "lycoris-lora", "sidestep-plugin")
 """Distributions whose version decides what is trained, or whether processes understand each other."""
@@ -54,9 +49,7 @@ def plan_of(registry: Registry, options: Mapping[str, Any]) -> ProcessPlan:
     here = ranks()
     for plugin, plan in registry.call("engine_plan_processes", options=options, ranks=here):
         if not isinstance(plan, ProcessPlan):
-            raise PluginError(
-                f"Plugin {plugin!r} returned {described(plan)} from engine_plan_processes, expected a ProcessPlan."
-            )
+            raise unusable_answer(plugin, "engine_plan_processes", described(plan), "a ProcessPlan")
         return plan
     if here.several:
         raise Refusal(
@@ -100,7 +93,6 @@ def join(device: str, say: Callable[[str], None]) -> None:
 
     Args:
         device: the type of device that the training computes on. Gradients on CUDA go over NCCL where torch has it.
-        say: takes a line about who is missing.
 
     Raises:
         Refusal: they cannot meet, or do not fit together.
@@ -112,7 +104,9 @@ def join(device: str, say: Callable[[str], None]) -> None:
         return
     if not dist.is_initialized():
         nccl = device == "cuda" and dist.is_nccl_available()
-        store = meet(here, {"device": device, **_versions()}, say)
+        # Without the build: machines may have other GPUs.
+        versions = {name: (version_of(name) or "not installed").partition("+")[0] for name in _DECIDE}
+        store = meet(here, {"device": device, **versions}, say)
         group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         _hearing_signals(
@@ -121,42 +115,31 @@ def join(device: str, say: Callable[[str], None]) -> None:
     _groups["cpu"] = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def _versions() -> dict[str, str]:
-    """Versions of what decides, without the build: machines may have other GPUs."""
-    versions = {}
-    for name in _DECIDE:
-        try:
-            versions[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
 class LostProcess(Refusal):
     """Another process is gone while this one waits for it."""
 
 
 def _hearing_signals(act: Callable[[], T]) -> T:
     """Wait for torch in a thread, so that signals are handled meanwhile. Raises LostProcess."""
-    done: list[T] = []
-    failed: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.append(act())
+            future.set_result(act())
         except BaseException as error:
-            failed.append(error)
+            future.set_exception(error)
 
     thread = threading.Thread(target=run, name="acestep-processes", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
-    if not failed:
-        return done[0]
-    if isinstance(failed[0], RuntimeError) and not isinstance(failed[0], NotImplementedError):
-        reason = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0].rstrip(". ")
-        raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from failed[0]
-    raise failed[0]
+    try:
+        return future.result()
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        reason = first_line(error)
+        raise LostProcess(f"{LOST} ({reason}). See what it says, and start the training again.") from error
 
 
 def leave() -> None:
@@ -179,8 +162,7 @@ def use_own_gpu(device: torch.device) -> None:
     if here.local_world_size > (count := torch.cuda.device_count()):
         raise Refusal(
             f"{here.local_world_size} processes were started on this machine, and torch sees "
-            f"{counted(count, 'GPU')}. Start "
-            "as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
+            f"{counted(count, 'GPU')}. Start as many as there are (CUDA_VISIBLE_DEVICES chooses among them)."
         )
     torch.cuda.set_device(here.local_rank)
 
@@ -247,10 +229,7 @@ def in_all(look: Callable[[], T]) -> T:
 
 def _told(rank: int, host: str, text: str) -> Refusal:
     """A refusal of another process, as this one raises it: the first process of each machine tells it."""
-    if ranks().local_rank:
-        return SaidElsewhere(text)
-    told = f"Process {rank} on {host}: {text}"
-    return Refusal(told)
+    return SaidElsewhere(text) if ranks().local_rank else Refusal(f"Process {rank} on {host}: {text}")
 
 
 def told_by_first(decide: Callable[[], Any]) -> Any:
@@ -259,22 +238,8 @@ def told_by_first(decide: Callable[[], Any]) -> Any:
     Raises:
         Refusal: the first process refused. In the others it is a :class:`SaidElsewhere`, which need not be shown.
     """
-    here = ranks()
-    if not here.several:
-        return decide()
-    decided: list[Any] = []
-    own: Refusal | None = None
-    if here.first:
-        try:
-            decided.append(decide())
-        except Refusal as refusal:
-            own = refusal
-    refused, host, what = gather((own is not None, platform.node(), str(own) if own else decided))[0]
-    if own is not None:
-        raise own
-    if refused:
-        raise _told(0, host, what)
-    return what[0]
+    decided = in_all(lambda: decide() if ranks().first else None)
+    return gather(decided)[0] if ranks().several else decided
 
 
 def check_agreement(said: Mapping[str, Any]) -> None:
@@ -296,11 +261,11 @@ def check_agreement(said: Mapping[str, Any]) -> None:
                     f"{_difference(its, value)}. Give every machine the same songs, model, checkpoints, programs and "
                     "options."
                 )
-                raise SaidElsewhere(text) if ranks().local_rank else Refusal(text)
+                raise refusal_of(ranks(), text)
 
 
 def _difference(its: Any, value: Any) -> str:
-    """What one process has and not the first one; of mappings only the entries that differ."""
+    """What one process has and not the first one; of mappings only the first entries that differ."""
     if not isinstance(its, Mapping) or not isinstance(value, Mapping):
         return f"{its} and not {value}"
     kinds = {
@@ -308,11 +273,11 @@ def _difference(its: Any, value: Any) -> str:
         "it lacks": [name for name in value if name not in its],
         "it also has": [name for name in its if name not in value],
     }
-    return "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in kinds.items() if names)
 
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return "; ".join(f"{kind} {some(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def lost_connection(text: str) -> bool:
@@ -323,21 +288,21 @@ def lost_connection(text: str) -> bool:
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
-class SharedState(MutableMapping[str, Any]):
+class SharedState(UserDict[str, Any]):
     """Upstream's training state, whose stop button stops all processes after the same step.
 
     Upstream asks for it once before every step. If one process was told to stop, the answer is yes in all of them.
 
     Args:
         own: the state of this process, which is told, too.
-        announce: takes a line when the training stops.
 
     Attributes:
         agreed: whether all processes stop. A signal may come after they last agreed: that is the state's own entry.
     """
 
     def __init__(self, own: MutableMapping[str, Any], announce: Callable[[str], None]) -> None:
-        self._own, self._announce = own, announce
+        self.data: Any = own  # the very object, not a copy
+        self._announce = announce
         own.setdefault(STOP, False)
         self.agreed = False
 
@@ -345,34 +310,22 @@ class SharedState(MutableMapping[str, Any]):
         if key == STOP:
             self._agree()
             return self.agreed
-        return self._own[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._own[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._own[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)
+        return self.data[key]
 
     @property
     def pressed(self) -> bool:
         """Whether this process was told to stop, without asking the others."""
-        return bool(self._own.get(STOP))
+        return bool(self.data.get(STOP))
 
     def _agree(self) -> None:
         import torch
         import torch.distributed as dist
 
-        wishes = torch.tensor([bool(self._own.get(key)) for key in (STOP, INTERRUPTED)], dtype=torch.uint8)
+        wishes = torch.tensor([bool(self.data.get(key)) for key in (STOP, INTERRUPTED)], dtype=torch.uint8)
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=_groups["cpu"])
         stop, interrupted = map(bool, wishes.tolist())
         if stop:
-            self.agreed = self._own[STOP] = True
-            self._own[INTERRUPTED] = interrupted
+            self.agreed = self.data[STOP] = True
+            self.data[INTERRUPTED] = interrupted
             if interrupted:
                 self._announce("Stopping after this step, and saving.")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import re
 import runpy
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import Refusal
+from .checkout import project_of
 
 
 def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]:
@@ -45,7 +44,8 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
         if not script.is_file():
             raise Refusal(f"No script {script}. Give the path of an existing file.")
         return lambda: _with_arguments([str(script), *arguments], lambda: _run_script(script))
-    commands = _installed() | _in_checkout(root)
+    installed = importlib.metadata.entry_points(group="console_scripts")
+    commands = {point.name: point.value for point in installed} | _in_checkout(root)
     if name not in commands:
         ours = [command for command in sorted(commands) if command.startswith("acestep") and command != "acestep-train"]
         raise Refusal(
@@ -56,19 +56,9 @@ def find_command(words: tuple[str, ...], root: Path | None) -> Callable[[], Any]
     return lambda: _with_arguments([name, *arguments], lambda: _run_entry(place))
 
 
-def _installed() -> dict[str, str]:
-    return {point.name: point.value for point in importlib.metadata.entry_points(group="console_scripts")}
-
-
 def _in_checkout(root: Path | None) -> dict[str, str]:
     """Commands that the checkout's pyproject.toml declares: a checkout is often used without being installed."""
-    if root is None:
-        return {}
-    try:
-        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
-    except (OSError, ValueError):
-        return {}
-    scripts = project.get("scripts", {}) if isinstance(project, dict) else {}
+    scripts = project_of(root).get("scripts", {})
     return {name: place for name, place in scripts.items() if isinstance(place, str)}
 
 
@@ -81,11 +71,8 @@ def _with_arguments(argv: list[str], action: Callable[[], Any]) -> Any:
 
 
 def _run_entry(place: str) -> Any:
-    module, _, name = place.partition(":")
-    target: Any = importlib.import_module(module.strip())
-    for part in name.split("[")[0].strip().split("."):
-        target = getattr(target, part)
-    sys.exit(target())  # as the installed command does
+    command = importlib.metadata.EntryPoint(name="", value=place, group="").load()
+    sys.exit(command())  # as the installed command does
 
 
 def _run_module(module: str) -> None:

@@ -15,12 +15,13 @@ def random_states(device: torch.device) -> dict[str, Any]:
     """States of the random generators that a training may draw from: torch's (CPU and device), Python's, numpy's."""
     import torch
 
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _as_lists(random.getstate())}
+    version, keys, gauss = random.getstate()
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(keys), gauss]}
     if device.type in ("cuda", "xpu", "mps"):
         states[device.type] = _of_device(device, "get_rng_state")
     if (numpy := sys.modules.get("numpy")) is not None:
-        name, keys, *rest = numpy.random.get_state()
-        states["numpy"] = [name, [int(key) for key in keys], *rest]
+        name, numbers, *rest = numpy.random.get_state()
+        states["numpy"] = [name, [int(number) for number in numbers], *rest]
     return states
 
 
@@ -67,8 +68,3 @@ def _of_device(device: torch.device, function: str, *state: torch.Tensor) -> Any
     ask = getattr(getattr(torch, device.type), function)
     # MPS has one generator, CUDA and XPU one for each device.
     return ask(*state) if device.type == "mps" else ask(*state, device)
-
-
-def _as_lists(state: tuple[Any, ...]) -> list[Any]:
-    version, keys, gauss = state
-    return [version, list(keys), gauss]

@@ -26,15 +26,10 @@ class _Unloaded:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the plugins decided.
+    """What the plugins decided."""
 
-    Attributes:
-        run: the run as plugins see it; its model is not loaded.
-        lines: what they announced.
-    """
-
-    run: Run
-    lines: tuple[str, ...]
+    run: Run  # the run as plugins see it; its model is not loaded
+    lines: tuple[str, ...]  # what they announced
     _registry: Registry
     _model: _Unloaded  # a run holds its model only weakly
 
@@ -47,19 +42,12 @@ class Rehearsal:
 
         step = Step(self.run, module=None, training=True, device=torch.device("cpu"), dtype=torch.float32)
         asked = {"step": step, "batch_size": count, "device": step.device, "dtype": step.dtype}
-        for name, caller in self._registry.callers("acestep_sample_timesteps"):
-            for t in self._registry.ask(name, caller, "acestep_sample_timesteps", asked):
-                drawn: torch.Tensor = t
-                return drawn
-        return None
+        answers = self._registry.call("acestep_sample_timesteps", **asked)
+        return answers[0][1] if answers else None
 
 
 def rehearse(
-    registry: Registry,
-    folder: Path,
-    options: dict[str, Any],
-    adapter_type: AdapterType = DEFAULT.name,
-    training_config: Any = None,
+    registry: Registry, folder: Path, options: dict[str, Any], adapter_type: AdapterType = DEFAULT.name
 ) -> Rehearsal:
     """Let plugins decide on a model folder. Raises Refusal where they would refuse a training."""
     facts = ModelFacts.from_folder(folder)
@@ -68,7 +56,7 @@ def rehearse(
     run = Run(
         adapter_type=adapter_type,
         adapter_config=None,
-        training_config=training_config,
+        training_config=None,
         options=options,
         tensor_dir=None,
         model_ref=weakref.ref(model),

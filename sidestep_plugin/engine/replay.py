@@ -23,21 +23,13 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """The steps that a checkpoint recorded, and how many of them upstream's loop has gone through.
-
-    Args:
-        point: the checkpoint.
-        device: where the run computes.
-
-    Attributes:
-        walked: training steps replayed so far.
-        unknown: how many of them have no recorded loss.
-    """
+    """The steps that a checkpoint recorded, and how many of them upstream's loop has gone through."""
 
     def __init__(self, point: ResumePoint, device: torch.device) -> None:
         self.point = point
         self.device = device
-        self.walked = self.unknown = 0
+        self.walked = 0  # training steps replayed so far
+        self.unknown = 0  # how many of them have no recorded loss
         self._validated = 0
         self._checked = False
 
@@ -110,14 +102,12 @@ class Replay:
             Refusal: the checkpoint's tensors do not fit the adapter.
         """
         point, trained = self.point, trained_tensors(scheduler)
+        shapes = [weight.shape for weight in trained]
         for values in (point.parameters, point.gradients):
-            if values is not None and (
-                len(values) != len(trained)
-                or any(
-                    value is not None and value.shape != weight.shape
-                    for weight, value in zip(trained, values, strict=True)
-                )
-            ):
+            if values is None:
+                continue
+            found = [shape if value is None else value.shape for value, shape in zip(values, shapes, strict=False)]
+            if len(values) != len(shapes) or found != shapes:
                 raise Refusal(
                     "The checkpoint does not fit this adapter: other tensors were trained in it than are trained here. "
                     "Resume with the settings that it was made with."

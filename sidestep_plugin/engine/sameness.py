@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..registry import installed_plugins
-from ..run import ModelFacts
+from ..run import AdapterType, ModelFacts
 from ..songs.dataset import songs_in
 from ..songs.values import hash_of
 from ..timesteps.treatment import decide_treatment
@@ -21,22 +21,39 @@ _PIECES: Final = 64  # of a file of weights that are read, evenly spread over it
 _PIECE: Final = 4096  # bytes
 
 
-def of_the_trainer(module: Any) -> dict[str, Any]:
-    """ACE-Step's training code, by its contents."""
-    file = getattr(module, "__file__", None)
-    return {"version of ACE-Step": None if file is None else _code(Path(file).parent)}
+def of_the_training(
+    module: Any,
+    registry: Registry,
+    options: Mapping[str, Any],
+    own: Set[str],
+    kind: AdapterType,
+    adapter_config: Any,
+    training_config: Any,
+    songs: Path | None,
+) -> dict[str, Any]:
+    """Everything but the model; `own` are names of options that may be others on each machine."""
+    code = getattr(module, "__file__", None)
+    versions = {plugin.name: plugin.version for plugin in installed_plugins()}
+    settings = dict(vars(training_config)) if hasattr(training_config, "__dict__") else {}
+    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
+    return {
+        "version of ACE-Step": None if code is None else _code(Path(code).parent),
+        "adapter type": kind,
+        "list of plugins": [f"{name} {versions.get(name, '')}".rstrip() for name in registry.names],
+        **{f"--{name.replace('_', '-')}": repr(value) for name, value in options.items() if name not in own},
+        "adapter's settings": repr(adapter_config),
+        **{f"the setting {name}": repr(value) for name, value in settings.items()},
+        "songs": {} if songs is None else {song.name: hash_of(song)[:12] for song in songs_in(songs)},
+    }
 
 
 def of_the_model(folder: Path) -> dict[str, Any]:
     """A model's folder. Of its weights, names, sizes, and a part of the contents."""
-    weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights[file.name] = _parts(file)
     return {
         "variant": _variant(ModelFacts.from_folder(folder)),
         "config.json of the model": _texts([folder / "config.json"]),
         "code of the model": _code(folder),
-        "weights of the model": weights,
+        "weights of the model": {file.name: _parts(file) for file in sorted(folder.glob("*.safetensors"))},
     }
 
 
@@ -48,29 +65,6 @@ def of_the_loaded_model(model: Any) -> dict[str, Any]:
     facts = ModelFacts.from_model(model)
     config = {name: value for name, value in facts.config.items() if not name.startswith("_")}
     return {"variant": _variant(facts), "configuration of the model": _short(repr(sorted(config.items())).encode())}
-
-
-def of_the_songs(folder: Path | None) -> dict[str, Any]:
-    """The songs, by name and contents."""
-    return {"songs": {} if folder is None else {song.name: hash_of(song)[:12] for song in songs_in(folder)}}
-
-
-def of_the_plugins(registry: Registry) -> dict[str, Any]:
-    """The plugins that take part, with their versions."""
-    versions: Mapping[str, str] = {plugin.name: plugin.version for plugin in installed_plugins()}
-    return {"list of plugins": [f"{name} {versions.get(name, '')}".rstrip() for name in registry.names]}
-
-
-def of_the_settings(training_config: Any) -> dict[str, Any]:
-    """Upstream's settings, one by one."""
-    settings = dict(vars(training_config)) if hasattr(training_config, "__dict__") else {}
-    settings.pop("output_dir", None)  # may be mounted elsewhere on another machine
-    return {f"the setting {name}": repr(value) for name, value in settings.items()}
-
-
-def of_the_options(options: Mapping[str, Any], own: Set[str]) -> dict[str, Any]:
-    """The plugins' options, but those that may be others on each machine."""
-    return {f"--{name.replace('_', '-')}": repr(value) for name, value in options.items() if name not in own}
 
 
 def _variant(facts: ModelFacts) -> str:

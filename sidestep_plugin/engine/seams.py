@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,56 +16,30 @@ from ..errors import UpstreamMismatch
 from ..run import AdapterType
 from .checkout import TRAINER
 from .host import NEED_A_JOURNAL
-from .journal import Journal
 from .shapes import (
-    CONFIG_CLASS,
-    FINAL,
     MODULE_CLASS,
     SAMPLER,
     SAVE_FUNCTIONS,
-    SHOWN,
     TRAINER_CLASS,
-    WEIGHT_FILES,
     adapter_types,
     lacks_parameter,
     own_dropout,
+    resolve,
     sampler_problem,
-    sampler_style,
     save_problem,
 )
 from .wrappers.engine import wrap_engine
-from .wrappers.gradient_check import wrap_gradient_check
-from .wrappers.held_out_songs import wrap_setup
-from .wrappers.loaders import wrap_loader, wrap_training_loader
+from .wrappers.loaders import wrap_loader
+from .wrappers.optimizing import wrap_gradient_check, wrap_scheduler
 from .wrappers.preprocessing import builder_of, wrap_preprocessing
 from .wrappers.sampler import wrap_sampler
 from .wrappers.saving import wrap_save
-from .wrappers.scheduler import wrap_scheduler
-from .wrappers.song_list import wrap_song_list
-from .wrappers.song_reading import wrap_song_reading
+from .wrappers.songs import wrap_setup, wrap_song_list, wrap_song_reading
 from .wrappers.step import wrap_step
 from .wrappers.training import wrap_training
 
 if TYPE_CHECKING:
     from .host import Host
-
-__all__ = [
-    "CONFIG_CLASS",
-    "FINAL",
-    "MODULE_CLASS",
-    "SAMPLER",
-    "SAVE_FUNCTIONS",
-    "SEAMS",
-    "SHOWN",
-    "TRAINER_CLASS",
-    "WEIGHT_FILES",
-    "Found",
-    "Seam",
-    "adapter_types",
-    "examine",
-    "require",
-    "sampler_style",
-]
 
 EVALUATE: Final = "evaluate"
 """Stands among the hooks of a seam for an attachment that evaluates songs."""
@@ -78,29 +52,19 @@ Status = Literal["found", "missing", "wrong shape"]
 
 @dataclass(frozen=True)
 class Seam:
-    """One name of upstream's that is replaced.
+    """One name of upstream's that is replaced."""
 
-    Attributes:
-        name: the name, dotted, as in the trainer's module.
-        wrap: makes what stands in its place, from the attachment's host and what stands there.
-        kind: the kind of adapter whose training needs it; None for all.
-        hooks: the hooks that need it; empty if every training does.
-        also: hooks that use it where it is there, and do without it elsewhere.
-        optional: whether a version of ACE-Step without it can train.
-        without: what such a version cannot do, a phrase; "" if nothing is lost.
-        problem: why what stands there does not fit, for a trainer and a kind of adapter; None where it does.
-        owner: finds the object that has the name, None in a version without it. By default the name's own path.
-    """
-
-    name: str
-    wrap: Callable[[Host, Any], Any]
-    kind: AdapterType | None = None
-    hooks: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    optional: bool = False
-    without: str = ""
+    name: str  # the name, dotted, as in the trainer's module
+    wrap: Callable[[Host, Any], Any]  # makes what stands in its place, from the attachment's host and what stands there
+    kind: AdapterType | None = None  # the kind of adapter whose training needs it; None for all
+    hooks: tuple[str, ...] = ()  # the hooks that need it; empty if every training does
+    also: tuple[str, ...] = ()  # hooks that use it where it is there, and do without it elsewhere
+    optional: bool = False  # whether a version of ACE-Step without it can train
+    without: str = ""  # what such a version cannot do, a phrase; "" if nothing is lost
+    # why what stands there does not fit, for a trainer and a kind of adapter; None where it does
     problem: Callable[[Any, AdapterType], str | None] = lambda _trainer, _kind: None
-    owner: Callable[[Any], Any] | None = field(default=None)
+    # finds the object that has the name, None in a version without it. By default the name's own path.
+    owner: Callable[[Any], Any] | None = None
 
     @property
     def attribute(self) -> str:
@@ -109,12 +73,7 @@ class Seam:
 
     def owner_in(self, trainer: Any) -> Any:
         """The object that has the name in a version of the trainer; None where there is none."""
-        owner = trainer
-        if self.owner is not None:
-            owner = self.owner(trainer)
-        else:
-            for part in self.name.split(".")[:-1]:
-                owner = getattr(owner, part, None)
+        owner = resolve(trainer, self.name.rpartition(".")[0]) if self.owner is None else self.owner(trainer)
         return owner if callable(getattr(owner, self.attribute, None)) else None
 
     def needed(self, uses: Callable[[str], bool]) -> bool:
@@ -127,11 +86,11 @@ def _of_kind(kind: AdapterType) -> Iterator[Seam]:
     module, trainer = MODULE_CLASS[kind], TRAINER_CLASS[kind]
     step, train = f"{module}.training_step", f"{trainer}.train_from_preprocessed"
     weights, checkpoint = SAVE_FUNCTIONS[kind]
-    yield Seam(step, partial(_wrapped, wrap_step, kind), kind, problem=_parameter(step, "batch"))
-    yield Seam(train, partial(_wrapped, wrap_training, kind), kind, problem=_parameter(train, "tensor_dir"))
+    yield Seam(step, partial(wrap_step, kind=kind), kind, problem=_parameter(step, "batch"))
+    yield Seam(train, partial(wrap_training, kind=kind), kind, problem=_parameter(train, "tensor_dir"))
     yield Seam(
         weights,
-        partial(_wrapped, wrap_save, kind),
+        partial(wrap_save, kind=kind),
         kind,
         hooks=("acestep_adapter_saved",),
         also=NEED_A_JOURNAL,
@@ -139,17 +98,13 @@ def _of_kind(kind: AdapterType) -> Iterator[Seam]:
     )
     yield Seam(
         checkpoint,
-        partial(_wrapped, wrap_save, kind),
+        partial(wrap_save, kind=kind),
         kind,
         hooks=("acestep_adapter_saved",),
         also=NEED_A_JOURNAL,
         optional=True,  # the first versions save checkpoints with the function above
         problem=_parameter(checkpoint, "output_dir"),
     )
-
-
-def _wrapped(wrap: Callable[..., Any], kind: AdapterType, host: Host, original: Any) -> Any:
-    return wrap(host, original, kind=kind)
 
 
 def _parameter(name: str, parameter: str) -> Callable[[Any, AdapterType], str | None]:
@@ -160,10 +115,6 @@ def _song_list(trainer: Any) -> Any:
     """Upstream's dataset of preprocessed songs, None in a version that has none beside its data module."""
     module = sys.modules.get(getattr(getattr(trainer, "PreprocessedDataModule", None), "__module__", ""))
     return getattr(module, "PreprocessedTensorDataset", None)
-
-
-def _class(trainer: Any, _: AdapterType) -> str | None:
-    return None if isinstance(getattr(trainer, "Fabric", None), type) else "it is no class"
 
 
 SEAMS: Final[tuple[Seam, ...]] = (
@@ -188,7 +139,7 @@ SEAMS: Final[tuple[Seam, ...]] = (
         ),
         optional=True,
         without="several GPUs, memory savings",
-        problem=_class,
+        problem=lambda trainer, _: None if isinstance(trainer.Fabric, type) else "it is no class",
     ),
     Seam(
         "_count_nonfinite_grads",
@@ -212,14 +163,14 @@ SEAMS: Final[tuple[Seam, ...]] = (
     ),
     Seam(
         "PreprocessedDataModule.train_dataloader",
-        lambda host, original: wrap_training_loader(host, Journal.epoch, original),
+        partial(wrap_loader, trains=True),
         hooks=NEED_A_JOURNAL,
         optional=True,
         without="resuming, reports by epoch, validation, previews",
     ),
     Seam(
         "PreprocessedDataModule.val_dataloader",
-        lambda _, original: wrap_loader(Journal.validation, original),
+        partial(wrap_loader, trains=False),
         hooks=NEED_A_JOURNAL,
         optional=True,
     ),
@@ -253,25 +204,15 @@ SEAMS: Final[tuple[Seam, ...]] = (
 
 @dataclass(frozen=True)
 class Found:
-    """One seam in one version of the trainer.
+    """One seam in one version of the trainer."""
 
-    Attributes:
-        name: the name as it stands in the trainer's module.
-        adapter_type: the kind of adapter whose training was looked at.
-        status: found, missing, or wrong shape.
-        reason: why it does not fit; "" when found.
-        for_hook: the first hook that cannot work without it; None when every attachment needs it.
-        optional: whether the version can train without it.
-        without: what it cannot do then, a phrase; "" if nothing is lost.
-    """
-
-    name: str
-    adapter_type: AdapterType
-    status: Status
-    reason: str = ""
-    for_hook: str | None = None
-    optional: bool = False
-    without: str = ""
+    name: str  # the name as it stands in the trainer's module
+    adapter_type: AdapterType  # the kind of adapter whose training was looked at
+    status: Status  # found, missing, or wrong shape
+    reason: str = ""  # why it does not fit; "" when found
+    for_hook: str | None = None  # the first hook that cannot work without it; None when every attachment needs it
+    optional: bool = False  # whether the version can train without it
+    without: str = ""  # what it cannot do then, a phrase; "" if nothing is lost
 
 
 def examine(trainer: Any, adapter_type: AdapterType) -> list[Found]:
@@ -299,8 +240,6 @@ def require(trainer: Any, adapter_type: AdapterType, uses: Callable[[str], bool]
     """Check the seams of one kind of adapter.
 
     Args:
-        trainer: upstream's trainer module.
-        adapter_type: the kind of adapter.
         uses: tells whether a hook is in use; a seam that serves only other hooks may be missing.
 
     Returns:
@@ -310,12 +249,10 @@ def require(trainer: Any, adapter_type: AdapterType, uses: Callable[[str], bool]
         UpstreamMismatch: the first seam that does not fit and without which no adapter can be trained.
     """
     if not hasattr(trainer, MODULE_CLASS[adapter_type]):
-        kinds = (
-            " and ".join(f"--adapter-type {kind}" for kind in adapter_types(trainer)) or "nothing that is known here"
-        )
+        others = " and ".join(f"--adapter-type {kind}" for kind in adapter_types(trainer))
         raise UpstreamMismatch(
             f"This version of ACE-Step cannot train --adapter-type {adapter_type}: its trainer has no "
-            f"{MODULE_CLASS[adapter_type]}. It can train {kinds}. Use a newer version."
+            f"{MODULE_CLASS[adapter_type]}. It can train {others or 'nothing that is known here'}. Use a newer version."
         )
     lost = []
     for seam in examine(trainer, adapter_type):

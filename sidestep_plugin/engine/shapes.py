@@ -19,9 +19,6 @@ from ..run import AdapterType
 
 SAMPLER = "sample_discrete_timestep"
 
-SHOWN: Final[dict[AdapterType, str]] = {kind.name: kind.title for kind in KINDS}
-"""What a kind of adapter is called in messages."""
-
 MODULE_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.module_class for kind in KINDS}
 TRAINER_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.trainer_class for kind in KINDS}
 CONFIG_CLASS: Final[dict[AdapterType, str]] = {kind.name: kind.config_class for kind in KINDS}
@@ -31,6 +28,9 @@ WEIGHT_FILES: Final[dict[AdapterType, tuple[str, ...]]] = {kind.name: kind.weigh
 
 FINAL: Final = "final"
 """Folder below the output folder into which upstream saves the finished adapter."""
+
+INTERRUPTED: Final = "interrupted"
+"""Folder below it for the checkpoint of a training that was stopped or failed."""
 
 _DROPOUT: Final = re.compile(r"\w*(null_cond|cfg_drop|cond_drop|condition_drop|drop_cond|cfg_ratio)\w*", re.IGNORECASE)
 """Names that a training step has only when it replaces conditions by itself."""
@@ -59,8 +59,7 @@ def sampler_style(function: Callable[..., Any]) -> Literal["timesteps_tensor", "
 def sampler_problem(trainer: Any, module_class: str) -> str | None:
     """Why replacing the sampler would not work for one training module, or None when it would."""
     sampler = getattr(trainer, SAMPLER)
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    owner, step = _step_of(trainer, module_class)
     if sampler_style(sampler) is None:
         signature = _signature_text(sampler)
         return f"it takes {signature}, expected (bsz, timesteps_tensor) or (bsz, device, dtype)"
@@ -79,6 +78,12 @@ def sampler_problem(trainer: Any, module_class: str) -> str | None:
     return None
 
 
+def _step_of(trainer: Any, module_class: str) -> tuple[Any, Any]:
+    """A training module's class and its step; None where there is none."""
+    owner = getattr(trainer, module_class, None)
+    return owner, inspect.getattr_static(owner, "training_step", None) if owner else None
+
+
 def save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
     owner = getattr(trainer, trainer_class)
     methods = [method for _, method in inspect.getmembers(owner, inspect.isfunction)]
@@ -88,7 +93,7 @@ def save_problem(trainer: Any, trainer_class: str, name: str) -> str | None:
 
 
 def lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
-    function = _resolve(trainer, name)
+    function = resolve(trainer, name)
     try:
         known = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -98,9 +103,10 @@ def lacks_parameter(trainer: Any, name: str, parameter: str) -> str | None:
     return f"it takes {_signature_text(function)}, expected a parameter {parameter}"
 
 
-def _resolve(trainer: Any, dotted: str) -> Any:
+def resolve(trainer: Any, dotted: str) -> Any:
+    """What a dotted name of the trainer's module stands for, "" for the module itself; None where there is nothing."""
     value = trainer
-    for part in dotted.split("."):
+    for part in dotted.split(".") if dotted else ():
         value = getattr(value, part, None)
     return value
 
@@ -141,8 +147,7 @@ def own_dropout(trainer: Any, module_class: str) -> str | None:
     One step cannot show it, because a row keeps its condition in 85 % of the steps. So the code is searched for names,
     and for strings such as the arguments of ``getattr``.
     """
-    owner = getattr(trainer, module_class, None)
-    step = inspect.getattr_static(owner, "training_step", None) if owner else None
+    owner, step = _step_of(trainer, module_class)
     for code in _codes(step, trainer, owner) if step is not None else ():
         texts = [constant for constant in code.co_consts if isinstance(constant, str)]
         for name in (*code.co_names, *code.co_varnames, *texts):

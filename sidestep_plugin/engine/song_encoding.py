@@ -11,15 +11,15 @@ model code and put the whole decoder on the GPU.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal, UpstreamMismatch
-from .checkout import not_automatic
+from .checkout import import_module_of, not_automatic
 
 if TYPE_CHECKING:
     import torch
@@ -44,40 +44,24 @@ _NEEDED: Final = ("prepare_batch_data", "_prepare_batch", "preprocess_batch", "_
 
 @dataclass(frozen=True)
 class Words:
-    """What the app is asked for when it generates a song.
-
-    Attributes:
-        caption: the description.
-        lyrics: the lyrics; "[Instrumental]" for none.
-        language: language of the lyrics, such as "en"; "unknown" for none.
-        bpm: beats per minute; None if unknown.
-        keyscale: such as "F# minor"; "" if unknown.
-        timesignature: such as "4"; "" if unknown.
-        seconds: length of the song; the prompt states it without its fraction.
-    """
+    """What the app is asked for when it generates a song."""
 
     caption: str
-    lyrics: str
-    language: str
-    bpm: int | float | str | None
-    keyscale: str
-    timesignature: str
-    seconds: float
+    lyrics: str  # "[Instrumental]" for none
+    language: str  # of the lyrics, such as "en"; "unknown" for none
+    bpm: int | float | str | None  # beats per minute; None if unknown
+    keyscale: str  # such as "F# minor"; "" if unknown
+    timesignature: str  # such as "4"; "" if unknown
+    seconds: float  # length of the song; the prompt states it without its fraction
 
 
 @dataclass(frozen=True)
 class Told:
-    """The texts that the encoders read.
+    """The texts that the encoders read."""
 
-    Attributes:
-        prompt: instruction, caption and metadata.
-        lyrics: the lyrics with header and end mark.
-        prompt_tokens, lyric_tokens: tokens of each text before anything is cut.
-    """
-
-    prompt: str
-    lyrics: str
-    prompt_tokens: int
+    prompt: str  # instruction, caption and metadata
+    lyrics: str  # the lyrics with header and end mark
+    prompt_tokens: int  # before anything is cut
     lyric_tokens: int
 
     @property
@@ -93,42 +77,21 @@ class Told:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the decoder receives for a song.
+    """What the decoder receives for a song."""
 
-    Attributes:
-        encoder_hidden_states: the conditions, shape [L,D], on the CPU in the model's dtype.
-        encoder_attention_mask: shape [L], in the same dtype: ones; upstream's preprocessing has zeros for its padding.
-        context_latents: silence and a mask of ones side by side, shape [T,128].
-        told: the texts that were encoded.
-    """
-
-    encoder_hidden_states: torch.Tensor
-    encoder_attention_mask: torch.Tensor
-    context_latents: torch.Tensor
+    encoder_hidden_states: torch.Tensor  # the conditions, shape [L,D], on the CPU in the model's dtype
+    encoder_attention_mask: torch.Tensor  # shape [L], ones in the same dtype; upstream's has zeros for its padding
+    context_latents: torch.Tensor  # silence and a mask of ones side by side, shape [T,128]
     told: Told
 
 
-def import_handler(root: Path | None = None) -> Any:
+def import_handler(root: Path | None) -> Any:
     """The class ``AceStepHandler`` of upstream, from a checkout when one is given.
 
     Raises:
         UpstreamMismatch: it cannot be imported, or lacks a function that is needed; says which.
     """
-    if root is not None and str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        with not_automatic():
-            handler = importlib.import_module(HANDLER).AceStepHandler
-    except Exception as error:  # upstream's code may raise anything at import
-        missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("acestep")
-        raise UpstreamMismatch(
-            f"{HANDLER} cannot be imported. ACE-Step's own error: {type(error).__name__}: {error}. "
-            + (
-                "Use the Python environment in which ACE-Step runs, or install its requirements there."
-                if missing
-                else "Its app does not start either. Try another version of ACE-Step."
-            )
-        ) from error
+    handler = getattr(import_module_of(HANDLER, root, "Its app does not start either."), "AceStepHandler", None)
     if lacking := [name for name in _NEEDED if not callable(getattr(handler, name, None))]:
         raise UpstreamMismatch(
             f"{HANDLER}.AceStepHandler has no {', '.join(lacking)}, so conditions as generated cannot be made. "
@@ -158,18 +121,17 @@ def make_handler(
     dtype = torch.float32 if dtype is None else dtype
     handler = handler_class()
     silence = torch.zeros(1, 750, 64) if silence is None else silence
-    parts = {
-        "model": model,
-        "config": getattr(model, "config", None),
-        "vae": vae,
-        "text_tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "silence_latent": silence.to(device, dtype),
-        "device": device,
-        "dtype": dtype,
-        "_models_loaded": True,  # one fork asks for it
-    }
-    vars(handler).update(parts)
+    vars(handler).update(
+        model=model,
+        config=getattr(model, "config", None),
+        vae=vae,
+        text_tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        silence_latent=silence.to(device, dtype),
+        device=device,
+        dtype=dtype,
+        _models_loaded=True,  # one fork asks for it
+    )
     workaround = getattr(handler, "_apply_cuda_bool_argsort_workaround", None)
     if model is not None and callable(workaround):
         workaround()
@@ -240,23 +202,15 @@ def encode_as_upstream(handler: Any, words: Words, frames: int) -> Encoded:
             models, text, lyrics, encoder, context = (
                 importlib.import_module(f"{_PREPROCESSING}.{name}") for name in names
             )
-        sample = models.AudioSample(
-            caption=words.caption,
-            lyrics=words.lyrics,
-            language=words.language,
-            bpm=words.bpm,
-            keyscale=words.keyscale,
-            timesignature=words.timesignature,
-            duration=int(words.seconds),
-            labeled=True,
-        )
+        said = {name: value for name, value in vars(words).items() if name != "seconds"}
+        sample = models.AudioSample(**said, duration=int(words.seconds), labeled=True)
         prompt = text.build_text_prompt(sample, "prepend", False)
         sung = words.lyrics or "[Instrumental]"
         parts = (handler.text_encoder, handler.text_tokenizer)
         text_states, text_mask = text.encode_text(*parts, prompt, device, dtype)
         with_language = "vocal_language" in inspect.signature(lyrics.encode_lyrics).parameters
-        said = (sung, words.language) if with_language else (sung,)
-        lyric_states, lyric_mask = lyrics.encode_lyrics(*parts, *said, device, dtype)
+        lines = (sung, words.language) if with_language else (sung,)
+        lyric_states, lyric_mask = lyrics.encode_lyrics(*parts, *lines, device, dtype)
         states, mask = encoder.run_encoder(
             handler.model,
             text_hidden_states=text_states,
@@ -272,11 +226,7 @@ def encode_as_upstream(handler: Any, words: Words, frames: int) -> Encoded:
             f"The preprocessing of this ACE-Step has other functions ({type(error).__name__}: {error}), so "
             "--conditions upstream cannot be made. Use ACE-Step's main repository, or its own LoRA tab."
         ) from error
-
-    def count(text: str) -> int:
-        return len(handler.text_tokenizer(text).input_ids)
-
-    told = Told(prompt, sung, count(prompt), count(sung))
+    told = _told(handler, prompt, sung)
     return Encoded(states[0].cpu().clone(), mask[0].cpu().clone(), latents[0].cpu().clone(), told)
 
 
@@ -295,17 +245,9 @@ def _batch_of(handler: Any, words: Words, frames: int) -> tuple[Any, Told]:
     instruction = importlib.import_module(_CONSTANTS).DEFAULT_DIT_INSTRUCTION
     try:
         captions, instructions, lyrics, languages, metas = handler.prepare_batch_data(
-            1,
-            None,
-            words.seconds,
-            words.caption,
-            words.lyrics,
-            words.language,
-            instruction,
-            words.bpm,
-            words.keyscale,
-            words.timesignature,
-        )
+            1, None, words.seconds, words.caption, words.lyrics, words.language, instruction, words.bpm,
+            words.keyscale, words.timesignature,
+        )  # fmt: skip
         batch = handler._prepare_batch(
             captions=captions,
             instructions=instructions,
@@ -321,12 +263,12 @@ def _batch_of(handler: Any, words: Words, frames: int) -> tuple[Any, Told]:
         raise _changed("_prepare_batch", error) from error
     if not whole.endswith(f"\n\n{sung}"):
         raise _changed("_prepare_batch", ValueError("the lyrics are not at the end of the text"))
-    prompt = whole[: -len(sung) - 2]
+    return batch, _told(handler, whole[: -len(sung) - 2], sung)
 
-    def count(text: str) -> int:
-        return len(handler.text_tokenizer(text).input_ids)
 
-    return batch, Told(prompt, sung, count(prompt), count(sung))
+def _told(handler: Any, prompt: str, lyrics: str) -> Told:
+    prompt_tokens, lyric_tokens = (len(handler.text_tokenizer(text).input_ids) for text in (prompt, lyrics))
+    return Told(prompt, lyrics, prompt_tokens, lyric_tokens)
 
 
 def encode_audio(vae: Any, audio: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -396,8 +338,6 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 def attention_on(device: torch.device) -> str:
     """How the app's attention is computed on a device: by flash attention where it is installed, else by torch."""
-    import importlib.util
-
     import torch
 
     if device.type != "cuda":
@@ -420,23 +360,12 @@ def find_text_encoder(checkpoints: Path) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """The text encoder's tokenizer, from local files. Raises Refusal."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # any of a dozen types
-        raise _cannot_load(folder, error) from error
+    return _loaded("AutoTokenizer", folder)
 
 
 def load_text_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The text encoder, from local files, on a device. Raises Refusal."""
-    from transformers import AutoModel
-
-    try:
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise _cannot_load(folder, error) from error
-    return model.to(dtype).to(device).eval()
+    return _loaded("AutoModel", folder).to(dtype).to(device).eval()
 
 
 def load_condition_encoder(folder: Path, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
@@ -444,36 +373,28 @@ def load_condition_encoder(folder: Path, device: torch.device, dtype: torch.dtyp
 
     The decoder is read into the CPU's memory and never reaches the device.
     """
-    from transformers import AutoModel
+    import transformers
 
-    try:
-        model = AutoModel.from_pretrained(
-            str(folder),
-            trust_remote_code=True,
-            local_files_only=True,
-            attn_implementation=attention,
-            **{_dtype_name(): dtype},
-        )
-    except (Exception, SystemExit) as error:  # the model's own code may do anything
-        raise _cannot_load(folder, error) from error
+    of_dtype = (
+        "dtype" if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) >= (4, 56) else "torch_dtype"
+    )
+    settings = {"trust_remote_code": True, "attn_implementation": attention, of_dtype: dtype}
+    model = _loaded("AutoModel", folder, **settings)
     model.config._attn_implementation = attention
     model.decoder = None
     model.encoder.to(device, dtype)
     return model.eval()
 
 
-def _dtype_name() -> str:
-    import re
-
+def _loaded(kind: str, folder: Path, **settings: Any) -> Any:
+    """What one of transformers' Auto classes makes of local files. Raises Refusal."""
     import transformers
 
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
-
-
-def _cannot_load(folder: Path, error: BaseException) -> Refusal:
-    reason = " ".join(str(error).split())
-    return Refusal(
-        f"{folder} cannot be loaded: {type(error).__name__}: {reason}. Use ACE-Step's own Python environment; if you "
-        "do, download it again."
-    )
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **settings)
+    except (Exception, SystemExit) as error:  # the model's own code may do anything
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{folder} cannot be loaded: {type(error).__name__}: {reason}. Use ACE-Step's own Python environment; if "
+            "you do, download it again."
+        ) from error

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import io
 import json
 import struct
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import is_companion, replacing
+from ..registry import version_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import POSITIONS, SongText
 from ..songs.values import hash_of
+from .checkout import project_of
 from .song_encoding import Encoded, Words
 
 if TYPE_CHECKING:
@@ -53,17 +53,10 @@ def words_of(text: SongText, frames: int) -> Words:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What makes the conditions, by hashes of its files (SHA-256; "" for what cannot be read).
+    """What makes the conditions, by hashes of its files (SHA-256; "" for what cannot be read)."""
 
-    Attributes:
-        model: name of the model's folder.
-        condition_encoder: the tensors ``encoder.*`` of the model.
-        silence: the latents of silence.
-        text_encoder, tokenizer: their files.
-    """
-
-    model: str
-    condition_encoder: str
+    model: str  # name of its folder
+    condition_encoder: str  # the tensors ``encoder.*`` of the model
     silence: str
     text_encoder: str
     tokenizer: str
@@ -88,21 +81,13 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Sound:
-    """Where a song's latents come from.
+    """Where a song's latents come from."""
 
-    Attributes:
-        audio: SHA-256 of the audio file.
-        vae: hash of the VAE.
-        seconds: length of the audio that was encoded.
-        longest: seconds to which the audio was cut if it was longer.
-        reader: how the file was read.
-    """
-
-    audio: str
-    vae: str
-    seconds: float
-    longest: float
-    reader: str
+    audio: str  # SHA-256 of the audio file
+    vae: str  # its hash
+    seconds: float  # length of the audio that was encoded
+    longest: float  # seconds to which the audio was cut if it was longer
+    reader: str  # how the file was read
 
     @property
     def seed(self) -> int:
@@ -126,12 +111,10 @@ class Machine:
         """With the versions of torch, of this project, and of upstream where its checkout is known."""
         import torch
 
-        try:
-            plugin = importlib.metadata.version("sidestep-plugin")
-        except importlib.metadata.PackageNotFoundError:
-            plugin = ""
+        plugin = version_of("sidestep-plugin") or ""
         name = str(dtype).removeprefix("torch.")
-        return cls(device, name, attention, str(torch.__version__), version_of_upstream(root), plugin)
+        upstream = str(project_of(root).get("version", ""))
+        return cls(device, name, attention, str(torch.__version__), upstream, plugin)
 
 
 def record_of(
@@ -217,14 +200,13 @@ def bytes_of(song: Mapping[str, Any]) -> bytes:
     import torch
 
     # A pickle also tells which of its texts are one object. Read from JSON, that depends on the content alone.
-    plain = {name: value if isinstance(value, torch.Tensor) else _plain(value) for name, value in song.items()}
+    plain = {
+        name: value if isinstance(value, torch.Tensor) else json.loads(json.dumps(value))
+        for name, value in song.items()
+    }
     buffer = io.BytesIO()
     torch.save(plain, buffer)
     return buffer.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def write_song(file: Path, song: Mapping[str, Any]) -> None:
@@ -325,12 +307,3 @@ def _tensors_in(file: Path) -> dict[str, tuple[int, int, str]]:
 def _hash_of_files(folder: Path, names: tuple[str, ...]) -> str:
     there = [(name, hash_of(folder / name)) for name in names if (folder / name).is_file()]
     return hashlib.sha256(repr(there).encode()).hexdigest() if there else ""
-
-
-def version_of_upstream(root: Path | None) -> str:
-    """The version in the checkout's pyproject.toml; "" when there is none."""
-    try:
-        content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")) if root else {}
-        return str(content["project"]["version"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..errors import Refusal
 from ..text import shown
-from .ending import INTERRUPTED
-from .shapes import FINAL
+from .shapes import FINAL, INTERRUPTED
 
 
 def check_writable(folder: Path) -> None:

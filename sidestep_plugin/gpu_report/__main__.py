@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +22,14 @@ from ..options import FiniteFloat, Place, WholeNumber
 from .jobs import SIZES, WAYS, Job, jobs
 
 _LOOKS: Final = ("validation", "previews", "hooks")
-_LEAST: Final = 5.0
-"""Seconds that have to be left for a job to begin."""
+_LEAST: Final = 5.0  # seconds that have to be left for a job to begin
 
 _SAME: Final = ("system", "python", "torch", "cuda", "driver", "sidestep-plugin", "commit", "acestep_commit")
 """Versions that must be the same to add to a file that is there."""
+
+
+_ABOUT: Final = ("what", "size", "song_seconds", "rank", "adapter", "way")
+"""Keys that tell what an entry is about: a newer entry about the same replaces the older one."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -80,11 +84,9 @@ def main(
     if job is not None:
         _one(job)
         return
-    if device == "cpu" and set(sizes) != {"tiny"}:
-        raise click.UsageError(
-            "--device cpu is a dry run, which says nothing about a GPU. Use it with --size tiny alone."
-        )
     try:
+        if device == "cpu" and set(sizes) != {"tiny"}:
+            raise Refusal("--device cpu is a dry run, which says nothing about a GPU. Use it with --size tiny alone.")
         root = _root(acestep_root, sizes)
         before = _there(out)
     except Refusal as refusal:
@@ -106,15 +108,12 @@ def main(
 class Report:
     """What was measured so far, and its file, which is written after every job.
 
-    Args:
-        out: the file.
-        before: what an earlier report on the same card has left there; None to begin a new one.
-        versions: of what the measuring processes do not know.
-        device: "cuda" or "cpu".
+    `before` is what an earlier report on the same card has left there; `versions` are those of what the measuring
+    processes do not know.
     """
 
     def __init__(self, out: Path, before: dict[str, Any] | None, versions: dict[str, str | None], device: str) -> None:
-        self._out, self._before, self._versions = out, before, versions
+        self._out, self._versions = out, versions
         self.measured = 0
         self.content: dict[str, Any] = before or {
             "schema_version": SCHEMA_VERSION,
@@ -128,14 +127,15 @@ class Report:
         }
 
     def add(self, job: Job, found: dict[str, Any]) -> str:
-        """Add what was found | returns it in a few words. Raises Refusal for another card or other versions."""
+        """Add what was found. Returns it in a few words. Raises Refusal for another card or other versions."""
         card, versions = found.pop("card"), found.pop("versions") | self._versions
         self._check_same(card, versions)
         self.content |= {"card": card, "versions": versions}
         self.measured += 1
         self._forget(job)
         place = "trainings" if job.kind == "training" else "others"
-        self.content[place] = [entry for entry in self.content[place] if not _alike(entry, found)] + [found]
+        others = [entry for entry in self.content[place] if any(entry.get(key) != found.get(key) for key in _ABOUT)]
+        self.content[place] = [*others, found]
         self.write()
         return _in_words(job, found)
 
@@ -184,10 +184,10 @@ def _measure_all(listed: Sequence[Job], report: Report, budget: float) -> None:
 
 
 def _apart(job: Job, seconds: float) -> tuple[dict[str, Any] | None, str]:
-    """Measure a job in a process of its own | returns what was found, or None and why not."""
+    """Measure a job in a process of its own. Returns what was found, or None and why not."""
     with tempfile.TemporaryDirectory(prefix="gpu-report-", ignore_cleanup_errors=True) as temporary:
         file = Path(temporary) / "job.json"
-        file.write_text(json.dumps(job.as_json()), encoding="utf-8")
+        file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         line = [sys.executable, "-W", "ignore", "-m", "sidestep_plugin.gpu_report", "--job", str(file)]
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         try:
@@ -266,12 +266,6 @@ def _commit(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two entries are about the same, so that the newer one replaces the older."""
-    names = ("what", "size", "song_seconds", "rank", "adapter", "way")
-    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _in_words(job: Job, found: dict[str, Any]) -> str:

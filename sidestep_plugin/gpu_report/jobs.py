@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ..measured.reading import ALONE, PLUGIN
@@ -38,31 +38,19 @@ SIZES: Final[Mapping[str, DecoderSize]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure, in a process of its own.
-
-    Attributes:
-        kind: what is measured.
-        size: a name of `SIZES`.
-        way: a name of `WAYS`.
-        adapter: "lora" or "lokr".
-        song_seconds: length of the songs.
-        rank: of the adapter.
-        songs: number of songs; two epochs of them are trained, and the second one is measured.
-        device: "cuda" or "cpu".
-        root: folder of the ACE-Step checkout; "" for the miniature.
-        xl_config: a config.json to take XL's sizes from; "" for the built-in ones.
-    """
+    """One thing to measure, in a process of its own."""
 
     kind: Kind
+    # size, way: names of `SIZES` and `WAYS`.
     size: str
     way: str
     adapter: Literal["lora", "lokr"]
     song_seconds: float
     rank: int
-    songs: int
-    device: str
-    root: str = ""
-    xl_config: str = ""
+    songs: int  # number of songs; two epochs of them are trained, and the second one is measured
+    device: str  # "cuda" or "cpu"
+    root: str = ""  # folder of the ACE-Step checkout; "" for the miniature
+    xl_config: str = ""  # a config.json to take XL's sizes from; "" for the built-in ones
 
     @property
     def name(self) -> str:
@@ -72,18 +60,11 @@ class Job:
             return "hooks of a step"
         return f"{self.adapter}, {self.way}, {songs}" if self.kind == "training" else f"{self.kind}, {songs}"
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def jobs(sizes: Sequence[str], lengths: Sequence[float], only: Collection[str], **settings: Any) -> Iterator[Job]:
     """The jobs of a report: the first length in all ways, what validation, previews and hooks cost, other lengths.
 
-    Args:
-        sizes: names of `SIZES`.
-        lengths: seconds of the songs.
-        only: ways and kinds to measure; empty for all.
-        **settings: the other attributes of the jobs.
+    `only` are the ways and kinds to measure, empty for all; `settings` the other attributes of the jobs.
     """
 
     def wanted(kind: Kind, pairs: Sequence[tuple[str, str]], size: str, seconds: float) -> Iterator[Job]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
 
 from .. import attach
 from ..adapters.kinds import BY_NAME
-from ..engine import seams
+from ..engine import shapes
 from ..engine.checkout import import_trainer
+from ..engine.models import Handler
 from ..errors import Refusal
 from ..memory.estimate import FRAMES_A_SECOND, USUAL_TOKENS, Settings, needs
 from ..memory.gradient_checkpointing import is_checkpointed
@@ -25,27 +30,13 @@ from ..run import ModelFacts
 from .jobs import WAYS, Job
 from .models import random_model, write_songs
 
-if TYPE_CHECKING:
-    import torch
-
-    from ..engine.models import Handler
-
 _TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HELD_OUT: Final = 2
 _ROUNDS, _STEPS = 12, 10
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Measure a job.
-
-    Returns:
-        What was found, ready for JSON, with the card that it was found on.
-
-    Raises:
-        Refusal: this checkout, card or package cannot do it.
-    """
-    import torch
-
+    """Measure a job. Returns what was found, ready for JSON, with the card that it was found on. Raises Refusal."""
     if job.device == "cuda" and not torch.cuda.is_available():
         raise Refusal(
             "torch sees no CUDA GPU here. Use a machine with one, or try it on the CPU: --size tiny --device cpu"
@@ -73,8 +64,6 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _card(job: Job) -> dict[str, Any]:
-    import torch
-
     if job.device != "cuda":
         return {"name": "CPU (dry run)", "memory_bytes": 0, "compute_capability": [0, 0]}
     found = torch.cuda.get_device_properties(0)
@@ -86,10 +75,6 @@ def _card(job: Job) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    import platform
-    from importlib import metadata
-
-    import torch
 
     def version(name: str) -> str | None:
         try:
@@ -122,8 +107,6 @@ class _Watch:
         decoder.register_forward_pre_hook(self._begins)
 
     def _begins(self, *_: Any) -> None:
-        import torch
-
         self.wait()
         if not torch.is_grad_enabled():  # validation, clips, and a look at quantized weights
             self.looks.append(time.perf_counter())
@@ -133,8 +116,6 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        import torch
-
         for weight in self.decoder.parameters():
             if weight.requires_grad:
                 self.trained += weight.numel()
@@ -146,21 +127,15 @@ class _Watch:
 
 
 def _waiting(device: str) -> Callable[[], None]:
-    import torch
-
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Job) -> dict[str, Any]:
     """Train two epochs and measure the second one."""
-    import torch
-
     options = WAYS[job.way]
     if job.kind != "training":
-        options = {
-            "validation": {"validate": _HELD_OUT, "validate_every": 1},
-            "previews": {"preview_every": 1},
-        }[job.kind]
+        looks = {"validation": {"validate": _HELD_OUT, "validate_every": 1}, "previews": {"preview_every": 1}}
+        options = looks[job.kind]
     watch = _Watch(handler.model.decoder, job.device)
     adapter = _adapter_config(trainer, job)
     config = _known(
@@ -181,7 +156,7 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         torch.cuda.reset_peak_memory_stats()
     losses, messages = [], []
     with attached:
-        made = getattr(trainer, seams.TRAINER_CLASS[job.adapter])(handler, adapter, config)
+        made = getattr(trainer, shapes.TRAINER_CLASS[job.adapter])(handler, adapter, config)
         for _, loss, text in made.train_from_preprocessed(str(songs), {"should_stop": False}):
             messages.append(str(text))
             losses += [float(loss)] if loss else []
@@ -190,15 +165,11 @@ def _training(trainer: Any, handler: Handler, songs: Path, output: Path, job: Jo
         raise Refusal(" / ".join(messages[-2:]))
     found = _costs(steps[len(steps) // 2 :], watch, handler, job)
     found |= {"first_loss": losses[0] if losses else None, "said": [line for line in lines if line][:30]}
-    if job.kind == "validation":
-        return _of_a_validation(watch, found, job)
-    if job.kind == "previews":
-        return _of_clips(watch, found, job)
-    return found
+    return found if job.kind == "training" else _of_a_look(watch, found, job)
 
 
 def _adapter_config(trainer: Any, job: Job) -> Any:
-    made = getattr(trainer, seams.CONFIG_CLASS[job.adapter], None)
+    made = getattr(trainer, shapes.CONFIG_CLASS[job.adapter], None)
     if made is None:
         raise Refusal(f"This version of ACE-Step trains no {job.adapter}. Use a newer one.")
     fields = BY_NAME[job.adapter].fields
@@ -213,8 +184,6 @@ def _known(config_class: Any, **values: Any) -> Any:
 
 def _costs(steps: list[float], watch: _Watch, handler: Handler, job: Job) -> dict[str, Any]:
     """Time of the steps, memory at the peak, and what the plugin estimates for a decoder that is kept like this."""
-    import torch
-
     on_gpu = job.device == "cuda"
     size = DecoderSize.from_config(ModelFacts.from_model(handler.model).config)
     return {
@@ -257,55 +226,29 @@ def _estimate(size: DecoderSize, watch: _Watch, job: Job) -> int:
     return needs(size, settings, weights=watch.frozen, trained=watch.trained).total
 
 
-def _after_the_last_step(watch: _Watch, found: dict[str, Any]) -> tuple[int, float]:
-    """The forward passes after the last step and what they took: the last validation, or the last clips, all warm.
+def _of_a_look(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What the last validation, or the last clips, took: the forward passes after the last step, all warm."""
+    from ..previews.conditions import SECONDS, SONGS
 
-    Raises:
-        Refusal: there were none.
-    """
     passes = [begins for begins in watch.looks if begins > watch.starts[-1]]
     if len(passes) < 2:
         raise Refusal("Nothing was computed after the last step: " + " / ".join(found["said"][-2:]))
-    return len(passes), (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
-
-
-def _of_a_validation(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """One forward pass for each song, timestep and condition."""
-    losses, seconds = _after_the_last_step(watch, found)
-    return _other(
-        job,
-        found,
-        seconds=seconds,
-        songs=_HELD_OUT,
-        losses=losses,
-        seconds_per_step=found["seconds_per_step"],
-        in_steps=seconds / found["seconds_per_step"],
-    )
-
-
-def _of_clips(watch: _Watch, found: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Clips of the adapter alone: those of the base model were made before."""
-    from ..previews.settings import SECONDS, SONGS
-
-    passes, seconds = _after_the_last_step(watch, found)
-    clips = int(SONGS)
-    return _other(
-        job,
-        found,
-        clips=clips,
-        clip_seconds=min(SECONDS, job.song_seconds),
-        forward_passes=passes,
-        seconds=seconds,
-        clips_per_minute=60 * clips / seconds,
-        decoded=False,
-        settings=next((line for line in found["said"] if line.startswith("Previews: ")), ""),
-    )
-
-
-def _other(job: Job, found: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """An entry of the report that is no training."""
+    seconds = (passes[-1] - passes[0]) * len(passes) / (len(passes) - 1)
     names = ("size", "decoder_parameters", "song_seconds", "peak_allocated_bytes", "peak_reserved_bytes")
-    return {"what": job.kind, **{name: found[name] for name in names}, **values}
+    about = {"what": job.kind, **{name: found[name] for name in names}}
+    if job.kind == "validation":  # one forward pass for each song, timestep and condition
+        step = found["seconds_per_step"]
+        losses = {"seconds": seconds, "songs": _HELD_OUT, "losses": len(passes)}
+        return about | losses | {"seconds_per_step": step, "in_steps": seconds / step}
+    return about | {
+        "clips": int(SONGS),  # of the adapter alone: those of the base model were made before
+        "clip_seconds": min(SECONDS, job.song_seconds),
+        "forward_passes": len(passes),
+        "seconds": seconds,
+        "clips_per_minute": 60 * int(SONGS) / seconds,
+        "decoded": False,
+        "settings": next((line for line in found["said"] if line.startswith("Previews: ")), ""),
+    }
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -316,11 +259,9 @@ def _hooks(trainer: Any, handler: Handler, job: Job) -> dict[str, Any]:
 
     What the hooks do does not depend on the size of the model, except for the conditions that they replace.
     """
-    import torch
-
     adapter = _adapter_config(trainer, job)
     config = _known(trainer.TrainingConfig, seed=1)
-    made = getattr(trainer, seams.MODULE_CLASS[job.adapter])
+    made = getattr(trainer, shapes.MODULE_CLASS[job.adapter])
     module = made(handler.model, adapter, config, handler.device, handler.dtype)
     width = int(handler.model.null_condition_emb.shape[-1])
     noise = {

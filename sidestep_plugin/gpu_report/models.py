@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
 
 from ..engine.models import Handler, load_model
 from ..errors import Refusal
@@ -14,11 +16,7 @@ from ..memory.sizes import DecoderSize
 from ..run import read_config
 from .jobs import SIZES, Job
 
-if TYPE_CHECKING:
-    import torch
-
-_FAMILY: Final = {"tiny": "base", "2b": "base", "xl": "xl_base"}
-"""The folder of ACE-Step's model code for each size."""
+_FAMILY: Final = {"tiny": "base", "2b": "base", "xl": "xl_base"}  # the folder of ACE-Step's model code for each size
 
 # Only the decoder is trained; the rest of the model is as small as its code allows.
 _ENCODERS: Final = {
@@ -40,18 +38,9 @@ def size_of(job: Job) -> DecoderSize:
 def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
     """A base model with random weights, its decoder on the device, as ``acestep-train`` loads one.
 
-    Draws from the default generators of torch, which are seeded with 0 before.
-
-    Args:
-        trainer: upstream's trainer, whose package has the model's code.
-        job: its `size`, `device` and `root` say which model, and where.
-        folder: where the model's config.json and silence_latent.pt are written.
-
-    Raises:
-        Refusal: the checkout has no code for this model.
+    Its config.json and silence_latent.pt are written into `folder`. Draws from the default generators of torch, which
+    are seeded with 0 before. Raises Refusal.
     """
-    import torch
-
     from ..miniature import write_model
 
     name = f"acestep-v15-{'xl-' if job.size == 'xl' else ''}base"
@@ -79,11 +68,7 @@ def random_model(trainer: Any, job: Job, folder: Path) -> Handler:
 
 
 def model_code(trainer: Any, job: Job, place: Path) -> tuple[Any, Any]:
-    """The class of a job's model, and the config to make one with; its name is that of `place`.
-
-    Raises:
-        Refusal: the checkout has no code for this model.
-    """
+    """The class of a job's model, and the config to make one with; its name is that of `place`. Raises Refusal."""
     family, package = _FAMILY[job.size], trainer.__name__.partition(".")[0]
     files = sorted((Path(job.root) / package / "models" / family).glob("modeling*.py"))
     if not files:
@@ -121,8 +106,6 @@ def model_code(trainer: Any, job: Job, place: Path) -> tuple[Any, Any]:
 
 def write_songs(folder: Path, job: Job, width: int) -> Path:
     """Write random songs with conditions as long as upstream's preprocessing makes them; return the folder."""
-    import torch
-
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     frames, tokens = max(1, int(FRAMES_A_SECOND * job.song_seconds)), USUAL_TOKENS

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +23,17 @@ from ..adapters.finding import find_weights
 from ..adapters.kinds import BY_NAME, DEFAULT, check_installed
 from ..adapters.targets import check_targets
 from ..clock import last_step
-from ..engine import seams
+from ..engine.answers import held_out
 from ..engine.attachment import Attachment, attach_registry
 from ..engine.checkout import find_root, import_trainer
-from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs, check_rank
-from ..engine.current import CommandLine, command_line
-from ..engine.ending import INTERRUPTED
-from ..engine.holding_out import held_out
-from ..engine.injection import injection_problem
+from ..engine.compatibility import injection_problem
+from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS, build_configs
+from ..engine.current import CommandLine, command_line, during
 from ..engine.models import (
     Handler,
     check_weights,
     checkpoint_folder,
-    decoder_layers,
+    decoder_shapes,
     find_model,
     load_model,
     pick_device,
@@ -50,15 +49,9 @@ from ..engine.processes import (
     told_by_first,
     use_own_gpu,
 )
-from ..engine.sameness import (
-    of_the_model,
-    of_the_options,
-    of_the_plugins,
-    of_the_settings,
-    of_the_songs,
-    of_the_trainer,
-)
-from ..engine.seams import FINAL, WEIGHT_FILES
+from ..engine.sameness import of_the_model, of_the_training
+from ..engine.seams import cannot_do, require
+from ..engine.shapes import FINAL, INTERRUPTED, TRAINER_CLASS, WEIGHT_FILES
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..ranks import ranks
@@ -68,8 +61,7 @@ from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
 from ..resuming.starting import settings_to_start_from
 from ..run import AdapterType, ModelFacts
-from ..songs.dataset import Dataset, inspect_dataset
-from ..songs.fit import check_songs, check_width
+from ..songs.dataset import Dataset, check_songs, check_width, inspect_dataset
 from ..songs.values import check_values
 from ..text import counted, sentence
 from ..timesteps.treatment import decide_treatment
@@ -84,63 +76,41 @@ __all__ = ["LATEST", "Launch", "Request", "check_unused", "check_writable", "pre
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        model: alias, folder name under the checkpoint folder, or path.
-        settings: training and adapter settings by option name, only those that were given. When a training is
-            resumed, the rest are those of its checkpoint.
-        defaults: where the rest come from in a new training: "recommended" for its number of songs, or "upstream".
-        plugins: names of plugins; none: upstream's own training.
-        wins: the plugin that samples the timesteps when two of them could.
-        options: the plugins' options, only those that were given.
-        device: auto, cpu, cuda, cuda:N, mps or xpu.
-        resume_from: folder of a checkpoint; :data:`LATEST` for the newest one below the output folder.
-        overwrite: whether the adapters of an earlier training in the output folder may be replaced.
-        allow_duplicates: whether a song may be in the dataset more than once.
-    """
-
-    model: str
+    model: str  # alias, folder name under the checkpoint folder, or path
     dataset_dir: Path
     output_dir: Path
     adapter_type: AdapterType = DEFAULT.name
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
+    # training and adapter settings by option name, only those that were given. When a training is resumed, the rest are
+    # those of its checkpoint.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    defaults: str = "upstream"
-    plugins: tuple[str, ...] = ()
-    wins: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    device: str = "auto"
-    resume_from: Path | None = None
-    overwrite: bool = False
-    allow_duplicates: bool = False
+    defaults: str = "upstream"  # of a new training: "recommended" for its number of songs, or "upstream"
+    plugins: tuple[str, ...] = ()  # names of plugins; none: upstream's own training
+    wins: str | None = None  # the plugin that samples the timesteps when two of them could
+    options: Mapping[str, Any] = field(default_factory=dict)  # the plugins' options, only those that were given
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps or xpu
+    resume_from: Path | None = None  # folder of a checkpoint; :data:`LATEST` for the newest one below the output folder
+    overwrite: bool = False  # whether the adapters of an earlier training in the output folder may be replaced
+    allow_duplicates: bool = False  # whether a song may be in the dataset more than once
 
 
 @dataclass
 class Launch:
-    """A training that has passed every check and has not started.
-
-    Attributes:
-        attachment: the attached plugins; detached when the training is over.
-        lock: the lock of the output folder; released by the caller of :func:`prepare`.
-        trainer: upstream's LoRATrainer or LoKRTrainer.
-        decided: what was decided before the model was loaded, for the training that begins.
-        total_steps: training steps until it is finished, validation not counted.
-        steps_per_epoch: the same for one epoch.
-        state: upstream's control: ``state["should_stop"] = True`` ends the training after the current step.
-    """
+    """A training that has passed every check and has not started."""
 
     request: Request
-    attachment: Attachment
-    lock: OutputLock
-    trainer: Any
+    attachment: Attachment  # detached when the training is over
+    lock: OutputLock  # of the output folder; released by the caller of :func:`prepare`
+    trainer: Any  # upstream's LoRATrainer or LoKRTrainer
     dataset: Dataset
     steps_per_epoch: int
     epochs: int
-    state: dict[str, Any]
-    decided: CommandLine
-    total_steps: int
+    state: dict[str, Any]  # upstream's: ``state["should_stop"] = True`` ends the training after the current step
+    decided: CommandLine  # before the model was loaded, for the training that begins
+    total_steps: int  # until it is finished, validation not counted
 
     def messages(self) -> Iterator[tuple[int, float, str]]:
         """Train, and yield what upstream reports: optimizer step, loss, text."""
@@ -155,11 +125,8 @@ class Launch:
         running = self.trainer.train_from_preprocessed(str(request.dataset_dir.absolute()), **arguments)
         try:
             while True:
-                token = command_line.set(self.decided)
-                try:
+                with during(command_line, self.decided):
                     report = next(running, None)
-                finally:
-                    command_line.reset(token)
                 if report is None:
                     break
                 yield report
@@ -200,7 +167,6 @@ def prepare(
     """Check a request, cheap checks first, then load the model and attach the plugins.
 
     Args:
-        request: what the user asked for.
         say: takes each line meant for the user.
         extra_plugins: makes plugin objects that are not installed, such as a progress display.
         kept: reads the settings that a checkpoint was trained with.
@@ -208,63 +174,51 @@ def prepare(
     Raises:
         Refusal: anything that would make the training fail or go wrong. Nothing has been written.
     """
-    lock = OutputLock(request.output_dir.absolute())
-    try:
-        return _prepared(request, lock, say, extra_plugins, kept)
-    except BaseException:
-        lock.release()
-        raise
-
-
-def _prepared(
-    request: Request,
-    lock: OutputLock,
-    say: Callable[[str], None],
-    extra_plugins: Callable[[], Mapping[str, object]],
-    kept: Callable[[Path, AdapterType], Mapping[str, Any]],
-) -> Launch:
-    _stay_offline()
-    asked, latest = request, request.resume_from == LATEST
-    registry = Registry.load(request.plugins, request.wins)
-    options = registry.resolve_options(request.options)
-    plan = plan_of(registry, options)
-    check_started(plan)
-    _meet(request, say)
-    root, model = in_all(lambda: _find(request, registry, options))
-    resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
-    request = dataclasses.replace(request, resume_from=resumed)
-    if resumed is not None:
-        of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
-        request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
-    elif (start := options.get("init_from")) is not None:
-        request = dataclasses.replace(
-            request, settings=told_by_first(lambda: _settings_to_start_from(start, request, kept))
-        )
-    restrict_gpus(request.device)
-    device = pick_device(request.device)
-    dataset = in_all(lambda: _check_songs(request, model))
-    upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
-    if ranks().several:
-        check_agreement(
-            {"adapter type": request.adapter_type, **of_the_plugins(registry), **of_the_options(options, plan.own)}
-            | {"adapter's settings": repr(upstream.adapter_config), **of_the_settings(upstream.training_config)}
-            | of_the_trainer(upstream.module)
-            | of_the_model(model.folder)
-            | of_the_songs(dataset.folder)
-        )
-    out = held_out(registry, dataset.files, options, upstream.training_config)
-    request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
-    told_by_first(lambda: _check_values(dataset, upstream, options, say))
-    _announce(request, registry, model, device, say)
-    handler = in_turns(lambda: _load(model, device, dataset))
-    for name, plugin in extra_plugins().items():
-        registry.register(plugin, name)
-    options = registry.resolve_options(request.options)  # with the defaults of those that came just now
-    folders = [dataset.folder, request.output_dir.absolute(), *([request.resume_from] if request.resume_from else [])]
-    attachment = attach_registry(upstream.module, registry, options, folders, say)
-    # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
-    asked = dataclasses.replace(asked, resume_from=request.resume_from)
-    return _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+    # Keeps transformers and PEFT from asking the network for a local model. Before either of them is imported.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with ExitStack() as undo:
+        lock = OutputLock(request.output_dir.absolute())
+        undo.callback(lock.release)
+        asked, latest = request, request.resume_from == LATEST
+        registry = Registry.load(request.plugins, request.wins)
+        options = registry.resolve_options(request.options)
+        plan = plan_of(registry, options)
+        check_started(plan)
+        _meet(request, say)
+        root, model = in_all(lambda: _check_model(request, registry, options))
+        resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
+        request = dataclasses.replace(request, resume_from=resumed)
+        if resumed is not None:
+            of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
+            request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
+        elif (start := options.get("init_from")) is not None:
+            settings = told_by_first(lambda: _settings_to_start_from(start, request, kept))
+            request = dataclasses.replace(request, settings=settings)
+        restrict_gpus(request.device)
+        device = pick_device(request.device)
+        dataset = in_all(lambda: _check_songs(request, model))
+        upstream = in_all(lambda: _check_upstream(request, root, registry, device, say))
+        if ranks().several:
+            configs = (upstream.adapter_config, upstream.training_config)
+            asked_of = (upstream.module, registry, options, plan.own, request.adapter_type)
+            check_agreement(of_the_training(*asked_of, *configs, dataset.folder) | of_the_model(model.folder))
+        out = held_out(registry, dataset.files, options, upstream.training_config)
+        request, upstream = _with_settings(request, upstream, dataset, len(out), options.get("max_steps"), device, say)
+        told_by_first(lambda: _check_values(dataset, upstream, options, say))
+        _announce(request, registry, model, device, say)
+        handler = in_turns(lambda: _load(model, device, dataset))
+        for name, plugin in extra_plugins().items():
+            registry.register(plugin, name)
+        options = registry.resolve_options(request.options)  # with the defaults of those that came just now
+        folders = [dataset.folder, request.output_dir.absolute(), *filter(None, [request.resume_from])]
+        attachment = attach_registry(upstream.module, registry, options, folders, say)
+        undo.callback(attachment.detach)
+        # What was not asked for is in the configurations, and in the checkpoint that it is resumed from.
+        asked = dataclasses.replace(asked, resume_from=request.resume_from)
+        launch = _made(asked, lock, attachment, upstream, handler, dataset, say, CommandLine(latest, plan, out))
+        undo.pop_all()
+        return launch
 
 
 # -- the stages of prepare -------------------------------------------------------------------------------------------
@@ -288,12 +242,6 @@ class _Upstream:
     training_config: Any
 
 
-def _stay_offline() -> None:
-    """Keep transformers and PEFT from asking the network for a local model. Before either of them is imported."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
 def _settings_to_start_from(
     adapter: Path, request: Request, kept: Callable[[Path, AdapterType], Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -303,22 +251,21 @@ def _settings_to_start_from(
     return {**settings_to_start_from(adapter, kind, known, given), **given}
 
 
-def _find(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
-    """Find the checkout and the model. Raises Refusal."""
+def _check_model(request: Request, registry: Registry, options: Mapping[str, Any]) -> tuple[Path, _Model]:
+    """Find the checkout and the model, and read its config and the headers of its weights. Raises Refusal."""
     root = find_root(request.acestep_root)
-    return root, _check_model(request, root, registry, options)
-
-
-def _check_model(request: Request, root: Path, registry: Registry, options: Mapping[str, Any]) -> _Model:
-    """Find the model folder and read its config and the headers of its weights. Raises Refusal."""
     folder = find_model(request.model, checkpoint_folder(request.checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
-    check_rank(request.adapter_type, request.settings, facts)
+    rank, width = request.settings.get("rank"), facts.config.get("hidden_size")
+    if isinstance(rank, int) and isinstance(width, int):
+        # Each trained layer has the decoder's width on one of its two sides, so that no update of it can have a higher
+        # rank: the rest of a LoRA only takes memory. A LoKr has no such bound: LyCORIS trains full matrices then.
+        BY_NAME[request.adapter_type].check_rank(rank, width, facts.name)
     check_weights(folder, facts)
-    if (targets := request.settings.get("target_modules")) and (layers := decoder_layers(folder)):
+    if (targets := request.settings.get("target_modules")) and (layers := list(decoder_shapes(folder))):
         check_targets(layers, targets, request.adapter_type)
     registry.call("acestep_model_chosen", facts=facts, options=options)
-    return _Model(folder, facts)
+    return root, _Model(folder, facts)
 
 
 def _check_output(request: Request, lock: OutputLock, registry: Registry, say: Callable[[str], None]) -> Path | None:
@@ -366,10 +313,10 @@ def _check_upstream(
     kind = request.adapter_type
     say(f"Importing ACE-Step's trainer from {root} ...")
     module = import_trainer(root)
-    if lost := dict.fromkeys(seams.require(module, kind, registry.implements)):
-        say(f"Note: {seams.cannot_do(module, lost)}.")
+    if lost := dict.fromkeys(require(module, kind, registry.implements)):
+        say(f"Note: {cannot_do(module, lost)}.")
     if problem := injection_problem(kind):
-        raise Refusal(f"Mend this Python environment, in which no {seams.SHOWN[kind]} can be made: {problem}")
+        raise Refusal(f"Mend this Python environment, in which no {BY_NAME[kind].title} can be made: {problem}")
     adapter_config, training_config = build_configs(module, kind, request.settings, request.output_dir, device)
     if request.settings.get("val_split", 0.0) > 0.0 and (
         not BY_NAME[kind].validates or not getattr(module, "LIGHTNING_AVAILABLE", True)
@@ -378,7 +325,7 @@ def _check_upstream(
             "ACE-Step would hold songs back for --val-split and never validate on them: it validates LoRA trainings "
             "with Lightning only. Leave --val-split out."
         )
-    trainer_class = getattr(module, seams.TRAINER_CLASS[kind])
+    trainer_class = getattr(module, TRAINER_CLASS[kind])
     arguments = inspect.signature(trainer_class.train_from_preprocessed).parameters
     if request.resume_from is not None and "resume_from" not in arguments and not registry.implements("engine_resume"):
         raise Refusal(f"This ACE-Step cannot resume a {kind} training. Start it without --resume-from.")
@@ -485,20 +432,16 @@ def _made(
     say: Callable[[str], None],
     decided: CommandLine,
 ) -> Launch:
-    """Make upstream's trainer. Raises Refusal; nothing stays attached then."""
+    """Make upstream's trainer. Raises Refusal."""
     import torch
 
     config = upstream.training_config
-    try:
-        songs = _songs_upstream_sees(upstream.module, dataset)
-        for name in dataset.missing:
-            say(f"Note: manifest.json names {name}, which is not there; ACE-Step leaves it out.")
-        # The first versions of upstream's trainer never seed, later ones seed again with the same number.
-        torch.manual_seed(config.seed)
-        trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
-    except BaseException:
-        attachment.detach()
-        raise
+    songs = _songs_upstream_sees(upstream.module, dataset)
+    for name in dataset.missing:
+        say(f"Note: manifest.json names {name}, which is not there; ACE-Step leaves it out.")
+    # The first versions of upstream's trainer never seed, later ones seed again with the same number.
+    torch.manual_seed(config.seed)
+    trainer = upstream.trainer_class(handler, upstream.adapter_config, config)
     left = songs - len(decided.held_out) - _upstreams(songs, getattr(config, "val_split", 0.0))
     steps = math.ceil(math.ceil(left / ranks().world_size) / config.batch_size)
     each = int(getattr(config, "gradient_accumulation_steps", 1))
@@ -538,9 +481,9 @@ def _songs_upstream_sees(module: Any, dataset: Dataset) -> int:
         )
     if found == 0:
         raise Refusal(
-            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: "
-            "it reads the "
-            "names in manifest.json from the current directory. Start from where they fit, or move manifest.json away."
+            f"{dataset.folder} holds {counted(dataset.songs, 'song')}, but this version of ACE-Step finds none: it "
+            "reads the names in manifest.json from the current directory. Start from where they fit, or move "
+            "manifest.json away."
         )
     return found
 

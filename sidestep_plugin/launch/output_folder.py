@@ -9,8 +9,7 @@ from typing import Any, Final
 from ..adapters.facts import read_training_config
 from ..adapters.staging import settle_below
 from ..engine.configs import ADAPTER_FIELDS, TRAINING_FIELDS
-from ..engine.ending import INTERRUPTED
-from ..engine.seams import FINAL
+from ..engine.shapes import FINAL, INTERRUPTED
 from ..errors import Refusal
 from ..resuming.checkpoints import newest_checkpoint, read_checkpoint
 from ..run import AdapterType

@@ -17,8 +17,7 @@ from typing import Any, Final
 from ..errors import Refusal
 from ..files import read_json_object
 
-CARDS: Final = Path(__file__).with_name("cards")
-"""Where the measurements are that come with this package."""
+CARDS: Final = Path(__file__).with_name("cards")  # where the measurements are that come with this package
 
 SCHEMA_VERSION: Final = 1
 
@@ -26,19 +25,12 @@ ALONE: Final = "ACE-Step alone"
 PLUGIN: Final = "plugin"
 """Names of ways to train: without the plugin, and with it at its defaults."""
 
-_ALIKE: Final = 0.2
-"""Decoders whose numbers of parameters differ by no more than this share take about as long."""
+_ALIKE: Final = 0.2  # decoders whose numbers of parameters differ by no more than this share take about as long
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU.
-
-    Attributes:
-        name: as its driver says it, such as "NVIDIA GeForce RTX 4090".
-        memory: bytes.
-        capability: CUDA's number for what it can do, such as (8, 9).
-    """
+    """A GPU: its name as its driver says it, bytes of memory, and CUDA's number for what it can do, such as (8, 9)."""
 
     name: str
     memory: int
@@ -47,60 +39,39 @@ class Card:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that was measured, with batch size 1 and songs of one length.
+    """A training that was measured, with batch size 1 and songs of one length."""
 
-    Attributes:
-        size: "2b" or "xl"; "tiny" is a trial.
-        parameters: of the decoder.
-        song_seconds: length of the songs.
-        rank: of the adapter.
-        adapter: "lora" or "lokr".
-        way: "ACE-Step alone", "plugin", or the plugin with one option.
-        seconds_per_step: the median.
-        allocated, reserved: bytes at the peak, of tensors and of all that torch took from the card.
-        estimate: bytes that the plugin estimates for the same settings; None where it makes no estimate.
-    """
-
-    size: str
-    parameters: int
+    size: str  # "2b" or "xl"; "tiny" is a trial
+    parameters: int  # of the decoder
     song_seconds: float
     rank: int
-    adapter: str
-    way: str
-    seconds_per_step: float
+    adapter: str  # "lora" or "lokr"
+    way: str  # "ACE-Step alone", "plugin", or the plugin with one option
+    seconds_per_step: float  # the median
+    # allocated, reserved: bytes at the peak, of tensors and of all that torch took from the card.
     allocated: int
     reserved: int
-    estimate: int | None
+    estimate: int | None  # bytes that the plugin estimates for the same settings; None where it makes no estimate
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured on one card.
-
-    Attributes:
-        file: name of the file.
-        card: the card.
-        day: when, as YYYY-MM-DD.
-        versions: of the driver, torch, this package and so on, by name.
-        trainings: what was trained.
-        others: what else was measured: hooks, validation, previews. Each entry says in `what` what it is.
-        missing: what was not measured, and why.
-    """
+    """Everything that was measured on one card."""
 
     file: str
     card: Card
-    day: str
-    versions: Mapping[str, str | None]
+    day: str  # when, as YYYY-MM-DD
+    versions: Mapping[str, str | None]  # of the driver, torch, this package and so on, by name
     trainings: tuple[Training, ...]
+    # What else was measured: hooks, validation, previews. Each entry says in `what` what it is.
     others: tuple[Mapping[str, Any], ...] = ()
-    missing: tuple[Mapping[str, str], ...] = ()
+    missing: tuple[Mapping[str, str], ...] = ()  # what was not measured, and why
 
 
 def measurements() -> tuple[Measured, ...]:
     """All measurements in `CARDS`, by file name; read once in a process.
 
-    Raises:
-        Refusal: a file is damaged, of another schema, or of a dry run on a CPU.
+    Raises Refusal for a file that is damaged, of another schema, or of a dry run on a CPU.
     """
     return _read_all(CARDS)
 
@@ -222,12 +193,7 @@ def seconds_per_step(
     Between two lengths that were measured it is a straight line. Shorter songs count as the shortest of them, and the
     time for longer ones grows with their length from the longest of them.
 
-    Args:
-        measured: what was measured on the card.
-        parameters: of the decoder; one with about as many has to have been measured.
-        song_seconds: length of the songs.
-        adapter: "lora" or "lokr".
-        way: how it is trained.
+    A decoder with about as many parameters has to have been measured.
     """
     points = sorted(
         (one.song_seconds, one.seconds_per_step)
@@ -256,10 +222,8 @@ def training_time(
 ) -> str:
     """How long a training takes on the nearest card that was measured, in a few words; "" if that is not known.
 
-    Args:
-        songs: how many songs are trained on, each as often as there are epochs.
-        parameters, song_seconds, adapter, way: as for :func:`seconds_per_step`.
-        card: the card of this machine, if it is known.
+    `songs` counts each song as often as there are epochs; `card` is that of this machine, if it is known. The others
+    are as for :func:`seconds_per_step`.
     """
     found = nearest(card, measurements())
     if found is None:

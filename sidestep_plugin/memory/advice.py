@@ -10,7 +10,7 @@ from typing import Any, Final
 from ..files import room
 from ..hookspecs import hookimpl
 from ..run import Run
-from ..songs.lengths import longest
+from ..songs.one_song import longest
 from .gradient_checkpointing import is_checkpointed
 from .of_training import settings_of
 from .savings import advice_for
@@ -55,9 +55,7 @@ def advice(
     Args:
         failure: upstream's own words.
         training_config, adapter_config: upstream's configurations; the advice names their values.
-        output: the output folder.
         options: the values of the plugins' options; only flags of these are named.
-        checkpointed: whether gradient checkpointing was on.
         frames: length of the longest song in frames of latents, if it is known.
         on_gpu: whether the training ran where autocast computes in bf16.
     """

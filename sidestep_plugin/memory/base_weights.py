@@ -10,7 +10,7 @@ Quantized weights (:mod:`.quantization`) give another adapter, and are what the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -18,18 +18,17 @@ import click
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
-from .estimate import Settings
+from .estimate import Saving
 from .idle_layers import idle_layers
 from .quantization import BYTES, quantize
-from .saving import Saving
 
 if TYPE_CHECKING:
     import torch
 
 _FACTS: Final = "sidestep.base_weights"
 _CAST: Final = "sidestep.cast"
-_TYPES: Final = ("auto", "bf16", "fp32", *BYTES)
 
 
 class WeightType(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
@@ -43,15 +42,9 @@ class WeightType(click.Choice):  # type: ignore[type-arg,unused-ignore]  # gener
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
+    text = f"Type of the base model's weights: auto, bf16, fp32 or {', '.join(BYTES)}."
     return [
-        click.Option(
-            ["--base-weights"],
-            type=WeightType(_TYPES),
-            default="auto",
-            show_default=True,
-            metavar="TYPE",
-            help=f"Type of the base model's weights: auto, bf16, fp32 or {', '.join(BYTES)}.",
-        ),
+        option("--base-weights", text, WeightType(("auto", "bf16", "fp32", *BYTES)), "TYPE", "auto"),
         # Of earlier versions, as are settings files with both.
         click.Option(["--frozen-weights"], type=WeightType(("auto", "bf16", "fp32")), default=None, hidden=True),
     ]
@@ -150,17 +143,12 @@ class _Cast:
 
     Nothing is fp32 in between, so the peak is lower, too.
 
-    Args:
-        decoder: the decoder.
-        kept: names of the parameters that keep their type.
-
-    Attributes:
-        saved: bytes that were saved; None if upstream has not cast the decoder to fp32.
+    `kept` are the names of the parameters that keep their type.
     """
 
-    def __init__(self, decoder: Any, kept: Collection[str]) -> None:
-        self._decoder, self.kept = decoder, frozenset(kept)
-        self.saved: int | None = None
+    def __init__(self, decoder: Any, kept: frozenset[str]) -> None:
+        self._decoder, self.kept = decoder, kept
+        self.saved: int | None = None  # bytes that were saved; None if upstream has not cast the decoder to fp32
         self._original = decoder.to
         if kept:
             decoder.to = self._to
@@ -197,48 +185,35 @@ def _cast_all_but(decoder: torch.nn.Module, kept: Set[str], dtype: torch.dtype) 
 
 def kept_weights(
     options: Mapping[str, Any], decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None
-) -> dict[str, int]:
-    """Names and sizes of the decoder's parameters that stay in bf16 in this training."""
+) -> frozenset[str]:
+    """Names of the decoder's parameters that stay in bf16: those that autocast would cast back, and no LoKr adapts."""
     import torch
 
     if chosen(options) == "fp32" or autocast is not torch.bfloat16:
-        return {}
+        return frozenset()
     idle = dict(idle_layers(network))
     adapted = {id(lora.org_module[0]) for lora in getattr(network, "loras", ()) if lora.lora_name not in idle}
-    return dict(_frozen_bf16(decoder, adapted))
-
-
-def _frozen_bf16(decoder: torch.nn.Module, adapted: set[int]) -> Iterator[tuple[str, int]]:
-    """Names and sizes of the frozen bf16 weights that autocast would cast back, except those of a LoKr's targets."""
-    import torch
-
     cast_by_autocast = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
-    for prefix, module in decoder.named_modules():
-        if isinstance(module, cast_by_autocast) and id(module) not in adapted:
-            for name, weight in module.named_parameters(recurse=False):
-                if not weight.requires_grad and weight.dtype is torch.bfloat16:
-                    yield f"{prefix}.{name}", weight.numel()
-
-
-def _kept(now: Settings) -> Settings | None:
-    return now.but(frozen="bf16") if now.mixed and now.frozen == "fp32" else None
-
-
-def _quantized(now: Settings) -> Settings | None:
-    return now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen not in BYTES else None
+    return frozenset(
+        f"{prefix}.{name}"
+        for prefix, module in decoder.named_modules()
+        if isinstance(module, cast_by_autocast) and id(module) not in adapted
+        for name, weight in module.named_parameters(recurse=False)
+        if not weight.requires_grad and weight.dtype is torch.bfloat16
+    )
 
 
 BF16: Final = Saving(
     option="base_weights",
-    apply=_kept,
+    apply=lambda now: now.but(frozen="bf16") if now.mixed and now.frozen == "fp32" else None,
     flag=lambda then: "--base-weights bf16",
-    advice=lambda now, then: "use --base-weights bf16",
     cost="same adapter, bit for bit",
 )
 INT8: Final = Saving(
     option="base_weights",
-    apply=_quantized,
+    apply=lambda now: (
+        now.but(frozen="int8") if now.mixed and BY_NAME[now.kind].quantizable and now.frozen not in BYTES else None
+    ),
     flag=lambda then: "--base-weights int8",
-    advice=lambda now, then: "use --base-weights int8",
     cost="rounds the base model's weights",
 )

@@ -14,6 +14,7 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from ..text import counted
 
@@ -28,14 +29,7 @@ _FACTS: Final = "sidestep.compiled"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--compile"],
-            is_flag=True,
-            default=False,
-            help="Compile the decoder's blocks (torch.compile; other rounding).",
-        )
-    ]
+    return [option("--compile", "Compile the decoder's blocks (torch.compile; other rounding).")]
 
 
 @hookimpl
@@ -59,13 +53,25 @@ def engine_model_ready(run: Run, decoder: torch.nn.Module) -> list[str] | None:
     if not blocks:
         raise Refusal("--compile: this decoder has no list of blocks named layers. Leave it out.")
 
-    def not_compiled(reason: str) -> None:
-        run.state[_FACTS].clear()
-        run.engine.announce(
-            f"Warning: --compile has no effect, torch.compile failed ({reason}). The training goes on without it."
-        )
+    facts = run.state[_FACTS]
 
-    _compile_modules(run, blocks, not_compiled)
+    def give_up(error: Exception) -> None:
+        """Compute as before, and say so once: a failure comes before the block has drawn a random number."""
+        _undo(blocks)
+        if facts:
+            facts.clear()
+            run.engine.announce(
+                f"Warning: --compile has no effect, torch.compile failed ({_reason(error)}). The training goes on "
+                "without it."
+            )
+
+    run.engine.at_end(partial(_undo, blocks))
+    for block in blocks:
+        try:
+            _compile(block, give_up)
+        except RuntimeError as error:  # torch.compile itself says that it does not work here
+            give_up(error)
+            break
     return [
         f"Compile: {counted(len(blocks), 'block')} in the first steps, which take longer (rounds differently: not the "
         "same result)"
@@ -81,36 +87,8 @@ def _blocks(decoder: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from module
 
 
-def _compile_modules(run: Run, modules: Sequence[torch.nn.Module], not_compiled: Callable[[str], None]) -> None:
-    """Let modules be compiled when they are first called, until the training ends.
-
-    Where compiling fails, for example without a C compiler, all of them compute as before. A failure while a module is
-    compiled comes before it has computed anything, so no random number is lost.
-
-    Args:
-        run: the training.
-        modules: what to compile.
-        not_compiled: called once with the reason where compiling fails.
-    """
-    failed: list[str] = []
-
-    def give_up(error: Exception) -> None:
-        _undo(modules)
-        if not failed:
-            failed.append(_reason(error))
-            not_compiled(failed[0])
-
-    run.engine.at_end(partial(_undo, modules))
-    for module in modules:
-        try:
-            _compile(module, give_up)
-        except RuntimeError as error:  # torch.compile itself says that it does not work here
-            give_up(error)
-            return
-
-
 def _compile(module: torch.nn.Module, give_up: Callable[[Exception], None]) -> None:
-    """Compile one module, and call it uncompiled from the first failure of the compiler on."""
+    """Let a module be compiled when it is first called; it is called uncompiled from the first failure on."""
     from torch._dynamo.exc import TorchDynamoException
 
     # Dropout draws the random numbers that it draws without compiling.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from ..adapters.kinds import BY_NAME, DEFAULT
 from ..measured.reading import too_low
 from ..run import AdapterType
-from .activations import Batch, Forward, activation_bytes, working_bytes
+from .activations import activation_bytes, working_bytes
 from .quantization import BYTES
 from .sizes import DecoderSize, adapter_parameters
 
@@ -28,39 +29,22 @@ _BYTES: Final = {**BYTES, "bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training that its memory depends on.
+    """The settings of a training that its memory depends on."""
 
-    Attributes:
-        kind: what is trained.
-        rank: of the adapter.
-        targets: names of the adapted linear layers.
-        dropout: whether a LoRA has dropout.
-        batch_size: songs in a batch.
-        accumulation: batches for each optimizer step, which costs no memory.
-        frames: length of the longest song in frames of latents.
-        tokens: length of the longest condition in tokens.
-        mixed: whether autocast computes in bf16, as on a GPU; else all weights are fp32.
-        frozen: type of the frozen linear and convolution layers, bf16, fp32 or a quantized one; with `mixed` only.
-        checkpointing: whether gradient checkpointing is on.
-        crop_seconds: length of the windows of songs that are trained on; None: whole songs.
-        optimizer_bytes: bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form.
-        averaged: whether a running mean of the adapter is kept beside it, in fp32.
-    """
-
-    kind: AdapterType = DEFAULT.name
-    rank: int = 64
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    dropout: bool = True
-    batch_size: int = 1
-    accumulation: int = 4
-    frames: int = 240 * FRAMES_A_SECOND
-    tokens: int = USUAL_TOKENS
-    mixed: bool = True
-    frozen: str = "bf16"
-    checkpointing: bool = False
-    crop_seconds: float | None = None
-    optimizer_bytes: int = 8
-    averaged: bool = False
+    kind: AdapterType = DEFAULT.name  # what is trained
+    rank: int = 64  # of the adapter
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # names of the adapted linear layers
+    dropout: bool = True  # whether a LoRA has dropout
+    batch_size: int = 1  # songs in a batch
+    accumulation: int = 4  # batches for each optimizer step, which costs no memory
+    frames: int = 240 * FRAMES_A_SECOND  # length of the longest song in frames of latents
+    tokens: int = USUAL_TOKENS  # length of the longest condition in tokens
+    mixed: bool = True  # whether autocast computes in bf16, as on a GPU; else all weights are fp32
+    frozen: str = "bf16"  # type of frozen linear and convolution layers: bf16, fp32, a quantized one; if `mixed`
+    checkpointing: bool = False  # whether gradient checkpointing is on
+    crop_seconds: float | None = None  # length of the windows of songs that are trained on; None: whole songs
+    optimizer_bytes: int = 8  # bytes of the optimizer's state for each parameter: 8 for AdamW, 2 for its 8-bit form
+    averaged: bool = False  # whether a running mean of the adapter is kept beside it, in fp32
 
     @property
     def trained_frames(self) -> int:
@@ -75,36 +59,44 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """One way to need less memory, for the estimate and for every advice."""
+
+    option: str  # name of the plugin's option that it needs; "" for a setting that every training has
+    apply: Callable[[Settings], Settings | None]  # the settings with it; None if it would change nothing
+    flag: Callable[[Settings], str]  # what to type, for the settings with it
+    cost: str  # what it costs, in a few words
+    # A lower-case phrase for the settings without and with it; None for "use" and the flag.
+    advice: Callable[[Settings, Settings], str] | None = None
+
+
+@dataclass(frozen=True)
 class Needs:
-    """Bytes that a training needs at its peak.
+    """Bytes that a training needs at its peak."""
 
-    Attributes:
-        weights: the decoder's frozen weights.
-        adapter, gradients, optimizer: of the trained parameters; a running mean counts as adapter.
-        activations: what waits for the backward pass, and what exists beside it there.
-    """
-
-    weights: int
-    adapter: int
+    weights: int  # the decoder's frozen weights
+    adapter: int  # the trained parameters, and a running mean of them; the next two are theirs, too
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # what waits for the backward pass, and what exists beside it there
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        return sum(dataclasses.astuple(self))
 
     def fits(self, free: int) -> bool:
         """Whether that much free memory is enough, with the margin, and with what estimates were too low by on GPUs."""
         return self.total * MARGIN * too_low() <= free
 
 
+PARTS: Final = tuple(field.name for field in dataclasses.fields(Needs))
+"""Names of what is needed."""
+
+
 def needs(size: DecoderSize, settings: Settings, *, weights: int | None = None, trained: int | None = None) -> Needs:
     """What a training needs. Each term's source is in ``sizes`` and ``activations``.
 
     Args:
-        size: the decoder.
-        settings: the training.
         weights: bytes of the frozen weights, if they are known.
         trained: number of trained parameters, if it is known.
     """
@@ -127,18 +119,8 @@ def shown(number: int) -> str:
 
 def activations(size: DecoderSize, settings: Settings) -> int:
     """Bytes of activations at the peak."""
-    batch = Batch(settings.batch_size, settings.trained_frames, settings.tokens)
-    how = Forward(
-        kind=settings.kind,
-        rank=settings.rank,
-        targets=settings.targets,
-        dropout=settings.dropout and BY_NAME[settings.kind].dropout,
-        mixed=settings.mixed,
-        fp32_weights=settings.frozen == "fp32",
-        checkpointing=settings.checkpointing,
-        mask_bytes=1 if settings.mixed else 4,
-    )
-    return activation_bytes(size, batch, how) + working_bytes(size, batch, how)
+    waiting = activation_bytes(size, settings, mask_bytes=1 if settings.mixed else 4)
+    return waiting + working_bytes(size, settings)
 
 
 def weight_bytes(size: DecoderSize, settings: Settings) -> int:

@@ -1,14 +1,12 @@
-"""How much memory a program may still use, as far as the system says: by psutil, which PEFT brings along."""
+"""How much memory a program may still use: by psutil, which PEFT brings along, and by the limits of a batch job."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-_MEMINFO: Final = Path("/proc/meminfo")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
 _GROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -18,23 +16,12 @@ def free_memory() -> int | None:
 
     In a container or a batch job it is what the job's own limit leaves, if that is less.
     """
-    known = [number for number in (_of_the_system(), *_of_the_job()) if number is not None]
-    return max(0, min(known)) if known else None
-
-
-def _of_the_system() -> int | None:
+    known = list(_of_the_job())
     with suppress(ImportError):
         import psutil
 
-        return int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, IndexError):
-        for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return 1024 * int(value.split()[0])
-    with suppress(AttributeError, OSError, ValueError):  # Windows has no such function, and macOS does not say
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+        known.append(int(psutil.virtual_memory().available))
+    return max(0, min(known)) if known else None
 
 
 def _of_the_job() -> Iterator[int]:

@@ -16,11 +16,11 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from .base_weights import kept_weights
-from .estimate import Settings, shown
+from .estimate import Saving, shown
 from .of_training import Estimate, estimate
-from .saving import Saving
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,8 @@ _SWITCHED: Final = "sidestep.checkpointing"
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--gradient-checkpointing"],
-            type=click.Choice(["auto", "on", "off"]),
-            default="auto",
-            show_default=True,
-            metavar="WHEN",
-            help="Less memory, more time, same result: auto, on or off.",
-        ),
-    ]
+    text = "Less memory, more time, same result: auto, on or off."
+    return [option("--gradient-checkpointing", text, click.Choice(["auto", "on", "off"]), "WHEN", "auto")]
 
 
 @hookimpl
@@ -56,7 +48,7 @@ def acestep_run_started(run: Run) -> None:
 @hookimpl
 def engine_model_ready(run: Run, decoder: torch.nn.Module, network: Any, autocast: torch.dtype | None) -> list[str]:
     said, was_on = run.options["gradient_checkpointing"], _is_on(decoder)
-    needed = estimate(run, decoder, kept_weights(run.options, decoder, network, autocast).keys(), autocast)
+    needed = estimate(run, decoder, kept_weights(run.options, decoder, network, autocast), autocast)
     if said == "auto":
         on, why = (was_on, "") if needed is None else _decided(needed, was_on)
     else:
@@ -150,14 +142,9 @@ def _layers(decoder: torch.nn.Module) -> list[Any]:
     return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _checkpointed(now: Settings) -> Settings | None:
-    return None if now.checkpointing else now.but(checkpointing=True)
-
-
 SAVING: Final = Saving(
     option="gradient_checkpointing",
-    apply=_checkpointed,
+    apply=lambda now: None if now.checkpointing else now.but(checkpointing=True),
     flag=lambda then: "--gradient-checkpointing on",
-    advice=lambda now, then: "use --gradient-checkpointing on",
     cost="same adapter, bit for bit; steps take longer",
 )

@@ -7,13 +7,10 @@ they would rebuild it in every forward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..hookspecs import hookimpl
 from ..run import Run
-
-if TYPE_CHECKING:
-    import torch
 
 
 @hookimpl
@@ -36,10 +33,7 @@ def idle_layers(network: Any) -> Iterator[tuple[str, Any]]:
         trained = any(weight.requires_grad for weight in weights.values())
         # Dropout draws random numbers, and a decomposed weight is rounded: such modules stay where they are.
         plain = not any(getattr(module, name, 0) for name in ("dropout", "rank_dropout", "module_dropout", "wd"))
-        if weights and not trained and plain and any(not bool(weight.any()) for weight in _factors(weights)):
+        # A product is zero when one of its factors is.
+        factors = [weight for name, weight in weights.items() if name.startswith("lokr_") or name == "scalar"]
+        if weights and not trained and plain and any(not bool(weight.any()) for weight in factors):
             yield module.lora_name, module
-
-
-def _factors(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The factors of a LoKr's product; the product is zero when one of them is."""
-    return [weight for name, weight in weights.items() if name.startswith("lokr_") or name == "scalar"]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.kinds import kind_of_config
 from ..run import ModelFacts, Run
-from ..songs.lengths import longest
+from ..songs.one_song import longest
 from .base_weights import chosen
-from .estimate import FRAMES_A_SECOND, Needs, Settings, needs, shown
+from .estimate import FRAMES_A_SECOND, PARTS, Needs, Settings, needs, shown
 from .quantization import BYTES
 from .sizes import DecoderSize
 
@@ -21,22 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one training needs.
+    """What one training needs."""
 
-    Attributes:
-        size: of the decoder.
-        settings: of the training, with gradient checkpointing as upstream left it.
-        weights, trained: bytes of the frozen weights and number of trained parameters, counted.
-        free: bytes that the device has for the training, weights included; None if that is not known.
-        options: names of the options of the plugins.
-    """
-
-    size: DecoderSize
-    settings: Settings
-    weights: int
-    trained: int
-    free: int | None
-    options: Set[str]
+    size: DecoderSize  # of the decoder
+    settings: Settings  # of the training, with gradient checkpointing as upstream left it
+    weights: int  # bytes of the frozen weights, counted
+    trained: int  # number of trained parameters, counted
+    free: int | None  # bytes that the device has for the training, weights included; None if that is not known
+    options: Set[str]  # names of the options of the plugins
 
     def needs(self, *, checkpointing: bool) -> Needs:
         """What it needs with gradient checkpointing on or off."""
@@ -48,8 +40,7 @@ class Estimate:
         need, settings = self.needs(checkpointing=checkpointing), self.settings
         of_free = "" if self.free is None else f" of {shown(self.free)}"
         seconds = settings.trained_frames / FRAMES_A_SECOND
-        parts = {"adapter": need.adapter, "gradients": need.gradients, "optimizer": need.optimizer}
-        told = ", ".join(f"{name} {shown(part)}" for name, part in {"weights": need.weights, **parts}.items())
+        told = ", ".join(f"{name} {shown(getattr(need, name))}" for name in PARTS[:-1])
         line = f"Memory: about {shown(need.total)}{of_free} ({told}, activations {shown(need.activations)} for "
         line += f"{settings.batch_size} x {seconds:.0f} s)"
         if self.free is None or need.total <= self.free:
@@ -72,8 +63,6 @@ def estimate(run: Run, decoder: torch.nn.Module, kept: Set[str], autocast: torch
     """Estimate a training whose adapter was injected and whose decoder upstream has not cast yet.
 
     Args:
-        run: the training.
-        decoder: its decoder.
         kept: names of the decoder's parameters that stay in bf16.
         autocast: the type that autocast computes in, None without autocast.
 
@@ -124,7 +113,6 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
     """The settings of a training that its memory depends on, as far as configurations and options say them.
 
     Args:
-        training_config, adapter_config: upstream's.
         options: the values of the plugins' options.
         mixed: whether autocast computes in bf16.
     """
@@ -141,7 +129,7 @@ def settings_of(training_config: Any, adapter_config: Any, options: Mapping[str,
     )
 
 
-def _number(config: Any, *names: str) -> int:
-    """The first of a config's attributes that is a positive number; 1 if none is."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), 1)
+def _number(config: Any, name: str) -> int:
+    """One of a config's attributes; 1 if it is no positive number."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else 1

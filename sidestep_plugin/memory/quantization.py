@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..engine.decoders import undisturbed
 from ..errors import Refusal
@@ -33,7 +33,6 @@ def quantize(run: Run, decoder: torch.nn.Module, autocast: torch.dtype | None, k
     """Quantize the frozen linear layers of the decoder's blocks until the training ends.
 
     Args:
-        run: the training.
         decoder: its decoder, with the adapter in it.
         autocast: the type that autocast computes in, None without autocast.
         kind: one of :data:`BYTES`.
@@ -52,7 +51,8 @@ def quantize(run: Run, decoder: torch.nn.Module, autocast: torch.dtype | None, k
         raise Refusal(f"--base-weights {kind}: this decoder has no frozen linear layers in blocks. Leave it out.")
     before, size = _loss(run, decoder, autocast), _size(decoder)
     types = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers.values()})
-    _replace(run, decoder, dict.fromkeys(layers, partial(QuantizedLinear, kind=kind)))
+    for name, layer in layers.items():  # one by one, so that little more than one layer is there twice
+        _replace(run, decoder, name, QuantizedLinear(layer, kind))
     after = _loss(run, decoder, autocast)
     line = f"Base weights: {kind} instead of {' and '.join(types)} in {len(layers)} layers, "
     line += f"{(size - _size(decoder)) / 2**20:,.0f} MiB less (not the same result"
@@ -68,11 +68,8 @@ def _layers(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
 
     for name, module in decoder.named_modules():
         inside = any(part.isdigit() for part in name.split("."))
-        if (
-            inside
-            and type(module) is torch.nn.Linear
-            and not any(weight.requires_grad for weight in module.parameters())
-        ):
+        trained = any(weight.requires_grad for weight in module.parameters(recurse=False))
+        if inside and type(module) is torch.nn.Linear and not trained:
             yield name, module
 
 
@@ -92,10 +89,9 @@ def _loss(run: Run, decoder: torch.nn.Module, autocast: torch.dtype | None) -> f
     if song is None:
         return None
     weight = next(parameter for parameter in decoder.parameters() if parameter.is_floating_point())
+    frames = _SECONDS * FRAMES_A_SECOND
     there = {
-        name: tensor[: _SECONDS * FRAMES_A_SECOND].unsqueeze(0).to(weight.device, weight.dtype)
-        if not name.startswith("encoder")
-        else tensor.unsqueeze(0).to(weight.device, weight.dtype)
+        name: (tensor if name.startswith("encoder") else tensor[:frames]).unsqueeze(0).to(weight.device, weight.dtype)
         for name, tensor in song.items()
     }
     data = there.pop("target_latents")
@@ -126,32 +122,21 @@ def _song(run: Run) -> dict[str, torch.Tensor] | None:
     return None
 
 
-def _replace(run: Run, decoder: torch.nn.Module, replaced: Mapping[str, Callable[[Any], torch.nn.Module]]) -> None:
-    """Put replacements in place, one after the other, so that little more than one layer is there twice.
+def _replace(run: Run, decoder: torch.nn.Module, name: str, made: torch.nn.Module) -> None:
+    """Put another module in place of one, which comes back when the training ends, and waits in RAM until then.
 
-    The originals come back when the training ends, and wait for that in the computer's memory. After a training from
-    the command line the program ends, so there they are freed at once.
-
-    Args:
-        run: the training.
-        decoder: its decoder.
-        replaced: by name of a module, a function that is given the module and returns another one, which computes the
-            same shapes and has nothing to train.
+    After a training from the command line the program ends, so there the original is freed.
     """
-    for name, make in replaced.items():
-        owner, _, last = name.rpartition(".")
-        original = decoder.get_submodule(name)
-        made = make(original)
-        made.train(original.training)
-        decoder.get_submodule(owner).add_module(last, made)
-        if not run.engine.ends_the_program:
-            device = next((weight.device for weight in original.parameters()), None)
-            run.engine.at_end(partial(_put_back, decoder, name, original, device))
-            original.to("cpu")
+    original = decoder.get_submodule(name)
+    made.train(original.training)
+    decoder.set_submodule(name, made)
+    if not run.engine.ends_the_program:
+        device = next(original.parameters()).device
+        run.engine.at_end(partial(_put_back, decoder, name, original, device))
+        original.to("cpu")
 
 
-def _put_back(decoder: torch.nn.Module, name: str, original: torch.nn.Module, device: torch.device | None) -> None:
-    owner, _, last = name.rpartition(".")
+def _put_back(decoder: torch.nn.Module, name: str, original: torch.nn.Module, device: torch.device) -> None:
     frozen = [weight for weight in decoder.parameters() if weight.is_floating_point() and not weight.requires_grad]
     # Early versions of upstream cast the whole model to bf16, which the original has missed.
     smallest = min((weight.dtype for weight in frozen), key=lambda dtype: dtype.itemsize, default=None)
@@ -159,4 +144,4 @@ def _put_back(decoder: torch.nn.Module, name: str, original: torch.nn.Module, de
         if smallest is not None and weight.dtype.itemsize > smallest.itemsize:
             original.to(smallest)
             break
-    decoder.get_submodule(owner).add_module(last, original if device is None else original.to(device))
+    decoder.set_submodule(name, original.to(device))

@@ -42,10 +42,6 @@ class QuantizedLinear(torch.nn.Linear):
         self.register_buffer("data", values.round().to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out,in] that the layer computes with."""
-        return _dequantized(self.data, self.scale, dtype)
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
@@ -54,7 +50,8 @@ class QuantizedLinear(torch.nn.Linear):
         return result if self.bias is None else result + self.bias.to(dtype)
 
 
-def _dequantized(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantized(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out,in] that a layer computes with."""
     return data.to(dtype) * scale.to(dtype)
 
 
@@ -64,10 +61,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(data, scale)
-        return torch.nn.functional.linear(input, _dequantized(data, scale, input.dtype))
+        return torch.nn.functional.linear(input, dequantized(data, scale, input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = gradients
         data, scale = ctx.saved_tensors
-        return gradient.matmul(_dequantized(data, scale, gradient.dtype)), None, None
+        return gradient.matmul(dequantized(data, scale, gradient.dtype)), None, None

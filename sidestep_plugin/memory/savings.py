@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from . import base_weights, gradient_checkpointing
-from .estimate import FRAMES_A_SECOND, Settings
-from .saving import Saving
+from .estimate import FRAMES_A_SECOND, Saving, Settings
 
 _CROPS: Final = (120, 60, 30)
 """Seconds that are suggested for the windows of songs: the longest of them that halves the song."""
@@ -26,10 +25,6 @@ def _batch(now: Settings) -> Settings | None:
     if now.batch_size == 1:
         return None
     return now.but(batch_size=1, accumulation=now.accumulation * now.batch_size)
-
-
-def _rank(now: Settings) -> Settings | None:
-    return now.but(rank=now.rank // 2) if now.rank > 1 else None
 
 
 SAVINGS: Final = (
@@ -49,12 +44,11 @@ SAVINGS: Final = (
         option="crop_seconds",
         apply=_crop,
         flag=lambda then: f"--crop-seconds {then.crop_seconds:g}",
-        advice=lambda now, then: f"use --crop-seconds {then.crop_seconds:g}",
         cost="trains on parts of the songs",
     ),
     Saving(
         option="",
-        apply=_rank,
+        apply=lambda now: now.but(rank=now.rank // 2) if now.rank > 1 else None,
         flag=lambda then: f"--rank {then.rank}",
         advice=lambda now, then: f"lower --rank (now {now.rank}) to {then.rank}",
         cost="a smaller adapter",
@@ -65,12 +59,7 @@ SAVINGS: Final = (
 
 
 def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Saving, Settings]]:
-    """Each saving that would still change something, with the settings that it and all before it lead to.
-
-    Args:
-        now: the settings of the training.
-        options: names of the plugins' options that the training has.
-    """
+    """Each saving that would still change something, with the settings that it and all before it lead to."""
     for saving in SAVINGS:
         if saving.option and saving.option not in options:
             continue
@@ -83,13 +72,7 @@ def savings_for(now: Settings, options: Collection[str]) -> Iterator[tuple[Savin
 def enough(
     now: Settings, options: Collection[str], fits: Callable[[Settings], bool]
 ) -> tuple[list[str], Settings] | None:
-    """The cheapest flags with which a training fits, and its settings then; None if all of them are not enough.
-
-    Args:
-        now: the settings of the training.
-        options: names of the plugins' options that the training has.
-        fits: tells whether settings fit.
-    """
+    """The cheapest flags with which a training fits, and its settings then; None if all of them are not enough."""
     chosen: list[Saving] = []
     for saving, then in savings_for(now, options):
         chosen.append(saving)
@@ -125,6 +108,7 @@ def advice_for(now: Settings, options: Collection[str]) -> list[str]:
     """What to change, the cheapest first: each as a lower-case phrase, with what it costs."""
     lines = []
     for saving, then in savings_for(now, options):
-        lines.append(f"{saving.advice(now, then)} ({saving.cost})")
+        advice = f"use {saving.flag(then)}" if saving.advice is None else saving.advice(now, then)
+        lines.append(f"{advice} ({saving.cost})")
         now = then
     return lines

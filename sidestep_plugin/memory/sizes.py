@@ -19,30 +19,18 @@ _TIME_CHANNELS: Final = 256
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """What a decoder's memory depends on. Widths are numbers of channels.
+    """What a decoder's memory depends on. Widths are numbers of channels."""
 
-    Attributes:
-        width: of the hidden states.
-        condition_width: of the conditions (``encoder_hidden_states``).
-        feed_forward: of the MLP.
-        layers: number of layers.
-        heads, key_value_heads: attention heads of the queries, and of keys and values.
-        head_dim: width of a head.
-        channels: of latents and context together.
-        audio: of the latents.
-        patch: frames of latents in one position of the sequence.
-    """
-
-    width: int
-    condition_width: int
-    feed_forward: int
-    layers: int
-    heads: int
+    width: int  # of the hidden states
+    condition_width: int  # of the conditions (``encoder_hidden_states``)
+    feed_forward: int  # of the MLP
+    layers: int  # number of layers
+    heads: int  # of the queries' attention
     key_value_heads: int
     head_dim: int
-    channels: int = 192
-    audio: int = 64
-    patch: int = 2
+    channels: int = 192  # of latents and context together
+    audio: int = 64  # of the latents
+    patch: int = 2  # frames of latents in one position of the sequence
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecoderSize | None:

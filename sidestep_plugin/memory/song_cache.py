@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ import click
 
 from ..engine.answers import counted, writes
 from ..hookspecs import hookimpl
+from ..options import option
 from ..run import Run
 from .free_memory import free_memory
 
@@ -43,16 +44,7 @@ class CacheSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    return [
-        click.Option(
-            ["--song-cache"],
-            type=CacheSize(),
-            metavar="SIZE",
-            default="auto",
-            show_default=True,
-            help="RAM for songs: auto, off, or a size such as 4GB.",
-        )
-    ]
+    return [option("--song-cache", "RAM for songs: auto, off, or a size such as 4GB.", CacheSize(), "SIZE", "auto")]
 
 
 @hookimpl
@@ -170,11 +162,5 @@ def _handed_out(song: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size(song: Mapping[str, Any]) -> int:
     """Bytes of memory that a song's tensors keep."""
-    return sum(dict(_storages(song)).values())
-
-
-def _storages(song: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    for value in song.values():
-        if hasattr(value, "untyped_storage"):
-            storage = value.untyped_storage()
-            yield storage.data_ptr(), storage.nbytes()
+    storages = [value.untyped_storage() for value in song.values() if hasattr(value, "untyped_storage")]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
 
-from .estimate import Needs, Settings, needs
+from .estimate import PARTS, Needs, Settings, needs
 from .savings import savings_for, with_flag
 from .sizes import DecoderSize
-
-_PARTS: Final = ("weights", "adapter", "gradients", "optimizer", "activations")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line.
+    """One line."""
 
-    Attributes:
-        name: what it adds to the lines above, as it is printed.
-        flags: all flags up to here; empty for ACE-Step alone.
-        needs: what such a training needs.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    needs: Needs
+    name: str  # what it adds to the lines above, as it is printed
+    flags: tuple[str, ...]  # all flags up to here; empty for ACE-Step alone
+    needs: Needs  # what such a training needs
 
 
 def rows_for(size: DecoderSize, settings: Settings, options: Collection[str]) -> list[Row]:
     """ACE-Step alone as its newest version trains, the plugin, and then one saving more in each line.
 
     Args:
-        size: the decoder.
-        settings: the training.
         options: names of the plugin's options; without any, ACE-Step alone.
     """
     alone = settings.but(frozen="fp32", checkpointing=True)
@@ -57,9 +46,9 @@ def as_text(rows: Iterable[Row], free: int | None = None) -> list[str]:
     listed = list(rows)
     wide = max(len(row.name) for row in listed) + 2
     fits = "" if free is None else "   fits"
-    lines = [" " * wide + "".join(f"{part:>13}" for part in (*_PARTS, "total")) + fits]
+    lines = [" " * wide + "".join(f"{part:>13}" for part in (*PARTS, "total")) + fits]
     for row in listed:
-        numbers = [getattr(row.needs, part) for part in _PARTS] + [row.needs.total]
+        numbers = [getattr(row.needs, part) for part in PARTS] + [row.needs.total]
         verdict = "" if free is None else f"   {'yes' if row.needs.fits(free) else 'no'}"
         lines.append(f"{row.name:<{wide}}" + "".join(f"{number / 2**30:>13.2f}" for number in numbers) + verdict)
     return lines

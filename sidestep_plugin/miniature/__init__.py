@@ -18,7 +18,6 @@ torch is imported when something is written, not when this module is.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,33 +25,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .encoders import write_audio, write_encoders
+from .encoders import write_audio as write_audio
+from .encoders import write_encoders, write_json
 
-__all__ = [
-    "CONDITION_WIDTH",
-    "MODELS",
-    "OFFICIAL_MODELS",
-    "XL_CONDITION_WIDTH",
-    "Miniature",
-    "build",
-    "write_audio",
-    "write_checkout",
-    "write_encoders",
-    "write_model",
-    "write_tensors",
-]
-
-OFFICIAL_MODELS = (
-    "acestep-v15-base",
-    "acestep-v15-sft",
-    "acestep-v15-turbo",
-    "acestep-v15-turbo-shift1",
-    "acestep-v15-turbo-shift3",
-    "acestep-v15-turbo-continuous",
-    "acestep-v15-xl-base",
-    "acestep-v15-xl-sft",
-    "acestep-v15-xl-turbo",
-)
+OFFICIAL_MODELS = tuple(
+    f"acestep-v15-{name}"
+    for name in (
+        "base", "sft", "turbo", "turbo-shift1", "turbo-shift3", "turbo-continuous", "xl-base", "xl-sft", "xl-turbo",
+    )
+)  # fmt: skip
 MODELS = OFFICIAL_MODELS[:3]
 
 CONDITION_WIDTH = 64
@@ -164,7 +145,7 @@ def write_model(directory: Path, name: str, *, seed: int, **config_overrides: An
     folder.mkdir(parents=True, exist_ok=True)
     for file in _MODEL_FILES:
         shutil.copyfile(_HERE / "model" / file, folder / file)
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     # As beside every official model: what a generation from nothing has for context.
     silence = 0.1 * torch.randn((1, 64, 40), generator=generator, device="cpu", dtype=torch.float32)
@@ -205,16 +186,10 @@ def write_tensors(directory: Path, *, condition_width: int, songs: int, seed: in
             },
         }
         torch.save(song, directory / name)
-    _write_json(
-        directory / "manifest.json",
-        {"metadata": {"name": "miniature"}, "num_samples": len(names), "samples": names},
-    )
+    manifest = {"metadata": {"name": "miniature"}, "num_samples": len(names), "samples": names}
+    write_json(directory / "manifest.json", manifest)
     return directory
 
 
 def _is_xl(model: str) -> bool:
     return "xl" in model.split("-")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")

@@ -43,7 +43,7 @@ def write_audio(folder: Path, *, seconds: float = 12.0) -> Path:
             (folder / f"{name}.caption.txt").write_text(caption + "\n", encoding="utf-8")
             (folder / f"{name}.lyrics.txt").write_text(lyrics + "\n", encoding="utf-8")
             said = {"bpm": bpm, "keyscale": key, "timesignature": "4/4", "language": language}
-            _write_json(folder / f"{name}.json", said)
+            write_json(folder / f"{name}.json", said)
         else:
             text = f"caption: {caption}\nbpm: {bpm}\nkey: {key}\nsignature: 4/4\nlyrics:\n{lyrics}\n"
             (folder / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -77,17 +77,15 @@ def _write_vae(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_HERE / "model" / "modeling_miniature_vae.py", folder / "modeling_miniature_vae.py")
     code = "modeling_miniature_vae"
-    _write_json(
-        folder / "config.json",
-        {
-            "architectures": ["MiniatureVAE"],
-            "auto_map": {"AutoConfig": f"{code}.MiniatureVAEConfig", "AutoModel": f"{code}.MiniatureVAE"},
-            "decoder_input_channels": 64,
-            "hop": 1920,
-            "model_type": "miniature_vae",
-            "sampling_rate": _RATE,
-        },
-    )
+    settings = {
+        "architectures": ["MiniatureVAE"],
+        "auto_map": {"AutoConfig": f"{code}.MiniatureVAEConfig", "AutoModel": f"{code}.MiniatureVAE"},
+        "decoder_input_channels": 64,
+        "hop": 1920,
+        "model_type": "miniature_vae",
+        "sampling_rate": _RATE,
+    }
+    write_json(folder / "config.json", settings)
     save_file({"gain": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -98,16 +96,9 @@ def _write_text_encoder(folder: Path, width: int) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [*_SPECIAL, *sorted(_byte_signs())]
-    _write_json(folder / "tokenizer.json", _tokenizer(tokens))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-            "model_max_length": 131072,
-        },
-    )
+    write_json(folder / "tokenizer.json", _tokenizer(tokens))
+    about = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "model_max_length": 131072}
+    write_json(folder / "tokenizer_config.json", about | {"tokenizer_class": "PreTrainedTokenizerFast"})
     layers, heads, size = 2, 2, 16
     settings = {
         "architectures": ["Qwen3Model"],
@@ -123,7 +114,7 @@ def _write_text_encoder(folder: Path, width: int) -> None:
         "tie_word_embeddings": True,
         "vocab_size": len(tokens),
     }
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     generator = torch.Generator().manual_seed(11)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (len(tokens), width), "norm.weight": (width,)}
     for layer in range(layers):
@@ -160,21 +151,13 @@ def _byte_signs() -> list[str]:
 def _tokenizer(tokens: list[str]) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": number,
-                "content": content,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for number, content in enumerate(_SPECIAL)
+            {"id": number, "content": content, "special": True, **plain} for number, content in enumerate(_SPECIAL)
         ],
         "normalizer": None,
         "pre_tokenizer": byte_level,
@@ -199,6 +182,7 @@ def _tokenizer(tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object; the same bytes every time."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -61,14 +61,9 @@ _WAITING: Final = ".latents"
 
 @dataclass(frozen=True)
 class Done:
-    """What a job has done.
+    """What a job has done: numbers of songs that were made, got new conditions, or were as they should be.
 
-    Attributes:
-        made: songs of which everything was made.
-        renewed: songs of which the conditions were made.
-        kept: songs that were as they should be.
-        failed: songs that could not be made, with the reason.
-        removed: files in the output folder whose source is gone.
+    Those that could not be made come with the reason; `removed` are files in the output folder whose source is gone.
     """
 
     made: int
@@ -79,24 +74,18 @@ class Done:
 
 
 def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | None = None) -> Done:
-    """Prepare the songs of a folder, or renew finished ones.
+    """Prepare the songs of a folder, or renew finished ones; `show` gets the plan before anything is loaded.
 
-    Args:
-        request: what is asked for.
-        say: prints a line.
-        show: is called with the plan before anything is loaded.
-
-    Raises:
-        Refusal: something that is needed is missing, or cannot be used. Finished songs stay.
-        OSError: the output folder cannot be written.
-        KeyboardInterrupt: the job was interrupted. Finished songs stay.
+    Raises Refusal and OSError, also KeyboardInterrupt. Songs that are finished by then stay.
     """
     offline()
     planned = plan(request)
     places = find_places(request)
     check_writable(request.output)
     with _locked(request.output):
-        _clean(request.output)
+        for place in (request.output, request.output / _WAITING):
+            for left in place.glob(".*.tmp"):  # half written by a job that was killed; nobody else is writing now
+                left.unlink(missing_ok=True)
         encoders = Encoders.of(places.model, places.text_encoder)
         vae = "" if places.vae is None else hash_of_weights(places.vae)
         decide(planned.usable, request, encoders, vae)
@@ -105,8 +94,7 @@ def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | No
         failed = {song.name: song.unusable for song in planned.songs if song.unusable}
         if planned.to_make:
             restrict_gpus(request.device)
-            work = _Work(request, places, encoders, vae, pick_device(request.device), say)
-            with work:
+            with closing(_Work(request, places, encoders, vae, pick_device(request.device), say)) as work:
                 failed |= work.make(planned.to_make)
         _finish(request, places, planned, failed)
     made = [song for song in planned.usable if song.name not in failed]
@@ -117,27 +105,28 @@ def prepare(request: PrepareRequest, say: Say, show: Callable[[Plan], None] | No
     return Done(count[ALL], count[CONDITIONS], count[NOTHING], tuple(failed.items()), planned.removed)
 
 
+@dataclass
 class _Work:
-    """The loaded parts, and what is done with them. Leaving its block gives their memory back."""
+    """The loaded parts, and what is done with them. Closing it gives their memory back."""
 
-    def __init__(
-        self, request: PrepareRequest, places: Places, encoders: Encoders, vae: str, device: torch.device, say: Say
-    ) -> None:
-        self.request, self.places, self.encoders, self.vae_hash = request, places, encoders, vae
-        self.device, self.say = device, say
-        self.dtype, self.attention = dtype_on(device), attention_on(device)
-        self.vae: Any = None
-        self.handler: Any = None
+    request: PrepareRequest
+    places: Places
+    encoders: Encoders
+    vae_hash: str
+    device: torch.device
+    say: Say
+    vae: Any = None
+    handler: Any = None
 
-    def __enter__(self) -> _Work:
-        return self
+    def __post_init__(self) -> None:
+        self.dtype, self.attention = dtype_on(self.device), attention_on(self.device)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.vae = self.handler = None
         freed(self.device)
 
     def make(self, songs: Sequence[Song]) -> dict[str, str]:
-        """Make songs in turn | returns those that could not be made, with the reason."""
+        """Make songs in turn. Returns those that could not be made, with the reason."""
         failed: dict[str, str] = {}
         sounds = [song for song in songs if song.make == ALL and self.places.vae is not None]
         if self.request.low_memory and sounds:
@@ -159,7 +148,7 @@ class _Work:
         return failed
 
     def _make(self, song: Song) -> list[str]:
-        """Make one song and write it | returns what is worth telling."""
+        """Make one song and write it. Returns what is worth telling."""
         latents, sound = self._latents(song)
         words = words_of(song.text, len(latents))
         encoded = self._encode(words, len(latents))
@@ -167,13 +156,11 @@ class _Work:
         record = record_of(self.request.conditions, self.encoders, encoded, words, song.text, latents, machine, sound)
         write_song(song.file, song_of(latents, encoded, song.text, self._origin(song), record))
         self._aside(song).unlink(missing_ok=True)
-        told = encoded.told
-        lines = []
-        if self.request.conditions != UPSTREAM:
-            if told.prompt_lost:
-                lines.append(f"{counted(told.prompt_lost, 'token')} of the prompt are cut: shorten the caption")
-            if told.lyrics_lost:
-                lines.append(f"{counted(told.lyrics_lost, 'token')} of the lyrics are cut")
+        told, lines = encoded.told, []
+        if told.prompt_lost and self.request.conditions != UPSTREAM:
+            lines.append(f"{counted(told.prompt_lost, 'token')} of the prompt are cut: shorten the caption")
+        if told.lyrics_lost and self.request.conditions != UPSTREAM:
+            lines.append(f"{counted(told.lyrics_lost, 'token')} of the lyrics are cut")
         return lines
 
     def _origin(self, song: Song) -> str:
@@ -229,11 +216,8 @@ class _Work:
         try:
             found = load_song(self._aside(song))
             sound = found["sound"]
-            right = (sound["audio"], sound["vae"], sound["longest"]) == (
-                song.digest,
-                self.vae_hash,
-                self.request.longest,
-            )
+            wanted = (song.digest, self.vae_hash, self.request.longest)
+            right = (sound["audio"], sound["vae"], sound["longest"]) == wanted
         except Exception:  # nothing there, or nothing that can be read
             return None
         return dict(found) if right else None
@@ -323,13 +307,6 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         yield
-
-
-def _clean(folder: Path) -> None:
-    """Remove what a killed job has left half written. The folder is locked, so nobody else is writing."""
-    for place in (folder, folder / _WAITING):
-        for file in place.glob(".*.tmp"):
-            file.unlink(missing_ok=True)
 
 
 def _finish(request: PrepareRequest, places: Places, planned: Plan, failed: dict[str, str]) -> None:

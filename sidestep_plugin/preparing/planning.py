@@ -11,49 +11,36 @@ from ..engine.song_files import Encoders, hash_of_tensor, record_in, words_of
 from ..errors import Refusal
 from ..songs.audio import audio_files, look_at
 from ..songs.dataset import FRAMES_A_SECOND, songs_in
-from ..songs.one_song import frames_in, load_song, read_song
-from ..songs.song_names import song_names
+from ..songs.one_song import frames_in, load_song, metadata_in, read_song
+from ..songs.song_names import song_names, told_from
 from ..songs.song_text import SongText, find_texts
 from ..songs.values import hash_of, not_finite_in
-from ..text import counted, shown
+from ..text import counted, listed, shown
 from .request import PrepareRequest
 
 ALL: Final = "all"
 CONDITIONS: Final = "conditions"
 NOTHING: Final = "nothing"
 
-_MOST: Final = 5  # names in a list
-
 
 @dataclass
 class Song:
-    """A song that is to be prepared.
+    """A song that is to be prepared."""
 
-    Attributes:
-        source: the audio, or the finished song that is renewed.
-        name: the source's path from its folder, with slashes.
-        file: the file that it becomes.
-        text: what the model is told.
-        seconds: length of the song, as far as it is known before encoding.
-        digest: SHA-256 of the audio file; of the latents of a finished song.
-        before: what the file that is there says about how it was made; None where there is none.
-        make: "all", "conditions" or "nothing".
-        problems: what is missing or odd, and what is used instead; ``--strict`` refuses them.
-        notes: what is told only.
-        unusable: why no song can be made of it, "" when one can.
-    """
-
+    # source, name: the audio, or the finished song that is renewed, and its path from its folder, with slashes.
     source: Path
     name: str
-    file: Path
-    text: SongText
-    seconds: float
-    digest: str
+    file: Path  # the file that it becomes
+    text: SongText  # what the model is told
+    seconds: float = 0.0  # length of the song, as far as it is known before encoding
+    digest: str = ""  # SHA-256 of the audio file; of the latents of a finished song
+    # What the file that is there says about how it was made; None where there is none.
     before: Mapping[str, Any] | None = None
-    make: str = ALL
+    make: str = ALL  # "all", "conditions" or "nothing"
+    # What is missing or odd, and what is used instead; ``--strict`` refuses them.
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    unusable: str = ""
+    notes: list[str] = field(default_factory=list)  # what is told only
+    unusable: str = ""  # why no song can be made of it, "" when one can
 
     @property
     def sound(self) -> Mapping[str, Any]:
@@ -64,11 +51,7 @@ class Song:
 
 @dataclass(frozen=True)
 class Plan:
-    """The songs of a folder, and lines about the folder.
-
-    Attributes:
-        removed: names of songs in the output folder whose source is no longer there.
-    """
+    """The songs of a folder, lines about it, and names of songs in the output folder whose source is gone."""
 
     songs: tuple[Song, ...]
     notes: tuple[str, ...]
@@ -84,19 +67,16 @@ class Plan:
 
 
 def plan(request: PrepareRequest, *, look: bool = False) -> Plan:
-    """Look at the songs and at what is in the output folder.
+    """Look at the songs and at what is in the output folder; with `look` at the sound of finished songs, too.
 
-    Args:
-        request: what was asked for.
-        look: whether to look at the sound of songs that are finished already, too.
-
-    Raises:
-        Refusal: no songs, texts that cannot be read, other people's songs in the output folder, or, with ``--strict``,
-            songs with problems.
+    Raises Refusal if there are no songs, for texts that cannot be read, for other people's songs in the output folder,
+    and, with ``--strict``, for songs with problems.
     """
     check_apart(request)
-    found = _finished(request) if request.renew else _audio(request, look)
-    songs, notes = found
+    songs, notes = _finished(request) if request.renew else _audio(request, look)
+    for song in songs:
+        song.problems += song.text.problems
+        song.notes += song.text.changes
     removed = _compare_with_output(request, songs)
     if request.strict and (bad := [song for song in songs if song.problems or song.unusable]):
         lines = [f"{shown(song.name)}: {'; '.join([*filter(None, [song.unusable]), *song.problems])}" for song in bad]
@@ -139,39 +119,23 @@ def check_apart(request: PrepareRequest) -> None:
 def _audio(request: PrepareRequest, look: bool) -> tuple[list[Song], list[str]]:
     found = audio_files(request.source)
     audio = [file for file in found.audio if not file.resolve().is_relative_to(request.output.resolve())]
-    texts = find_texts(
-        request.source,
-        audio,
-        dataset=request.dataset,
-        trigger=request.trigger,
-        as_typed=request.as_typed,
-        language=request.language,
-    )
-    names = song_names(request.source, audio)
-    songs = []
-    for file in audio:
-        text, target = texts.songs[file], request.output / f"{names[file]}.pt"
-        song = Song(file, _told_from(request.source, file), target, text, 0.0, "")
+    songs, notes = _with_texts(request, audio)
+    for song in songs:
         try:
-            song.digest = hash_of(file)
+            song.digest = hash_of(song.source)
         except OSError as error:
             song.unusable = f"cannot be read ({error.strerror or error})"
-        song.before = _record_at(target)
         if song.before is not None and song.sound.get("audio") == song.digest and not (look or request.strict):
             song.seconds = float(song.sound.get("seconds", 0.0))
         elif not song.unusable:
-            facts = look_at(file)
+            facts = look_at(song.source)
             song.seconds, song.unusable = min(facts.seconds, request.longest), facts.unusable
             song.problems += facts.problems
             song.notes += facts.notes
             if facts.seconds > request.longest:
-                song.problems.append(
-                    f"{facts.seconds:.0f} seconds long, of which the first {request.longest:g} are used"
-                )
-        song.problems += text.problems
-        song.notes += text.changes
-        songs.append(song)
-    return songs, [*found.notes, *texts.notes]
+                used = f"of which the first {request.longest:g} are used"
+                song.problems.append(f"{facts.seconds:.0f} seconds long, {used}")
+    return songs, [*found.notes, *notes]
 
 
 def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
@@ -180,15 +144,26 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         raise Refusal(
             f"No songs in {request.source}: expected .pt files from ACE-Step's preprocessing, or from prepare."
         )
-    known: dict[Path, Mapping[str, Any]] = {}
-    broken: dict[Path, str] = {}
-    for file in files:
-        _, problem = read_song(file)
-        if problem:
-            broken[file] = problem
-            continue
-        metadata = load_song(file).get("metadata")
-        known[file] = metadata if isinstance(metadata, Mapping) else {}
+    read = {file: read_song(file) for file in files}
+    known = {file: metadata_in(tensors) for file, (tensors, problem) in read.items() if not problem}
+    songs, notes = _with_texts(request, files, known)
+    for song in songs:
+        song.unusable = read[song.source][1]
+        if not song.unusable:
+            frames = frames_in(song.source)
+            song.seconds = frames / FRAMES_A_SECOND
+            song.digest = hash_of_tensor(load_song(song.source)["target_latents"][:frames])
+            if any(bad.tensor == "target_latents" and not bad.hidden for bad in not_finite_in(song.source)):
+                song.unusable = "its latents hold values that are not finite (NaN or infinity); prepare it from audio"
+            if known[song.source].get("preprocess_mode") == "lokr":
+                song.notes.append("was preprocessed in the LoKr mode, with its own audio in its context: mended")
+    return songs, list(notes)
+
+
+def _with_texts(
+    request: PrepareRequest, files: Sequence[Path], known: Mapping[Path, Mapping[str, Any]] | None = None
+) -> tuple[list[Song], Sequence[str]]:
+    """The songs of some files, of whose sound nothing is known yet, and lines about the folder of their texts."""
     texts = find_texts(
         request.source,
         files,
@@ -196,35 +171,15 @@ def _finished(request: PrepareRequest) -> tuple[list[Song], list[str]]:
         trigger=request.trigger,
         as_typed=request.as_typed,
         known=known,
-        texts=request.texts,
+        texts=None if known is None else request.texts,
         language=request.language,
     )
     names = song_names(request.source, files)
     songs = []
     for file in files:
-        text, target = texts.songs[file], request.output / f"{names[file]}.pt"
-        seconds = frames_in(file) / FRAMES_A_SECOND
-        song = Song(file, _told_from(request.source, file), target, text, seconds, "", _record_at(target))
-        song.unusable = broken.get(file, "")
-        if not song.unusable:
-            song.digest = hash_of_tensor(load_song(file)["target_latents"][: frames_in(file)])
-            if any(bad.tensor == "target_latents" and not bad.hidden for bad in not_finite_in(file)):
-                song.unusable = "its latents hold values that are not finite (NaN or infinity); prepare it from audio"
-            said = known[file].get("preprocess_mode")
-            if said == "lokr":
-                song.notes.append("was preprocessed in the LoKr mode, with its own audio in its context: mended")
-        song.problems += text.problems
-        song.notes += text.changes
-        songs.append(song)
-    return songs, list(texts.notes)
-
-
-def _told_from(folder: Path, file: Path) -> str:
-    """A file's path from a folder, with slashes; its name alone where it lies elsewhere."""
-    try:
-        return file.relative_to(folder).as_posix()
-    except ValueError:
-        return file.name
+        name, target = told_from(request.source, file).as_posix(), request.output / f"{names[file]}.pt"
+        songs.append(Song(file, name, target, texts.songs[file], before=_record_at(target)))
+    return songs, texts.notes
 
 
 def _record_at(file: Path) -> Mapping[str, Any] | None:
@@ -242,20 +197,15 @@ def _compare_with_output(request: PrepareRequest, songs: Sequence[Song]) -> list
     for file in sorted(request.output.glob("*.pt")):
         if file.name.startswith("."):
             continue
-        if _record_at(file) is None and not _half_written(file):
+        # What is no song at all, such as a file that a full disk has cut, is made again.
+        if _record_at(file) is None and not read_song(file)[1]:
             foreign.append(file.name)
         elif file.name not in ours:
             removed.append(file.name)
     if foreign:
-        names = ", ".join(shown(name, 80) for name in foreign[:_MOST])
-        more = f" and {len(foreign) - _MOST} more" if len(foreign) > _MOST else ""
         raise Refusal(
-            f"{request.output} holds songs that prepare has not made: {names}{more}. Choose another --output for the "
-            f"songs. Songs from ACE-Step's own preprocessing get conditions as generated by --renew {request.output}."
+            f"{request.output} holds songs that prepare has not made: {listed(foreign)}. Choose another --output for "
+            "the songs. Songs from ACE-Step's own preprocessing get conditions as generated by --renew "
+            f"{request.output}."
         )
     return removed
-
-
-def _half_written(file: Path) -> bool:
-    """Whether a file is no song at all, such as one that a full disk has cut: it is made again."""
-    return bool(read_song(file)[1])

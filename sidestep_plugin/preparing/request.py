@@ -18,44 +18,27 @@ from ..previews.decoding import find_vae, why_not
 from ..run import ModelFacts
 from ..songs.song_text import Trigger
 
-LONGEST: Final = 240.0
-"""Seconds of a song that are encoded, upstream's own limit."""
+LONGEST: Final = 240.0  # seconds of a song that are encoded, upstream's own limit
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        source: the folder of audio, or of finished songs with `renew`.
-        model: alias, folder name or path of the model that the songs are for.
-        output: the folder for the songs.
-        renew: whether finished songs get new conditions, without audio.
-        conditions: "generated", or "upstream" for those of upstream's own preprocessing.
-        texts: for `renew`, a folder with texts beside the songs' own metadata.
-        dataset: a dataset JSON.
-        trigger: a trigger word for all songs.
-        language: code of what is sung in songs about which nothing else says it.
-        as_typed: leave values as they are typed.
-        strict: refuse songs with problems.
-        low_memory: the VAE first for all songs, then the encoders.
-        longest: seconds of a song that are encoded.
-        device: auto, cpu, cuda, cuda:N, mps or xpu.
-    """
-
+    # source, output: the folder of audio, or of finished songs with `renew`, and that for the songs.
     source: Path
-    model: str
+    model: str  # alias, folder name or path of the model that the songs are for
     output: Path
-    renew: bool = False
-    conditions: str = GENERATED
-    texts: Path | None = None
-    dataset: Path | None = None
-    trigger: Trigger | None = None
-    language: str | None = None
-    as_typed: bool = False
-    strict: bool = False
-    low_memory: bool = False
-    longest: float = LONGEST
+    renew: bool = False  # whether finished songs get new conditions, without audio
+    conditions: str = GENERATED  # "generated", or "upstream" for those of upstream's own preprocessing
+    texts: Path | None = None  # for `renew`, a folder with texts beside the songs' own metadata
+    dataset: Path | None = None  # a dataset JSON
+    trigger: Trigger | None = None  # a trigger word for all songs
+    language: str | None = None  # code of what is sung in songs about which nothing else says it
+    as_typed: bool = False  # leave values as they are typed
+    strict: bool = False  # refuse songs with problems
+    low_memory: bool = False  # the VAE first for all songs, then the encoders
+    longest: float = LONGEST  # seconds of a song that are encoded
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
     device: str = "auto"
@@ -63,13 +46,7 @@ class PrepareRequest:
 
 @dataclass(frozen=True)
 class Places:
-    """The folders that a request needs.
-
-    Attributes:
-        root: the checkout.
-        model, text_encoder: folders of weights.
-        vae: None where no audio is encoded.
-    """
+    """The folders that a request needs: the checkout, and those of weights. No VAE where no audio is encoded."""
 
     root: Path
     model: Path

@@ -5,15 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from ..engine.song_encoding import (
-    LYRIC_TOKENS,
-    PROMPT_TOKENS,
-    Told,
-    import_handler,
-    load_tokenizer,
-    make_handler,
-    read_words,
-)
+from ..engine import song_encoding
 from ..engine.song_files import UPSTREAM, words_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import DEFAULT
@@ -26,22 +18,20 @@ _NAMED, _HEAD = 5, 40  # songs that are named, characters before a colon
 
 
 def dry_run(request: PrepareRequest) -> Iterator[str]:
-    """Lines about every song. Nothing is encoded and nothing is written.
-
-    Raises:
-        Refusal: as :func:`sidestep_plugin.preparing.job.prepare`.
-    """
+    """Lines about every song. Nothing is encoded and nothing is written. Raises Refusal."""
     offline()
     planned = plan(request, look=True)
     places = find_places(request)
-    handler = make_handler(import_handler(places.root), tokenizer=load_tokenizer(places.text_encoder))
+    handler = song_encoding.make_handler(
+        song_encoding.import_handler(places.root), tokenizer=song_encoding.load_tokenizer(places.text_encoder)
+    )
     if request.conditions == UPSTREAM:
         yield (
             "Note: --conditions upstream: the lyrics are encoded without their header and cut at 512 tokens; the texts "
             "below are those of a generation."
         )
     for song in planned.songs:
-        told = None if song.unusable else read_words(handler, words_of(song.text, _frames(song)))
+        told = None if song.unusable else song_encoding.read_words(handler, words_of(song.text, _frames(song)))
         yield from _about(song, told)
         for what, lost in (("prompt", told.prompt_lost), ("lyrics", told.lyrics_lost)) if told else ():
             if lost:
@@ -93,15 +83,15 @@ def _frames(song: Song) -> int:
     return max(1, int(song.seconds * FRAMES_A_SECOND))
 
 
-def _about(song: Song, told: Told | None) -> Iterator[str]:
+def _about(song: Song, told: song_encoding.Told | None) -> Iterator[str]:
     length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
     yield f"{shown(song.name)} -> {shown(song.file.name)}, {length}"
     if told is None:
         yield f"  cannot be used: {song.unusable}"
         return
-    yield f"  prompt, {_tokens(told.prompt_tokens, told.prompt_lost, PROMPT_TOKENS)}:"
+    yield f"  prompt, {_tokens(told.prompt_tokens, told.prompt_lost, song_encoding.PROMPT_TOKENS)}:"
     yield from _quoted(told.prompt)
-    yield f"  lyrics, {_tokens(told.lyric_tokens, told.lyrics_lost, LYRIC_TOKENS)}:"
+    yield f"  lyrics, {_tokens(told.lyric_tokens, told.lyrics_lost, song_encoding.LYRIC_TOKENS)}:"
     yield from _quoted(told.lyrics)
     by_source: dict[str, list[str]] = {}
     for field, source in song.text.sources.items():

@@ -50,7 +50,9 @@ def read_latents(file: Path) -> torch.Tensor:
     try:
         latents = load_file(file)["latents"]
         expected = f"expected finite numbers of shape [1,T,{LATENT_CHANNELS}]"
-        problem = "" if _is_clip(latents) else f"it holds {list(latents.shape)}, {expected}"
+        fits = latents.dim() == 3 and latents.shape[0] == 1 and latents.shape[1] > 0
+        fits = fits and latents.shape[2] == LATENT_CHANNELS and latents.is_floating_point()
+        problem = "" if fits and bool(latents.isfinite().all()) else f"it holds {list(latents.shape)}, {expected}"
     except (SafetensorError, OSError, KeyError) as error:
         problem = not_a_file(file) or sentence(error).removesuffix(".")
     if problem:
@@ -59,11 +61,6 @@ def read_latents(file: Path) -> torch.Tensor:
             f"delete the folder {file.parent.parent}."
         )
     return latents
-
-
-def _is_clip(latents: torch.Tensor) -> bool:
-    well = latents.dim() == 3 and latents.shape[0] == 1 and latents.shape[1] > 0 and latents.shape[2] == LATENT_CHANNELS
-    return well and latents.is_floating_point() and bool(latents.isfinite().all())
 
 
 def playable(samples: torch.Tensor) -> torch.Tensor:

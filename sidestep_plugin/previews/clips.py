@@ -4,84 +4,62 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
-from ..adapters.layers import Adapter
 from ..adapters.staging import AVERAGE
+from ..engine import models
 from ..engine.checkout import find_root, import_trainer
-from ..engine.models import (
-    check_weights,
-    checkpoint_folder,
-    checkpoints_of,
-    find_model,
-    load_model,
-    pick_device,
-    restrict_gpus,
-)
 from ..engine.writable import check_writable
 from ..errors import Refusal
 from ..run import ModelFacts
-from ..songs.dataset import inspect_dataset
-from ..songs.fit import check_width
+from ..songs.dataset import check_width, inspect_dataset
 from ..songs.song_text import holds
 from ..text import counted, shown
 from ..timesteps.treatment import Treatment, decide_treatment
 from .clip_files import is_sound
-from .conditions import Song, choose_songs, look_at, read_silence
+from .conditions import SECONDS, SEED, SONGS, PreviewSettings, Song, choose_songs, guidance_for, look_at, read_silence
 from .decoding import check_vae, find_vae, load_vae, why_not
 from .making import decode_rest, freed, generated, heard, open_table, write_row
 from .prompts import Prompt, encode_prompts, plain_name
-from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FILE_NAME, FOLDER, Table, read_table
 
 if TYPE_CHECKING:
     import torch
 
 
-_AVERAGED: Final = f", {AVERAGE}"
-"""End of what the clips of an average are called."""
+_AVERAGED: Final = f", {AVERAGE}"  # end of what the clips of an average are called
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What the user asked for; None where the table of the training, or a default, decides.
+    """What the user asked for; None where the table of the training, or a default, decides."""
 
-    Attributes:
-        path: an adapter, or a folder whose clips are still latents.
-        model: alias, folder name or path; None for the model that the adapter says it is for.
-        output: folder for the clips; None for those of the adapter's training.
-        prompt: a prompt to generate from, instead of songs.
-        without: with `prompt`, whether the model without the adapter is heard beside it.
-        strengths: what the adapter is multiplied by in turn, beside its own strength; each is a row of clips.
-    """
-
-    path: Path
-    model: str | None = None
+    path: Path  # an adapter, or a folder whose clips are still latents
+    model: str | None = None  # alias, folder name or path; None for the model that the adapter says it is for
     dataset_dir: Path | None = None
     acestep_root: Path | None = None
     checkpoint_dir: Path | None = None
-    output: Path | None = None
+    output: Path | None = None  # folder for the clips; None for those of the adapter's training
     songs: str | None = None
     seconds: float | None = None
     cfg: float | None = None
     seed: int | None = None
     device: str = "auto"
-    prompt: Prompt | None = None
-    without: bool = False
+    prompt: Prompt | None = None  # a prompt to generate from, instead of songs
+    without: bool = False  # with `prompt`, whether the model without the adapter is heard beside it
+    # What the adapter is multiplied by in turn, beside its own strength; each is a row of clips.
     strengths: tuple[float, ...] = (1.0,)
 
 
 def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | None:
     """Decode what a training has saved as latents. Returns their folder; None if there is nothing of the kind.
 
-    Raises:
-        Refusal: there is no VAE.
-        OSError: the folder cannot be written.
+    Raises Refusal without a VAE, and OSError.
     """
     places = (request.path, request.path / FOLDER)
     folder = next((place for place in places if (place / FILE_NAME).is_file()), None)
@@ -94,8 +72,8 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
             f"The clips in {folder} are latents, and there is no VAE: {why_not(find_vae(_checkpoints(request)))}. Say "
             "where ACE-Step's models are with --checkpoint-dir DIR, in ACE-Step's own Python environment."
         )
-    restrict_gpus(request.device)
-    number = decode_rest(folder, table, load_vae(vae, pick_device(request.device)))
+    models.restrict_gpus(request.device)
+    number = decode_rest(folder, table, load_vae(vae, models.pick_device(request.device)))
     say(f"Decoded {counted(number, 'clip')}.")
     return folder
 
@@ -103,9 +81,7 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
 def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
     """Generate clips from a saved adapter and from the model without it. Returns their folder.
 
-    Raises:
-        Refusal: no adapter, no songs, no model, or they do not belong together.
-        OSError: the folder cannot be written.
+    Raises Refusal if anything is missing, or if adapter, songs and model do not belong together; and OSError.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -118,123 +94,73 @@ def make_clips(request: ClipRequest, say: Callable[[str], None]) -> Path:
             "TEXT with what it is to sound like."
         )
     root = find_root(request.acestep_root)
-    model_folder = find_model(_model_named(request, report), checkpoint_folder(request.checkpoint_dir, root))
+    model_folder = models.find_model(
+        _model_named(request, report), models.checkpoint_folder(request.checkpoint_dir, root)
+    )
     facts = ModelFacts.from_folder(model_folder)
-    check_weights(model_folder, facts)
+    models.check_weights(model_folder, facts)
     output, label, epoch = _place(request, report)
     check_writable(output)
-    before = read_table(output)
-    settings, wanted = _settings(request, report, decide_treatment(facts), before)
-    if request.prompt is not None:
-        return _from_prompt(request, request.prompt, report, root, model_folder, settings, output, label, epoch, say)
-    assert request.dataset_dir is not None
-    dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)
-    songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
-    table = _table(output, before, model_folder.name, songs, settings)
+    settings, wanted = _settings(request, report, decide_treatment(facts), read_table(output))
+    dataset, table, songs, prompt = None, None, list[Song](), request.prompt
+    if prompt is not None:
+        _tell(prompt, report, say)
+        settings = replace(settings, seconds=prompt.seconds)
+        if request.output is None:
+            output = output.with_name("prompts") / f"{plain_name(prompt.name)}-{prompt.key}"
+    elif request.dataset_dir is not None:
+        dataset = inspect_dataset(request.dataset_dir.absolute(), allow_duplicates=True)
+        songs = [look_at(file, settings.seconds) for file in choose_songs(dataset.files, wanted, "--songs")]
+        table = _table(output, model_folder.name, songs, settings)
     silence, vae_folder = read_silence(model_folder), _vae(request, model_folder)
-    restrict_gpus(request.device)
-    device = pick_device(request.device)
+    models.restrict_gpus(request.device)
+    device = models.pick_device(request.device)
     import_trainer(root)  # models' own code may import parts of ACE-Step
     say(f"Loading {model_folder.name} on {device} ...")
-    model = load_model(model_folder, device).model
-    check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
+    model = models.load_model(model_folder, device).model
+    if dataset is not None:
+        check_width(dataset, facts.name, int(model.null_condition_emb.shape[-1]))
     layers = linear_layers(model.decoder)
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
     check_applicable(report.adapter, shapes, facts.name, strengths=request.strengths)
-    say(f"Generating {counted(len(songs), 'song')}: {settings.in_words} ...")
-    named = _named(label, request.strengths)
-    rows = _rows(model, report.adapter, layers, songs, silence, settings, named, epoch, base=not table.has(BASE))
+    rows: list[tuple[str, int | None, list[torch.Tensor]]] = []
+    with tempfile.TemporaryDirectory(prefix="sidestep-prompts-") as folder:
+        if prompt is not None:
+            files = encode_prompts([prompt], model, model_folder, Path(folder), root)
+            songs = [look_at(file, prompt.seconds) for file in files]
+            table = _table(output, model_folder.name, songs, settings)
+        assert table is not None
+        what = counted(len(songs), "song") if prompt is None else f"{prompt.seconds:g} s"
+        say(f"Generating {what}: {settings.in_words} ...")
+        if not table.has(BASE) and (prompt is None or request.without):
+            rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
+        for strength in request.strengths:
+            name = label if strength == 1.0 else f"{label} x {strength:g}"
+            with applied(report.adapter, layers, strength):
+                rows.append((name, epoch, list(generated(model, songs, silence, settings))))
     del model, layers
+    freed(device)
+    losses = {row.label: row.loss for row in table.rows}
     vae = None if vae_folder is None else load_vae(vae_folder, device)
     for name, number, latents in rows:
-        write_row(output, table, name, number, _loss(before, name), latents if vae is None else heard(vae, latents))
+        write_row(output, table, name, number, losses.get(name), latents if vae is None else heard(vae, latents))
     if vae is None:
-        say(f"Note: the clips are saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
+        are = "the clips are" if prompt is None else "the clip is"
+        say(f"Note: {are} saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
     return output
 
 
-def _rows(
-    model: Any,
-    adapter: Adapter,
-    layers: Mapping[str, torch.nn.Module],
-    songs: list[Song],
-    silence: torch.Tensor,
-    settings: PreviewSettings,
-    named: Mapping[str, float],
-    epoch: int | None,
-    *,
-    base: bool,
-) -> list[tuple[str, int | None, list[torch.Tensor]]]:
-    """The latents of the adapter at each strength, and with `base` those of the model without it before them."""
-    rows: list[tuple[str, int | None, list[torch.Tensor]]] = []
-    if base:
-        rows.append((BASE, 0, list(generated(model, songs, silence, settings))))
-    for label, strength in named.items():
-        with applied(adapter, layers, strength):
-            rows.append((label, epoch, list(generated(model, songs, silence, settings))))
-    return rows
-
-
-def _named(label: str, strengths: Sequence[float]) -> dict[str, float]:
-    """What the row of each strength is called: the trained one has no number."""
-    return {label if strength == 1.0 else f"{label} x {strength:g}": strength for strength in strengths}
-
-
-def _from_prompt(
-    request: ClipRequest,
-    prompt: Prompt,
-    report: Report,
-    root: Path,
-    model_folder: Path,
-    settings: PreviewSettings,
-    output: Path,
-    label: str,
-    epoch: int | None,
-    say: Callable[[str], None],
-) -> Path:
-    """Generate a clip from a prompt, in a folder of its own. Returns that folder."""
+def _tell(prompt: Prompt, report: Report, say: Callable[[str], None]) -> None:
+    """Say what is told otherwise than it was typed, and that the trigger word is missing."""
     for line in (*prompt.text.changes, *prompt.problems):
         say(f"Note: {line}")
     trigger = report.facts.get("trigger")
     if isinstance(trigger, str) and trigger and not holds(prompt.text.caption, trigger):
         say(f"Note: the adapter's trigger word, {shown(trigger, 60)}, is not in the prompt.")
-    settings = replace(settings, seconds=prompt.seconds)
-    if request.output is None:
-        output = output.with_name("prompts") / f"{plain_name(prompt.name)}-{prompt.key}"
-    vae_folder = _vae(request, model_folder)
-    restrict_gpus(request.device)
-    device = pick_device(request.device)
-    import_trainer(root)
-    say(f"Loading {model_folder.name} on {device} ...")
-    model = load_model(model_folder, device).model
-    layers = linear_layers(model.decoder)
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    check_applicable(report.adapter, shapes, model_folder.name, strengths=request.strengths)
-    with tempfile.TemporaryDirectory(prefix="sidestep-prompts-") as folder:
-        files = encode_prompts([prompt], model, model_folder, Path(folder), root)
-        songs = [look_at(file, prompt.seconds) for file in files]
-        table = _table(output, read_table(output), model_folder.name, songs, settings)
-        say(f"Generating {prompt.seconds:g} s: {settings.in_words} ...")
-        base = request.without and not table.has(BASE)
-        silence = read_silence(model_folder)
-        named = _named(label, request.strengths)
-        rows = _rows(model, report.adapter, layers, songs, silence, settings, named, epoch, base=base)
-    del model, layers
-    freed(device)
-    vae = None if vae_folder is None else load_vae(vae_folder, device)
-    for name, number, latents in rows:
-        write_row(output, table, name, number, None, latents if vae is None else heard(vae, latents))
-    if vae is None:
-        say(f"Note: the clip is saved as latents, because {why_not(find_vae(_checkpoints(request, model_folder)))}.")
-    return output
 
 
 def clips_of(report: Report) -> list[Path]:
-    """The sounds that the previews of a training have of a saved adapter, at its trained strength.
-
-    Raises:
-        Refusal: there are none.
-    """
+    """The sounds that the previews of a training have of a saved adapter, at its trained strength. Raises Refusal."""
     folder, label, _ = _place(ClipRequest(report.adapter.file.path), report)
     table = read_table(folder)
     names = [label] if label.endswith(_AVERAGED) else [label, f"epoch {report.facts.get('epoch')}"]
@@ -290,30 +216,25 @@ def _settings(
     return settings, request.songs or (",".join(before.songs) if before else SONGS)
 
 
-def _table(output: Path, before: Table | None, name: str, songs: list[Song], settings: PreviewSettings) -> Table:
+def _table(output: Path, name: str, songs: list[Song], settings: PreviewSettings) -> Table:
     """The table to add to. Raises Refusal if the one that is there has other settings."""
-    if before is not None:
-        fresh, _ = open_table(output / "unused", name, songs, settings, goes_on=True)
-        if fresh.about != before.about:
-            raise Refusal(
-                f"{output} holds clips of other songs, of another model or with other settings, which cannot be "
-                "compared with these. Leave those options out, or choose another --output."
-            )
-        return before
-    return open_table(output, name, songs, settings, goes_on=True)[0]
-
-
-def _loss(before: Table | None, label: str) -> float | None:
-    return next((row.loss for row in before.rows if row.label == label), None) if before else None
+    before = read_table(output)
+    fresh, _ = open_table(output / "unused", name, songs, settings, goes_on=True)
+    if before is not None and before.about != fresh.about:
+        raise Refusal(
+            f"{output} holds clips of other songs, of another model or with other settings, which cannot be "
+            "compared with these. Leave those options out, or choose another --output."
+        )
+    return before or fresh
 
 
 def _checkpoints(request: ClipRequest, model_folder: Path | None = None) -> Path | None:
-    if model_folder is not None and request.checkpoint_dir is None:
-        return model_folder.parent
     if request.checkpoint_dir is not None:
         return request.checkpoint_dir
+    if model_folder is not None:
+        return model_folder.parent
     try:
-        return checkpoints_of(None, request.acestep_root)
+        return models.checkpoints_of(None, request.acestep_root)
     except Refusal:
         return None
 

@@ -1,4 +1,4 @@
-"""The songs that are heard, and what is generated from: their own conditions, silence, and a mask that is full.
+"""What clips are generated with, and from: songs' own conditions, silence, and a mask that is full.
 
 A preprocessed song holds the output of the condition encoder for its prompt and its lyrics, so no text encoder is
 needed. Its context is not used: it may hold the song's own audio, from which the model would copy.
@@ -17,9 +17,17 @@ from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.one_song import read_song
 from ..songs.triggers import metadata_of
 from ..text import counted
+from ..variants import Variant
 
 if TYPE_CHECKING:
     import torch
+
+GUIDANCE_SCALE: Final = 7.0
+"""Guidance scale of base and sft: what ACE-Step's own ``generate_audio`` and its app start with."""
+
+SECONDS: Final = 20.0
+SONGS: Final = "2"
+SEED: Final = 42
 
 LATENT_CHANNELS: Final = 64
 SILENCE: Final = "silence_latent.pt"
@@ -28,13 +36,7 @@ SILENCE: Final = "silence_latent.pt"
 
 @dataclass(frozen=True)
 class Song:
-    """A song that is heard.
-
-    Attributes:
-        file: its preprocessed tensors.
-        frames: length of its clips, in frames of latents.
-        whole: length of the song.
-    """
+    """A song that is heard: its preprocessed tensors, the length of its clips and its own, in frames of latents."""
 
     file: Path
     frames: int
@@ -58,11 +60,8 @@ class Song:
 class Conditions:
     """What a clip is generated from, all on one device, in floating point of one type.
 
-    Attributes:
-        encoder_hidden_states: the song's conditions, shape [1,L,D].
-        encoder_attention_mask: their mask, shape [1,L].
-        context_latents: silence [1,T,64] and a mask of ones [1,T,64] side by side.
-        attention_mask: ones, shape [1,T].
+    The song's conditions [1,L,D] and their mask [1,L]; silence [1,T,64] and a mask of ones [1,T,64] side by side; and
+    ones [1,T].
     """
 
     encoder_hidden_states: torch.Tensor
@@ -72,15 +71,10 @@ class Conditions:
 
 
 def choose_songs(files: Sequence[Path], wanted: str, option: str = "--preview-songs") -> list[Path]:
-    """Pick the songs to hear.
+    """Pick the songs to hear among the files of all songs.
 
-    Args:
-        files: all songs.
-        wanted: a number, for songs that are evenly chosen, or names with commas between.
-        option: what the command calls the option, for messages.
-
-    Raises:
-        Refusal: there are not so many, or none of that name.
+    `wanted` is a number, for songs that are evenly chosen, or names with commas between; `option` is named in messages.
+    Raises Refusal if there are not so many, or none of that name.
     """
     if wanted.strip().isdecimal():
         number = int(wanted)
@@ -134,7 +128,7 @@ def read_silence(model_folder: Path) -> torch.Tensor:
 
 
 def silent_context(silence: torch.Tensor, frames: int) -> torch.Tensor:
-    """The context of a generation from nothing, as ACE-Step's inference builds it | returns shape [1,frames,128].
+    """The context of a generation from nothing, as ACE-Step's inference builds it, shape [1,frames,128].
 
     The first 64 channels are silence, repeated where it is too short; the others are 1: generate every frame.
     """
@@ -161,3 +155,32 @@ def read_conditions(song: Song, silence: torch.Tensor, device: torch.device, dty
         context_latents=context,
         attention_mask=torch.ones(context.shape[:2], device=device, dtype=dtype),
     )
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """What every clip of a training is generated with."""
+
+    shift: float
+    steps: int  # number of denoising steps
+    guidance: float  # scale of classifier-free guidance against the null condition; 1.0 is none
+    seed: int  # of the noise. Song number i, from 0, has the noise of ``seed + i``.
+    seconds: float  # length of a clip, unless the song is shorter
+
+    @property
+    def in_words(self) -> str:
+        """Such as "50 steps, shift 1.0, CFG 7.0, seed 42"."""
+        cfg = f"CFG {self.guidance:g}" if self.guidance > 1.0 else "no CFG"
+        return f"{counted(self.steps, 'step')}, shift {self.shift:g}, {cfg}, seed {self.seed}"
+
+
+def guidance_for(variant: Variant, said: float | None, option: str = "--preview-cfg") -> float:
+    """The guidance scale of a variant: the user's, else its default. Raises Refusal for a scale for turbo."""
+    if variant != "turbo":
+        return GUIDANCE_SCALE if said is None else said
+    if said is not None and said != 1.0:
+        raise Refusal(
+            f"{option} {said:g}: turbo models are generated without guidance, and their own code has none. "
+            f"Leave {option} out."
+        )
+    return 1.0

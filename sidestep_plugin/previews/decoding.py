@@ -17,11 +17,9 @@ from .conditions import LATENT_CHANNELS
 if TYPE_CHECKING:
     import torch
 
-FOLDER: Final = "vae"
-"""Folder of ACE-Step's VAE, beside the folders of the models."""
+FOLDER: Final = "vae"  # folder of ACE-Step's VAE, beside the folders of the models
 
-WINDOW: Final = 500
-"""Frames that are decoded at once: 20 seconds."""
+WINDOW: Final = 500  # frames that are decoded at once: 20 seconds
 OVERLAP: Final = 64
 """Frames on either side of a window that are decoded with it and thrown away, as in ACE-Step's own tiled decoding."""
 
@@ -44,8 +42,7 @@ def why_not(folder: Path | None) -> str:
 def check_vae(folder: Path) -> bool:
     """Whether a VAE brings its own code (``auto_map`` in its config.json), as the miniature's does.
 
-    Raises:
-        Refusal: ACE-Step's latents do not fit it.
+    Raises Refusal when ACE-Step's latents do not fit it.
     """
     try:
         config = read_json_object(folder / "config.json")
@@ -63,11 +60,7 @@ def check_vae(folder: Path) -> bool:
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device.
-
-    Raises:
-        Refusal: it is a VAE of another kind, or its files cannot be read.
-    """
+    """Load the VAE: in half precision on cuda and xpu, in fp32 on the CPU for every other device. Raises Refusal."""
     import torch
 
     own = check_vae(folder)
@@ -100,7 +93,7 @@ def rate_of(vae: Any) -> int:
 
 
 def decode(vae: Any, latents: torch.Tensor, *, window: int = WINDOW, overlap: int = OVERLAP) -> torch.Tensor:
-    """Decode latents in overlapping windows | given shape [1,T,64] | returns samples, shape [C,N], fp32 on the CPU.
+    """Decode latents, shape [1,T,64], in overlapping windows. Returns samples, shape [C,N], fp32 on the CPU.
 
     The VAE stays where it is, in the type that it has. Draws no random number.
     """

@@ -14,27 +14,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from ..timesteps.schedule import inference_timesteps
-from .conditions import LATENT_CHANNELS, Conditions
-from .guidance import ProjectedGuidance
-from .settings import PreviewSettings
+from .conditions import LATENT_CHANNELS, Conditions, PreviewSettings
 
 if TYPE_CHECKING:
     import torch
 
 _NOT_NEEDED: Final = frozenset(
-    {
-        "text_hidden_states",
-        "text_attention_mask",
-        "lyric_hidden_states",
-        "lyric_attention_mask",
-        "refer_audio_acoustic_hidden_states_packed",
-        "refer_audio_order_mask",
-    }
+    {"text_hidden_states", "text_attention_mask", "lyric_hidden_states", "lyric_attention_mask"}
+    | {"refer_audio_acoustic_hidden_states_packed", "refer_audio_order_mask"}
 )
 """Arguments of ``generate_audio`` that only ``prepare_condition`` reads."""
 
-_TABLES: Final = (1.0, 2.0, 3.0)
-"""Shifts that turbo models without a free number of steps have their 8 timesteps for."""
+MOMENTUM: Final = -0.75
+LARGEST_NORM: Final = 2.5
+TIME: Final = 1  # the dimension along which norms and projections are taken: the frames of [B,T,64]
+
+_TABLES: Final = (1.0, 2.0, 3.0)  # shifts that turbo models without a free number of steps have their 8 timesteps for
 
 
 def noise_for(seed: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -52,14 +47,9 @@ def noise_for(seed: int, frames: int, device: torch.device, dtype: torch.dtype) 
 def generate(
     model: Any, decoder: Any, conditions: Conditions, settings: PreviewSettings, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Generate latents, shape [1,T,64], where the conditions are and in their type.
+    """Generate latents, shape [1,T,64], where the conditions are and in their type, from noise of that shape.
 
-    Args:
-        model: the whole model.
-        decoder: its decoder with the adapter, without the wrappers of a training, in eval mode.
-        conditions: what to generate from.
-        settings: steps, shift and guidance.
-        noise: shape [1,T,64].
+    The decoder is that of the model with the adapter, without the wrappers of a training, in eval mode.
     """
     import torch
 
@@ -118,8 +108,7 @@ def euler(
 ) -> torch.Tensor:
     """Integrate the decoder's velocity from noise (t = 1) to data (t = 0) in Euler steps.
 
-    Args:
-        null: the null condition, shape [1,1,D]; needed with guidance only.
+    The null condition, shape [1,1,D], is needed with guidance only.
     """
     import torch
 
@@ -150,6 +139,39 @@ def euler(
             velocity = guidance.guided(*velocity.chunk(2))
         x = x - velocity.to(x.dtype) * (t - following)
     return x
+
+
+class ProjectedGuidance:
+    """Adaptive projected guidance (APG), the classifier-free guidance that ACE-Step 1.5 generates with.
+
+    It remembers earlier updates, so every clip needs its own. A scale of 1.0 leaves the conditional velocity as it is.
+
+    Source: Sadat, Hilliges, Weber 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion
+    Models", algorithm 1, with reverse momentum, a limit on the norm, and only the orthogonal part of the update. The
+    numbers are those that ACE-Step's model code passes.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._update: torch.Tensor | None = None
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+        """The guided velocity, from both velocities, in their shape [B,T,64] and type."""
+        import torch
+
+        update = conditional - unconditional
+        if self._update is not None:
+            update = update + MOMENTUM * self._update
+        self._update = update
+        norm = torch.linalg.vector_norm(update, dim=TIME, keepdim=True)
+        update = update * (LARGEST_NORM / norm).clamp(max=1.0)
+        # float64, where the device has it: the projection takes the difference of nearly equal numbers.
+        wide = torch.float32 if update.device.type == "mps" else torch.float64
+        direction = torch.nn.functional.normalize(conditional.to(wide), dim=TIME)
+        along = (update.to(wide) * direction).sum(dim=TIME, keepdim=True) * direction
+        orthogonal = (update.to(wide) - along).to(conditional.dtype)
+        guided: torch.Tensor = conditional + (self._scale - 1.0) * orthogonal
+        return guided
 
 
 class _Prepared:

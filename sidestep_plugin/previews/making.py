@@ -12,11 +12,10 @@ from ..engine.decoders import plain_decoder
 from ..errors import Refusal
 from ..run import Clip
 from .clip_files import playable, read_latents, suffix_of, write_clip
-from .conditions import Song, read_conditions
+from .conditions import PreviewSettings, Song, read_conditions
 from .decoding import decode, rate_of
 from .generation import computed_in, generate, noise_for
-from .settings import PreviewSettings
-from .table import Row, Table, about, clip_names, read_table, set_aside
+from .table import Row, Table, clip_names, read_table, set_aside
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +30,8 @@ def generated(
 ) -> Iterator[torch.Tensor]:
     """The latents of each song in turn, shape [1,T,64], fp32 on the CPU.
 
-    The decoder has to be in eval mode. Random numbers come from a generator of their own.
-
-    Args:
-        done: called with the number of songs that are done, first with 0.
-
-    Raises:
-        Refusal: the model generated something that is not a number.
+    The decoder has to be in eval mode. Random numbers come from a generator of their own. `done` is called with the
+    number of songs that are done, first with 0. Raises Refusal for latents that are not finite.
     """
     decoder = plain_decoder(model)
     device, dtype = computed_in(decoder)
@@ -62,20 +56,14 @@ def heard(vae: Any, latents: Sequence[torch.Tensor]) -> list[Clip]:
 def open_table(
     folder: Path, model_name: str, songs: Sequence[Song], settings: PreviewSettings, *, goes_on: bool
 ) -> tuple[Table, Path | None]:
-    """The table of a folder, or a new one.
+    """The table of a folder, or a new one, and where clips of something else were moved to, if any.
 
-    Args:
-        goes_on: whether rows of trained adapters may be those of this training; if not, only the base model's are kept.
-
-    Returns:
-        The table, and where clips of something else were moved to, if any.
-
-    Raises:
-        Refusal: the folder holds a table that cannot be read.
-        OSError: the folder cannot be renamed.
+    With `goes_on`, rows of trained adapters may be those of this training; if not, only the base model's are kept.
+    Raises Refusal for a table that cannot be read, and OSError.
     """
     described = [{"name": song.name, "seconds": song.seconds, "prompt": song.prompt} for song in songs]
-    shared = about(model_name, described, _without_length(settings))
+    without_length = {name: value for name, value in asdict(settings).items() if name != "seconds"}
+    shared = {"model_name": model_name, "songs": described, "settings": without_length}
     table = read_table(folder)
     if table is None:
         return Table(shared), None
@@ -94,11 +82,8 @@ def write_row(
 ) -> None:
     """Write the clips of a row, all sounds or all latents, then the table.
 
-    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards.
-
-    Raises:
-        Refusal: the folder's table cannot be read any more.
-        OSError: the folder cannot be written.
+    Rows that are in the folder's table and not in `table` are kept, and are in `table` afterwards. Raises Refusal and
+    OSError.
     """
     names = clip_names(label, table.songs, suffix_of(content[0]))
     for name, each in zip(names, content, strict=True):
@@ -113,15 +98,7 @@ def write_row(
 
 
 def decode_rest(folder: Path, table: Table, vae: Any) -> int:
-    """Decode every clip of a table that is latents only.
-
-    Returns:
-        How many were decoded.
-
-    Raises:
-        Refusal: a clip is missing or damaged. The rows before it are decoded.
-        OSError: the folder cannot be written.
-    """
+    """Decode every clip of a table that is latents only. Returns how many. Raises Refusal and OSError."""
     number = 0
     for row in table.undecoded:
         old = list(row.clips)
@@ -131,11 +108,6 @@ def decode_rest(folder: Path, table: Table, vae: Any) -> int:
             (folder / clip).unlink(missing_ok=True)
         number += len(old)
     return number
-
-
-def _without_length(settings: PreviewSettings) -> dict[str, Any]:
-    """The settings without the seconds, which every song has of its own."""
-    return {name: value for name, value in asdict(settings).items() if name != "seconds"}
 
 
 def freed(device: torch.device) -> None:

@@ -21,15 +21,14 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import FiniteFloat, Line, Place, WholeNumber
+from ..options import FiniteFloat, Line, Place, WholeNumber, option
 from ..run import Clip, EpochNews, Run
 from ..songs.dataset import songs_in
 from ..text import counted, sentence
 from ..timesteps.treatment import treatment_of
-from .conditions import Song, choose_songs, look_at, read_silence
+from .conditions import SECONDS, SEED, SONGS, PreviewSettings, Song, choose_songs, guidance_for, look_at, read_silence
 from .decoding import find_vae, why_not
 from .prompts import encode_prompts, read_prompts
-from .settings import SECONDS, SEED, SONGS, PreviewSettings, guidance_for
 from .table import BASE, FOLDER, Table, leave_branch, read_table, set_aside
 
 if TYPE_CHECKING:
@@ -42,91 +41,54 @@ _LATER: Final = "acestep-train preview OUTPUT --checkpoint-dir DIR"
 @hookimpl
 def acestep_options() -> list[click.Option]:
     return [
-        click.Option(
-            ["--preview-every"],
-            type=WholeNumber(min=0),
-            metavar="N",
+        option(
+            "--preview-every",
+            "Generate clips every N epochs, to listen to.  [default: off]",
+            WholeNumber(min=0),
+            "N",
             default=0,
-            help="Generate clips every N epochs, to listen to.  [default: off]",
         ),
-        click.Option(
-            ["--preview-songs"],
-            type=Line(),
-            metavar="K|NAMES",
-            default=SONGS,
-            show_default=True,
-            help="How many songs, or which ones: a,b,c.",
-        ),
-        click.Option(
-            ["--preview-prompts"],
-            type=Place(path_type=Path),
-            metavar="FILE",
-            default=None,
-            help="TOML file of prompts to hear instead of songs.",
-        ),
-        click.Option(
-            ["--preview-seconds"],
-            type=FiniteFloat(0.0, 600.0, min_open=True),
-            metavar="S",
+        option("--preview-songs", "How many songs, or which ones: a,b,c.", Line(), "K|NAMES", default=SONGS),
+        option("--preview-prompts", "TOML file of prompts to hear instead of songs.", Place(path_type=Path), "FILE"),
+        option(
+            "--preview-seconds",
+            "Length of a clip, at most the song's.",
+            FiniteFloat(0.0, 600.0, min_open=True),
+            "S",
             default=SECONDS,
-            show_default=True,
-            help="Length of a clip, at most the song's.",
         ),
-        click.Option(
-            ["--preview-cfg"],
-            type=FiniteFloat(1.0, 30.0),
-            metavar="X",
-            default=None,
-            help="Guidance scale of the clips.  [default: base and sft 7, turbo none]",
+        option(
+            "--preview-cfg",
+            "Guidance scale of the clips.  [default: base and sft 7, turbo none]",
+            FiniteFloat(1.0, 30.0),
+            "X",
         ),
-        click.Option(
-            ["--preview-seed"],
-            type=WholeNumber(0, 2**32 - 1),
-            metavar="N",
-            default=SEED,
-            show_default=True,
-            help="Seed of the clips' noise.",
-        ),
+        option("--preview-seed", "Seed of the clips' noise.", WholeNumber(0, 2**32 - 1), "N", default=SEED),
     ]
 
 
 @dataclass
 class _Plan:
-    """The previews of one run.
-
-    Attributes:
-        silence: the latents of silence, shape [1,N,64].
-        vae: folder of the VAE; None when clips stay latents, or the app's own VAE is used.
-        table: the table of the output folder, once it was opened.
-        told: whether time and memory were said.
-        over: whether a preview failed, so that there are no more.
-    """
+    """The previews of one run."""
 
     every: int
     songs: list[Song]
     settings: PreviewSettings
-    silence: torch.Tensor
-    vae: Path | None
-    table: Table | None = None
-    told: bool = False
-    over: bool = False
+    silence: torch.Tensor  # the latents of silence, shape [1,N,64]
+    vae: Path | None  # folder of the VAE; None when clips stay latents, or the app's own VAE is used
+    table: Table | None = None  # that of the output folder, once it was opened
+    told: bool = False  # whether time and memory were said
+    over: bool = False  # whether a preview failed, so that there are no more
 
 
 @hookimpl
 def acestep_model_chosen(options: Mapping[str, Any]) -> None:
     """Refuse options without effect. From a settings file they come with their defaults."""
-    defaults = {
-        "preview_songs": SONGS,
-        "preview_prompts": None,
-        "preview_seconds": SECONDS,
-        "preview_cfg": None,
-        "preview_seed": SEED,
-    }
-    for name, default in defaults.items():
-        if options[name] != default and not options["preview_every"]:
+    for each in acestep_options():
+        if not options["preview_every"] and options[str(each.name)] != each.default:
             raise Refusal(
-                f"--{name.replace('_', '-')} says how to make previews, and none are made. Leave it out, or say how "
-                "often to make them: --preview-every N."
+                f"{each.opts[0]} says how to make previews, and none are made. Leave it out, or say how often to "
+                "make them: --preview-every N."
             )
     if options["preview_prompts"] is not None:
         read_prompts(options["preview_prompts"])
@@ -221,6 +183,10 @@ def engine_training_began(run: Run) -> list[str]:
         return [f"Warning: the clips in {folder} stay as they are: {error}"]
 
 
+class _NotAnyMore(Exception):
+    """Somebody has stopped the training while clips were being made."""
+
+
 @hookimpl
 def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Path) -> EpochNews | None:
     plan: _Plan | None = run.state.get(_KEY)
@@ -253,12 +219,15 @@ def acestep_between_epochs(run: Run, epoch: int, loss: float | None, folder: Pat
 
 def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: float | None, folder: Path) -> EpochNews:
     """Make the clips of an epoch, and those of the base model if there are none yet. Raises what goes wrong."""
-    from .making import generated, write_row
+    from .making import generated, open_table, write_row
 
     began, peak = time.monotonic(), _peak(device)
     lines: list[str] = []
     if plan.table is None:
-        plan.table = _table(run, plan, folder, lines)
+        name = treatment_of(run).model_name
+        plan.table, aside = open_table(folder, name, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
+        if aside is not None:
+            lines.append(f"Note: clips of an earlier training were moved to {aside}.")
     table = plan.table
     rows: list[tuple[str, int, float | None, list[torch.Tensor]]] = []
     first = not table.has(BASE)
@@ -266,15 +235,19 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
 
     def clips() -> list[torch.Tensor]:
         before = len(rows) * len(plan.songs)
-        told = partial(_told, run, before, total)
+
+        def told(done: int) -> None:
+            if run.engine.stopping:
+                raise _NotAnyMore
+            run.engine.waiting("Previews", before + done, total)
+
         return list(generated(run.model, plan.songs, plan.silence, plan.settings, told))
 
     if first:
         with run.engine.without_adapter():
             rows.append((BASE, 0, None, clips()))
     if epoch > 0:
-        latents = clips()
-        rows.append((f"epoch {epoch}", epoch, loss, latents))
+        rows.append((f"epoch {epoch}", epoch, loss, clips()))
     run.engine.waiting("Previews", total, total)
     logged = {}
     heard = _decoded(run, plan, device, [latents for *_, latents in rows], lines)
@@ -286,27 +259,6 @@ def _preview(run: Run, plan: _Plan, device: torch.device, epoch: int, loss: floa
         plan.told = True
         lines.append(_costs(len(rows) * len(plan.songs), time.monotonic() - began, peak, device, folder))
     return EpochNews(tuple(lines), logged)
-
-
-class _NotAnyMore(Exception):
-    """Somebody has stopped the training while clips were being made."""
-
-
-def _told(run: Run, before: int, total: int, done: int) -> None:
-    if run.engine.stopping:
-        raise _NotAnyMore
-    run.engine.waiting("Previews", before + done, total)
-
-
-def _table(run: Run, plan: _Plan, folder: Path, lines: list[str]) -> Table:
-    """The table that this run's clips go into. Clips of another training are moved aside, and a line says so."""
-    from .making import open_table
-
-    names = treatment_of(run).model_name
-    table, aside = open_table(folder, names, plan.songs, plan.settings, goes_on=run.resumed_at > 0)
-    if aside is not None:
-        lines.append(f"Note: clips of an earlier training were moved to {aside}.")
-    return table
 
 
 def _decoded(

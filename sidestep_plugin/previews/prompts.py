@@ -22,14 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..engine.song_encoding import (
-    encode,
-    find_text_encoder,
-    import_handler,
-    load_text_encoder,
-    load_tokenizer,
-    make_handler,
-)
+from ..engine import song_encoding
 from ..engine.song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
 from ..errors import Refusal
 from ..songs.dataset import FRAMES_A_SECOND
@@ -38,8 +31,7 @@ from ..songs.vocabulary import INSTRUMENTAL
 from ..text import shown
 from .conditions import LATENT_CHANNELS, read_silence
 
-SECONDS: Final = 30.0
-"""Length of a prompt's clip where none is said."""
+SECONDS: Final = 30.0  # length of a prompt's clip where none is said
 
 _LONGEST: Final = 600.0
 _FIELDS: Final[Mapping[str, Any]] = {
@@ -57,13 +49,7 @@ _FIELDS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to generate a clip from.
-
-    Attributes:
-        name: what the clip is called.
-        text: what the model is told.
-        seconds: length of the clip.
-    """
+    """What to generate a clip of some seconds from: its name, and what the model is told."""
 
     name: str
     text: SongText
@@ -84,15 +70,7 @@ class Prompt:
 
 
 def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
-    """A prompt from its fields, as in the file.
-
-    Args:
-        values: caption, lyrics, language, bpm, key, time_signature, seconds, name.
-        where: who says so, for messages.
-
-    Raises:
-        Refusal: there is no caption, or a value that cannot be used.
-    """
+    """A prompt from its fields, as in the file; `where` says whose they are, for messages. Raises Refusal."""
     for field, value in values.items():
         if field not in _FIELDS:
             raise Refusal(f"{where} has {shown(field, 40)}, expected {', '.join(_FIELDS)}.")
@@ -103,7 +81,8 @@ def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     seconds = float(values.get("seconds", SECONDS))
     if not 0.04 <= seconds <= _LONGEST:
         raise Refusal(f"{where} has seconds = {seconds:g}, expected 0.04 to {_LONGEST:g}.")
-    name = str(values.get("name") or "").strip() or _name_for(str(values["caption"]))
+    first_words = "-".join(str(values["caption"]).split()[:5]).lower()
+    name = str(values.get("name") or "").strip() or plain_name(first_words)
     told = {
         "caption": values["caption"],
         # Whoever types a prompt and no lyrics wants nobody to sing; a song without lyrics may have lost them.
@@ -159,32 +138,23 @@ def encode_prompts(
 ) -> list[Path]:
     """Write a song for each prompt, with the conditions of a generation and latents of zeros. Returns the files.
 
-    The text encoder is loaded where the model's condition encoder is, and given up afterwards. The random states of
-    torch are afterwards as they were.
-
-    Args:
-        prompts: the prompts.
-        model: a loaded model, with its condition encoder.
-        model_folder: its folder, with the latents of silence.
-        folder: where to write.
-        root: the checkout; None as importable.
-
-    Raises:
-        Refusal: there is no text encoder, or this ACE-Step cannot encode.
+    The model has its condition encoder, its folder the latents of silence. The text encoder is loaded where the
+    condition encoder is, and given up afterwards. The random states of torch are afterwards as they were. ACE-Step is
+    imported from `root`, if that is given. Raises Refusal if there is no text encoder, or this ACE-Step cannot encode.
     """
     import torch
 
-    place = find_text_encoder(model_folder.parent)
+    place = song_encoding.find_text_encoder(model_folder.parent)
     weight = next(model.encoder.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        handler = make_handler(
-            import_handler(root),
+        handler = song_encoding.make_handler(
+            song_encoding.import_handler(root),
             device=str(weight.device),
             dtype=weight.dtype,
             model=model,
-            tokenizer=load_tokenizer(place),
-            text_encoder=load_text_encoder(place, weight.device, weight.dtype),
+            tokenizer=song_encoding.load_tokenizer(place),
+            text_encoder=song_encoding.load_text_encoder(place, weight.device, weight.dtype),
             silence=read_silence(model_folder),
         )
         files = []
@@ -194,7 +164,7 @@ def encode_prompts(
         for prompt in prompts:
             latents = torch.zeros(max(1, round(prompt.seconds * FRAMES_A_SECOND)), LATENT_CHANNELS)
             words = words_of(prompt.text, len(latents))
-            encoded = encode(handler, words, len(latents))
+            encoded = song_encoding.encode(handler, words, len(latents))
             record = record_of(GENERATED, encoders, encoded, words, prompt.text, latents, machine, {})
             file = folder / f"{plain_name(prompt.name)}.pt"
             write_song(file, song_of(latents, encoded, prompt.text, "", record))
@@ -205,10 +175,6 @@ def encode_prompts(
 def plain_name(name: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^\w.]+", "-", name).strip("-._")[:60] or "prompt"
-
-
-def _name_for(caption: str) -> str:
-    return plain_name("-".join(caption.split()[:5]).lower())
 
 
 def _kinds(kinds: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -16,23 +16,18 @@ from ..errors import Refusal
 from ..files import move, read_json_object, replacing
 from .clip_files import is_sound
 
-FOLDER: Final = "previews"
-"""Folder of the clips in the output folder of a training."""
+FOLDER: Final = "previews"  # folder of the clips in the output folder of a training
 FILE_NAME: Final = "previews.json"
 SCHEMA_VERSION: Final = 1
-BASE: Final = "base model"
-"""What the row of epoch 0 is called: the model without the adapter."""
+BASE: Final = "base model"  # what the row of epoch 0 is called: the model without the adapter
 
 
 @dataclass
 class Row:
-    """The clips of one state of the adapter.
+    """The clips of one state of the adapter, such as "epoch 3": a file for each song, relative to the folder.
 
-    Attributes:
-        label: what it is called, such as "epoch 3".
-        epoch: number of finished epochs, 0 for the base model, None if unknown.
-        loss: mean loss of that epoch, None if unknown or not finite.
-        clips: a file for each song, relative to the folder.
+    `epoch` is the number of finished epochs, 0 for the base model, None if unknown. `loss` is the mean of that epoch,
+    None if unknown or not finite.
     """
 
     label: str
@@ -47,11 +42,9 @@ class Row:
 
 @dataclass
 class Table:
-    """All clips of a training.
+    """All clips of a training, in rows that are sorted by epoch.
 
-    Attributes:
-        about: what all clips share: the model's name, the songs with their lengths and prompts, and the settings.
-        rows: sorted by epoch.
+    `about` is what they share: the model's name, the songs with their lengths and prompts, and the settings.
     """
 
     about: dict[str, Any]
@@ -86,19 +79,10 @@ class Table:
             stream.write((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
 
 
-def about(model_name: str, songs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all clips of a table share."""
-    return {"model_name": model_name, "songs": [dict(song) for song in songs], "settings": dict(settings)}
-
-
 def read_table(folder: Path) -> Table | None:
-    """The table in a folder.
+    """The table in a folder, as :meth:`Table.write` writes it; None if there is none.
 
-    Returns:
-        The table, as :meth:`Table.write` writes it; None if there is none.
-
-    Raises:
-        Refusal: the file cannot be read, or was edited or damaged so that it is no table of clips.
+    Raises Refusal for a file that cannot be read, or was edited or damaged so that it is no table of clips.
     """
     try:
         content = read_json_object(folder / FILE_NAME)
@@ -135,14 +119,7 @@ def _problem(table: Table) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder of clips that belong to something else.
-
-    Returns:
-        Where they are now.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
+    """Rename a folder of clips that belong to something else. Returns where they are now. Raises OSError."""
     place = _free(folder)
     move(folder, place)
     return place
@@ -154,11 +131,7 @@ def leave_branch(folder: Path, table: Table, epoch: int) -> Path | None:
     Rows of later epochs are moved with their clips into a folder of their own below `folder`, and with them rows of no
     known epoch, which are of the adapter that the earlier branch has ended with. The base model's row stays.
 
-    Returns:
-        Where they are now; None if there is nothing later.
-
-    Raises:
-        OSError: a file cannot be moved.
+    Returns where they are now; None if there is nothing later. Raises OSError.
     """
     later = [row for row in table.rows if row.epoch is None or row.epoch > epoch]
     if all(row.epoch is None for row in later):

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ..files import replacing
 from ..hookspecs import hookimpl
 from ..run import ROWS_WITHOUT_CONDITION, Run, Step
-from ..songs.trained_on import ENTRY as TRAINED_SONGS
-from ..songs.trained_on import hashes_of
+from ..songs.fingerprint import ENTRY as TRAINED_SONGS
+from ..songs.fingerprint import hashes_of
 from ..text import counted
 from ..timesteps.shares import band_of
 from ..timesteps.treatment import treatment_of

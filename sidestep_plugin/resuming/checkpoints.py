@@ -41,13 +41,15 @@ BEGAN: Final = ".training_began"
 FINISHED: Final = ".training_finished"
 """File that says after how many epochs the training in a folder was finished, by what if early, and its newest save."""
 
-_OWN: Final = frozenset(
-    {
-        "schema_version", "saved_at", "epochs", "steps", "steps_per_epoch", "losses", "validation", "random",
-        "epoch_random", "gradients", "optimizer_class", "parameters", "songs", "save_number", "ranks", "optimizer",
-        "scheduler", "files",
-    }
+_STORED: Final = (
+    "epochs", "steps", "steps_per_epoch", "losses", "validation", "random", "epoch_random", "gradients",
+    "optimizer_class", "parameters", "songs",
 )  # fmt: skip
+"""Attributes of a point that are in the file as they are, under the same names."""
+
+_OWN: Final = frozenset(
+    {*_STORED, "schema_version", "saved_at", "save_number", "ranks", "optimizer", "scheduler", "files"}
+)
 """Names in the file; every other one is what a part of the plugin keeps."""
 
 _UNREADABLE: Final = 2**63
@@ -56,19 +58,11 @@ _BUFFER: Final = 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        folder: its folder.
-        point: the position in the training.
-        facts: its ``training_config.json``; None without one, as when upstream saved it without the plugin.
-        alone: whether upstream saved it without the plugin.
-    """
+    """A complete checkpoint."""
 
     folder: Path
     point: ResumePoint
-    facts: Mapping[str, Any] | None
-    alone: bool
+    facts: Mapping[str, Any] | None  # its ``training_config.json``; None without one, as when upstream saved it alone
 
 
 def write_resume_state(folder: Path, point: ResumePoint) -> Path:
@@ -86,17 +80,7 @@ def write_resume_state(folder: Path, point: ResumePoint) -> Path:
     content = {
         "schema_version": SCHEMA_VERSION,
         "saved_at": time.time(),
-        "epochs": point.epochs,
-        "steps": point.steps,
-        "steps_per_epoch": point.steps_per_epoch,
-        "losses": point.losses,
-        "validation": point.validation,
-        "random": point.random,
-        "epoch_random": point.epoch_random,
-        "gradients": point.gradients,
-        "optimizer_class": point.optimizer_class,
-        "parameters": point.parameters,
-        "songs": point.songs,
+        **{name: getattr(point, name) for name in _STORED},
         **point.kept,
         "save_number": point.save_number,
         **({"ranks": list(point.ranks)} if point.ranks else {}),
@@ -171,31 +155,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise _incomplete(folder, f"{weights.name} cannot be read ({error})") from None
     try:
+        known: dict[str, Any] = {name: state[name] for name in (*_STORED, "save_number", "ranks") if name in state}
+        known["epochs"] = int(upstreams["epoch"] if alone else state["epochs"])
+        known["steps"] = 0 if alone else int(state["steps"])
         point = ResumePoint(
-            epochs=int(upstreams["epoch"] if alone else state["epochs"]),
-            steps=0 if alone else int(state["steps"]),
-            steps_per_epoch=state.get("steps_per_epoch"),
-            losses=state.get("losses"),
-            validation=state.get("validation"),
-            random=state.get("random"),
-            epoch_random=state.get("epoch_random"),
-            gradients=state.get("gradients"),
+            **known,
             optimizer=state.get("optimizer") or upstreams.get("optimizer_state_dict"),
             scheduler=state.get("scheduler") or upstreams.get("scheduler_state_dict"),
-            optimizer_class=state.get("optimizer_class", ""),
             weights=tensors,
-            parameters=state.get("parameters"),
-            songs=state.get("songs", ""),
             kept={name: value for name, value in state.items() if name not in _OWN},
-            save_number=state.get("save_number", 0),
-            ranks=state.get("ranks", ()),
         )
         wrong = _wrong_in(point)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         wrong = repr(error)
     if wrong:
         raise _incomplete(folder, f"what was saved of the training is unusable ({wrong})")
-    return Checkpoint(folder, point, read_training_config(weights.parent), alone)
+    return Checkpoint(folder, point, read_training_config(weights.parent))
 
 
 def _wrong_in(point: ResumePoint) -> str:
@@ -286,7 +261,6 @@ def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> No
     """Note that the training in an output folder has saved its final adapter. Raises OSError.
 
     Args:
-        output: the output folder.
         epochs: after how many epochs it has ended.
         limits: which options have ended it before its last epoch, and up to which value each of them would have.
     """
@@ -297,22 +271,23 @@ def write_finished(output: Path, epochs: int, limits: Mapping[str, float]) -> No
 
 def finished_epochs(output: Path) -> int | None:
     """After how many epochs the training in an output folder was finished; None when it went on after that."""
-    try:
-        content = read_json_object(output / FINISHED)
-    except (OSError, ValueError):
-        return None
+    content = _finished(output)
     epochs, number = content.get("epochs"), content.get("save_number")
     return epochs if isinstance(epochs, int) and number == newest_save_number(output) else None
 
 
 def limits_of(output: Path) -> dict[str, float]:
     """The options that ended the training in an output folder before its last epoch, and up to which value."""
-    try:
-        limits = read_json_object(output / FINISHED).get("limits")
-    except (OSError, ValueError):
-        return {}
+    limits = _finished(output).get("limits")
     known = limits.items() if isinstance(limits, dict) else ()
     return {name: limit for name, limit in known if isinstance(limit, int | float)}
+
+
+def _finished(output: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(output / FINISHED)
+    except (OSError, ValueError):
+        return {}
 
 
 def _began(output: Path) -> float:

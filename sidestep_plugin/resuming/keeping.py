@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from pathlib import Path
 from typing import Final
 
 import click
 
 from ..hookspecs import hookimpl
-from ..options import WholeNumber
+from ..options import WholeNumber, option
 from ..run import Run, SavedAdapter, Step
 from .checkpoints import checkpoints_in, saved_before
 
@@ -22,9 +21,8 @@ _EPOCH: Final = re.compile(r"epoch_\d+(_loss_.*)?")
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """The option that limits how many checkpoints are kept."""
     text = "Keep only the newest N checkpoints; best and final always stay.  [default: all]"
-    return [click.Option(["--keep-last"], type=WholeNumber(1, 10**6), metavar="N", help=text)]
+    return [option("--keep-last", text, WholeNumber(1, 10**6), "N")]
 
 
 @hookimpl
@@ -55,7 +53,12 @@ def acestep_run_ended(run: Run) -> None:
 
 def _tidy(run: Run) -> None:
     """Remove the oldest checkpoints. One that cannot be removed stays, and the training goes on."""
-    folders = [folder for folder in checkpoints_in(run.engine.folder) if _is_tidied(run.engine.folder, folder)]
+    own = run.engine.folder / "checkpoints"
+    folders = [
+        folder
+        for folder in checkpoints_in(run.engine.folder)
+        if folder.parent == own and _EPOCH.fullmatch(folder.name) is not None
+    ]
     oldest_first = sorted(folders, key=saved_before)
     for folder in oldest_first[: -int(run.options["keep_last"])]:
         gone = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.saving")  # whoever is killed here leaves that
@@ -65,7 +68,3 @@ def _tidy(run: Run) -> None:
             run.engine.announce(f"Warning: {folder} could not be removed (--keep-last): {error.strerror or error}.")
             continue
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _is_tidied(output: Path, folder: Path) -> bool:
-    return folder.parent == output / "checkpoints" and _EPOCH.fullmatch(folder.name) is not None

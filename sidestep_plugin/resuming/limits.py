@@ -11,12 +11,12 @@ import click
 
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import WholeNumber
+from ..options import WholeNumber, option
 from ..run import Run, Step
 from ..text import counted, hours
 
 _KEY: Final = "limits"
-_UNITS: Final = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_UNITS: Final = (86_400, 3600, 60, 1)  # seconds of a day, an hour, a minute, a second
 _TIME: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -35,19 +35,15 @@ class TimeSpan(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 def seconds_of(text: str) -> int:
     """Seconds in a length of time such as 1h30m."""
     found = _TIME.fullmatch(text)
-    return (
-        sum(int(number) * unit for number, unit in zip(found.groups("0"), _UNITS.values(), strict=True)) if found else 0
-    )
+    numbers = found.groups("0") if found else "0000"
+    return sum(int(number) * unit for number, unit in zip(numbers, _UNITS, strict=True))
 
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """Options that end a training early."""
     return [
-        click.Option(["--max-steps"], type=WholeNumber(1, 10**9), metavar="N", help="Finish after N training steps."),
-        click.Option(
-            ["--time-limit"], type=TimeSpan(), metavar="TIME", help="Stop and save after this time: 8h, 90m, 1h30m."
-        ),
+        option("--max-steps", "Finish after N training steps.", WholeNumber(1, 10**9), "N"),
+        option("--time-limit", "Stop and save after this time: 8h, 90m, 1h30m.", TimeSpan(), "TIME"),
     ]
 
 
@@ -83,20 +79,13 @@ def acestep_step_finished(step: Step) -> None:
 
 
 class _Limits:
-    """The limits of one training.
-
-    Args:
-        run: the training.
-
-    Attributes:
-        steps: the most training steps; None without a limit.
-        ends_at: when the time is over, by the monotonic clock; None without a limit.
-    """
+    """The limits of one training."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.steps: int | None = run.options["max_steps"]
         limit: str | None = run.options["time_limit"]
+        # When the time is over, by the monotonic clock.
         self.ends_at = None if limit is None else time.monotonic() + seconds_of(limit) - _already_running(run)
         self._over = False
 

@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from ..errors import Refusal
@@ -75,9 +75,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _forget(self) -> None:
@@ -114,7 +112,7 @@ def _locked(file: Path) -> int:
             _lock(descriptor)
             # The one before us removes the file when it is done, perhaps after we opened it.
             with contextlib.suppress(FileNotFoundError):
-                if _same(descriptor, file):
+                if os.path.samestat(os.fstat(descriptor), file.stat()):
                     _sign(descriptor)
                     return descriptor
         except BaseException:
@@ -141,21 +139,13 @@ def _lock(descriptor: int) -> None:
 
 
 def _unlock(descriptor: int, file: Path, made: list[Path]) -> None:
-    with contextlib.suppress(OSError):
-        if os.name != "nt":  # there, a file that is open cannot be removed
-            file.unlink()
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
-    with contextlib.suppress(OSError):
-        if os.name == "nt":
-            file.unlink()
+    steps = (file.unlink, partial(os.close, descriptor))
+    for step in reversed(steps) if os.name == "nt" else steps:  # there, a file that is open cannot be removed
+        with contextlib.suppress(OSError):
+            step()
     with contextlib.suppress(OSError):  # whatever is not empty stays
         for place in reversed(made):
             place.rmdir()
-
-
-def _same(descriptor: int, file: Path) -> bool:
-    return os.path.samestat(os.fstat(descriptor), file.stat())
 
 
 def _sign(descriptor: int) -> None:

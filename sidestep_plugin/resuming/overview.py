@@ -22,31 +22,18 @@ _NAME: Final = re.compile(r"epoch_(\d+)(?:_loss_(\d+\.\d+))?")
 
 @dataclass(frozen=True)
 class Saved:
-    """One adapter that a training has saved.
+    """One adapter that a training has saved."""
 
-    Attributes:
-        name: its folder, relative to the output folder.
-        epoch: epochs done; None if unknown.
-        training_steps: training steps done; None if unknown.
-        optimizer_steps: optimizer steps done; None if unknown.
-        loss: mean loss of its last epoch; None if unknown.
-        validation_change: validation loss relative to the model without adapter, -0.02 is 2 % lower; None if unknown.
-        average: folder of the average beside it, relative to the output folder; None without one (--average).
-        average_change: the average's validation loss relative to the model without adapter; None if unknown.
-        bytes: size of all files in the folder.
-        resumable: whether a training can be resumed from it.
-    """
-
-    name: str
-    epoch: int | None
-    training_steps: int | None
-    optimizer_steps: int | None
-    loss: float | None
-    validation_change: float | None
-    average: str | None
-    average_change: float | None
-    bytes: int
-    resumable: bool
+    name: str  # its folder, relative to the output folder
+    epoch: int | None  # epochs done; None if unknown
+    training_steps: int | None  # training steps done; None if unknown
+    optimizer_steps: int | None  # optimizer steps done; None if unknown
+    loss: float | None  # mean loss of its last epoch; None if unknown
+    validation_change: float | None  # relative to the model without adapter, -0.02 is 2 % lower; None if unknown
+    average: str | None  # folder of the average beside it, relative to the output folder; None without one (--average)
+    average_change: float | None  # the average's validation loss relative to the model without adapter; None if unknown
+    bytes: int  # size of all files in the folder
+    resumable: bool  # whether a training can be resumed from it
 
 
 def saved_in(output: Path) -> list[Saved]:
@@ -61,7 +48,8 @@ def saved_in(output: Path) -> list[Saved]:
         raise Refusal(f"No folder {output}. Expected the --output-dir of a training.")
     losses = _losses(output)
     found = []
-    for folder in _folders(output):
+    entries = [entry for pattern in ("checkpoints/*", "interrupted", "final") for entry in output.glob(pattern)]
+    for folder in (entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")):
         files = [file for file in folder.rglob("*") if file.is_file()]
         own = (file for file in files if file.suffix == ".safetensors" and file.relative_to(folder).parts[0] != AVERAGE)
         weights = next(own, None)
@@ -98,15 +86,7 @@ def saved_in(output: Path) -> list[Saved]:
         )
     if not found:
         raise Refusal(f"There is no adapter in {output}. Expected the --output-dir of a training.")
-    return sorted(
-        found,
-        key=lambda saved: (saved.name == "final", saved.epoch or 0, saved.training_steps or 0),
-    )
-
-
-def _folders(output: Path) -> list[Path]:
-    entries = [entry for pattern in ("checkpoints/*", "interrupted", "final") for entry in output.glob(pattern)]
-    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(found, key=lambda saved: (saved.name == "final", saved.epoch or 0, saved.training_steps or 0))
 
 
 def _losses(output: Path) -> dict[int, float]:

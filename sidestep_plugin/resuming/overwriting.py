@@ -23,11 +23,7 @@ _PAGE: Final = "index.html"
 
 
 class Overwriting:
-    """One training that replaces another in an output folder.
-
-    Args:
-        output: the output folder, which is locked.
-    """
+    """One training that replaces another in an output folder, which is locked."""
 
     def __init__(self, output: Path) -> None:
         self._output = output

@@ -14,7 +14,7 @@ from ..adapters.inspection import inspect_adapter
 from ..adapters.kinds import BY_NAME
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import Place
+from ..options import Place, option
 from ..run import AdapterType, ModelFacts, Run
 from ..text import counted, shown
 
@@ -24,15 +24,8 @@ _ADAPTERS: Final = ("rank", "alpha", "target_modules")
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """The option that names the adapter to start from."""
-    return [
-        click.Option(
-            ["--init-from"],
-            type=Place(path_type=Path),
-            metavar="ADAPTER",
-            help="Start from a finished adapter's weights, with a new optimizer.",
-        )
-    ]
+    text = "Start from a finished adapter's weights, with a new optimizer."
+    return [option("--init-from", text, Place(path_type=Path), "ADAPTER")]
 
 
 def settings_to_start_from(

@@ -12,13 +12,12 @@ from typing import Any, Final
 
 import click
 
-from sidestep_plugin.text import counted
-
 from ..errors import Refusal
 from ..hookspecs import hookimpl
-from ..options import WholeNumber
+from ..options import WholeNumber, option
 from ..ranks import Ranks
 from ..run import ProcessPlan, Run
+from ..text import counted
 
 _OWN: Final = frozenset({"devices", "nodes", "node_rank", "rendezvous"})
 """Options that say something about one machine; torchrun says it in another way."""
@@ -26,29 +25,12 @@ _OWN: Final = frozenset({"devices", "nodes", "node_rank", "rendezvous"})
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
-    """How many GPUs and machines."""
+    where = "Where the machines meet: a free port of machine 0. With --nodes."
     return [
-        click.Option(
-            ["--devices"],
-            type=WholeNumber(1, 1024),
-            default=None,
-            metavar="N",
-            help="GPUs on this machine; on a CPU, processes.  [default: 1]",
-        ),
-        click.Option(["--nodes"], type=WholeNumber(1, 1024), default=None, metavar="N", help="Machines.  [default: 1]"),
-        click.Option(
-            ["--node-rank"],
-            type=WholeNumber(0, 1023),
-            default=None,
-            metavar="N",
-            help="Number of this machine, from 0. With --nodes.",
-        ),
-        click.Option(
-            ["--rendezvous"],
-            default=None,
-            metavar="HOST:PORT",
-            help="Where the machines meet: a free port of machine 0. With --nodes.",
-        ),
+        option("--devices", "GPUs on this machine; on a CPU, processes.  [default: 1]", WholeNumber(1, 1024), "N"),
+        option("--nodes", "Machines.  [default: 1]", WholeNumber(1, 1024), "N"),
+        option("--node-rank", "Number of this machine, from 0. With --nodes.", WholeNumber(0, 1023), "N"),
+        option("--rendezvous", where, click.STRING, "HOST:PORT"),
     ]
 
 
@@ -83,12 +65,9 @@ def acestep_run_started(run: Run) -> None:
 
 def _check_started(options: Mapping[str, Any], ranks: Ranks) -> None:
     """Refuse options that contradict what torchrun has started. Raises Refusal."""
-    for option, said, there in (
-        ("--devices", options["devices"], ranks.local_world_size),
-        ("--nodes", options["nodes"], ranks.machines),
-    ):
-        if said not in (None, there):
-            raise Refusal(f"{option} is {said}, but {there} were started. Leave {option} out under torchrun.")
+    for name, there in (("devices", ranks.local_world_size), ("nodes", ranks.machines)):
+        if (said := options[name]) not in (None, there):
+            raise Refusal(f"--{name} is {said}, but {there} were started. Leave --{name} out under torchrun.")
 
 
 def _outcome(run: Run, songs: int, steps: int) -> list[str]:

@@ -1,9 +1,5 @@
 """Reads audio files: which there are, what they are like, their samples as upstream's preprocessing has them.
 
-    files = audio_files(folder)       # the files, and lines about what was passed over
-    facts = look_at(files.audio[0])   # length, rate, channels, silent, clipped; read in blocks
-    audio = read_audio(file)          # float32 [2, N] at 48 kHz
-
 As upstream: one channel is doubled, of more than two the first two are taken, values beyond -1 to 1 stay, and other
 rates are resampled by torchaudio. Readers are soundfile, torchaudio, ffmpeg and, for plain WAV files, Python itself:
 whichever is there. Where none can read a file, the message names what is missing.
@@ -27,13 +23,12 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file
-from ..text import counted, shown
+from ..text import counted, listed, shown
 
 if TYPE_CHECKING:
     import torch
 
-RATE: Final = 48_000
-"""Samples per second of what the VAE takes."""
+RATE: Final = 48_000  # samples per second of what the VAE takes
 
 LOSSLESS: Final = frozenset({".wav", ".wave", ".flac", ".aiff", ".aif"})
 """Endings of files that every reader decodes to the same samples."""
@@ -55,12 +50,7 @@ _BLOCK: Final = 2**19  # frames
 
 @dataclass(frozen=True)
 class AudioFiles:
-    """The audio in a folder and the folders in it.
-
-    Attributes:
-        audio: the files, sorted by path.
-        notes: lines about what is not read.
-    """
+    """The audio in a folder and the folders in it, sorted by path, and lines about what is not read."""
 
     audio: tuple[Path, ...]
     notes: tuple[str, ...] = ()
@@ -68,46 +58,28 @@ class AudioFiles:
 
 @dataclass(frozen=True)
 class AudioFacts:
-    """What an audio file is like.
-
-    Attributes:
-        file: the file.
-        seconds: length; 0 when it cannot be read.
-        rate: samples per second as stored.
-        channels: channels as stored.
-        peak: largest absolute value of all samples; above 1 is possible in files of floats and in lossy ones.
-        clipped: share of the samples, 0 to 1, that stand at full scale next to another such sample.
-        reader: what read it.
-        unusable: why no song can be made of it, "" when one can.
-        problems: what is told, and refused by ``--strict``.
-        notes: what is told only: what happens to channels, rate and loud samples.
-    """
+    """What an audio file is like."""
 
     file: Path
-    seconds: float = 0.0
+    seconds: float = 0.0  # length; 0 when it cannot be read
+    # rate, channels: as stored; the rate in samples per second.
     rate: int = 0
     channels: int = 0
-    peak: float = 0.0
-    clipped: float = 0.0
-    reader: str = ""
-    unusable: str = ""
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    peak: float = 0.0  # largest absolute value of all samples; above 1 is possible in files of floats and in lossy ones
+    clipped: float = 0.0  # share of the samples, 0 to 1, that stand at full scale next to another such sample
+    reader: str = ""  # what read it
+    unusable: str = ""  # why no song can be made of it, "" when one can
+    problems: tuple[str, ...] = ()  # what is told, and refused by ``--strict``
+    notes: tuple[str, ...] = ()  # what is told only: what happens to channels, rate and loud samples
 
 
 @dataclass(frozen=True)
 class Audio:
-    """The samples of a file.
+    """The samples of a file."""
 
-    Attributes:
-        samples: float32 [2, N] at 48 kHz, on the CPU; not limited to -1 to 1.
-        seconds: length of the whole file, also where `samples` were cut.
-        how: what read and resampled it, such as "soundfile, resampled from 44100 Hz by torchaudio".
-    """
-
-    samples: torch.Tensor
-    seconds: float
-    how: str
+    samples: torch.Tensor  # float32 [2, N] at 48 kHz, on the CPU; not limited to -1 to 1
+    seconds: float  # length of the whole file, also where `samples` were cut
+    how: str  # what read and resampled it, such as "soundfile, resampled from 44100 Hz by torchaudio"
 
 
 @dataclass(frozen=True)
@@ -122,8 +94,7 @@ class _Stream:
 def audio_files(folder: Path) -> AudioFiles:
     """Find the audio in a folder and the folders in it. Hidden files and folders, and macOS's companions, are no audio.
 
-    Raises:
-        Refusal: no such folder, or no audio in it: it is said what there is instead.
+    Raises Refusal without a folder, or audio in it; it says what there is instead.
     """
     if not folder.is_dir():
         raise Refusal(f"No folder {folder}. Expected a folder of audio files.")
@@ -142,35 +113,27 @@ def audio_files(folder: Path) -> AudioFiles:
                     kind.append(Path(place, name))
     notes = []
     if passed:
-        listed = _some(sorted(str(file.relative_to(folder)) for file in passed))
-        notes.append(f"Not read as audio, by the ending: {listed}. Save the sound as WAV, FLAC or MP3")
+        others = listed(sorted(str(file.relative_to(folder)) for file in passed))
+        notes.append(f"Not read as audio, by the ending: {others}. Save the sound as WAV, FLAC or MP3")
     if closed:
-        notes.append(f"Folders that could not be listed: {_some(sorted(closed))}")
+        notes.append(f"Folders that could not be listed: {listed(sorted(closed))}")
     if not audio:
         instead = "".join(f" {note}." for note in notes)
         if songs:
-            prepared = counted(songs, "song")
-            instead = (
-                f" It has {prepared} that {'is' if songs == 1 else 'are'} prepared (.pt): use acestep-train songs."
-            )
+            are = "is" if songs == 1 else "are"
+            instead = f" It has {counted(songs, 'song')} that {are} prepared (.pt): use acestep-train songs."
         raise Refusal(f"No audio in {folder}: expected {', '.join(sorted(ending[1:] for ending in AUDIO))}.{instead}")
     return AudioFiles(tuple(sorted(audio, key=lambda file: file.relative_to(folder).as_posix())), tuple(notes))
 
 
 def look_at(file: Path) -> AudioFacts:
-    """Read an audio file in blocks and tell what it is like.
-
-    Returns:
-        The facts; for a file that cannot be read, why, in `unusable`. Nothing is raised.
-    """
+    """Read an audio file in blocks and tell what it is like. Raises nothing: `unusable` says why it cannot be read."""
     import torch
 
+    frames, peak, full, finite = 0, 0.0, 0, True
+    before: torch.Tensor | None = None
     try:
-        with ExitStack() as stack:
-            stream, reader = _opened(file, stack, exact=False)
-            frames, peak, full = 0, 0.0, 0
-            finite = True
-            before: torch.Tensor | None = None
+        with _reading(file, exact=False) as (stream, reader):
             for block in stream.blocks:
                 frames += block.shape[1]
                 if not block.numel():
@@ -185,8 +148,6 @@ def look_at(file: Path) -> AudioFacts:
                 before = loud[:, -1:]
     except Refusal as problem:
         return AudioFacts(file, unusable=str(problem))
-    except Exception as error:  # each reader has its own types for a damaged file
-        return AudioFacts(file, unusable=_damaged(file, error))
     seconds = frames / stream.rate
     clipped = full / max(1, frames * stream.channels)
     unusable, problems, notes = "", [], []
@@ -218,36 +179,23 @@ def look_at(file: Path) -> AudioFacts:
 
 
 def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
-    """The samples of an audio file, as upstream's preprocessing takes them.
+    """The samples of an audio file, as upstream's preprocessing takes them; with `seconds` so much from the beginning.
 
-    Args:
-        file: the file.
-        seconds: take this much from the beginning, None for all of it. The rest is still counted.
-
-    Returns:
-        The samples. Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them.
-
-    Raises:
-        Refusal: nothing that is installed can read it, or resample it; or it is empty.
+    Lossless files are read by soundfile first, others by torchaudio first, as upstream reads them. What is not taken is
+    still counted. Raises Refusal if nothing that is installed can read it, or resample it, or if it is empty.
     """
     import torch
 
     blocks: list[torch.Tensor] = []
     frames = 0
-    try:
-        with ExitStack() as stack:
-            stream, reader = _opened(file, stack, exact=True)
-            wanted = (
-                None if seconds is None else round((seconds + 1.0) * stream.rate)
-            )  # resampling looks a little ahead
-            for block in stream.blocks:
-                if wanted is None or frames < wanted:
-                    blocks.append(block if wanted is None else block[:, : wanted - frames])
-                frames += block.shape[1]
-    except Refusal:
-        raise
-    except Exception as error:  # each reader has its own types for a damaged file
-        raise Refusal(_damaged(file, error)) from None
+    with _reading(file, exact=True) as (stream, reader):
+        wanted = None
+        if seconds is not None:
+            wanted = round((seconds + 1.0) * stream.rate)  # resampling looks a little ahead
+        for block in stream.blocks:
+            if wanted is None or frames < wanted:
+                blocks.append(block if wanted is None else block[:, : wanted - frames])
+            frames += block.shape[1]
     if not frames:
         raise Refusal(f"{file} holds no sound. Save it again, or take it out of the folder.")
     samples, how = torch.cat(blocks, dim=1), reader
@@ -260,15 +208,24 @@ def read_audio(file: Path, *, seconds: float | None = None) -> Audio:
     return Audio(samples.contiguous(), frames / stream.rate, how)
 
 
-def _damaged(file: Path, error: Exception) -> str:
-    return f"{file} is damaged ({shown(_reason(error), 120)}). Save it again, or take it out of the folder."
-
-
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
 class _Missing(Exception):
     """A reader is not there; the message names what is missing."""
+
+
+@contextmanager
+def _reading(file: Path, *, exact: bool) -> Iterator[tuple[_Stream, str]]:
+    """An opened file, and what reads it. Raises Refusal, also for a file that turns out to be damaged in the block."""
+    try:
+        with ExitStack() as stack:
+            yield _opened(file, stack, exact=exact)
+    except Refusal:
+        raise
+    except Exception as error:  # each reader has its own types for a damaged file
+        reason = shown(_reason(error), 120)
+        raise Refusal(f"{file} is damaged ({reason}). Save it again, or take it out of the folder.") from None
 
 
 def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]:
@@ -299,13 +256,11 @@ def _opened(file: Path, stack: ExitStack, *, exact: bool) -> tuple[_Stream, str]
         except Exception as error:  # each reader has its own types for a file that it cannot read
             reason = _reason(error).replace(str(file), file.name)
             said.append(f"{name} cannot read it ({shown(reason, 120)})")
-    raise Refusal(f"{file} cannot be read, expected audio: {'; '.join(said)}. {_advice(said)}")
-
-
-def _advice(said: list[str]) -> str:
-    if not any(one.endswith("is not there") for one in said):
-        return "Export it again as WAV or FLAC, or take it out of the folder."
-    return "Export it again as WAV or FLAC, or install what is missing; ffmpeg reads every kind."
+    missing = any(one.endswith("is not there") for one in said)
+    advice = "install what is missing; ffmpeg reads every kind" if missing else "take it out of the folder"
+    raise Refusal(
+        f"{file} cannot be read, expected audio: {'; '.join(said)}. Export it again as WAV or FLAC, or {advice}."
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -447,20 +402,10 @@ def _no_audio(head: bytes) -> tuple[str, str] | None:
     start = head.lstrip().lower()
     if not head:
         return "is empty", "Copy it again, or take it out of the folder."
-    if is_lfs_pointer(head):
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
         return "is a pointer of Git LFS and not the file itself", "Fetch it: git lfs pull."
     if start.startswith((b"<!doctype", b"<html")):
         return "is a web page", "Download it again."
     if head.startswith(b"PK\x03\x04"):
         return "is a ZIP archive", "Unpack it."
     return None
-
-
-def is_lfs_pointer(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a Git LFS pointer."""
-    return head.startswith(b"version https://git-lfs.github.com/spec")
-
-
-def _some(names: list[str]) -> str:
-    several = ", ".join(shown(name, 80) for name in names[:5])
-    return several + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,51 +1,40 @@
-"""Looks at a folder of preprocessed songs before anything is loaded: which songs are in it, and what is wrong."""
+"""Looks at a folder of preprocessed songs before anything is loaded: what is in it, what is wrong, whether it fits."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ..errors import Refusal
 from ..files import is_companion, not_a_file, read_json_object
+from ..run import ModelFacts
 from ..text import counted
+from ..variants import VARIANTS, words_of
 from .audio import AUDIO
-from .making import Making, making_of
+from .making import Making, check_making, making_of, renew_command
 from .one_song import read_song
 from .values import hash_of
 
-FRAMES_A_SECOND: Final = 25
-"""Frames per second of ACE-Step 1.5's latents."""
+FRAMES_A_SECOND: Final = 25  # frames per second of ACE-Step 1.5's latents
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of preprocessed songs.
-
-    Attributes:
-        folder: the folder.
-        songs: number of songs that can be read.
-        condition_width: D of every song's ``encoder_hidden_states [L,D]``.
-        channels: channels of latents and context together, the same for every song.
-        missing: entries of manifest.json for which there is no file; upstream leaves them out.
-        files: the songs' files, in the order in which they are listed.
-        frames: length of all songs together, in frames of latents.
-        links: songs that are links to a file outside of the folder.
-        makings: how each of `files` was made.
-    """
+    """A folder of preprocessed songs."""
 
     folder: Path
-    songs: int
-    condition_width: int
-    channels: int
-    missing: tuple[str, ...]
+    songs: int  # number of songs that can be read
+    condition_width: int  # D of every song's ``encoder_hidden_states [L,D]``
+    channels: int  # channels of latents and context together, the same for every song
+    missing: tuple[str, ...]  # entries of manifest.json for which there is no file; upstream leaves them out
+    # files, makings: the songs' files, in the order in which they are listed, and how each was made.
     files: tuple[Path, ...] = ()
-    frames: int = 0
-    links: tuple[Path, ...] = ()
+    frames: int = 0  # length of all songs together, in frames of latents
+    links: tuple[Path, ...] = ()  # songs that are links to a file outside of the folder
     makings: tuple[Making, ...] = ()
 
     @property
@@ -55,14 +44,10 @@ class Dataset:
 
 
 def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> Dataset:
-    """Read what a dataset folder holds.
+    """Read what a dataset folder holds. With `allow_duplicates`, a song may be there more than once.
 
-    Args:
-        folder: the folder.
-        allow_duplicates: whether the same song may be there more than once. None: it may not, and no option allows it.
-
-    Raises:
-        Refusal: no such folder, no songs in it, or files with problems: all of them are named.
+    None there means that it may not, and that no option allows it. Raises Refusal without a folder, without songs in
+    it, or for files with problems: all of them are named.
     """
     files, missing, outside = listed_in(folder)
     problems = [f"{name} (manifest.json names it, and it lies outside of the folder)" for name in outside]
@@ -87,12 +72,12 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
     ]
     duplicates = [] if allow_duplicates else _duplicates(files)
     if problems or duplicates:
-        what_to_do = [
-            "Preprocess them again, or take them out of the folder." if problems else "",
-            _about_copies[allow_duplicates is None] if duplicates else "",
-        ]
+        to_do = ["Preprocess them again, or take them out of the folder."] if problems else []
+        if duplicates:
+            on_purpose = "" if allow_duplicates is None else ", or train on them on purpose: --allow-duplicates"
+            to_do.append(f"Take the copies out{on_purpose}.")
         found = ", ".join(problems + duplicates)
-        raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(filter(None, what_to_do))}")
+        raise Refusal(f"Not songs to train on in {folder}: {found}. {' '.join(to_do)}")
     whole = folder.resolve()
     links = tuple(file for file in files if not file.resolve().is_relative_to(whole))
     made = tuple(makings[file] for file in files)
@@ -102,33 +87,25 @@ def inspect_dataset(folder: Path, *, allow_duplicates: bool | None = False) -> D
 def listed_in(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     """What a training in a folder would read, nothing opened yet.
 
-    Returns:
-        The files in their order, also those that are no songs; names in manifest.json that are not there; and names
-        there that lie outside of the folder.
-
-    Raises:
-        Refusal: no such folder, or no songs in it: it is said what there is instead.
+    Returns the files in their order, also those that are no songs; names in manifest.json that are not there; and names
+    there that lie outside of the folder. Raises Refusal without a folder, or songs in it; it says what there is
+    instead.
     """
     if folder.is_file():
         raise Refusal(f"No dataset folder {folder}: it is a file. Name the folder of .pt files that it is in.")
     if not folder.is_dir():
         raise Refusal(f"No dataset folder {folder}. Expected a folder of .pt files, which acestep-train prepare makes.")
-    missing: list[str] = []
-    outside: list[str] = []
-    files = list(_song_files(folder, missing, outside))
+    files, missing, outside = _song_files(folder)
     if not files and not outside:
         found = _instead_of_songs(folder, missing)
         raise Refusal(f"No songs in {folder}: expected .pt files, which acestep-train prepare makes{found}.")
     return files, missing, outside
 
 
-_about_copies: Final = ("Take the copies out, or train on them on purpose: --allow-duplicates.", "Take the copies out.")
-
-
 def songs_in(folder: Path) -> list[Path]:
     """The files that a training in a folder reads: those of manifest.json, else every .pt file, sorted."""
     try:
-        return [file for file in _song_files(folder, [], []) if not not_a_file(file)]
+        return [file for file in _song_files(folder)[0] if not not_a_file(file)]
     except (Refusal, OSError):
         return []
 
@@ -189,16 +166,17 @@ def _duplicates(files: list[Path]) -> list[str]:
     return found
 
 
-def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterator[Path]:
+def _song_files(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     """What upstream would read, in its order of search: manifest.json's entries if there is one, else every .pt file.
 
     This includes what is not a file: upstream fails on a folder ``x.pt`` and hangs on a named pipe. It leaves out
-    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well.
+    macOS's companion files, which the wrapper of upstream's list of songs leaves out as well. Behind the files are
+    entries that are not there, and those that lie outside of the folder.
     """
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        yield from sorted(file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
-        return
+        songs = (file for file in folder.iterdir() if file.suffix == ".pt" and not is_companion(file.name))
+        return sorted(songs), [], []
     if problem := not_a_file(manifest):
         raise Refusal(f"{manifest} {problem}. Delete it to use every .pt file.")
     try:
@@ -208,22 +186,64 @@ def _song_files(folder: Path, missing: list[str], outside: list[str]) -> Iterato
         raise Refusal(f"{manifest} cannot be read as JSON ({error}). Delete it to use every .pt file.") from None
     if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
         raise Refusal(f'{manifest} has no list of file names under "samples". Delete it to use every .pt file.')
+    files, missing, outside = list[Path](), list[str](), list[str]()
     whole = folder.resolve()
     for sample in samples:
         # Newer manifests are relative to their folder, older ones to the directory that upstream was started in.
-        file = next((file for file in (folder / sample, Path(sample)) if _is_file(file)), None)
+        file = next((file for file in (folder / sample, Path(sample)) if not not_a_file(file)), None)
         if file is None:
             missing.append(sample)
         elif is_companion(file.name):
             continue
         elif file.resolve().is_relative_to(whole):
-            yield Path(os.path.normpath(file.absolute()))
+            files.append(Path(os.path.normpath(file.absolute())))
         else:
             outside.append(sample)
+    return files, missing, outside
 
 
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+def check_songs(dataset: Dataset, facts: ModelFacts) -> None:
+    """Refuse songs that do not fit a model, as far as its config shows. Raises Refusal."""
+    _check_widths(dataset, facts)
+    # What the songs say of themselves comes first: it says more than a file beside them.
+    if dataset.makings:
+        check_making(dataset.folder, dataset.files, dataset.makings, facts.name)
+    _check_made_for(dataset, facts)
+
+
+def _check_widths(dataset: Dataset, facts: ModelFacts) -> None:
+    channels = facts.config.get("in_channels")
+    if isinstance(channels, int) and dataset.channels != channels:
+        raise Refusal(
+            f"The songs in {dataset.folder} have {dataset.channels} channels (latents and context), {facts.name} takes "
+            f"{channels}: they were preprocessed for another model. Preprocess them again with this one."
+        )
+    width = facts.config.get("encoder_hidden_size") or facts.config.get("hidden_size")
+    if isinstance(width, int):
+        check_width(dataset, facts.name, width)
+
+
+def check_width(dataset: Dataset, model: str, width: int) -> None:
+    if dataset.condition_width != width:
+        raise Refusal(
+            f"The songs in {dataset.folder} have conditions of width {dataset.condition_width}, {model} "
+            f"expects {width}: they were preprocessed for another model. Preprocess them again with this one, or give "
+            f"them its conditions, without audio and in seconds: {renew_command(dataset.folder, model)}"
+        )
+
+
+def _check_made_for(dataset: Dataset, facts: ModelFacts) -> None:
+    """Refuse songs whose conditions come from the encoder of another family, where a file says so."""
+    said = made_for(dataset.folder)
+    if said is None:
+        return
+    turbo = facts.config.get("is_turbo", "turbo" in words_of(facts.name))
+    then, now = words_of(said), words_of(facts.name)
+    if not set(VARIANTS) & set(then):
+        return
+    if ("turbo" in then) != turbo or ("xl" in then) != ("xl" in now):
+        raise Refusal(
+            f"The songs in {dataset.folder} were preprocessed for {said} (preprocess_meta.json), and {facts.name} has "
+            "another condition encoder (if the file is wrong, delete it). Preprocess them again with this model, or "
+            f"give them its conditions, without audio and in seconds: {renew_command(dataset.folder, facts.name)}"
+        )

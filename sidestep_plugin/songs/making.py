@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..errors import Refusal
-from ..text import counted, shown
+from ..text import counted, listed, shown
+from .one_song import metadata_in
 
 if TYPE_CHECKING:
     import torch
 
-PADDED_ROWS: Final = 256 + 512 + 1
-"""Rows of conditions that upstream's preprocessing makes of every song."""
+PADDED_ROWS: Final = 256 + 512 + 1  # rows of conditions that upstream's preprocessing makes of every song
 
 Form = Literal["generated", "upstream", "own audio", "unknown"]
 
@@ -37,22 +37,17 @@ FORMS: Final[Mapping[Form, str]] = {
 
 @dataclass(frozen=True)
 class Making:
-    """How the tensors of one song were made.
+    """How the tensors of one song were made."""
 
-    Attributes:
-        form: "generated": conditions as the app generates with; "upstream": those of ACE-Step's preprocessing; "own
-            audio": the song's own latents are in the decoder's input; "unknown": none of these can be shown.
-        recorded: whether the song says so itself.
-        model: folder name of the model whose encoder made the conditions, "" where the song does not say.
-        encoders: what tells that encoder from another of the same name, "" where the song does not say.
-        rows: rows of the conditions.
-        hidden: rows of the conditions that their mask hides.
-    """
-
+    # "generated": conditions as the app generates with; "upstream": those of ACE-Step's preprocessing; "own audio": the
+    # song's own latents are in the decoder's input; "unknown": none of these can be shown.
     form: Form
-    recorded: bool = False
+    recorded: bool = False  # whether the song says so itself
+    # model, encoders: folder name of the model whose encoder made the conditions, and what tells that encoder from
+    # another of the same name; "" where the song does not say.
     model: str = ""
     encoders: str = ""
+    # rows, hidden: rows of the conditions, and how many of them their mask hides.
     rows: int = 0
     hidden: int = 0
 
@@ -61,8 +56,7 @@ def making_of(song: Mapping[str, Any]) -> Making:
     """How a song was made, from what its ``.pt`` file holds (five tensors and "metadata")."""
     mask = song["encoder_attention_mask"]
     rows, hidden = len(mask), int((mask == 0).sum())
-    metadata = song.get("metadata")
-    metadata = metadata if isinstance(metadata, Mapping) else {}
+    metadata = metadata_in(song)
     record = metadata.get("prepared")
     said = record if isinstance(record, Mapping) else {}
     model, encoders = (str(said.get(key) or "") for key in ("model", "encoders"))
@@ -86,17 +80,10 @@ def holds_itself(song: Mapping[str, Any]) -> bool:
 
 
 def check_making(folder: Path, files: Sequence[Path], makings: Sequence[Making], model: str) -> None:
-    """Refuse songs that must not be trained on, or not together.
+    """Refuse songs of a folder that must not be trained on, or not together, or not with a model of this name.
 
-    Args:
-        folder: where the songs are.
-        files: the songs.
-        makings: how each of them was made.
-        model: folder name of the model that is to be trained.
-
-    Raises:
-        Refusal: songs hold their own audio in the decoder's input; several forms, or encoders, are in one folder; or
-            the songs were prepared with another model. All are named, and the command that mends it.
+    Raises Refusal for songs that hold their own audio in the decoder's input, for several forms or encoders in one
+    folder, and for songs of another model. All are named, and the command that mends it.
     """
     made = dict(zip(files, makings, strict=True))
     renew = renew_command(folder, model)
@@ -158,5 +145,4 @@ def _word(text: str) -> str:
 
 
 def _these(files: Sequence[Path], longest: int = 5) -> str:
-    names = ", ".join(shown(file.name, 80) for file in files[:longest])
-    return names + (f" and {len(files) - longest} more" if len(files) > longest else "")
+    return listed([file.name for file in files], longest)

@@ -7,6 +7,7 @@ A song is a ``.pt`` file with five tensors, written by upstream's preprocessing.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,20 +53,32 @@ def load_song(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def caption_of(file: Path) -> str:
-    """The caption that a song was preprocessed with; "" for a file without one, or that cannot be read."""
-    try:
-        metadata = load_song(file)["metadata"]
-        caption = metadata["caption"]
-    except Exception:  # torch raises a dozen types for a damaged file
-        return ""
-    return caption if isinstance(caption, str) else ""
+def metadata_in(song: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a loaded song says about itself under "metadata"; empty where it says nothing."""
+    metadata = song.get("metadata")
+    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def frames_in(file: Path) -> int:
     """Number of the last frame that a song's mask shows; 0 for a file that is no song."""
     song, problem = read_song(file)
     return 0 if problem else int(song["attention_mask"].nonzero().max()) + 1
+
+
+def longest(files: Iterable[Path]) -> tuple[int, int]:
+    """The most frames of latents that one of the songs has, and the most tokens of a condition; (0, 0) for none.
+
+    Files that cannot be read are left out: whatever trains on them refuses them.
+    """
+    frames = tokens = 0
+    for file in files:
+        try:
+            song = load_song(file)
+            frames = max(frames, len(song["target_latents"]))
+            tokens = max(tokens, len(song["encoder_hidden_states"]))
+        except Exception:  # torch raises a dozen types for a damaged file
+            continue
+    return frames, tokens
 
 
 def read_song(file: Path) -> tuple[dict[str, Any], str]:

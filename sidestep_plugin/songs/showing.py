@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..text import counted, shown
 from .dataset import FRAMES_A_SECOND, listed_in, made_for
 from .making import FORMS, PADDED_ROWS, Making, making_of, renew_command
-from .one_song import read_song
+from .one_song import metadata_in, read_song
 from .song_text import SongText, text_of_song, without_trigger
 from .triggers import trigger_of_songs
 from .values import not_finite_in
@@ -26,15 +26,8 @@ _LETTERS: Final = 5  # letters a token, more than any language that the model kn
 
 @dataclass(frozen=True)
 class ShownSong:
-    """One file.
-
-    Attributes:
-        file: its name, from the folder.
-        seconds: length; 0 for a file that is no song.
-        making: how it was made, None for a file that is no song.
-        text: what it says about itself, brought into the model's words; None for a file that is no song.
-        wrong: what looks wrong, a reason each.
-    """
+    """One file, by its name from the folder: its length, how it was made, what it says about itself in the model's
+    words, and what looks wrong, a reason each. Length 0 and None for a file that is no song."""
 
     file: str
     seconds: float = 0.0
@@ -45,21 +38,13 @@ class ShownSong:
 
 @dataclass(frozen=True)
 class ShownFolder:
-    """A folder of songs.
-
-    Attributes:
-        folder: the folder.
-        songs: its songs, in the order in which a training reads them.
-        trigger: the trigger word, "" for none.
-        notes: what is to say about all of them.
-        renew: the command that gives them conditions as generated, "" where nothing speaks for it.
-    """
+    """A folder of songs."""
 
     folder: Path
-    songs: tuple[ShownSong, ...]
-    trigger: str = ""
-    notes: tuple[str, ...] = ()
-    renew: str = ""
+    songs: tuple[ShownSong, ...]  # in the order in which a training reads them
+    trigger: str = ""  # the trigger word, "" for none
+    notes: tuple[str, ...] = ()  # what is to say about all of them
+    renew: str = ""  # the command that gives them conditions as generated, "" where nothing speaks for it
 
     @property
     def seconds(self) -> float:
@@ -76,11 +61,7 @@ class ShownFolder:
 
 
 def look_through(folder: Path) -> ShownFolder:
-    """Look at every song of a folder.
-
-    Raises:
-        Refusal: no such folder, or no songs in it: it is said what there is instead.
-    """
+    """Look at every song of a folder. Raises Refusal."""
     files, missing, outside = listed_in(folder)
     trigger = trigger_of_songs(folder, files)
     word = trigger.word if trigger else ""
@@ -101,14 +82,10 @@ def look_through(folder: Path) -> ShownFolder:
         notes.append(f"preprocess_meta.json: preprocessed for {shown(model, 60)}")
     forms = {making.form for making in makings}
     typed = any(song.text.changes for song in songs if song.text and song.making and song.making.form != "generated")
-    renew = renew_command(folder, recorded[0] if len(recorded) == 1 else "")
-    return ShownFolder(
-        folder,
-        songs,
-        word,
-        tuple(notes),
-        renew if forms & {"upstream", "own audio"} or len(forms) > 1 or len(recorded) > 1 or typed else "",
-    )
+    renew = ""
+    if forms & {"upstream", "own audio"} or len(forms) > 1 or len(recorded) > 1 or typed:
+        renew = renew_command(folder, recorded[0] if len(recorded) == 1 else "")
+    return ShownFolder(folder, songs, word, tuple(notes), renew)
 
 
 def _about(makings: Sequence[Making]) -> Iterator[str]:
@@ -135,15 +112,14 @@ def _about(makings: Sequence[Making]) -> Iterator[str]:
 
 
 def _shown(folder: Path, file: Path, trigger: str) -> ShownSong:
-    name = file.relative_to(folder.absolute()).as_posix() if file.is_relative_to(folder.absolute()) else file.name
-    name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else name
+    place = next((place for place in (folder, folder.absolute()) if file.is_relative_to(place)), file.parent)
+    name = file.relative_to(place).as_posix()
     song, problem = read_song(file)
     if problem:
         return ShownSong(name, wrong=(problem,))
     making = making_of(song)
     frames = len(song["target_latents"])
-    metadata = song.get("metadata")
-    metadata = metadata if isinstance(metadata, Mapping) else {}
+    metadata = metadata_in(song)
     text = text_of_song(metadata, file.name)
     wrong = list(_wrong(file, metadata, making, text, frames / FRAMES_A_SECOND, trigger))
     return ShownSong(name, frames / FRAMES_A_SECOND, making, text, tuple(wrong))
@@ -196,12 +172,12 @@ def _words(text: str) -> str:
     return " ".join(text.replace("_", " ").replace("-", " ").lower().split())
 
 
-def first_words(lyrics: str, longest: int = 28) -> str:
+def first_words(lyrics: str) -> str:
     """The beginning of lyrics on one line, without the name of the part ("[Verse 1]")."""
     if lyrics == INSTRUMENTAL:
         return lyrics
     lines = [line.strip() for line in lyrics.splitlines() if line.strip() and not line.strip().startswith("[")]
-    return cut(" / ".join(lines[:3]) or lyrics.strip(), longest)
+    return cut(" / ".join(lines[:3]) or lyrics.strip(), 28)
 
 
 def cut(text: str, longest: int) -> str:

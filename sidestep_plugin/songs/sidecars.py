@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,13 +54,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What one file says about one song.
-
-    Attributes:
-        source: the file and its form, as people are told it.
-        values: field (see `FIELDS`) to value, as typed: only those that hold something.
-        notes: what had to be said about the reading.
-    """
+    """What one file says about one song: the file and its form, the fields that hold something, as typed, and notes."""
 
     source: str
     values: Mapping[str, Any]
@@ -69,34 +63,25 @@ class Found:
 
 @dataclass(frozen=True)
 class Table:
-    """A file about several songs: a CSV or a dataset JSON.
-
-    Attributes:
-        file: the file.
-        rows: for each song the file names by which it may be told (paths, base names), and what is said about it.
-        notes: lines about the file.
-        trigger: the trigger word that a dataset JSON has for all songs, "" for none.
-        position: where the trigger word goes, in upstream's word, "" where nothing is said.
-        genre_ratio: percent of the songs that are told by their genre.
-        unlabeled: numbers of the rows that upstream would leave out.
-    """
+    """A file about several songs: a CSV or a dataset JSON."""
 
     file: Path
+    # For each song the file names by which it may be told (paths, base names), and what is said about it.
     rows: tuple[tuple[tuple[str, ...], Found], ...]
     notes: tuple[str, ...] = ()
+    # trigger, position: the trigger word that a dataset JSON has for all songs, and where it goes in upstream's word;
+    # "" where nothing is said.
     trigger: str = ""
     position: str = ""
-    genre_ratio: float = 0.0
-    unlabeled: frozenset[int] = frozenset()
+    genre_ratio: float = 0.0  # percent of the songs that are told by their genre
+    unlabeled: frozenset[int] = frozenset()  # numbers of the rows that upstream would leave out
 
 
-def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
-    """A text file's content, and what had to be said about its encoding ("" for UTF-8).
+def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, list[str]]:
+    """A text file's content, and what had to be said about its encoding.
 
-    A byte order mark is taken off, ends of lines become "\\n", white space around the text goes.
-
-    Raises:
-        Unreadable: it is no regular file, too large, not text, or its encoding cannot be told.
+    A byte order mark is taken off, ends of lines become "\\n", white space around the text goes. Raises Unreadable if
+    it is no regular file, too large, not text, or its encoding cannot be told.
     """
     try:
         if problem := not_a_file(file):
@@ -108,7 +93,7 @@ def read_text(file: Path, largest: int = _LARGEST_TEXT) -> tuple[str, str]:
     if len(raw) > largest:
         raise Unreadable(f"{file.name} is larger than {largest >> 20} MiB, expected a text about a song.")
     text, note = _decoded(raw, file.name)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip(), note
+    return _unified(text).strip(), [note] if note else []
 
 
 def _decoded(raw: bytes, name: str) -> tuple[str, str]:
@@ -147,14 +132,13 @@ _SAVE: Final = "Save it as UTF-8 in your editor."
 
 def whole(file: Path, field: str) -> Found:
     """A file that is one field: ``NAME.caption.txt``, ``NAME.lyrics.txt``. Raises Unreadable."""
-    text, note = read_text(file)
-    return Found(file.name, {field: text} if text else {}, (note,) if note else ())
+    text, notes = read_text(file)
+    return Found(file.name, {field: text} if text else {}, tuple(notes))
 
 
 def text_file(file: Path) -> Found:
     """``NAME.txt`` in its form: ai-toolkit's tags, Side-Step's lines, or lyrics alone. Raises Unreadable."""
-    text, note = read_text(file)
-    notes = [note] if note else []
+    text, notes = read_text(file)
     if _TAG.match(text):
         values = {_FIELD_OF[tag.lower()]: said.strip() for tag, said in _TAG.findall(text) if tag.lower() in _FIELD_OF}
         return Found(f"{file.name}, ai-toolkit's form", _filled(values), tuple(notes))
@@ -213,13 +197,8 @@ def _key_lines(text: str) -> tuple[dict[str, str], list[str]] | None:
 
 
 def json_file(file: Path) -> Found:
-    """``NAME.json``: an object with fields of a song.
-
-    Raises:
-        Unreadable: not text, not JSON, or not an object.
-    """
-    value, note = read_json(file)
-    notes = [note] if note else []
+    """``NAME.json``: an object with fields of a song. Raises Unreadable."""
+    value, notes = read_json(file)
     if not isinstance(value, dict):
         raise Unreadable(f"{file.name} holds a {_kind(value)}, expected an object with caption, bpm, keyscale, ...")
     values, problems = fields_of(value, file.name)
@@ -228,11 +207,11 @@ def json_file(file: Path) -> Found:
     return Found(file.name, values, (*notes, *problems))
 
 
-def read_json(file: Path) -> tuple[Any, str]:
+def read_json(file: Path) -> tuple[Any, list[str]]:
     """What a JSON file holds, and what had to be said about its encoding. Raises Unreadable."""
-    text, note = read_text(file, _LARGEST_TABLE)
+    text, notes = read_text(file, _LARGEST_TABLE)
     try:
-        return json.loads(text), note
+        return json.loads(text), notes
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Unreadable(f"{file.name} is no JSON ({reason}). Correct it, or take it out of the folder.") from None
@@ -255,10 +234,8 @@ def dataset_json(file: Path, value: Any) -> Table | None:
         values, problems = fields_of(sample, file.name)
         if sample.get("labeled") is False:
             unlabeled.add(len(rows))
-        if values.get("lyrics") == "[Instrumental]" and str(sample.get("raw_lyrics") or "").strip() not in (
-            "",
-            "[Instrumental]",
-        ):
+        raw = str(sample.get("raw_lyrics") or "").strip()
+        if values.get("lyrics") == "[Instrumental]" and raw not in ("", "[Instrumental]"):
             problems.append(f"{file.name} has raw_lyrics and says [Instrumental] under lyrics, which is used")
         rows.append((names, Found(file.name, values, tuple(problems))))
     if not rows:
@@ -284,11 +261,9 @@ def tags(about: Any) -> tuple[str, str, float]:
 def csv_file(file: Path) -> Table:
     """A table with a column of file names: File, BPM, Key, Caption as ACE-Step reads them, and the other fields.
 
-    Raises:
-        Unreadable: not text, or not a table.
+    Raises Unreadable.
     """
-    text, note = read_text(file, _LARGEST_TABLE)
-    notes = [note] if note else []
+    text, notes = read_text(file, _LARGEST_TABLE)
     first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
     try:
@@ -327,13 +302,13 @@ def fields_of(said: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[
             if not isinstance(value, str | int | float) or (isinstance(value, bool) and field != "instrumental"):
                 problems.append(f"{name}: {field} is a {_kind(value)}, expected text or a number; it was not used")
                 continue
-            values[field] = _clean(value) if isinstance(value, str) else value
+            values[field] = _unified(value).removeprefix("\ufeff").strip() if isinstance(value, str) else value
             break
     return values, problems
 
 
-def _clean(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
+def _unified(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _filled(values: Mapping[str, str]) -> dict[str, str]:
@@ -343,8 +318,3 @@ def _filled(values: Mapping[str, str]) -> dict[str, str]:
 def _kind(value: object) -> str:
     names = {"dict": "object", "list": "list", "str": "text", "bool": "truth value", "NoneType": "null"}
     return names.get(type(value).__name__, "number")
-
-
-def notes_of(found: Iterable[Found]) -> Iterator[str]:
-    """All notes of several readings, each once."""
-    yield from dict.fromkeys(note for one in found for note in one.notes)

@@ -23,29 +23,25 @@ _LONGEST: Final = 120  # bytes of UTF-8: file systems take 255, and unfinished f
 
 
 def song_names(folder: Path, audio: Iterable[Path]) -> Mapping[Path, str]:
-    """A name for each song, without ending.
+    """A name for each song, without ending, told from a folder; a file outside of it is named by its own name.
 
-    Args:
-        folder: the folder that the paths are told from.
-        audio: the songs' files, in that folder; a file outside of it is named by its own name.
-
-    Returns:
-        File to name. No two names are equal, also where small and capital letters are the same. Files whose names
-        would be equal (``song.wav`` and ``song.mp3``) all get their ending (``song_wav``), or a hash of their path.
+    No two names are equal, also where small and capital letters are the same. Files whose names would be equal
+    (``song.wav`` and ``song.mp3``) all get their ending (``song_wav``), or a hash of their path.
     """
     files = list(dict.fromkeys(audio))
     level = dict.fromkeys(files, 0)
     while True:
-        names = {file: _name(_told_from(folder, file), level[file]) for file in files}
-        count = Counter(_key(name) for name in names.values())
-        clashing = [file for file in files if count[_key(names[file])] > 1 and level[file] < 2]
+        names = {file: _name(told_from(folder, file), level[file]) for file in files}
+        count = Counter(folded(name) for name in names.values())
+        clashing = [file for file in files if count[folded(names[file])] > 1 and level[file] < 2]
         if not clashing:
             return names
         for file in clashing:
             level[file] += 1
 
 
-def _told_from(folder: Path, file: Path) -> PurePath:
+def told_from(folder: Path, file: Path) -> PurePath:
+    """A file's path from a folder; its name alone where it lies elsewhere."""
     try:
         return file.relative_to(folder)
     except ValueError:
@@ -67,5 +63,6 @@ def _name(path: PurePath, level: int) -> str:
     return f"{name}_{digest}" if level == 2 else name
 
 
-def _key(name: str) -> str:
+def folded(name: str) -> str:
+    """A name without differences of capitals and of composed letters."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,18 +1,6 @@
 """What the model is told about each song: found in people's files and brought into the model's words.
 
-Each value is kept with its source. Pure: no torch, no model, nothing is written::
-
-    found = find_texts(folder, audio)            # every form of sidecar; Refusal names every file that cannot be read
-    text = found.songs[audio[0]]
-    text.prompt                                  # caption with the trigger word: what stands under "# Caption"
-    text.lyrics, text.language                   # "[Instrumental]" and "unknown" where nobody sings
-    text.bpm, text.keyscale, text.timesignature  # None, "" and "" where nothing is known: the model reads "N/A"
-    text.sources["caption"]                      # "song.caption.txt"
-    text.changes, text.problems                  # plain lines, to print; --strict refuses problems
-    found.notes                                  # lines about the folder: tables, files that belong to no song
-
-    text_of_song(metadata, name)                 # the same from a finished song's own metadata: no audio, no files
-    find_texts(folder, songs, known=...)         # files beside finished songs win over their metadata
+Each value is kept with its source. Pure: no torch, no model, nothing is written.
 
 Precedence, for each field on its own; the first that says something wins, and contradictions are told:
 
@@ -39,17 +27,17 @@ from typing import Any, Final, Literal
 
 from ..errors import Refusal
 from ..files import is_companion
-from ..text import shown
+from ..text import listed, shown
 from . import near_names, sidecars, vocabulary
 from .sidecars import Found, Table, Unreadable
+from .song_names import folded
 from .vocabulary import INSTRUMENTAL, Word
 
 Position = Literal["before", "after", "instead"]
 POSITIONS: Final[Mapping[str, Position]] = {"prepend": "before", "append": "after", "replace": "instead"}
 """Where the trigger word goes, by upstream's word for it: "word, caption", "caption, word", "word"."""
 
-DEFAULT: Final = "default"
-"""The source of a value that no file gave."""
+DEFAULT: Final = "default"  # the source of a value that no file gave
 
 _ITSELF: Final = " itself"
 _FOR_ALL: Final = "--language"
@@ -66,38 +54,24 @@ class Trigger:
 
 @dataclass(frozen=True)
 class SongText:
-    """What the model is told about a song, except for its duration.
+    """What the model is told about a song, except for its duration."""
 
-    Attributes:
-        caption: the description of the song without the trigger word; the genre, where `use` says so.
-        lyrics: the lyrics, "[Instrumental]" where nobody sings; never empty.
-        bpm: beats per minute, None where unknown; a text where it is out of the model's vocabulary.
-        keyscale: the key, such as "F# minor"; "" where unknown.
-        timesignature: "2", "3", "4" or "6"; "" where unknown; another text where it is out of the vocabulary.
-        language: code of the language of the singing; "unknown" where nobody sings or none is told.
-        instrumental: whether nobody sings.
-        genre: the genre, "" where none is told.
-        use: which of the two is told as the caption, "caption" or "genre".
-        trigger: the trigger word, "" for none.
-        position: where the trigger word goes.
-        sources: for each of the fields above the file that it is from, or "default".
-        changes: what was brought into the model's words, a line each.
-        problems: what was missing and what is told instead, contradictions, and values that the model does not know.
-    """
-
-    caption: str
-    lyrics: str = INSTRUMENTAL
+    caption: str  # the description of the song without the trigger word; the genre, where `use` says so
+    lyrics: str = INSTRUMENTAL  # the lyrics, "[Instrumental]" where nobody sings; never empty
+    # Beats per minute, None where unknown; a text where it is out of the model's vocabulary.
     bpm: int | str | None = None
-    keyscale: str = ""
-    timesignature: str = ""
-    language: str = "unknown"
-    instrumental: bool = True
-    genre: str = ""
-    use: Literal["caption", "genre"] = "caption"
-    trigger: str = ""
-    position: Position = "before"
+    keyscale: str = ""  # the key, such as "F# minor"; "" where unknown
+    timesignature: str = ""  # "2", "3", "4" or "6"; "" where unknown; another text where it is out of the vocabulary
+    language: str = "unknown"  # code of the language of the singing; "unknown" where nobody sings or none is told
+    instrumental: bool = True  # whether nobody sings
+    genre: str = ""  # the genre, "" where none is told
+    use: Literal["caption", "genre"] = "caption"  # which of the two is told as the caption, "caption" or "genre"
+    trigger: str = ""  # the trigger word, "" for none
+    position: Position = "before"  # where the trigger word goes
+    # For each of the fields above the file that it is from, or "default".
     sources: Mapping[str, str] = field(default_factory=dict)
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # what was brought into the model's words, a line each
+    # What was missing and what is told instead, contradictions, and values that the model does not know.
     problems: tuple[str, ...] = ()
 
     @property
@@ -113,12 +87,7 @@ class SongText:
 
 @dataclass(frozen=True)
 class Texts:
-    """What was found for a folder of songs.
-
-    Attributes:
-        songs: for each song what the model is told.
-        notes: lines about the folder: tables that were not read, rows and files that belong to no song.
-    """
+    """What the model is told about each song of a folder, and lines about tables, rows and files without a song."""
 
     songs: Mapping[Path, SongText]
     notes: tuple[str, ...] = ()
@@ -149,20 +118,18 @@ def find_texts(
         texts: another folder in which files that belong to finished songs lie, such as that of the audio.
         language: what is sung in songs about which nothing else says it.
 
-    Returns:
-        What was found, with the songs in their order.
-
     Raises:
         Refusal: files cannot be read, all named with the reason, or `dataset` is no dataset JSON.
     """
     files = list(dict.fromkeys(songs))
     known = known or {}
     look = _Look(folder, files, known, texts)
-    named = look.named(dataset) if dataset is not None else None
-    general = look.trigger([named, *look.datasets])
+    if dataset is not None:
+        look.read_named(dataset)
+    general = look.trigger()
     told: dict[Path, SongText] = {}
     for file in files:
-        candidates = look.of(file, named)
+        candidates = look.of(file)
         if metadata := known.get(file):
             candidates.append(_said_by_itself(metadata, file.name))
         said = {str(one.values.get("language", "")).strip().lower() for one in candidates}
@@ -176,18 +143,12 @@ def find_texts(
     return Texts(told, tuple(look.notes(dataset)))
 
 
-def text_of_song(
-    metadata: Mapping[str, Any], name: str, *, trigger: Trigger | None = None, as_typed: bool = False
-) -> SongText:
+def text_of_song(metadata: Mapping[str, Any], name: str, *, as_typed: bool = False) -> SongText:
     """What a finished song says about itself: its caption already holds upstream's tag.
 
-    Args:
-        metadata: the "metadata" of its ``.pt`` file; anything missing is told in `problems`.
-        name: the file's name, for the lines.
-        trigger: a trigger word; without it the song's own.
-        as_typed: leave values as they are.
+    `metadata` is that of its ``.pt`` file; anything missing is told in `problems`. The file's name is for the lines.
     """
-    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=trigger, general=None, as_typed=as_typed)
+    return _together(Path(name), [_said_by_itself(metadata, name)], trigger=None, general=None, as_typed=as_typed)
 
 
 def trigger_of(folder: Path) -> Trigger | None:
@@ -243,18 +204,10 @@ class _Look:
         self.songs = songs
         self.unreadable: list[str] = []
         self._audio = {song: _audio_of(known.get(song, {})) for song in songs}
-        count = Counter(
-            stem for song in songs for stem in {_folded(PurePosixPath(name).stem) for name in self._audio[song]}
-        )
+        stems = {song: [PurePosixPath(name).stem for name in self._audio[song]] for song in songs}
+        count = Counter(stem for song in songs for stem in set(map(folded, stems[song])))
         self._names = {
-            song: list(
-                dict.fromkeys(
-                    [
-                        song.stem,
-                        *(stem for name in self._audio[song] if count[_folded(stem := PurePosixPath(name).stem)] == 1),
-                    ]
-                )
-            )
+            song: list(dict.fromkeys([song.stem, *(stem for stem in stems[song] if count[folded(stem)] == 1)]))
             for song in songs
         }
         self._listing: dict[Path, dict[str, list[Path]]] = {}
@@ -264,10 +217,9 @@ class _Look:
         self._folders = [folder, *sorted(above - {folder})]
         if texts is not None and texts not in self._folders:
             self._folders[:0] = [texts]
-        self.tables: list[Table] = []
-        self.datasets: list[Table] = []
-        self._rows: dict[int, dict[Path, list[Found]]] = {}
-        self._genres: dict[int, set[Path]] = {}
+        self._tables: list[dict[Path, Found]] = []
+        self._datasets: list[tuple[Table, dict[Path, Found]]] = []
+        self._named: tuple[Table, dict[Path, Found]] | None = None
         for place in reversed(self._folders):  # the innermost first
             self._read_tables(place)
 
@@ -278,7 +230,7 @@ class _Look:
             try:
                 for file in sorted(place.iterdir()):
                     if not file.name.startswith(".") and not is_companion(file.name):
-                        listing.setdefault(_folded(file.name), []).append(file)
+                        listing.setdefault(folded(file.name), []).append(file)
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -289,7 +241,7 @@ class _Look:
     def _beside(self, song: Path, ending: str) -> Path | None:
         """The file named after a song with an ending; one of exactly its name before one with other capitals."""
         for place, stem in self._places_of(song):
-            alike = self._files(place).get(_folded(stem + ending), [])
+            alike = self._files(place).get(folded(stem + ending), [])
             exact = [file for file in alike if _same(file.name) == _same(stem + ending)]
             if found := exact or (alike if len(alike) == 1 else []):
                 self._used.add(found[0])
@@ -309,16 +261,15 @@ class _Look:
         yield from ((self.texts, stem) for stem in self._names[song])
 
     def _read_tables(self, place: Path) -> None:
-        stems = {_folded(stem) for song in self.songs if song.parent == place for stem in self._names[song]}
+        stems = {folded(stem) for song in self.songs if song.parent == place for stem in self._names[song]}
         for file in (file for files in self._files(place).values() for file in files):
             ending = file.suffix.lower()
             if ending == ".csv":
                 if (table := self._try(sidecars.csv_file, file)) is not None:
                     self._used.add(file)
-                    self._match(table, place)
-                    self.tables.append(table)
+                    self._tables.append(self._match(table, place))
             elif ending == ".json" and file.name not in ("manifest.json", "preprocess_meta.json"):
-                own = _folded(file.stem) in stems
+                own = folded(file.stem) in stems
                 if own or not file.is_file():
                     continue
                 try:  # any other JSON file may lie about: only a dataset JSON is ours
@@ -329,8 +280,7 @@ class _Look:
                     continue
                 if table is not None:
                     self._used.add(file)
-                    self._match(table, place)
-                    self.datasets.append(table)
+                    self._datasets.append((table, self._match(table, place)))
 
     def _try(self, read: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -339,8 +289,8 @@ class _Look:
             self.unreadable.append(str(problem))
             return None
 
-    def named(self, file: Path) -> Table:
-        """The dataset JSON that was named."""
+    def read_named(self, file: Path) -> None:
+        """Read the dataset JSON that was named."""
         try:
             table = sidecars.dataset_json(file, sidecars.read_json(file)[0])
         except Unreadable as problem:
@@ -350,20 +300,19 @@ class _Look:
                 f'{file} is no dataset JSON: expected "samples", a list of songs with audio_path or filename, as '
                 "ACE-Step's LoRA training tab saves it."
             )
-        self._match(table, file.parent)
-        return table
+        self._named = table, self._match(table, file.parent)
 
-    def _match(self, table: Table, place: Path) -> None:
-        """Give each row to the song that it names: by path, else by a name that only one song has."""
+    def _match(self, table: Table, place: Path) -> dict[Path, Found]:
+        """What a table says about each song: rows name songs by path, else by a name that only one song has."""
         below = [file for file in self.songs if place in file.parents] or list(self.songs)
         by_path: dict[str, set[Path]] = {}
         for file in below:
             for path in self._paths_of(file, place):
-                by_path.setdefault(_folded(path), set()).add(file)
+                by_path.setdefault(folded(path), set()).add(file)
         by_name: dict[str, set[Path]] = {}
         for file in below:
             for name in (file.name, *self._names[file], *(PurePosixPath(path).name for path in self._audio[file])):
-                by_name.setdefault(_folded(name), set()).add(file)
+                by_name.setdefault(folded(name), set()).add(file)
         rows: dict[Path, list[Found]] = {}
         lost: list[str] = []
         unclear: list[str] = []
@@ -372,7 +321,7 @@ class _Look:
             exact = (by_path[path] for name in names for path in _tails(name) if path in by_path)
             song: Path | None = next((next(iter(one)) for one in exact if len(one) == 1), None)
             if song is None:
-                bases = [_folded(PurePosixPath(_forward(name)).name) for name in names]
+                bases = [folded(PurePosixPath(_forward(name)).name) for name in names]
                 matches: set[Path] = next((by_name[base] for base in bases if base in by_name), set())
                 if len(matches) == 1:
                     song = next(iter(matches))
@@ -381,16 +330,16 @@ class _Look:
             order.append(song)
             if song is not None:
                 rows.setdefault(song, []).append(found)
-        self._rows[id(table)] = rows
-        self._genres[id(table)] = _told_by_genre(table, order)
         if lost:
-            self._notes.append(f"{table.file.name} names {_some(lost)}: no such song here")
+            self._notes.append(f"{table.file.name} names {listed(lost)}: no such song here")
         if unclear:
             self._notes.append(
-                f"{table.file.name} names {_some(unclear)}, and several songs are called so: none of them got it. "
+                f"{table.file.name} names {listed(unclear)}, and several songs are called so: none of them got it. "
                 "Write the path there, such as album/song.wav"
             )
         self._notes.extend(table.notes)
+        by_genre = _told_by_genre(table, order)
+        return {song: _of_table(table, found, by_genre=song in by_genre) for song, found in rows.items()}
 
     def _paths_of(self, song: Path, place: Path) -> Iterator[str]:
         """The paths by which a table in `place` may name a song."""
@@ -400,38 +349,19 @@ class _Look:
         yield song.absolute().as_posix()
         yield from (end for path in self._audio[song] if "/" in path for end in _tails(path))
 
-    def _from(self, table: Table, song: Path) -> list[Found]:
-        found = self._rows[id(table)].get(song, [])
-        if not found:
-            return []
-        doubled = found[0].notes + (
-            (f"{table.file.name} names this song {len(found)} times: the first counts",) if len(found) > 1 else ()
-        )
-        values = dict(found[0].values)
-        if song in self._genres[id(table)] and "use" not in values and values.get("genre"):
-            values["use"] = "genre"
-        if values.get("trigger") == table.trigger or ("trigger" not in values and table.trigger):
-            values["trigger"] = table.trigger
-            if table.position:
-                values["position"] = table.position
-        return [replace(found[0], values=values, notes=doubled)]
-
-    def of(self, song: Path, named: Table | None) -> list[Found]:
+    def of(self, song: Path) -> list[Found]:
         """What the files say about a song, in the order of precedence."""
-        found = self._from(named, song) if named is not None else []
-        for table in self.tables:
-            found += self._from(table, song)
+        tables = [self._named[1], *self._tables] if self._named is not None else self._tables
+        found = [table[song] for table in tables if song in table]
         for ending, read in _BESIDE:
             file = self._beside(song, ending)
             if file is not None and (one := self._try(read, file)) is not None:
                 found.append(one)
-        for table in self.datasets:
-            found += self._from(table, song)
-        return found
+        return found + [rows[song] for _, rows in self._datasets if song in rows]
 
-    def trigger(self, tables: Iterable[Table | None]) -> Trigger | None:
+    def trigger(self) -> Trigger | None:
         """The trigger word for all songs that a dataset JSON or a folder of finished songs names."""
-        for table in filter(None, tables):
+        for table, _ in filter(None, (self._named, *self._datasets)):
             if table.trigger:
                 return Trigger(table.trigger, _position(table.position, "before"), table.file.name)
         return trigger_of(self.folder)
@@ -452,7 +382,7 @@ class _Look:
         meant = {file: self._meant(file) for file in left}
         if left := [file for file in left if meant[file] or file.name.lower().endswith(endings)]:
             names = [f"{file.name} (expected {meant[file]})" if meant[file] else file.name for file in left]
-            yield f"No song belongs to {_some(names)}"
+            yield f"No song belongs to {listed(names)}"
 
     def _meant(self, file: Path) -> str | None:
         """The name that was perhaps meant for a file that belongs to no song."""
@@ -484,16 +414,25 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folded(name: str) -> str:
-    return _same(name).casefold()
-
-
 def _tails(name: str) -> Iterator[str]:
     """A path in a table and its ends of two parts and more: it may have been written on another machine."""
     parts = PurePosixPath(_forward(name)).parts
-    yield _folded(PurePosixPath(*parts).as_posix()) if parts else ""
+    yield folded(PurePosixPath(*parts).as_posix()) if parts else ""
     for first in range(1, len(parts) - 1):
-        yield _folded("/".join(parts[first:]))
+        yield folded("/".join(parts[first:]))
+
+
+def _of_table(table: Table, found: Sequence[Found], *, by_genre: bool) -> Found:
+    """What a table says about a song in its rows: the first one counts."""
+    first, values = found[0], dict(found[0].values)
+    if by_genre and "use" not in values and values.get("genre"):
+        values["use"] = "genre"
+    if values.get("trigger") == table.trigger or ("trigger" not in values and table.trigger):
+        values["trigger"] = table.trigger
+        if table.position:
+            values["position"] = table.position
+    doubled = f"{table.file.name} names this song {len(found)} times: the first counts"
+    return replace(first, values=values, notes=(*first.notes, doubled) if len(found) > 1 else first.notes)
 
 
 def _told_by_genre(table: Table, order: Sequence[Path | None]) -> set[Path]:
@@ -508,11 +447,6 @@ def _told_by_genre(table: Table, order: Sequence[Path | None]) -> set[Path]:
     return {song for number in chosen if (song := labeled[number]) is not None}
 
 
-def _some(names: Sequence[str]) -> str:
-    several = ", ".join(shown(name, 80) for name in names[:5])
-    return several + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 # -- one text out of all that was found --------------------------------------------------------------------------------
 
 
@@ -520,7 +454,7 @@ def _together(
     song: Path, candidates: Sequence[Found], *, trigger: Trigger | None, general: Trigger | None, as_typed: bool
 ) -> SongText:
     chosen: dict[str, tuple[Any, str]] = {}
-    problems = list(sidecars.notes_of(candidates))
+    problems = list(dict.fromkeys(note for one in candidates for note in one.notes))
     for field_name in sidecars.FIELDS:
         said = [(one.values[field_name], one.source) for one in candidates if field_name in one.values]
         if said:
@@ -532,7 +466,8 @@ def _together(
     def value(name: str) -> Any:
         return chosen.get(name, ("", ""))[0]
 
-    def brought(name: str, word: Callable[[object], Word]) -> Any:
+    def brought(name: str) -> Any:
+        word = _WORDS[name]
         if name not in chosen:
             sources[name] = DEFAULT
             return word("").value
@@ -549,10 +484,9 @@ def _together(
             changes.append(f'{name}: "{shown(typed, 60)}" becomes {became} ({source})')
         return result.value
 
-    bpm = brought("bpm", vocabulary.bpm)
-    keyscale = str(brought("keyscale", vocabulary.keyscale))
-    timesignature = str(brought("timesignature", vocabulary.timesignature))
-    language = str(brought("language", vocabulary.language)) or "unknown"
+    bpm = brought("bpm")
+    keyscale, timesignature = str(brought("keyscale")), str(brought("timesignature"))
+    language = str(brought("language")) or "unknown"
     lyrics, instrumental = _lyrics(song, chosen, sources, changes, problems, as_typed=as_typed)
     if instrumental:
         if sources["language"] == _FOR_ALL:
@@ -592,6 +526,12 @@ def _together(
     )  # fmt: skip
 
 
+_WORDS: Final[Mapping[str, Callable[[object], Word]]] = {
+    "bpm": vocabulary.bpm,
+    "keyscale": vocabulary.keyscale,
+    "timesignature": vocabulary.timesignature,
+    "language": vocabulary.language,
+}
 _KNOWN: Final = {
     "bpm": f"whole numbers from {vocabulary.BPM_RANGE[0]} to {vocabulary.BPM_RANGE[1]}",
     "keyscale": 'keys such as "F# minor"',
@@ -643,9 +583,8 @@ def _lyrics(
             lyrics = INSTRUMENTAL
         return lyrics, True
     if flagged:
-        problems.append(
-            f"instrumental according to {said_by}, with lyrics in {chosen['lyrics'][1]}: the lyrics are told"
-        )
+        where = chosen["lyrics"][1]
+        problems.append(f"instrumental according to {said_by}, with lyrics in {where}: the lyrics are told")
     return lyrics, False
 
 
@@ -653,22 +592,15 @@ def _contradictions(name: str, said: Sequence[tuple[Any, str]], song: Path) -> l
     """Files that say other things than the one that wins; what programs write where they know nothing is no word."""
     if name in ("instrumental", "use"):
         return []
-    words: dict[str, Callable[[object], Word]] = {
-        "bpm": vocabulary.bpm,
-        "keyscale": vocabulary.keyscale,
-        "timesignature": vocabulary.timesignature,
-        "language": vocabulary.language,
-    }
 
     def plain(value: Any) -> str:
-        meant = words[name](value).value if name in words else value
+        meant = _WORDS[name](value).value if name in _WORDS else value
         return " ".join(str("" if meant is None else meant).lower().split())
 
     nothing = {"", "unknown", "[instrumental]", song.stem.replace("_", " ").replace("-", " ").lower()}
     first, winner = said[0]
     others = dict.fromkeys(source for value, source in said[1:] if plain(value) not in nothing | {plain(first)})
-    return (
-        [f"{name}: {winner} is used, {_some(list(others))} {'says' if len(others) == 1 else 'say'} something else"]
-        if others
-        else []
-    )
+    if not others:
+        return []
+    say = "says" if len(others) == 1 else "say"
+    return [f"{name}: {winner} is used, {listed(list(others))} {say} something else"]

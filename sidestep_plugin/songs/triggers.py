@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..files import not_a_file
-from ..text import counted, shown
-from .one_song import load_song
+from ..text import counted, listed, shown
+from .one_song import load_song, metadata_in
 from .song_text import POSITIONS, Trigger, holds, trigger_of
 
 
 def metadata_of(file: Path) -> Mapping[str, Any]:
     """What a song says about itself under "metadata"; empty where it says nothing, or is no song."""
     try:
-        metadata = {} if not_a_file(file) else load_song(file).get("metadata")  # opening a named pipe would wait
+        return {} if not_a_file(file) else metadata_in(load_song(file))  # opening a named pipe would wait
     except Exception:  # torch raises a dozen types for a damaged file, and another check says so
         return {}
-    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def trigger_of_songs(folder: Path, files: Sequence[Path]) -> Trigger | None:
@@ -52,6 +51,5 @@ def not_held(word: str, files: Sequence[Path]) -> str | None:
             f'No caption of the songs holds the trigger word "{shown(word, 60)}": the model cannot learn it. '
             "Put it into the captions: acestep-train prepare --trigger"
         )
-    names = ", ".join(shown(file.name, 80) for file in without[:5])
-    more = f" and {len(without) - 5} more" if len(without) > 5 else ""
-    return f'{counted(len(without), "caption")} without the trigger word "{shown(word, 60)}": {names}{more}'
+    names = listed([file.name for file in without])
+    return f'{counted(len(without), "caption")} without the trigger word "{shown(word, 60)}": {names}'

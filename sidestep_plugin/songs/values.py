@@ -33,14 +33,7 @@ _not_finite: dict[Key, tuple[NotFinite, ...]] = {}
 
 @dataclass(frozen=True)
 class NotFinite:
-    """Values of one tensor that are not finite.
-
-    Attributes:
-        file: the song's file.
-        tensor: the tensor's name.
-        rows: numbers of the rows that hold such values, from 0.
-        hidden: whether the mask hides all of these rows.
-    """
+    """Values of a song's tensor that are not finite: in which rows, from 0, and whether the mask hides all of these."""
 
     file: Path
     tensor: str
@@ -52,40 +45,29 @@ class NotFinite:
 
 
 def check_values(files: Sequence[Path], *, mask_nan: bool, say: Callable[[str], None] | None = None) -> int:
-    """Refuse songs with values that are not finite.
+    """Refuse songs with values that are not finite. Raises Refusal, which names the songs, tensors and rows.
 
-    Args:
-        files: the songs.
-        mask_nan: whether such values are set to zero for the training in rows that the mask hides.
-        say: takes a line of progress when the reading takes longer than a few seconds.
-
-    Returns:
-        Number of songs with such values in hidden rows; 0 unless `mask_nan`.
-
-    Raises:
-        Refusal: names the songs, tensors and rows.
+    With `mask_nan`, such values are set to zero for the training in rows that the mask hides; returned is the number of
+    songs with such values, else 0. `say` takes a line of progress when the reading takes longer than a few seconds.
     """
     by_song = [found for found in _read_all(files, say) if found]
     hidden = [found for found in by_song if all(tensor.hidden for tensor in found)]
     visible = [found for found in by_song if not all(tensor.hidden for tensor in found)]
-    refused = "; ".join(
-        [
-            *([f"{_listed(visible)}. Preprocess them again, or take them out of the folder"] if visible else []),
-            *([f"only in rows that the mask hides: {_listed(hidden)}. {_OFFER}"] if hidden and not mask_nan else []),
-        ]
-    )
+    refused = []
+    if visible:
+        refused.append(f"{_listed(visible)}. Preprocess them again, or take them out of the folder")
+    if hidden and not mask_nan:
+        refused.append(
+            f"only in rows that the mask hides: {_listed(hidden)}. Preprocess these again, or set those values to zero "
+            "for this training: --mask-nan (the files stay as they are)"
+        )
     if refused:
-        raise Refusal(f"Songs with values that are not finite (NaN or infinity), expected none: {refused}.")
+        raise Refusal(f"Songs with values that are not finite (NaN or infinity), expected none: {'; '.join(refused)}.")
     return len(hidden)
 
 
-_OFFER: Final = (
-    "Preprocess these again, or set those values to zero for this training: --mask-nan (the files stay as they are)"
-)
-
-
 def hash_of(file: Path) -> str:
-    """SHA-256 of a file's bytes | raises OSError."""
+    """SHA-256 of a file's bytes. Raises OSError."""
     key = key_of(file)
     if key not in _hashes:
         if kind := special_kind(file):  # a named pipe would be waited for
@@ -96,17 +78,12 @@ def hash_of(file: Path) -> str:
 
 
 def not_finite_in(file: Path) -> tuple[NotFinite, ...]:
-    """The tensors of a song that hold values that are not finite; () for a file that is no song, too.
-
-    Raises:
-        OSError: the file is not there.
-    """
+    """The tensors of a song with values that are not finite; () for a file that is no song, too. Raises OSError."""
     key = key_of(file)
     if key not in _not_finite:
         try:
             song = load_song(file)
-            tensors = {name: song[name] for name in SONG_TENSORS}
-            _not_finite[key] = tuple(_look(file, tensors))
+            _not_finite[key] = tuple(_look(file, {name: song[name] for name in SONG_TENSORS}))
         except Exception:  # no song: another check says so
             _not_finite[key] = ()
     return _not_finite[key]

@@ -12,137 +12,78 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-BPM_RANGE: Final = (30, 300)
-"""Beats per minute that the model knows."""
+BPM_RANGE: Final = (30, 300)  # beats per minute that the model knows
 
 TIME_SIGNATURES: Final = ("2", "3", "4", "6")
 """Time signatures that the model knows: beats in a bar, without the note value."""
 
-LANGUAGES: Final = frozenset(
-    {"ar", "az", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hr", "ht", "hu"}
-    | {"id", "is", "it", "ja", "ko", "la", "lt", "ms", "ne", "nl", "no", "pa", "pl", "pt", "ro", "ru", "sa", "sk", "sr"}
-    | {"sv", "sw", "ta", "te", "th", "tl", "tr", "uk", "ur", "vi", "yue", "zh", "unknown"}
-)
+_LANGUAGES: Final = {
+    "ar": "arabic, ara",
+    "az": "azerbaijani",
+    "bg": "bulgarian",
+    "bn": "bengali",
+    "ca": "catalan",
+    "cs": "czech, ces, cze",
+    "da": "danish, dan",
+    "de": "german, deutsch, deu, ger",
+    "el": "greek, ell, gre",
+    "en": "english, eng",
+    "es": "spanish, español, spa",
+    "fa": "persian, farsi, fas, per",
+    "fi": "finnish, fin",
+    "fr": "french, français, fra, fre",
+    "he": "hebrew, heb, iw",
+    "hi": "hindi, hin",
+    "hr": "croatian",
+    "ht": "haitian creole",
+    "hu": "hungarian, hun",
+    "id": "indonesian, in, ind",
+    "is": "icelandic",
+    "it": "italian, italiano, ita",
+    "ja": "japanese, jp, jpn",
+    "ko": "korean, kor, kr",
+    "la": "latin",
+    "lt": "lithuanian",
+    "ms": "malay",
+    "ne": "nepali",
+    "nl": "dutch, dut, nld",
+    "no": "norwegian, nb, nn, nob, nor",
+    "pa": "punjabi",
+    "pl": "polish, pol",
+    "pt": "portuguese, português, por",
+    "ro": "romanian, ron, rum",
+    "ru": "russian, rus",
+    "sa": "sanskrit",
+    "sk": "slovak",
+    "sr": "serbian",
+    "sv": "swedish, swe",
+    "sw": "swahili",
+    "ta": "tamil",
+    "te": "telugu",
+    "th": "thai, tha",
+    "tl": "tagalog, filipino, fil",
+    "tr": "turkish, tur",
+    "uk": "ukrainian, ukr",
+    "ur": "urdu",
+    "vi": "vietnamese, vie",
+    "yue": "cantonese",
+    "zh": "chinese, mandarin, chi, cmn, cn, zho",
+}
+# Names of each language, then the codes of others: of three letters (ISO 639-2), older ones, and country codes that
+# people take for languages.
+_CODE_OF: Final = {name: code for code, names in _LANGUAGES.items() for name in names.split(", ")}
+
+LANGUAGES: Final = frozenset({*_LANGUAGES, "unknown"})
 """Codes of languages that the model knows; "unknown" is for songs without singing and where none is told."""
 
-INSTRUMENTAL: Final = "[Instrumental]"
-"""What stands in the place of lyrics where nobody sings."""
+INSTRUMENTAL: Final = "[Instrumental]"  # what stands in the place of lyrics where nobody sings
 
 _NOTHING: Final = frozenset({"", "n/a", "na", "none", "null", "-", "?"})
 _BARS: Final = {"2/4": "2", "2/2": "2", "3/4": "3", "4/4": "4", "6/8": "6"}
-
-_NAMES: Final = {
-    "arabic": "ar",
-    "azerbaijani": "az",
-    "bulgarian": "bg",
-    "bengali": "bn",
-    "catalan": "ca",
-    "czech": "cs",
-    "danish": "da",
-    "german": "de",
-    "deutsch": "de",
-    "greek": "el",
-    "english": "en",
-    "spanish": "es",
-    "español": "es",
-    "persian": "fa",
-    "farsi": "fa",
-    "finnish": "fi",
-    "french": "fr",
-    "français": "fr",
-    "hebrew": "he",
-    "hindi": "hi",
-    "croatian": "hr",
-    "haitian creole": "ht",
-    "hungarian": "hu",
-    "indonesian": "id",
-    "icelandic": "is",
-    "italian": "it",
-    "italiano": "it",
-    "japanese": "ja",
-    "korean": "ko",
-    "latin": "la",
-    "lithuanian": "lt",
-    "malay": "ms",
-    "nepali": "ne",
-    "dutch": "nl",
-    "norwegian": "no",
-    "punjabi": "pa",
-    "polish": "pl",
-    "portuguese": "pt",
-    "português": "pt",
-    "romanian": "ro",
-    "russian": "ru",
-    "sanskrit": "sa",
-    "slovak": "sk",
-    "serbian": "sr",
-    "swedish": "sv",
-    "swahili": "sw",
-    "tamil": "ta",
-    "telugu": "te",
-    "thai": "th",
-    "tagalog": "tl",
-    "filipino": "tl",
-    "turkish": "tr",
-    "ukrainian": "uk",
-    "urdu": "ur",
-    "vietnamese": "vi",
-    "cantonese": "yue",
-    "chinese": "zh",
-    "mandarin": "zh",
+_MODES: Final = {
+    **dict.fromkeys(("", "maj", "major", "dur", "M"), "major"),
+    **dict.fromkeys(("m", "min", "minor", "moll"), "minor"),
 }
-# Codes of three letters (ISO 639-2), older ones, and country codes that people take for languages.
-_CODES: Final = {
-    "ara": "ar",
-    "ces": "cs",
-    "cze": "cs",
-    "chi": "zh",
-    "cmn": "zh",
-    "cn": "zh",
-    "dan": "da",
-    "deu": "de",
-    "dut": "nl",
-    "ell": "el",
-    "eng": "en",
-    "fas": "fa",
-    "fil": "tl",
-    "fin": "fi",
-    "fra": "fr",
-    "fre": "fr",
-    "ger": "de",
-    "gre": "el",
-    "heb": "he",
-    "hin": "hi",
-    "hun": "hu",
-    "in": "id",
-    "ind": "id",
-    "ita": "it",
-    "iw": "he",
-    "jp": "ja",
-    "jpn": "ja",
-    "kor": "ko",
-    "kr": "ko",
-    "nb": "no",
-    "nld": "nl",
-    "nn": "no",
-    "nob": "no",
-    "nor": "no",
-    "per": "fa",
-    "pol": "pl",
-    "por": "pt",
-    "ron": "ro",
-    "rum": "ro",
-    "rus": "ru",
-    "spa": "es",
-    "swe": "sv",
-    "tha": "th",
-    "tur": "tr",
-    "ukr": "uk",
-    "vie": "vi",
-    "zho": "zh",
-}
-_MODES: Final = {"": "major", "maj": "major", "major": "major", "dur": "major", "M": "major"}
-_MODES_MINOR: Final = {"m": "minor", "min": "minor", "minor": "minor", "moll": "minor"}
 _KEY: Final = re.compile(r"([A-Ha-h])\s*(#|b|♯|♭|sharp|flat|is|es|s)?[\s\-_:.]*([A-Za-z]*)\.?")
 _SIGNS: Final = {"sharp": "#", "is": "#", "flat": "b", "es": "b", "s": "b"}
 _CAMELOT_MINOR: Final = ("Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#", "Db")
@@ -151,15 +92,11 @@ _CAMELOT_MAJOR: Final = ("B", "F#", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", 
 
 @dataclass(frozen=True)
 class Word:
-    """A value as the model is told it.
+    """A value as the model is told it."""
 
-    Attributes:
-        value: the value; "" (for beats per minute None) where nothing was said, which the model reads as "N/A".
-        known: whether the model was trained with it. False: it is `value` as it was typed.
-    """
-
+    # The value; "" (for beats per minute None) where nothing was said, which the model reads as "N/A".
     value: str | int | None
-    known: bool = True
+    known: bool = True  # whether the model was trained with it. False: it is `value` as it was typed.
 
 
 def bpm(typed: object) -> Word:
@@ -195,7 +132,7 @@ def keyscale(typed: object) -> Word:
         return Word(text, known=False)
     note, accidental, mode = found[1].upper(), found[2] or "", found[3]
     accidental = _SIGNS.get(accidental, accidental)
-    named = _MODES.get(mode) or _MODES_MINOR.get(mode) or (_MODES | _MODES_MINOR).get(mode.lower())
+    named = _MODES.get(mode) or _MODES.get(mode.lower())
     if note == "H":
         note, named = "B", None if accidental else named
     elif note == "B" and not accidental and mode.lower() in ("dur", "moll"):
@@ -221,7 +158,7 @@ def language(typed: object) -> Word:
         return Word("unknown" if name else "")
     first = re.split(r"[-_ ]", name)[0]
     for candidate in (name, first) if len(first) in (2, 3) else (name,):
-        code = _NAMES.get(candidate) or _CODES.get(candidate) or candidate
+        code = _CODE_OF.get(candidate, candidate)
         if code in LANGUAGES:
             return Word("yue" if name in ("zh-hk", "zh-yue") else code)
     return Word(text, known=False)

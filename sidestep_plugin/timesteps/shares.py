@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..variants import TURBO_SHIFT, TURBO_STEPS
-from .schedule import inference_timesteps, max_of_two_logit_normal_cdf
+from .schedule import inference_timesteps, max_of_two_logit_normal_cdf, max_of_two_logit_normal_quantile
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +21,14 @@ _FEW: Final = 50  # distinct values of what is not continuous
 
 @dataclass(frozen=True)
 class Distribution:
-    """One distribution of t.
+    """One distribution of t."""
 
-    Attributes:
-        name: what draws it.
-        shares: share of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1.
-        low, median, high: its 5 %, 50 % and 95 % quantiles.
-        values: number of distinct values when there are few; None for a continuous distribution.
-    """
-
-    name: str
-    shares: tuple[float, ...]
-    low: float
+    name: str  # what draws it
+    shares: tuple[float, ...]  # of the training steps in each band, from data (t = 0) to noise (t = 1); they sum to 1
+    low: float  # its 5 % quantile
     median: float
-    high: float
-    values: int | None = None
+    high: float  # its 95 % quantile
+    values: int | None = None  # number of distinct values when there are few; None for a continuous distribution
 
 
 def of_values(name: str, values: Sequence[float], bands: int) -> Distribution:
@@ -56,16 +49,8 @@ def of_values(name: str, values: Sequence[float], bands: int) -> Distribution:
 def of_the_law(name: str, mu: float, sigma: float, bands: int) -> Distribution:
     """The maximum of two logit-normal draws, computed from its distribution function."""
     edges = [max_of_two_logit_normal_cdf(number / bands, mu, sigma) for number in range(bands + 1)]
-
-    def quantile(part: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2.0
-            low, high = (middle, high) if max_of_two_logit_normal_cdf(middle, mu, sigma) < part else (low, middle)
-        return low
-
-    shares = tuple(upper - lower for lower, upper in pairwise(edges))
-    return Distribution(name, shares, quantile(0.05), quantile(0.5), quantile(0.95))
+    low, median, high = (max_of_two_logit_normal_quantile(part, mu, sigma) for part in (0.05, 0.5, 0.95))
+    return Distribution(name, tuple(upper - lower for lower, upper in pairwise(edges)), low, median, high)
 
 
 def of_the_trainer(name: str, bands: int) -> Distribution:

@@ -14,53 +14,40 @@ from typing import Final, Literal
 from ..errors import Refusal
 from ..run import ModelFacts, Run
 from ..variants import TURBO_SHIFT, TURBO_STEPS, VARIANTS, Variant, inference_settings, words_of
-from .schedule import inference_timesteps, why_no_training_law
+from .schedule import inference_timesteps, max_of_two_logit_normal_quantile, why_no_training_law
 
 TimestepMode = Literal["discrete", "continuous"]
 
 CFG_RATIO = 0.15
 """Probability with which the models' own ``forward()`` replaces a condition by the null condition."""
 
+POINTS: Final = 8
+"""Timesteps per song at which a model is validated; turbo has as many inference steps."""
+
 _ASK = "Say which one it is: --variant turbo, --variant base or --variant sft."
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The variant and the evidence for it.
+    """The variant and the evidence for it."""
 
-    Attributes:
-        variant: turbo, base or sft.
-        evidence: what it was read from, for the user.
-        note: a contradiction that ``--variant`` settled, or None.
-    """
-
-    variant: Variant
-    evidence: str
-    note: str | None = None
+    variant: Variant  # turbo, base or sft
+    evidence: str  # what it was read from, for the user
+    note: str | None = None  # a contradiction that ``--variant`` settled, or None
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a model is trained, and the settings that its adapters are meant for.
+    """How a model is trained, and the settings that its adapters are meant for."""
 
-    Attributes:
-        model_name: name of the model's folder, ``""`` when unknown.
-        decision: its variant and the evidence.
-        timestep_mode: "discrete" (uniform over `schedule`) or "continuous" (maximum of two logit-normal draws).
-        schedule: the discrete timesteps, noisiest first; empty when continuous.
-        mu, sigma: parameters of the logit-normal law; None when discrete.
-        cfg_ratio: probability in [0, 1] with which a row's condition is replaced by the null condition.
-        shift, num_inference_steps: for generating only. No training value depends on them.
-    """
-
-    model_name: str
-    decision: Decision
-    timestep_mode: TimestepMode
-    schedule: tuple[float, ...]
-    mu: float | None
+    model_name: str  # name of the model's folder, ``""`` when unknown
+    decision: Decision  # its variant and the evidence
+    timestep_mode: TimestepMode  # "discrete" (uniform over `schedule`) or "continuous" (maximum of two draws)
+    schedule: tuple[float, ...]  # the discrete timesteps, noisiest first; empty when continuous
+    mu: float | None  # of the logit-normal law, as sigma is; None when discrete
     sigma: float | None
-    cfg_ratio: float
-    shift: float
+    cfg_ratio: float  # probability in [0, 1] with which a row's condition is replaced by the null condition
+    shift: float  # for generating only, as the next one is: no training value depends on them
     num_inference_steps: int
 
     @property
@@ -172,6 +159,19 @@ def decide_treatment(
         shift=own_shift if shift is None else shift,
         num_inference_steps=own_steps if num_inference_steps is None else num_inference_steps,
     )
+
+
+def validation_grid(treatment: Treatment) -> tuple[float, ...]:
+    """The timesteps at which a model is validated, lowest first | values in (0, 1].
+
+    Discrete: its training schedule, which is turbo's 8 inference steps. Continuous: the middles of 8 parts of the
+    training law that are equally likely, so that a mean over them is an estimate of the training loss (stratified
+    sampling with one point per stratum).
+    """
+    if treatment.mu is None or treatment.sigma is None:
+        return tuple(sorted(treatment.schedule))
+    parts = ((number + 0.5) / POINTS for number in range(POINTS))
+    return tuple(max_of_two_logit_normal_quantile(part, treatment.mu, treatment.sigma) for part in parts)
 
 
 def law_of(facts: ModelFacts) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,31 +16,20 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.applied import applied, check_applicable, linear_layers
 from ..adapters.inspection import Report, inspect_adapter
 from ..adapters.kinds.lora import LORA
-from ..engine import seams
+from ..engine import models, shapes
 from ..engine.attachment import attached_to_evaluate
 from ..engine.checkout import find_root, import_trainer
 from ..engine.decoders import without_adapter
 from ..engine.evaluation import evaluate
-from ..engine.models import (
-    Handler,
-    check_weights,
-    checkpoint_folder,
-    decoder_shapes,
-    find_model,
-    load_model,
-    pick_device,
-    restrict_gpus,
-)
 from ..errors import Refusal
 from ..run import ModelFacts
-from ..songs.dataset import inspect_dataset
-from ..songs.fit import check_songs, check_width
-from ..songs.trained_on import trained_on
+from ..songs.dataset import check_songs, check_width, inspect_dataset
+from ..songs.fingerprint import trained_on
 from ..songs.values import check_values
-from ..timesteps.grid import validation_grid
-from ..timesteps.treatment import Treatment, decide_treatment
+from ..timesteps.treatment import Treatment, decide_treatment, validation_grid
 from ..variants import Variant
 from .held_out import choose, number_of
+from .history import losses_by_t, mean_loss
 
 if TYPE_CHECKING:
     import torch
@@ -48,55 +37,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an adapter.
+    """What was measured of an adapter."""
 
-    Attributes:
-        path: as the user named it.
-        report: what is known about it.
-        strength: what it was multiplied by, beside its own strength.
-        losses: shape [songs, timesteps, conditions], float64.
-        known: how many of the songs it was trained on, as far as that is known.
-    """
-
-    path: Path
+    path: Path  # as the user named it
     report: Report
-    strength: float
-    losses: torch.Tensor
-    known: int = 0
+    strength: float  # what it was multiplied by, beside its own strength
+    losses: torch.Tensor  # shape [songs, timesteps, conditions], float64
+    known: int = 0  # how many of the songs it was trained on, as far as that is known
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        model: name of the model's folder.
-        treatment: how the model is trained; it decides the timesteps and the weight of losses without condition.
-        songs: names of the songs.
-        timesteps: the t.
-        conditions: the last axis of the losses: with the condition (True), with the null condition (False).
-        before: losses of the model without adapter, shape [songs, timesteps, conditions], float64.
-        after: what was measured of each adapter, at each strength.
-    """
-
+    # model, songs: name of the model's folder, and those of the songs.
     model: str
+    # How the model is trained; it decides the timesteps and the weight of losses without condition.
     treatment: Treatment
     songs: tuple[str, ...]
     timesteps: tuple[float, ...]
+    # The last axis of the losses: with the condition (True), with the null condition (False).
     conditions: tuple[bool, ...]
-    before: torch.Tensor
-    after: tuple[Measured, ...]
+    before: torch.Tensor  # losses of the model without adapter, shape [songs, timesteps, conditions], float64
+    after: tuple[Measured, ...]  # what was measured of each adapter, at each strength
 
     def mean(self, losses: torch.Tensor) -> float:
-        """The loss that a training minimizes: conditions are dropped with the probability of condition dropout."""
-        by_condition = losses.mean(dim=(0, 1)).tolist()
-        null = self.treatment.cfg_ratio if len(by_condition) > 1 else 0.0
-        return float((1.0 - null) * by_condition[0] + null * by_condition[-1])
+        """The loss that a training minimizes."""
+        return mean_loss(losses, self.treatment.cfg_ratio)
 
     def by_t(self, losses: torch.Tensor, condition: int) -> list[float]:
         """Mean loss of the songs at each timestep."""
-        values: list[float] = losses[:, :, condition].mean(dim=0).tolist()
-        return values
+        return losses_by_t(losses, condition)
 
 
 def compare(
@@ -113,7 +84,7 @@ def compare(
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
-    """Evaluate adapters, and the model without one.
+    """Evaluate adapters, and the model without one. All is checked before the model is loaded. Raises Refusal.
 
     Args:
         adapters: weights files, or folders of adapters, checkpoints or trainings.
@@ -123,19 +94,19 @@ def compare(
         strengths: what each adapter is multiplied by in turn, beside its own strength.
         say: takes a line before everything that takes long.
         progress: called with the name of what is evaluated, the number of songs done and their total.
-
-    Raises:
-        Refusal: an adapter, the songs or the model cannot be used. All are checked before the model is loaded.
     """
     root = find_root(acestep_root)
-    folder = find_model(model or _model_of(adapters), checkpoint_folder(checkpoint_dir, root))
+    folder = models.find_model(model or _model_of(adapters), models.checkpoint_folder(checkpoint_dir, root))
     facts = ModelFacts.from_folder(folder)
-    check_weights(folder, facts)
+    models.check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
-    shapes = decoder_shapes(folder)
-    reports = [_checked(path, shapes, facts.name, strengths) for path in adapters]
-    restrict_gpus(device)
-    where = pick_device(device)
+    shapes = models.decoder_shapes(folder)
+    reports = []
+    for path in adapters:
+        reports.append(_inspected(path))
+        check_applicable(reports[-1].adapter, shapes, facts.name, strengths=strengths)
+    models.restrict_gpus(device)
+    where = models.pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
     check_songs(dataset, facts)
     songs = choose(dataset.files, number_of(held_out, dataset.songs)) if held_out else dataset.files
@@ -143,7 +114,7 @@ def compare(
     say(f"Importing ACE-Step's trainer from {root} ...")
     trainer = import_trainer(root)
     say(f"Loading {folder.name} on {where} ...")
-    handler = load_model(folder, where)
+    handler = models.load_model(folder, where)
     null = getattr(handler.model, "null_condition_emb", None)
     if null is not None:
         check_width(dataset, facts.name, int(null.shape[-1]))
@@ -197,17 +168,11 @@ def _inspected(path: Path) -> Report:
         raise Refusal(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out.") from None
 
 
-def _checked(path: Path, shapes: Mapping[str, tuple[int, ...]], model: str, strengths: Sequence[float]) -> Report:
-    report = _inspected(path)
-    check_applicable(report.adapter, shapes, model, strengths=strengths)
-    return report
-
-
-def _module(trainer: Any, handler: Handler) -> Any:
+def _module(trainer: Any, handler: models.Handler) -> Any:
     """Upstream's training module around a model. The LoRA that it injects is disabled by the caller."""
     import torch
 
-    if seams.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
+    if shapes.sampler_style(trainer.sample_discrete_timestep) == "device and dtype":
         handler.model.to(torch.bfloat16)  # these versions compute in bf16 on every device
         handler = dataclasses.replace(handler, dtype=torch.bfloat16)
     elif handler.dtype is torch.bfloat16:
@@ -231,7 +196,7 @@ def as_in_a_training(trainer: Any, module: Any) -> AbstractContextManager[Any]:
     import torch
 
     kind = torch.device(module.device).type
-    if kind == "cuda" or seams.sampler_style(trainer.sample_discrete_timestep) != "device and dtype":
+    if kind == "cuda" or shapes.sampler_style(trainer.sample_discrete_timestep) != "device and dtype":
         return nullcontext()
     return torch.autocast(kind, torch.bfloat16)
 

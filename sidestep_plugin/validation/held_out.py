@@ -5,11 +5,11 @@ They are chosen by a hash of their names: no random number is drawn, and it is t
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.song_files import hash_of_tensor
 from ..errors import Refusal
 from ..songs.one_song import load_song
 from ..songs.values import Key, key_of
@@ -19,7 +19,7 @@ _latents: dict[Key, str] = {}
 
 
 def choose(songs: Sequence[Path], count: int) -> tuple[Path, ...]:
-    """Choose `count` songs to hold out, in their order | the same for the same names, wherever the folder is."""
+    """Choose `count` songs to hold out, in their order: the same for the same names, wherever the folder is."""
 
     def rank(song: Path) -> tuple[str, str]:
         return hashlib.sha256(song.name.encode("utf-8", "surrogateescape")).hexdigest(), str(song)
@@ -29,16 +29,11 @@ def choose(songs: Sequence[Path], count: int) -> tuple[Path, ...]:
 
 
 def number_of(said: float, songs: int) -> int:
-    """How many songs to hold out | said: a whole number of songs, or a share below 1 (at least one song).
-
-    Raises:
-        Refusal: none would be left to train on.
-    """
+    """How many songs to hold out: a whole number, or a share below 1, but at least one. Raises Refusal for all."""
     count = max(1, round(said * songs)) if said < 1.0 else int(said)
     if count >= songs:
-        asked = f"--validate {said:g}"
         raise Refusal(
-            f"{asked} would hold out {count} of {counted(songs, 'song')}, and none would be left to "
+            f"--validate {said:g} would hold out {count} of {counted(songs, 'song')}, and none would be left to "
             "train on. Choose fewer, or validate on songs of another folder: --validation-dir DIR."
         )
     return count
@@ -60,10 +55,7 @@ def latents_of(file: Path) -> str:
     key = key_of(file)
     if key not in _latents:
         try:
-            latents = load_song(file)["target_latents"].contiguous()
-            # The tensor's own bytes; numpy, which could hand them over, need not be installed.
-            size = latents.numel() * latents.element_size()
-            _latents[key] = hashlib.sha256((ctypes.c_char * size).from_address(latents.data_ptr())).hexdigest()
+            _latents[key] = hash_of_tensor(load_song(file)["target_latents"])
         except Exception:  # no song: another check says so
             _latents[key] = str(file)
     return _latents[key]

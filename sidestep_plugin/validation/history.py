@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import Refusal
+from ..text import counted
 
 if TYPE_CHECKING:
     import torch
 
-_SHARE: Final = 0.1
-"""Of the training's time, that validation may take by default."""
+_SHARE: Final = 0.1  # of the training's time, that validation may take by default
 
 _FORWARD: Final = 0.46
 """Time of a forward pass of one song in training steps of one song, measured without gradient checkpointing."""
@@ -24,12 +23,9 @@ _WORSE: Final = 0.002
 
 
 def usual_interval(forwards: int, songs: int, epochs: int) -> tuple[int, Callable[[int], float]]:
-    """Epochs between validations that take a tenth of the training's time | and the share that any number takes.
+    """Epochs between validations that take a tenth of the training's time, and the share that any number takes.
 
-    Args:
-        forwards: forward passes of a validation.
-        songs: songs that are trained on.
-        epochs: epochs of the training.
+    `forwards` is the number of forward passes of a validation, `songs` that of the songs that are trained on.
     """
 
     def share(every: int) -> float:
@@ -41,69 +37,46 @@ def usual_interval(forwards: int, songs: int, epochs: int) -> tuple[int, Callabl
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured on the songs of a plan.
+    """What was measured on the songs of a plan."""
 
-    Attributes:
-        epoch: epochs done; 0 for the model without adapter.
-        losses: upstream's loss by song, timestep and condition, shape [songs, timesteps, conditions], float64 on the
-            CPU.
-        seconds: how long it took.
-        variants: the same losses of other tensors in the adapter's place, by their name, such as "average".
-    """
-
-    epoch: int
-    losses: torch.Tensor
-    seconds: float
+    epoch: int  # epochs done; 0 for the model without adapter
+    losses: torch.Tensor  # upstream's loss, shape [songs, timesteps, conditions], float64 on the CPU
+    seconds: float  # how long it took
+    # The same losses of other tensors in the adapter's place, by their name, such as "average".
     variants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a validation.
+    """What follows from a validation."""
 
-    Attributes:
-        best: whether this is the best adapter so far, which is then saved as ``checkpoints/best``.
-        stop: whether the training has gone on for long enough. ``final`` is then the best adapter.
-        lines: lines for the user.
-        log: numbers for upstream's log by name, which TensorBoard shows.
-    """
-
-    best: bool = False
-    stop: bool = False
-    lines: tuple[str, ...] = ()
+    best: bool = False  # whether this is the best adapter so far, which is then saved as ``checkpoints/best``
+    stop: bool = False  # whether the training has gone on for long enough. ``final`` is then the best adapter
+    lines: tuple[str, ...] = ()  # lines for the user
+    # Numbers for upstream's log by name, which TensorBoard shows.
     log: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class History:
-    """The validations of one training.
+    """The validations of one training."""
 
-    Attributes:
-        songs, contents: names of the songs, and hashes of their files.
-        from_folder: whether they are of another folder; else they are held out of the dataset.
-        timesteps: the grid.
-        null_share: weight of the losses without condition in the mean.
-        conditions: the last axis of the losses.
-        every: epochs between validations.
-        patience: validations without a better one after which the training stops; None: never.
-        losses: by epoch, shape [songs, timesteps, conditions], float64.
-        variants: those of other tensors in the adapter's place, by name and epoch.
-        lost: epochs whose adapter is in no checkpoint any more, so none of them can be the best.
-        times: when each validation of this run ended, and how long it took, in seconds.
-    """
-
+    # songs, contents: names of the songs, and hashes of their files.
     songs: list[str]
     contents: list[str]
-    from_folder: bool
+    from_folder: bool  # whether they are of another folder; else they are held out of the dataset
     timesteps: Sequence[float]
-    null_share: float
-    conditions: tuple[bool, ...]
-    every: int
-    patience: int | None
+    null_share: float  # weight of the losses without condition in the mean
+    conditions: tuple[bool, ...]  # the last axis of the losses
+    every: int  # epochs between validations
+    patience: int | None  # validations without a better one after which the training stops; None: never
+    # By epoch, shape [songs, timesteps, conditions], float64.
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    # Those of other tensors in the adapter's place, by name and epoch.
     variants: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    # Epochs whose adapter is in no checkpoint any more, so none of them can be the best.
     lost: set[int] = field(default_factory=set)
-    times: list[tuple[float, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # how long each validation of this run took, in seconds
     warned: bool = False
     apart: bool = False
 
@@ -116,28 +89,20 @@ class History:
 
     def mean(self, epoch: int, variant: str = "") -> float:
         """The loss that the training minimizes, on the held-out songs, of the adapter or of a variant of it."""
-        by_condition = self._losses(epoch, variant).mean(dim=(0, 1)).tolist()
-        if len(by_condition) == 1:
-            return float(by_condition[0])
-        return float((1.0 - self.null_share) * by_condition[0] + self.null_share * by_condition[1])
+        return mean_loss(self._losses(epoch, variant), self.null_share)
 
     def by_t(self, epoch: int, condition: int = 0, variant: str = "") -> list[float]:
         """Mean loss of the songs at each timestep."""
-        values: list[float] = self._losses(epoch, variant)[:, :, condition].mean(dim=0).tolist()
-        return values
+        return losses_by_t(self._losses(epoch, variant), condition)
 
     def change(self, epoch: int, variant: str = "") -> float:
         """The mean relative to the model without adapter: -0.02 is 2 % lower."""
         return self.mean(epoch, variant) / self.mean(0) - 1.0
 
-    def changes_by_t(self, epoch: int, variant: str = "") -> list[float]:
-        """The same at each timestep."""
-        pairs = zip(self.by_t(epoch, variant=variant), self.by_t(0), strict=True)
-        return [now / before - 1.0 for now, before in pairs]
-
     def improved(self, epoch: int, variant: str = "") -> int:
         """At how many timesteps the loss is lower than without adapter."""
-        return sum(change < 0.0 for change in self.changes_by_t(epoch, variant))
+        pairs = zip(self.by_t(epoch, variant=variant), self.by_t(0), strict=True)
+        return sum(now / before - 1.0 < 0.0 for now, before in pairs)
 
     def _losses(self, epoch: int, variant: str) -> torch.Tensor:
         return self.variants[variant][epoch] if variant and epoch > 0 else self.losses[epoch]
@@ -148,23 +113,18 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The epoch with the lowest mean, the first of several; None before the first validation with a finite loss.
-
-        The mean is that of the adapter or of a variant of it.
-        """
-        found = self._lowest_of_all()
-        return None if found is None else found[0]
+        """The epoch with the lowest finite mean of the adapter or a variant, the first of several; None without one."""
+        return self._lowest_of_all()[0]
 
     @property
     def best_variant(self) -> str:
         """What has the lowest mean: "" for the adapter of the best epoch, or the name of a variant of it."""
-        found = self._lowest_of_all()
-        return "" if found is None else found[1]
+        return self._lowest_of_all()[1]
 
-    def _lowest_of_all(self) -> tuple[int, str] | None:
+    def _lowest_of_all(self) -> tuple[int | None, str]:
         known = [(epoch, name) for epoch in self.trained if epoch not in self.lost for name in self.measured(epoch)]
         finite = [(epoch, name) for epoch, name in known if math.isfinite(self.mean(epoch, name))]
-        return min(finite, key=lambda one: (self.mean(*one), one), default=None)
+        return min(finite, key=lambda one: (self.mean(*one), one), default=(None, ""))
 
     @property
     def waited(self) -> int:
@@ -190,7 +150,7 @@ class History:
         self.losses[epoch] = validation.losses
         for name, losses in validation.variants.items():
             self.variants.setdefault(name, {})[epoch] = losses
-        self.times.append((time.monotonic(), validation.seconds))
+        self.times.append(validation.seconds)
         if epoch == 0:
             self._check_baseline()
             return Verdict(lines=(self._first_line(),), log=self._log(0))
@@ -205,10 +165,9 @@ class History:
 
     def why_over(self) -> str:
         """Why patience has ended the training, in a line."""
-        count = "1 validation" if self.waited == 1 else f"{self.waited} validations"
         return (
-            f"Validation: not better than epoch {self.best} for {count} (--patience {self.patience}), so the training "
-            "stops here"
+            f"Validation: not better than epoch {self.best} for {counted(self.waited, 'validation')} (--patience "
+            f"{self.patience}), so the training stops here"
         )
 
     def _check_baseline(self) -> None:
@@ -302,23 +261,6 @@ class History:
 
     def report(self, place: str | None) -> dict[str, Any]:
         """For JSON, with the folder of the best adapter; None if it is in none, or nobody has looked."""
-
-        def entry(epoch: int) -> dict[str, Any]:
-            return {
-                "epoch": epoch,
-                "loss": _finite(self.mean(epoch)),
-                "change": _finite(self.change(epoch)),
-                "improved": self.improved(epoch),
-                "loss_by_t": [_finite(loss) for loss in self.by_t(epoch)],
-                **(
-                    {"loss_by_t_without_condition": [_finite(loss) for loss in self.by_t(epoch, 1)]}
-                    if len(self.conditions) > 1
-                    else {}
-                ),
-                "loss_by_song": [_finite(loss) for loss in self.losses[epoch][:, :, 0].mean(dim=1).tolist()],
-                **({"variants": variants} if (variants := self._variants_of(epoch)) else {}),
-            }
-
         return {
             "songs": self.songs,
             "timesteps": [round(t, 6) for t in self.timesteps],
@@ -328,27 +270,34 @@ class History:
             "best_epoch": self.best,
             **({"best_variant": self.best_variant} if self.best_variant else {}),
             "best_in": place,
-            "epochs": [entry(epoch) for epoch in sorted(self.losses)],
+            "epochs": [self._entry(epoch) for epoch in sorted(self.losses)],
         }
 
-    def _variants_of(self, epoch: int) -> dict[str, Any]:
-        return {
-            name: {"loss": _finite(self.mean(epoch, name)), "change": _finite(self.change(epoch, name))}
-            for name in self.measured(epoch)[1:]
+    def _entry(self, epoch: int) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": _finite(self.mean(epoch)),
+            "change": _finite(self.change(epoch)),
+            "improved": self.improved(epoch),
+            "loss_by_t": [_finite(loss) for loss in self.by_t(epoch)],
         }
+        if len(self.conditions) > 1:
+            told["loss_by_t_without_condition"] = [_finite(loss) for loss in self.by_t(epoch, 1)]
+        told["loss_by_song"] = [_finite(loss) for loss in self.losses[epoch][:, :, 0].mean(dim=1).tolist()]
+        if variants := self.measured(epoch)[1:]:
+            told["variants"] = {
+                name: {"loss": _finite(self.mean(epoch, name)), "change": _finite(self.change(epoch, name))}
+                for name in variants
+            }
+        return told
 
     def summary(self, place: str | None) -> str:
-        """The end of a training, in one line.
-
-        Args:
-            place: in which folder of the output folder the best adapter is; None if it is in none.
-        """
-        best = self.best
+        """The end of a training, in one line, with the place of the best adapter; None if it is in no folder."""
+        best, name = self._lowest_of_all()
         if best is None and self.lost:
             return "Validation: the best adapter of this training is in no checkpoint any more"
         if best is None:
             return "Validation: no epoch had a finite loss, so there is no best one"
-        name = self.best_variant
         which = f" ({name})" if name else ""
         told = (
             f"Validation: best epoch {best}{which}, loss {self.mean(best, name):.4f} "
@@ -356,7 +305,7 @@ class History:
         )
         worse = "; none was better than the model without adapter" if self.change(best, name) >= 0.0 else ""
         where = f", in {place}" if place else "; its adapter is in no checkpoint"
-        took = f". It took {sum(took for _, took in self.times):.3g} s in all" if self.times else ""
+        took = f". It took {sum(self.times):.3g} s in all" if self.times else ""
         return f"{told}{where}{worse}{took}"
 
     def comparable(self, other: History) -> bool:
@@ -423,6 +372,23 @@ class History:
                 f"The checkpoint is not complete: what was saved of the validation is unusable "
                 f"({error!r}). Resume from another one, as with --resume-from latest."
             ) from None
+
+
+def mean_loss(losses: torch.Tensor, null_share: float) -> float:
+    """The loss that a training minimizes: conditions are dropped with the probability of condition dropout.
+
+    The losses have the shape [songs, timesteps, conditions]; the last axis may be that with the condition alone.
+    """
+    by_condition = losses.mean(dim=(0, 1)).tolist()
+    if len(by_condition) == 1:
+        return float(by_condition[0])
+    return float((1.0 - null_share) * by_condition[0] + null_share * by_condition[1])
+
+
+def losses_by_t(losses: torch.Tensor, condition: int) -> list[float]:
+    """Mean loss of the songs at each timestep."""
+    values: list[float] = losses[:, :, condition].mean(dim=0).tolist()
+    return values
 
 
 def percent(share: float) -> str:

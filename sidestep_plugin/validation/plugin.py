@@ -1,8 +1,7 @@
 """Validates on songs that are held out: always the same songs, noise and timesteps, so that numbers can be compared.
 
-A training loss is drawn anew in every step and says little about songs that are not trained on. Here each song that is
-held out is evaluated at the same timesteps with the same noise: before the first step, without the adapter, and after
-the epochs. What differs between two validations is the adapter alone. Nothing of it reaches the training, bit for bit.
+They are evaluated before the first step, without the adapter, and after the epochs. What differs between two
+validations is the adapter alone. Nothing of it reaches the training, bit for bit.
 
 The mean is the loss that the training minimizes, on songs that it has not seen: over timesteps that stand for equal
 shares of the training's own, with and without the condition in the proportion of condition dropout. It is read relative
@@ -19,18 +18,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..adapters.facts import BEST
 from ..adapters.staging import published, staged
 from ..errors import Refusal
 from ..files import room
 from ..hookspecs import hookimpl
-from ..options import Place, SongsOrShare, WholeNumber
+from ..options import Place, SongsOrShare, WholeNumber, option
 from ..run import ModelFacts, ResumePoint, Run
-from ..songs.dataset import inspect_dataset, songs_in
-from ..songs.fit import check_songs
+from ..songs.dataset import check_songs, inspect_dataset, songs_in
 from ..songs.values import check_values, hash_of
-from ..text import sentence
-from ..timesteps.grid import validation_grid
-from ..timesteps.treatment import treatment_of
+from ..text import counted, sentence
+from ..timesteps.treatment import treatment_of, validation_grid
 from ..variants import guidance
 from .held_out import check_apart, choose, number_of
 from .history import History, Validation, usual_interval
@@ -38,42 +36,31 @@ from .history import History, Validation, usual_interval
 if TYPE_CHECKING:
     import torch
 
-_KEY: Final = "sidestep.validation"
-"""Where a run keeps its validation."""
-
-_KEPT: Final = "held_out"
-"""Name under which a checkpoint keeps the validations."""
-
-BEST: Final = "checkpoints/best"
-"""Folder in the output folder for the checkpoint with the lowest validation loss, as upstream calls it too."""
+_KEY: Final = "sidestep.validation"  # where a run keeps its validation
+_KEPT: Final = "held_out"  # name under which a checkpoint keeps the validations
 
 
 @hookimpl
 def acestep_options() -> list[click.Option]:
     return [
-        click.Option(
-            ["--validate"],
-            type=SongsOrShare(),
-            metavar="N",
-            help="Songs to hold out and validate on, or a share: 0.1.  [default: 0]",
+        option("--validate", "Songs to hold out and validate on, or a share: 0.1.  [default: 0]", SongsOrShare(), "N"),
+        option(
+            "--validation-dir",
+            "Validate on the preprocessed songs of this folder instead.",
+            Place(path_type=Path),
+            "DIR",
         ),
-        click.Option(
-            ["--validation-dir"],
-            type=Place(path_type=Path),
-            metavar="DIR",
-            help="Validate on the preprocessed songs of this folder instead.",
+        option(
+            "--validate-every",
+            "Epochs between validations.  [default: so that it takes a tenth of the time]",
+            WholeNumber(1, 10**9),
+            "N",
         ),
-        click.Option(
-            ["--validate-every"],
-            type=WholeNumber(1, 10**9),
-            metavar="N",
-            help="Epochs between validations.  [default: so that it takes a tenth of the time]",
-        ),
-        click.Option(
-            ["--patience"],
-            type=WholeNumber(1, 10**9),
-            metavar="N",
-            help="Stop after this many validations without a better one.  [default: never]",
+        option(
+            "--patience",
+            "Stop after this many validations without a better one.  [default: never]",
+            WholeNumber(1, 10**9),
+            "N",
         ),
     ]
 
@@ -230,20 +217,11 @@ def engine_epoch_ended(run: Run, epoch: int) -> list[str]:
 
 
 class _Validator:
-    """The validation of one training.
-
-    Args:
-        run: the training.
-        songs: files of the songs that are validated on.
-        history: what was measured so far.
-
-    Attributes:
-        best_in: when the training has ended, in which folder of the output folder its best adapter is; None: in none.
-    """
+    """The validation of one training."""
 
     def __init__(self, run: Run, songs: Sequence[Path], history: History) -> None:
         self._run, self.songs, self.history = run, songs, history
-        self.best_in: str | None = None
+        self.best_in: str | None = None  # when the training has ended, where in its folder the best adapter is
         self._looked = False
         self._unsaved: ResumePoint | None = None  # the best adapter, while it could not be saved
 
@@ -283,12 +261,12 @@ class _Validator:
         found = ""
         for song, content in zip(self.songs, self.history.contents, strict=True):
             try:
-                same = hash_of(song) == content
-                found = "" if same else f"{song.name}, which is validated on, has changed since the training began"
+                if hash_of(song) == content:
+                    continue
+                found = f"{song.name}, which is validated on, has changed since the training began"
             except OSError as error:
                 found = f"{song.name}, which is validated on, cannot be read ({error.strerror or error})"
-            if found:
-                break
+            break
         answer: str = self._run.gather(found)[0]
         return answer
 
@@ -431,7 +409,7 @@ class _Validator:
 
 def _announcement(history: History, cost: float) -> str:
     names = ", ".join(history.songs[:3]) + (f" and {len(history.songs) - 3} more" if len(history.songs) > 3 else "")
-    songs = f"{len(history.songs)} {'song' if len(history.songs) == 1 else 'songs'}"
+    songs = counted(len(history.songs), "song")
     where = "of another folder" if history.from_folder else "held out"
     conditions = ", with and without the condition" if len(history.conditions) > 1 else ""
     every = "every epoch" if history.every == 1 else f"every {history.every} epochs and after the last one"
@@ -449,8 +427,7 @@ def _kept(run: Run) -> History | None:
 def _resumed(run: Run) -> list[str]:
     """Refuse to validate on other songs than before the checkpoint. Returns lines for the user.
 
-    Raises:
-        Refusal: songs that were held out are missing, or are trained on now, or the other way round.
+    Raises Refusal if songs that were held out are missing, or are trained on now, or the other way round.
     """
     if not run.resuming:
         return []

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from sidestep_plugin.adapters.best_beside import better_than, better_than_final
+from sidestep_plugin.adapters.facts import better_than, better_than_final
 from sidestep_plugin.cli import cli
 
 

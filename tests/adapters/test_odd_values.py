@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from sidestep_plugin.adapters.facts import FACTS
-from sidestep_plugin.adapters.plausibility import usable
+from sidestep_plugin.adapters.inspection import usable
 from sidestep_plugin.cli import cli
 
 ODD = [

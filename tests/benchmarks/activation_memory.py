@@ -149,7 +149,8 @@ def peak_bytes(decoder: Any, *lengths: int) -> int:
 def main() -> None:
     import torch
 
-    from sidestep_plugin.memory.activations import Batch, Forward, activation_bytes, working_bytes
+    from sidestep_plugin.memory.activations import activation_bytes, working_bytes
+    from sidestep_plugin.memory.estimate import Settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acestep-root", type=Path, required=True)
@@ -166,10 +167,11 @@ def main() -> None:
                 bare, size = decoder_of(said.acestep_root, sizes)
                 decoder = prepared(bare, kind, 64, dropout, frozen, checkpointing)
                 lengths = (size.width, said.frames, said.tokens)
-                how = Forward(kind, 64, TARGETS, dropout > 0, True, frozen == "fp32", checkpointing, 4)
-                batch = Batch(1, said.frames, said.tokens)
-                waits = activation_bytes(size, batch, how)
-                whole = waits + working_bytes(size, batch, how)
+                how = Settings(
+                    kind, targets=TARGETS, dropout=dropout > 0, frames=said.frames, tokens=said.tokens, frozen=frozen
+                ).but(checkpointing=checkpointing)
+                waits = activation_bytes(size, how, mask_bytes=4)
+                whole = waits + working_bytes(size, how)
                 peak = peak_bytes(decoder, *lengths)
                 line = f"{name:<11}{kind} dropout {dropout} {frozen} checkpointing {'on ' if checkpointing else 'off'}"
                 if not checkpointing:  # with it, what a layer saves exists in the backward pass only

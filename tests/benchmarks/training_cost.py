@@ -40,7 +40,7 @@ def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: i
     import torch
 
     from sidestep_plugin import attach, miniature
-    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine import shapes
     from sidestep_plugin.engine.checkout import import_trainer
     from sidestep_plugin.engine.models import load_model
 
@@ -81,13 +81,13 @@ def measure(kind: str, way: str, width: int, layers: int, seconds: int, steps: i
             )
 
         handler.model.decoder.register_forward_pre_hook(note)
-        adapter = getattr(trainer, seams.CONFIG_CLASS[kind])(**({"r": 16, "alpha": 32} if kind == "lora" else {}))
+        adapter = getattr(trainer, shapes.CONFIG_CLASS[kind])(**({"r": 16, "alpha": 32} if kind == "lora" else {}))
         settings = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_epochs": 1, "num_workers": 0}
         config = trainer.TrainingConfig(output_dir=str(folder / "out"), save_every_n_epochs=9, **settings)
         options = WAYS[way]
         handle = None if options is None else attach(trainer, options=options, announce=lambda _: None)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        made = getattr(trainer, seams.TRAINER_CLASS[kind])(handler, adapter, config)
+        made = getattr(trainer, shapes.TRAINER_CLASS[kind])(handler, adapter, config)
         messages = [text for _, _, text in made.train_from_preprocessed(str(songs), {"should_stop": False})]
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if handle is not None:

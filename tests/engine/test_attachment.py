@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sidestep_plugin import DetachError, PluginError, Refusal, UpstreamMismatch, attach, hookimpl
-from sidestep_plugin.engine.seams import MODULE_CLASS, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types
+from sidestep_plugin.engine.shapes import MODULE_CLASS, SAVE_FUNCTIONS, TRAINER_CLASS, adapter_types
 
 
 def names_of(trainer):

@@ -15,7 +15,7 @@ from conftest import COMMAND, without_training_packages
 
 from sidestep_plugin import miniature
 from sidestep_plugin.cli import cli
-from sidestep_plugin.engine.injection import injection_problem
+from sidestep_plugin.engine.compatibility import injection_problem
 
 
 @pytest.fixture

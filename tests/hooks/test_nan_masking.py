@@ -12,7 +12,7 @@ import torch
 from whole_plugin import prepared, resolved, started
 
 from sidestep_plugin import attach
-from sidestep_plugin.engine import seams
+from sidestep_plugin.engine import shapes
 from sidestep_plugin.run import Run, Step
 
 CPU = torch.device("cpu")
@@ -114,8 +114,8 @@ def train_on(trainer, load, tmp_path):
         settings.pin_memory = settings.persistent_workers = False
         said = []
         with attach(trainer, options=options, announce=said.append, allowed_folders=[tmp_path]):
-            adapter = getattr(trainer, seams.CONFIG_CLASS["lora"])(r=4)
-            made = getattr(trainer, seams.TRAINER_CLASS["lora"])(load("base"), adapter, settings)
+            adapter = getattr(trainer, shapes.CONFIG_CLASS["lora"])(r=4)
+            made = getattr(trainer, shapes.TRAINER_CLASS["lora"])(load("base"), adapter, settings)
             torch.manual_seed(7)
             said += [text for *_, text in made.train_from_preprocessed(str(tmp_path / folder), {"should_stop": False})]
         return said, list(made.module.training_losses) if made.module is not None else []

@@ -11,7 +11,7 @@ import torch
 
 from sidestep_plugin import hookimpl
 from sidestep_plugin.adapters.inspection import inspect_adapter
-from sidestep_plugin.memory.quantized_linear import LARGEST, QuantizedLinear
+from sidestep_plugin.memory.quantized_linear import LARGEST, QuantizedLinear, dequantized
 
 # -- one layer -------------------------------------------------------------------------------------------------------
 
@@ -25,10 +25,14 @@ def layer():
     return layer
 
 
+def weight_of(layer, dtype):
+    return dequantized(layer.data, layer.scale, dtype)
+
+
 @pytest.mark.parametrize("kind, error", [("int8", 0.5 / 127)])
 def test_every_row_has_a_scale_of_its_own(layer, kind, error):
     made = QuantizedLinear(layer, kind)
-    weight, found = layer.weight, made.dequantized(torch.float32)
+    weight, found = layer.weight, weight_of(made, torch.float32)
     largest = weight.abs().amax(dim=1, keepdim=True)
     assert ((found - weight).abs() <= 1.01 * error * largest + 1e-30).all()
     assert (found[7] == 0).all() and made.data.element_size() == 1
@@ -41,7 +45,7 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(layer, kind, a
     made = QuantizedLinear(layer, kind)
     dtype = torch.bfloat16 if autocast else torch.float32
     plain = torch.nn.Linear(96, 64).requires_grad_(False)
-    plain.weight.data, plain.bias = made.dequantized(dtype), layer.bias
+    plain.weight.data, plain.bias = weight_of(made, dtype), layer.bias
     one, other = (torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         ours, theirs = made(one), plain(other)
@@ -70,17 +74,17 @@ def test_only_bytes_wait_for_the_backward_pass(layer, kind):
 @pytest.mark.parametrize("kind", LARGEST)
 def test_a_cast_of_the_whole_model_leaves_the_bytes_alone(layer, kind):
     made = QuantizedLinear(layer, kind)
-    before = made.dequantized(torch.float32)
+    before = weight_of(made, torch.float32)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         made.to(dtype)
-    assert made.data.element_size() == 1 and torch.equal(made.dequantized(torch.float32), before)
+    assert made.data.element_size() == 1 and torch.equal(weight_of(made, torch.float32), before)
 
 
 def test_as_close_as_torchaos_int8(layer):
     quantization = pytest.importorskip("torchao.quantization", reason="compares with torchao, which is not installed")
     theirs = torch.nn.Sequential(torch.nn.Linear(96, 64).requires_grad_(False)).to(torch.bfloat16)
     theirs[0].weight.data = layer.weight.to(torch.bfloat16)
-    ours = QuantizedLinear(theirs[0], "int8").dequantized(torch.float32)
+    ours = weight_of(QuantizedLinear(theirs[0], "int8"), torch.float32)
     weight = theirs[0].weight.float()
     quantization.quantize_(theirs, quantization.Int8WeightOnlyConfig())
     assert (ours - weight).norm() <= 1.05 * (theirs[0].weight.dequantize().float() - weight).norm()

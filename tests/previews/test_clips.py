@@ -16,9 +16,9 @@ from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
 from sidestep_plugin.engine.shapes import sampler_style
 from sidestep_plugin.previews.clip_files import playable, write_wav
+from sidestep_plugin.previews.conditions import PreviewSettings
 from sidestep_plugin.previews.decoding import decode, load_vae, rate_of
 from sidestep_plugin.previews.making import open_table, write_row
-from sidestep_plugin.previews.settings import PreviewSettings
 from sidestep_plugin.previews.table import Row, Table, clip_names, read_table
 
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli
-from sidestep_plugin.previews.conditions import choose_songs
+from sidestep_plugin.previews.conditions import choose_songs, guidance_for
 from sidestep_plugin.previews.making import decode_rest
-from sidestep_plugin.previews.settings import guidance_for
 from sidestep_plugin.previews.table import Row, Table, read_table
 from sidestep_plugin.report.page import page
 

@@ -11,15 +11,15 @@ import torch
 from sidestep_plugin import Refusal
 from sidestep_plugin.previews.conditions import (
     Conditions,
+    PreviewSettings,
     choose_songs,
+    guidance_for,
     look_at,
     read_conditions,
     read_silence,
     silent_context,
 )
-from sidestep_plugin.previews.generation import euler, generate, noise_for, own_arguments
-from sidestep_plugin.previews.guidance import ProjectedGuidance
-from sidestep_plugin.previews.settings import PreviewSettings, guidance_for
+from sidestep_plugin.previews.generation import ProjectedGuidance, euler, generate, noise_for, own_arguments
 
 CPU = torch.device("cpu")
 

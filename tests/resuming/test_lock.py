@@ -11,7 +11,7 @@ import pytest
 from conftest import COMMAND, SETTINGS, known_fields
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.engine import seams
+from sidestep_plugin.engine import shapes
 from sidestep_plugin.resuming import lock as locking
 from sidestep_plugin.resuming.lock import FILE_NAME, OutputLock
 
@@ -131,7 +131,7 @@ def training(checkout, trainer, load, tmp_path):
 
     def start():
         config = known_fields(trainer.TrainingConfig, SETTINGS | {"output_dir": str(tmp_path / "output")})
-        made = getattr(trainer, seams.TRAINER_CLASS["lora"])(load("base"), trainer.LoRAConfig(r=4, alpha=8), config)
+        made = getattr(trainer, shapes.TRAINER_CLASS["lora"])(load("base"), trainer.LoRAConfig(r=4, alpha=8), config)
         return made.train_from_preprocessed(str(checkout.tensors), {"should_stop": False})
 
     return start

@@ -16,7 +16,7 @@ from conftest import SETTINGS, known_fields
 from safetensors.torch import load_file
 
 from sidestep_plugin import Refusal, attach, hookimpl
-from sidestep_plugin.engine import seams
+from sidestep_plugin.engine import shapes
 from sidestep_plugin.resuming.checkpoints import newest_checkpoint, read_checkpoint
 from sidestep_plugin.resuming.overwriting import Overwriting
 from sidestep_plugin.resuming.plugin import acestep_adapter_saved
@@ -58,7 +58,7 @@ def job(checkout, trainer, load, tmp_path, require_kind):
     ):
         require_kind(kind)
         output = tmp_path / name
-        config = getattr(trainer, seams.CONFIG_CLASS[kind])
+        config = getattr(trainer, shapes.CONFIG_CLASS[kind])
         adapter = config(r=4, alpha=8) if kind == "lora" else config(linear_dim=4, linear_alpha=8)
         training = SETTINGS | {"max_epochs": 6, "save_every_n_epochs": 3, "warmup_steps": 2} | settings
         training["output_dir"] = str(output)
@@ -74,7 +74,7 @@ def job(checkout, trainer, load, tmp_path, require_kind):
         said.clear()
         with attached:
             torch.manual_seed(7)  # the first versions of upstream do not seed
-            made = getattr(trainer, seams.TRAINER_CLASS[kind])(
+            made = getattr(trainer, shapes.TRAINER_CLASS[kind])(
                 load(model), adapter, known_fields(trainer.TrainingConfig, training)
             )
             more = {} if resume_from is None else {"resume_from": str(resume_from)}

@@ -149,14 +149,14 @@ def train(trainer, job, folder):
     from conftest import known_fields
 
     from sidestep_plugin import attach
-    from sidestep_plugin.engine import seams
+    from sidestep_plugin.engine import shapes
     from sidestep_plugin.engine.models import find_model, load_model
     from sidestep_plugin.ranks import ranks
 
     kind = job.get("kind", "lora")
     handler = load_model(find_model(job["model"], Path(job["checkpoints"])), torch.device("cpu"))
     torch.set_num_threads(1)
-    config_class = getattr(trainer, seams.CONFIG_CLASS[kind])
+    config_class = getattr(trainer, shapes.CONFIG_CLASS[kind])
     dropout = job.get("dropout", 0.0)
     adapter = (
         known_fields(config_class, {"r": 4, "alpha": 8, "dropout": dropout})
@@ -182,7 +182,7 @@ def train(trainer, job, folder):
             ),
         ):
             torch.manual_seed(7)
-            made = getattr(trainer, seams.TRAINER_CLASS[kind])(
+            made = getattr(trainer, shapes.TRAINER_CLASS[kind])(
                 handler, adapter, known_fields(trainer.TrainingConfig, settings)
             )
             state = noting.state = {"should_stop": False}

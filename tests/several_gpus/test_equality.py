@@ -34,7 +34,7 @@ def base(checkout):
 
 @pytest.fixture(scope="module")
 def kinds(trainer):
-    from sidestep_plugin.engine.seams import adapter_types
+    from sidestep_plugin.engine.shapes import adapter_types
 
     return [kind for kind in KINDS if kind in adapter_types(trainer)]
 

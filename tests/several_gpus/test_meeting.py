@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sidestep_plugin import Refusal
 from sidestep_plugin.engine import meeting, processes, sameness
 from sidestep_plugin.engine.processes import LostProcess, SaidElsewhere, check_agreement, in_all
 from sidestep_plugin.ranks import Ranks
+from sidestep_plugin.registry import Registry
 
 ABOUT = {"torch": "2.9.0", "device": "cpu"}
 TWO = (Ranks(0, 2, 0, 1), Ranks(1, 2, 0, 1))
@@ -184,26 +186,28 @@ def test_other_weights_of_the_same_shapes_are_named(checkout, tmp_path, monkeypa
     assert f"in weights of the model: other contents in {file.name}." in told
 
 
+def of_the_training(module=None, songs=None):
+    return sameness.of_the_training(module, Registry(), {}, frozenset(), "lora", None, None, songs)
+
+
 def test_other_songs_of_the_same_names_and_sizes_are_named(checkout, tmp_path, monkeypatch):
     songs = shutil.copytree(checkout.tensors, tmp_path / "songs")
     song = torch.load(songs / "song_02.pt", weights_only=True)
     song["target_latents"] = song["target_latents"].flip(0)
     torch.save(song, songs / "song_02.pt")
     assert (songs / "song_02.pt").stat().st_size == (checkout.tensors / "song_02.pt").stat().st_size
-    told = differing(monkeypatch, sameness.of_the_songs(checkout.tensors), sameness.of_the_songs(songs))
+    told = differing(monkeypatch, of_the_training(songs=checkout.tensors), of_the_training(songs=songs))
     assert "in songs: other contents in song_02.pt. Give" in told
     (songs / "song_02.pt").rename(songs / "song_99.pt")
     (songs / "manifest.json").unlink(missing_ok=True)
-    told = differing(monkeypatch, sameness.of_the_songs(checkout.tensors), sameness.of_the_songs(songs))
+    told = differing(monkeypatch, of_the_training(songs=checkout.tensors), of_the_training(songs=songs))
     assert "in songs: it lacks song_02.pt; it also has song_99.pt. Give" in told
 
 
 def test_another_version_of_the_trainer_is_named(trainer, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     (tmp_path / "trainer.py").write_text("# a fork\n", encoding="utf-8")
-    fork = sameness.of_the_trainer(SimpleNamespace(__file__=str(tmp_path / "trainer.py")))
-    assert "in version of ACE-Step: " in differing(monkeypatch, sameness.of_the_trainer(trainer), fork)
+    fork = of_the_training(SimpleNamespace(__file__=str(tmp_path / "trainer.py")))
+    assert "in version of ACE-Step: " in differing(monkeypatch, of_the_training(trainer), fork)
 
 
 def test_a_refusal_in_one_process_ends_all(among):

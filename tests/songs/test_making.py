@@ -9,8 +9,7 @@ from song_files import a_song, save
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.run import ModelFacts
-from sidestep_plugin.songs.dataset import inspect_dataset
-from sidestep_plugin.songs.fit import check_songs
+from sidestep_plugin.songs.dataset import check_songs, inspect_dataset
 from sidestep_plugin.songs.making import Making, making_of, renew_command, upstream_notice
 from sidestep_plugin.songs.showing import look_through
 

@@ -69,7 +69,7 @@ def test_a_language_that_the_model_does_not_know_stays_as_typed(typed):
 
 
 def test_every_name_of_a_language_leads_to_a_code_that_the_model_knows():
-    assert set(vocabulary._NAMES.values()) | set(vocabulary._CODES.values()) <= vocabulary.LANGUAGES
+    assert set(vocabulary._CODE_OF.values()) <= vocabulary.LANGUAGES
     assert len(vocabulary.LANGUAGES) == 51
 
 

@@ -68,14 +68,14 @@ MUTATIONS = [
     Mutation(
         "quantized layers that stay in the model",
         "sidestep_plugin/memory/quantization.py",
-        "        if not run.engine.ends_the_program:",
-        "        if False:",
+        "    if not run.engine.ends_the_program:",
+        "    if False:",
         "tests/memory/test_quantization.py::test_a_training_with_quantized_weights",
     ),
     Mutation(
         "compiled blocks that stay compiled",
         "sidestep_plugin/memory/compiling.py",
-        "    run.engine.at_end(partial(_undo, modules))\n",
+        "    run.engine.at_end(partial(_undo, blocks))\n",
         "",
         "tests/memory/test_compiling.py::test_a_training_with_compiled_blocks",
     ),
@@ -110,22 +110,22 @@ MUTATIONS = [
     Mutation(
         "validated before the epoch's last optimizer step",
         "sidestep_plugin/engine/journal.py",
-        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
-        "            self.epoch_to_end = self._epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
+        "            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n",
+        "            self.epoch_to_end = self.epochs_begun, self._losses.mean_of_newest(self._in_epoch)\n"
         "            self.ends()\n",
         "tests/validation/test_validating.py::test_best_has_the_weights_that_were_measured",
     ),
     Mutation(
         "songs that are held out trained on all the same",
-        "sidestep_plugin/engine/wrappers/held_out_songs.py",
+        "sidestep_plugin/engine/wrappers/songs.py",
         "        if out:\n",
         "        if False:\n",
         "tests/validation/test_validating.py::test_the_training_is_the_same_bit_for_bit",
     ),
     Mutation(
         "the newest adapter as final where the best was promised",
-        "sidestep_plugin/engine/ending.py",
-        "    put_weights(run, point.weights)\n",
+        "sidestep_plugin/engine/services.py",
+        "        put_weights(run, point.weights)\n",
         "",
         "tests/validation/test_validating.py::test_a_planted_overfit_turns_the_curve_and_patience_stops_it",
     ),
@@ -261,7 +261,7 @@ MUTATIONS = [
     ),
     Mutation(
         "alpha as it is for diffusers, whatever the rank of a layer",
-        "sidestep_plugin/adapters/diffusers.py",
+        "sidestep_plugin/adapters/header.py",
         "for layer in layers if layer.alpha != alpha}",
         "for layer in ()}",
         "tests/adapters/test_diffusers.py",
@@ -354,8 +354,8 @@ MUTATIONS = [
     Mutation(
         "the layers that a LoKr adapts kept in bf16",
         "sidestep_plugin/memory/base_weights.py",
-        " and id(module) not in adapted:",
-        ":",
+        " and id(module) not in adapted\n",
+        "\n",
         "tests/memory/test_frozen_weights.py::test_a_lokr_is_the_same_bit_for_bit",
     ),
     Mutation(

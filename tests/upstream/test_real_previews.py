@@ -17,9 +17,15 @@ from preview_parts import HOP, moved_a_little, write_tiny_vae
 from upstream.test_real_models import FILES, TINY, TINY_XL
 
 from sidestep_plugin.engine.decoders import plain_decoder, without_adapter
-from sidestep_plugin.previews.conditions import Conditions, look_at, read_conditions, read_silence, silent_context
+from sidestep_plugin.previews.conditions import (
+    Conditions,
+    PreviewSettings,
+    look_at,
+    read_conditions,
+    read_silence,
+    silent_context,
+)
 from sidestep_plugin.previews.generation import euler, generate, noise_for, own_arguments
-from sidestep_plugin.previews.settings import PreviewSettings
 
 pytestmark = pytest.mark.upstream
 

@@ -11,8 +11,8 @@ import torch
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.songs.dataset import songs_in
-from sidestep_plugin.timesteps.grid import validation_grid
 from sidestep_plugin.timesteps.schedule import max_of_two_logit_normal_cdf
+from sidestep_plugin.timesteps.treatment import validation_grid
 from sidestep_plugin.validation.held_out import check_apart, choose, number_of
 
 TWO = {"validate": 2, "validate_every": 1}

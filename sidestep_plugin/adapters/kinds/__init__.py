@@ -11,21 +11,7 @@ from .kind import Mean as Mean
 from .lokr import LOKR
 from .lora import LORA
 
-__all__ = [
-    "BY_NAME",
-    "DEFAULT",
-    "KINDS",
-    "NAMES",
-    "WEIGHT_NAMES",
-    "Kind",
-    "Mean",
-    "kind_of_config",
-    "network_of",
-    "title_of",
-]
-
-KINDS: Final[tuple[Kind, ...]] = (LORA, LOKR)
-"""All kinds that can be trained, the usual one first."""
+KINDS: Final[tuple[Kind, ...]] = (LORA, LOKR)  # all kinds that can be trained, the usual one first
 
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 NAMES: Final = tuple(BY_NAME)
@@ -44,7 +30,7 @@ def check_installed(name: str) -> None:
 
 def kind_of_config(config: Any) -> Kind:
     """The kind of adapter that one of ACE-Step's configurations is for; the usual one where it fits none."""
-    return next((kind for kind in KINDS if kind.is_config(config)), DEFAULT)
+    return next((kind for kind in KINDS if hasattr(config, kind.fields["rank"])), DEFAULT)
 
 
 def network_of(module: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,85 +18,60 @@ if TYPE_CHECKING:
 
 Hook = Callable[[Any, tuple[Any, ...], Any], Any]
 """A forward hook of a module: module, inputs, output; returns the new output."""
-Shape = tuple[int, int]
-"""Rows and columns of a layer's weight: outputs and inputs."""
+Shape = tuple[int, int]  # rows and columns of a layer's weight: outputs and inputs
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of what a layer does in several adapters.
+    """The mean of what a layer does in several adapters."""
 
-    Attributes:
-        tensors: its tensors by the names in ``Layer.parts``, of one dtype; "alpha" is not among them.
-        rank: its rank; None if no factor is decomposed.
-        alpha: its alpha.
-        exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    rank: int | None
+    tensors: dict[str, torch.Tensor]  # by the names in ``Layer.parts``, of one dtype; "alpha" is not among them
+    rank: int | None  # None if no factor is decomposed
     alpha: float
+    # exact, kept: energy (sum of squares) of the exact mean, and of what these tensors hold of it.
     exact: float
     kept: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
-    """A kind of adapter that ACE-Step's trainer trains. A new kind is a file with an object, and a line in ``KINDS``.
+    """A kind of adapter that ACE-Step's trainer trains. A new one is a file with an object, and a line in ``KINDS``."""
 
-    Attributes:
-        name: as in ``--adapter-type`` and in facts.
-        title: as people write it.
-        remark: about it, for somebody who has to choose.
-        library, package, module: what it needs, as people, as pip and as Python call it.
-        module_class, trainer_class, config_class: names in ACE-Step's trainer module.
-        save_functions: its functions there that save the weights, and a checkpoint.
-        weight_files: where these put the weights, below the folder that they are given; the usual place first.
-        network: attribute of the training module with the network beside the decoder; None if it is in the decoder.
-        fields: names of the options in ACE-Step's configuration of it.
-        options: its own options, whole numbers and switches: metavar and help by name. None for the metavar: a switch.
-        default_rank: ACE-Step's default of ``--rank``.
-        recommended: value and reason by option, where the kinds differ.
-        epochs: recommended epochs for any usual number of songs, and the reason; None if they depend on it.
-        validates: whether ACE-Step validates such trainings by itself (``--val-split``), with Lightning.
-        dropout: whether it has dropout.
-        quantizable: whether the base weights may be quantized below it.
-        whole_difference: whether a step computes the whole difference of a weight, from unrounded base weights.
-        tensors: regular expressions for what follows a layer's name in files, each with the tensor's name in
-            ``Layer.parts``; None: the group "part" of the expression.
-        rank_parts: tensors whose first size is the rank.
-        alpha_in_config: whether the alpha is in PEFT's configuration where no tensor has it.
-        copy_name: file name of a copy for ComfyUI beside an adapter.
-        made_alike: what else has to be equal in adapters that are averaged, as the end of a sentence.
-        network_module, network_args: what kohya's headers call it.
-    """
-
-    name: str
-    title: str
-    remark: str
+    name: str  # as in ``--adapter-type`` and in facts
+    title: str  # as people write it
+    remark: str  # about it, for somebody who has to choose
+    # library, package, module: what it needs, as people, as pip and as Python call it.
     library: str
     package: str
     module: str
+    # module_class, trainer_class, config_class: names in ACE-Step's trainer module.
     module_class: str
     trainer_class: str
     config_class: str
-    save_functions: tuple[str, ...]
+    save_functions: tuple[str, ...]  # its functions there that save the weights, and a checkpoint
+    # Where these put the weights, below the folder that they are given; the usual place first.
     weight_files: tuple[str, ...]
+    # Attribute of the training module with the network beside the decoder; None if it is in the decoder.
     network: str | None
-    fields: Mapping[str, str]
+    fields: Mapping[str, str]  # names of the options in ACE-Step's configuration of it
+    # Its own options, whole numbers and switches: metavar and help by name. None for the metavar: a switch.
     options: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
-    default_rank: int
-    recommended: Mapping[str, tuple[float, str]]
+    default_rank: int  # ACE-Step's default of ``--rank``
+    recommended: Mapping[str, tuple[float, str]]  # value and reason by option, where the kinds differ
+    # Recommended epochs for any usual number of songs, and the reason; None if they depend on it.
     epochs: tuple[int, str] | None
-    validates: bool
-    dropout: bool
-    quantizable: bool
-    whole_difference: bool
+    validates: bool  # whether ACE-Step validates such trainings by itself (``--val-split``), with Lightning
+    dropout: bool  # whether it has dropout
+    quantizable: bool  # whether the base weights may be quantized below it
+    whole_difference: bool  # whether a step computes the whole difference of a weight, from unrounded base weights
+    # Regular expressions for what follows a layer's name in files, each with the tensor's name in ``Layer.parts``;
+    # None: the group "part" of the expression.
     tensors: tuple[tuple[str, str | None], ...]
-    rank_parts: tuple[str, ...]
-    alpha_in_config: bool
-    copy_name: str
-    made_alike: str
+    rank_parts: tuple[str, ...]  # tensors whose first size is the rank
+    alpha_in_config: bool  # whether the alpha is in PEFT's configuration where no tensor has it
+    copy_name: str  # file name of a copy for ComfyUI beside an adapter
+    made_alike: str  # what else has to be equal in adapters that are averaged, as the end of a sentence
+    # network_module, network_args: what kohya's headers call it.
     network_module: str
     network_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,10 +79,6 @@ class Kind(ABC):
     def weight_name(self) -> str:
         """File name of the weights."""
         return self.weight_files[0].rpartition("/")[2]
-
-    def is_config(self, config: Any) -> bool:
-        """Whether ACE-Step's configuration of an adapter is one of this kind."""
-        return hasattr(config, self.fields["rank"])
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -126,20 +98,13 @@ class Kind(ABC):
         """Refuse a rank that makes no sense for a decoder of this width. Raises Refusal."""
 
     def without_effect(self, config: Any, shapes: Mapping[str, Shape]) -> list[str]:
-        """Settings that change nothing in layers of these sizes, as lines for people.
-
-        Args:
-            config: ACE-Step's configuration.
-            shapes: rows and columns of the trained layers' weights by name.
-        """
+        """Settings of ACE-Step's configuration that change nothing in layers of these sizes, as lines for people."""
         return []
 
     def effective_alpha(self, config: Any, shapes: Mapping[str, Shape]) -> Any:
         """The alpha that its library gives the tensors: the configuration's, unless it has no effect.
 
-        Args:
-            config: ACE-Step's configuration.
-            shapes: rows and columns of the trained layers' weights by name; {} if they are not known.
+        `shapes` are those of the trained layers by name; {} if they are not known.
         """
         return getattr(config, self.fields["alpha"], None)
 
@@ -149,6 +114,12 @@ class Kind(ABC):
     def strength(self, layer: Layer) -> float | None:
         """What a layer's factors are multiplied by; None if its alpha is unknown."""
 
+    def known_strength(self, layer: Layer) -> float:
+        """The strength of a layer whose alpha has been checked before."""
+        strength = self.strength(layer)
+        assert strength is not None
+        return strength
+
     @abstractmethod
     def shape(self, sizes: Mapping[str, Sequence[int]]) -> Shape | None:
         """Size of the weight that a layer was trained for, by its tensors' sizes; None if they do not fit together."""
@@ -157,9 +128,7 @@ class Kind(ABC):
     def change(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a layer adds to the weight, without weight decomposition: fp32, of the weight's size as a matrix.
 
-        Args:
-            layer: the layer, with a known strength.
-            tensors: its tensors by the names in ``layer.parts``, on one device.
+        Its strength has to be known. The tensors go by the names in ``layer.parts`` and are on one device.
         """
 
     @abstractmethod
@@ -168,28 +137,17 @@ class Kind(ABC):
 
     @abstractmethod
     def scaled(self, tensors: Mapping[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
-        """The tensors of a layer that does so many times as much, without weight decomposition; the scaled one in fp32.
-
-        Args:
-            tensors: by the names in ``Layer.parts``.
-            strength: the factor.
-        """
+        """The tensors of a layer that does so many times as much, without weight decomposition; one of them in fp32."""
 
     @abstractmethod
     def try_on(self, module: torch.nn.Module) -> None:
-        """Put a small adapter onto a module with a linear layer ``q_proj``, to see whether its library works here.
-
-        Raises:
-            Exception: whatever the library raises where it does not.
-        """
+        """Put a small adapter onto a module with a linear layer ``q_proj``. Raises whatever its library raises."""
 
     @abstractmethod
     def mean(self, layers: Sequence[tuple[float, Layer, Mapping[str, torch.Tensor]]], rank: int | None) -> Mean:
-        """The weighted sum of what a layer does in several adapters, cut back to a rank.
+        """The weighted sum of what a layer does in several adapters, cut back to a rank; None: the highest among them.
 
-        Args:
-            layers: for each adapter its weight, the layer with a known strength, and its tensors on the CPU.
-            rank: the rank; None: the highest among them.
+        Given are the weight, the layer with a known strength and its tensors on the CPU, for each adapter.
         """
 
     @abstractmethod
@@ -210,34 +168,18 @@ class Kind(ABC):
     def check_comfyui(self, adapter: Adapter, trained: Sequence[Layer], base: BaseWeights | None) -> None:
         """Refuse an adapter that ComfyUI cannot play as it was trained. Raises Refusal.
 
-        Args:
-            adapter: the adapter.
-            trained: its layers that may change something.
-            base: the base model's weights; None if they are not at hand.
+        `trained` are its layers that may change something; `base` is None if the base model is not at hand.
         """
 
     def comfyui_changes(self, adapter: Adapter, layer: Layer, base: BaseWeights) -> dict[str, NewTensor] | None:
         """Tensors that a copy for ComfyUI has in place of the layer's own, by the names in its parts.
 
-        Args:
-            adapter: the adapter.
-            layer: one of its layers.
-            base: the base model's weights.
-
-        Returns:
-            The tensors; None if the layer changes nothing and is left out.
-
-        Raises:
-            Refusal: it is not the model that the adapter was trained on.
+        None if the layer changes nothing and is left out. Raises Refusal for another model than that of the training.
         """
         return {}
 
     def comfyui_scaled(self, adapter: Adapter, layer: Layer, strength: float) -> dict[str, NewTensor]:
-        """Tensors that multiply a layer, where an alpha that a copy is given does not.
-
-        Raises:
-            Refusal: the layer cannot be multiplied.
-        """
+        """Tensors that multiply a layer, where an alpha that a copy is given does not. Raises Refusal if none can."""
         return {}
 
     # -- trainings -----------------------------------------------------------------------------------------------------
@@ -246,33 +188,17 @@ class Kind(ABC):
     def live(self, module: Any, decoder: Any) -> dict[str, torch.Tensor]:
         """The current tensors of an adapter that is trained, under the names that they are saved with.
 
-        Args:
-            module: ACE-Step's training module.
-            decoder: the model's decoder without the wrappers of Lightning and torch.
-
-        Raises:
-            Refusal: it is trained without the library that saves it.
+        `module` is ACE-Step's training module, `decoder` the model's without the wrappers of Lightning and torch.
+        Raises Refusal if it is trained without the library that saves it.
         """
 
     @abstractmethod
     def load(self, module: Any, live: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-        """Load tensors into an adapter that is trained.
-
-        Args:
-            module: ACE-Step's training module.
-            live: what :meth:`live` returned.
-            weights: the tensors to load, of the same names and sizes.
-        """
+        """Load tensors into an adapter that is trained, of the names and sizes that :meth:`live` has returned."""
 
     @abstractmethod
     def save(self, trainer: Any, module: Any, folder: Path) -> Path:
-        """Save an adapter that is trained with ACE-Step's own function. Returns the folder of the weights.
-
-        Args:
-            trainer: ACE-Step's trainer module.
-            module: its training module.
-            folder: the folder to save into.
-        """
+        """Save an adapter that is trained with a function of ACE-Step's trainer. Returns the folder of the weights."""
 
 
 def adding(delta: torch.Tensor) -> Hook:
@@ -286,11 +212,9 @@ def adding(delta: torch.Tensor) -> Hook:
 
 
 def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Weight decomposition (DoRA): a changed weight whose rows, or columns, are scaled to a magnitude.
+    """Weight decomposition (DoRA): a changed weight, fp32 ``[outputs, inputs]``, scaled to a magnitude.
 
-    Args:
-        weight: the changed weight, fp32, ``[outputs, inputs]``.
-        magnitude: of rows, ``[outputs]`` or ``[outputs, 1]``; or of columns, ``[1, inputs]``.
+    The magnitude is that of its rows, ``[outputs]`` or ``[outputs, 1]``, or of its columns, ``[1, inputs]``.
     """
     wanted = magnitude.to(weight.device).float()
     if wanted.dim() == 1:
@@ -302,19 +226,11 @@ def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """The product of two factors, cut back to a rank.
+    """The product of two factors, float64 ``[rows, inner]`` and ``[inner, columns]``, cut back to a rank.
 
     The singular values come from the small matrix between the factors' QR decompositions, so that the product itself is
-    never made. Values below the rounding of the factors' own sizes are zero.
-
-    Args:
-        left: ``[rows, inner]``, float64.
-        right: ``[inner, columns]``, float64.
-        rank: the highest rank of the result.
-
-    Returns:
-        The two factors, ``[rows, r]`` and ``[r, columns]`` with r at most `rank`, and the energy of the product and of
-        the result.
+    never made. Values below the rounding of the factors' own sizes are zero. Returns the two factors, ``[rows, r]`` and
+    ``[r, columns]`` with r at most `rank`, and the energy of the product and of the result.
     """
     import torch
 
@@ -332,8 +248,4 @@ def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The dtype that holds the numbers of all these tensors."""
     import torch
 
-    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-    found = dtypes[0]
-    for dtype in dtypes[1:]:
-        found = torch.promote_types(found, dtype)
-    return found
+    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors if tensor.is_floating_point()])

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
@@ -49,8 +48,10 @@ class _Lokr(Kind):
             return []
         where = "all trained layers" if len(whole) == len(shapes) else f"{len(whole)} of {len(shapes)} trained layers"
         told = f"LoKr: rank {rank} and alpha {alpha} change nothing in {where}: LyCORIS trains full matrices there."
-        bound = "" if getattr(config, "full_matrix", False) else f" It does not below rank {_bound(config, whole)}."
-        return [f"{told}{bound} They are recorded as strength 1."]
+        if not getattr(config, "full_matrix", False):
+            bound = min(-(-max(_factors(config, shape)[1]) // 2) for shape in whole.values())
+            told += f" It does not below rank {bound}."
+        return [f"{told} They are recorded as strength 1."]
 
     def effective_alpha(self, config: Any, shapes: Mapping[str, Shape]) -> Any:
         """The dimension where every trained layer is whole."""
@@ -78,10 +79,8 @@ class _Lokr(Kind):
     def change(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         import torch
 
-        strength = self.strength(layer)
-        assert strength is not None
         first, second = (factor_of(tensors, name) for name in ("lokr_w1", "lokr_w2"))
-        return torch.kron(first, second) * strength
+        return torch.kron(first, second) * self.known_strength(layer)
 
     def hook(self, layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hook:
         base = module.weight.detach().float()
@@ -101,14 +100,11 @@ class _Lokr(Kind):
         import torch
 
         _, first, given = layers[0]
-        strength = self.strength(first)
-        assert strength is not None
+        strength = self.known_strength(first)
         dtype = widest(tensor for _, _, tensors in layers for part, tensor in tensors.items() if part != "alpha")
         ones, others = [], []
         for share, layer, tensors in layers:
-            own = self.strength(layer)
-            assert own is not None
-            ones.append(share * own / strength * factor_of(tensors, "lokr_w1").double())
+            ones.append(share * self.known_strength(layer) / strength * factor_of(tensors, "lokr_w1").double())
             others.append(factor_of(tensors, "lokr_w2").double())
         one, other, exact, kept = cut(
             torch.stack([w.flatten() for w in ones], dim=1), torch.stack([w.flatten() for w in others]), 1
@@ -177,9 +173,8 @@ class _Lokr(Kind):
             raise _another_model(adapter)
         rows, change = weight.flatten(1), self.change(layer, tensors).reshape(weight.shape[0], -1)
         was, magnitude = rows.norm(dim=1) + _EPSILON, tensors["magnitude"].float().flatten()
-        if (
-            layer.name in adapter.untrained
-        ):  # LyCORIS begins with the norms, which tell the model that it was trained on
+        if layer.name in adapter.untrained:
+            # LyCORIS begins with the norms, which tell the model that it was trained on.
             if bool(((magnitude - was).abs() > 0.01 * was).any()):
                 raise _another_model(adapter)
             return None
@@ -226,36 +221,27 @@ LOKR: Final = _Lokr(
     save_functions=("save_lokr_weights", "save_lokr_training_checkpoint"),
     weight_files=("lokr_weights.safetensors",),
     network="lycoris_net",
-    fields=MappingProxyType(
-        {
-            "rank": "linear_dim",
-            "alpha": "linear_alpha",
-            "dropout": "dropout",
-            "target_modules": "target_modules",
-            "lokr_factor": "factor",
-            "lokr_decompose_both": "decompose_both",
-            "lokr_weight_decompose": "weight_decompose",
-            "lokr_full_matrix": "full_matrix",
-        }
-    ),
-    options=MappingProxyType(
-        {
-            "lokr_factor": ("N", "Size of a LoKr's first factor; -1: near the square root.  [ACE-Step's default: -1]"),
-            "lokr_decompose_both": (None, "Decompose both factors of a LoKr."),
-            "lokr_weight_decompose": (None, "Weight decomposition (DoRA) of a LoKr, as in the app's LoKr tab."),
-            "lokr_full_matrix": (None, "Do not decompose a LoKr's factors."),
-        }
-    ),
+    fields={
+        "rank": "linear_dim",
+        "alpha": "linear_alpha",
+        "dropout": "dropout",
+        "target_modules": "target_modules",
+        "lokr_factor": "factor",
+        "lokr_decompose_both": "decompose_both",
+        "lokr_weight_decompose": "weight_decompose",
+        "lokr_full_matrix": "full_matrix",
+    },
+    options={
+        "lokr_factor": ("N", "Size of a LoKr's first factor; -1: near the square root.  [ACE-Step's default: -1]"),
+        "lokr_decompose_both": (None, "Decompose both factors of a LoKr."),
+        "lokr_weight_decompose": (None, "Weight decomposition (DoRA) of a LoKr, as in the app's LoKr tab."),
+        "lokr_full_matrix": (None, "Do not decompose a LoKr's factors."),
+    },
     default_rank=64,
-    recommended=MappingProxyType(
-        {
-            "rank": (64, "the default of ACE-Step's trainer and of the app's LoKr tab"),
-            "learning_rate": (
-                0.03,
-                "ACE-Step's LoRA tutorial; the app's LoKr tab has 0.001, which is slower and safer",
-            ),
-        }
-    ),
+    recommended={
+        "rank": (64, "the default of ACE-Step's trainer and of the app's LoKr tab"),
+        "learning_rate": (0.03, "ACE-Step's LoRA tutorial; the app's LoKr tab has 0.001, which is slower and safer"),
+    },
     epochs=(500, "ACE-Step's LoRA tutorial, and the default of the app's LoKr tab"),
     validates=False,
     dropout=False,
@@ -267,7 +253,7 @@ LOKR: Final = _Lokr(
     copy_name="comfyui_lokr.safetensors",
     made_alike=", with the same factors",
     network_module="lycoris",
-    network_args=MappingProxyType({"algo": "lokr"}),
+    network_args={"algo": "lokr"},
 )
 
 
@@ -277,10 +263,8 @@ LOKR: Final = _Lokr(
 def factors(shape: Shape, factor: int = -1, unbalanced: bool = False) -> tuple[Shape, Shape]:
     """Sizes of the two factors that LyCORIS makes of a weight (``lycoris.functional.factorization``).
 
-    Args:
-        shape: rows and columns of the weight.
-        factor: LyCORIS' ``factor``: the first factor's side, -1 for the one closest to the square root.
-        unbalanced: LyCORIS' ``unbalanced_factorization``: the rows' factors are exchanged.
+    `factor` is the first factor's side, -1 for the one closest to the square root; `unbalanced` exchanges the rows'
+    factors.
     """
     rows, columns = (_divided(size, factor) for size in shape)
     if unbalanced:
@@ -303,11 +287,6 @@ def _is_whole(config: Any, rank: int, shape: Shape) -> bool:
         return True
     first, second = _factors(config, shape)
     return 2 * rank >= max(second) and not (getattr(config, "decompose_both", False) and 2 * rank < max(first))
-
-
-def _bound(config: Any, whole: Mapping[str, Shape]) -> int:
-    """The smallest dimension at which LyCORIS still trains one of these layers whole."""
-    return min(-(-max(_factors(config, shape)[1]) // 2) for shape in whole.values())
 
 
 def _factors(config: Any, shape: Shape) -> tuple[Shape, Shape]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import Refusal
@@ -47,16 +46,13 @@ class _Lora(Kind):
         return (up[0], down[1]) if len(down) == len(up) == 2 and down[0] == up[1] else None
 
     def change(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        strength = self.strength(layer)
-        assert strength is not None
         difference: torch.Tensor = tensors["B"].float().flatten(1) @ tensors["A"].float().flatten(1)
-        return difference * strength
+        return difference * self.known_strength(layer)
 
     def hook(self, layer: Layer, tensors: Mapping[str, torch.Tensor], module: Any) -> Hook:
         import torch.nn.functional as F
 
-        strength = self.strength(layer)
-        assert strength is not None
+        strength = self.known_strength(layer)
         down, up = (tensors[part].to(module.weight.device).float() for part in ("A", "B"))
         if "magnitude" in tensors:
             base = module.weight.detach().float()
@@ -78,9 +74,7 @@ class _Lora(Kind):
         dtype = widest(tensors[part] for _, _, tensors in layers for part in ("A", "B"))
         ups, downs = [], []
         for share, layer, tensors in layers:
-            strength = self.strength(layer)
-            assert strength is not None
-            ups.append(share * strength * tensors["B"].double().flatten(1))
+            ups.append(share * self.known_strength(layer) * tensors["B"].double().flatten(1))
             downs.append(tensors["A"].double().flatten(1))
         wanted = max(tensor.shape[0] for tensor in downs) if rank is None else rank
         up, down, exact, kept = cut(torch.cat(ups, dim=1), torch.cat(downs), wanted)
@@ -102,7 +96,7 @@ class _Lora(Kind):
         return f"base_model.model.{layer.name}", {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def check_comfyui(self, adapter: Adapter, trained: Sequence[Layer], base: BaseWeights | None) -> None:
-        from ..layer_names import is_known_layer
+        from ..layer_names import is_block_layer, is_outer_layer
         from ..peft_config import unread_pattern
 
         path = adapter.file.path
@@ -113,7 +107,7 @@ class _Lora(Kind):
             )
         for layer in adapter.layers.values():
             flat = any(key.startswith(("lora_unet_", "lycoris_")) for key in layer.parts.values())
-            if flat and not is_known_layer(layer.name):
+            if flat and not is_block_layer(layer.name) and not is_outer_layer(layer.name):
                 raise Refusal(
                     f"{path} adapts {shown(layer.name, 80)}, a layer that ComfyUI does not know in ACE-Step 1.5. Use "
                     "it in ACE-Step's app."
@@ -177,17 +171,15 @@ LORA: Final = _Lora(
         "model.pt",
     ),
     network=None,
-    fields=MappingProxyType({"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"}),
+    fields={"rank": "r", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"},
     default_rank=8,
-    recommended=MappingProxyType(
-        {
-            "rank": (64, "the default of the app's training tab and of training_v2; the trainer's own is 8"),
-            "learning_rate": (
-                1e-4,
-                "the default of ACE-Step's trainer and of training_v2; the app's training tab has 0.0003",
-            ),
-        }
-    ),
+    recommended={
+        "rank": (64, "the default of the app's training tab and of training_v2; the trainer's own is 8"),
+        "learning_rate": (
+            1e-4,
+            "the default of ACE-Step's trainer and of training_v2; the app's training tab has 0.0003",
+        ),
+    },
     epochs=None,
     validates=True,
     dropout=True,

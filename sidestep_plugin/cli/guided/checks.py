@@ -128,8 +128,7 @@ def variant(answers: Answers, text: str) -> list[str]:
 def songs(answers: Answers, text: str) -> list[str]:
     """A folder of preprocessed songs that fit the model."""
     from sidestep_plugin.run import ModelFacts
-    from sidestep_plugin.songs.dataset import inspect_dataset
-    from sidestep_plugin.songs.fit import check_songs
+    from sidestep_plugin.songs.dataset import check_songs, inspect_dataset
 
     folder = _place(text)
     _say_that_torch_is_imported()

@@ -1,1 +1,1 @@
-"""The wrappers that replace names of upstream's while plugins are attached: one file per seam."""
+"""The wrappers that replace names of upstream's while plugins are attached: one file for each thing of upstream's."""

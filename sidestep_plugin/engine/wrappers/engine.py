@@ -10,8 +10,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Final
 
 from ...adapters.kinds import network_of
-from ...errors import Refusal
-from ..current import Training, running_training
+from ..current import running_training
 from ..devices import on_all_devices, seed_apart
 from ..epochs import EPOCH_LOSS, ended
 from ..loggers import tolerate_failures
@@ -19,12 +18,14 @@ from ..loggers import tolerate_failures
 if TYPE_CHECKING:
     from ..host import Host
 
-_MIXED: Final = {"bf16-mixed": "bfloat16"}
-"""Precisions of Fabric in which autocast computes, and the type that it computes in."""
+_MIXED: Final = "bf16-mixed"
+"""The precision of Fabric in which autocast computes in bf16."""
 
 
 def wrap_engine(host: Host, original: Any) -> Any:
     """A subclass of what stands there, which tells plugins what the training that it is made for does."""
+    import torch
+
     signature = inspect.signature(original.__init__)
 
     class Engine(original):  # type: ignore[misc]
@@ -37,7 +38,11 @@ def wrap_engine(host: Host, original: Any) -> Any:
             tolerate_failures(host, self)
             self._acestep_types_are_final = training is None
             if training is not None:
-                _tell(host, "engine_model_ready", **_model(training, str(call.arguments.get("precision"))))
+                module = training.trainer.module
+                mixed = call.arguments.get("precision") == _MIXED
+                asked = {"run": training.run, "decoder": module.model.decoder, "network": network_of(module)}
+                with host.refusing():
+                    host.ask_and_announce("engine_model_ready", **asked, autocast=torch.bfloat16 if mixed else None)
 
         def log(self, name: str, value: Any, step: int | None = None) -> None:
             super().log(name, value, step=step)
@@ -57,7 +62,8 @@ def wrap_engine(host: Host, original: Any) -> Any:
             training = running_training.get()
             if not self._acestep_types_are_final and training is not None:
                 self._acestep_types_are_final = True
-                _tell(host, "engine_types_final", run=training.run)
+                with host.refusing():
+                    host.ask_and_announce("engine_types_final", run=training.run)
             return super().backward(*args, **kwargs)
 
     Engine.__name__, Engine.__qualname__, Engine.__module__ = (
@@ -66,23 +72,3 @@ def wrap_engine(host: Host, original: Any) -> Any:
         original.__module__,
     )
     return Engine
-
-
-def _model(training: Training, precision: str) -> dict[str, Any]:
-    import torch
-
-    module, name = training.trainer.module, _MIXED.get(precision)
-    return {
-        "run": training.run,
-        "decoder": module.model.decoder,
-        "network": network_of(module),
-        "autocast": None if name is None else getattr(torch, name),
-    }
-
-
-def _tell(host: Host, hook: str, **arguments: Any) -> None:
-    try:
-        host.ask_and_announce(hook, **arguments)
-    except Refusal as refusal:  # upstream reports it as a failure
-        host.refusal = refusal
-        raise

@@ -10,26 +10,18 @@ from typing import TYPE_CHECKING, Any
 from ...signals import ignored_in_worker
 from ..current import running_training
 from ..devices import share_of_songs
+from ..journal import Journal
 
 if TYPE_CHECKING:
     from ..host import Host
 
 
-def wrap_loader(passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Route every pass of a loader that upstream makes through `passes`, a method of the journal."""
+def wrap_loader(host: Host, original: Callable[..., Any], *, trains: bool) -> Callable[..., Any]:
+    """Route every pass of a loader that upstream makes through the journal.
 
-    @wraps(original)
-    def loader(*args: Any, **kwargs: Any) -> Any:
-        made, training = original(*args, **kwargs), running_training.get()
-        if made is None or training is None or training.journal is None:
-            return made
-        return _watched(made, partial(passes, training.journal, training.run))
-
-    return loader
-
-
-def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for the training loader, which also gets its share of the songs if there are several processes."""
+    The training loader also gets its share of the songs if there are several processes.
+    """
+    passes = Journal.epoch if trains else Journal.validation
 
     @wraps(original)
     def loader(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +29,7 @@ def wrap_training_loader(host: Host, passes: Callable[..., Any], original: Calla
         if made is None or training is None or training.journal is None:
             return made
         through = partial(passes, training.journal, training.run)
-        if not training.run.ranks.several:
+        if not trains or not training.run.ranks.several:
             return _watched(made, through)
         songs, journal = len(made.dataset), training.journal
         made, set_epoch = share_of_songs(made, training.run)

@@ -8,11 +8,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ..checkout import beside
+
 
 def guarded_modules(trainer: Any) -> Iterator[Any]:
     """Upstream's modules that use its path guard; none in versions without one."""
     package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    guard = getattr(sys.modules.get(f"{package}.path_safety"), "safe_path", None)
+    guard = getattr(beside(trainer, "path_safety"), "safe_path", None)
     if guard is None:
         return
     for name, module in sorted(sys.modules.items()):

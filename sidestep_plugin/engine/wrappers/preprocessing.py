@@ -9,9 +9,8 @@ variable. What upstream hides is told: songs that failed, and a list of songs th
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from ...errors import Refusal
 from ...songs.one_song import frames_in, load_song
 from ...songs.song_text import text_of_song
 from ...text import counted
+from ..checkout import beside
 from ..host import Host, log_of
 from ..song_encoding import TEXT_ENCODER, encode
 from ..song_files import GENERATED, Encoders, Machine, record_of, song_of, words_of, write_song
@@ -29,8 +29,7 @@ CONDITIONS: Final = "SIDESTEP_CONDITIONS"
 
 def builder_of(trainer: Any) -> Any:
     """Upstream's class ``DatasetBuilder``, which its training package has imported; None in a version without it."""
-    package = str(getattr(trainer, "__name__", "")).rpartition(".")[0]
-    return getattr(sys.modules.get(f"{package}.dataset_builder"), "DatasetBuilder", None)
+    return getattr(beside(trainer, "dataset_builder"), "DatasetBuilder", None)
 
 
 def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +55,11 @@ def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[...
             )
         if said != GENERATED:
             if paths:
-                log.info(_hint(output_dir))
+                log.info(
+                    f"These songs are encoded in another way than the app generates. Set {CONDITIONS}=generated before "
+                    "starting the app, or give them the conditions of a generation now: acestep-train prepare --renew "
+                    f"{output_dir} --model MODEL --output DIR"
+                )
             return answer
         refused = _renew(dit_handler, paths, log)
         if refused:
@@ -66,14 +69,6 @@ def wrap_preprocessing(host: Host, original: Callable[..., Any]) -> Callable[...
         return paths, f"{message}, with conditions as generated" if paths else message
 
     return preprocess_to_tensors
-
-
-def _hint(output_dir: str) -> str:
-    return (
-        f"These songs are encoded in another way than the app generates. Set {CONDITIONS}=generated before starting "
-        f"the app, or give them the conditions of a generation now: acestep-train prepare --renew {output_dir} --model "
-        "MODEL --output DIR"
-    )
 
 
 def _renew(handler: Any, paths: Sequence[str], log: Any) -> list[str]:
@@ -112,13 +107,12 @@ def _renew_one(handler: Any, file: Path) -> None:
 
 def _encoders_of(handler: Any) -> Encoders:
     """What the app has loaded, by its files; hashes are empty where their folder is not known."""
-    folder = Path(str(getattr(getattr(handler.model, "config", None), "_name_or_path", "") or ""))
+    return _encoders_in(Path(str(getattr(getattr(handler.model, "config", None), "_name_or_path", "") or "")))
+
+
+@cache
+def _encoders_in(folder: Path) -> Encoders:
     text_encoder = folder.parent / TEXT_ENCODER
-    key = (str(folder), str(text_encoder))
-    if key not in _known:
-        there = folder.is_dir() and text_encoder.is_dir()
-        _known[key] = Encoders.of(folder, text_encoder) if there else Encoders(folder.name, "", "", "", "")
-    return _known[key]
-
-
-_known: dict[tuple[str, str], Encoders] = {}
+    if folder.is_dir() and text_encoder.is_dir():
+        return Encoders.of(folder, text_encoder)
+    return Encoders(folder.name, "", "", "", "")

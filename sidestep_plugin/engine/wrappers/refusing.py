@@ -1,4 +1,4 @@
-"""Replacements for what must not train: they say why, before the first step."""
+"""Replacements for what must not train, or not without a word: they say why, before the first step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Any
 
-from ...errors import Refusal, UpstreamMismatch
+from ...errors import UpstreamMismatch
 
 
-def refuse_training(message: str) -> Callable[..., Generator[Any, Any, None]]:
+def refuse_training(message: str, original: Callable[..., Any]) -> Callable[..., Generator[Any, Any, None]]:
+    @wraps(original)
     def train_from_preprocessed(*_: Any, **__: Any) -> Generator[Any, Any, None]:
         yield 0, 0.0, f"❌ {message}"
 
@@ -24,24 +25,12 @@ def refuse_steps(misfit: UpstreamMismatch, original: Callable[..., Any]) -> Call
     return training_step
 
 
-def refuse_construction(message: str, original: Callable[..., None]) -> Callable[..., None]:
-    """An ``__init__`` that raises Refusal: for a trainer in which the plugins that were asked for take no part."""
-
-    @wraps(original)
-    def __init__(*_: Any, **__: Any) -> None:
-        raise Refusal(message)
-
-    return __init__
-
-
-def announce_construction(
-    say: Callable[[str], object], message: str, original: Callable[..., None]
-) -> Callable[..., None]:
-    """An ``__init__`` that says it and goes on."""
+def before_construction(act: Callable[[], object], original: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` before which something is done, such as raising Refusal."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        say(message)
+        act()
         original(self, *args, **kwargs)
 
     return __init__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,13 @@ from ...files import move, room
 from ...run import AdapterType, Run, SavedAdapter
 from ...text import sentence
 from ..checkout import place_of
-from ..current import running_training, saving
+from ..current import during, running_training, saving
 from ..epochs import ended
 from ..shapes import FINAL, WEIGHT_FILES
 from ..weights import check_finite
 
 if TYPE_CHECKING:
     from ..host import Host
-    from ..journal import Journal
 
 
 def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Callable[..., Any]:
@@ -57,20 +56,19 @@ def wrap_save(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 return said
             with staged(folder) as stage:
                 call.arguments["output_dir"] = str(stage)
-                token = saving.set(True)
-                try:
+                with during(saving, True):
                     result = original(*call.args, **call.kwargs)
-                finally:
-                    saving.reset(token)
                 check_holds_tensors(stage)
                 with published(stage, folder):
                     weights = _weights_in(stage, kind, original.__name__)
+                    # Epochs done: as upstream's function was told, else as the journal knows.
+                    epoch = call.arguments.get("epoch")
                     saved = SavedAdapter(
                         weights=weights,
                         destination=folder / weights.relative_to(stage),
                         folder=stage,
                         adapter_type=kind,
-                        epoch=_epoch(call.arguments, journal),
+                        epoch=epoch if epoch is not None or journal is None else journal.epochs_done,
                         global_step=call.arguments.get("global_step"),
                         resume_point=point,
                         copy_of=None if journal is None else journal.copy_of,
@@ -115,9 +113,8 @@ def _save_variants(host: Host, run: Run, saved: SavedAdapter) -> None:
     for name in run.engine.variants if module is not None else ():
         folder = saved.folder / name
         place = saved.destination.parents[len(saved.weights.relative_to(saved.folder).parts) - 1] / name
-        token = saving.set(True)
         try:
-            with run.engine.in_its_place(name):
+            with during(saving, True), run.engine.in_its_place(name):
                 written = kind.save(host.trainer, module, folder)
                 check_holds_tensors(written)
                 if written != folder:  # the adapter's folder is what the app calls it
@@ -139,20 +136,12 @@ def _save_variants(host: Host, run: Run, saved: SavedAdapter) -> None:
         except Exception as error:  # the adapter itself is saved
             shutil.rmtree(folder, ignore_errors=True)
             host.announce(f"Warning: {place} could not be saved: {sentence(error)} {room(place.parent)}")
-        finally:
-            saving.reset(token)
 
 
 def _beside(weights: Path, name: str) -> Path | None:
     """The folder of a variant beside saved weights, which are in a folder below the checkpoint's or in it."""
     found = (place / name for place in (weights, weights.parent))
     return next((place for place in found if place.is_dir()), None)
-
-
-def _epoch(said: Mapping[str, Any], journal: Journal | None) -> int | None:
-    """Epochs done: as upstream's function was told, else as the journal knows."""
-    epoch = said.get("epoch")
-    return epoch if epoch is not None or journal is None else journal.epochs_done
 
 
 def _weights_in(folder: Path, kind: AdapterType, function: str) -> Path:

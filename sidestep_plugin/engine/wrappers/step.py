@@ -9,10 +9,10 @@ from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError, Refusal
+from ...errors import PluginError
 from ...run import AdapterType, Run, Step, note
 from ..answers import check_replaced, counted, described, writes
-from ..current import running_step
+from ..current import during, running_step
 from ..decoder_check import Given, check_decoder_input, unused, watched_decoder
 from ..evaluation import evaluating, without_condition
 from ..shapes import SAMPLER
@@ -32,7 +32,7 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
 
     @wraps(original)
     def training_step(module: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with host.refusing():
             run = host.run_of_step(module, kind)
             if evaluating.get() is not None:
                 return _evaluated(host, original, run, module, batch, prepares=prepares)
@@ -48,19 +48,12 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
             if prepares:
                 batch = _prepared(host, step, batch)
             run.steps += training
-            calls: list[Given] = []
-            token = running_step.set(step)
-            try:
-                if (samples or prepares) and run.first_step:
-                    with watched_decoder(module) as calls:
-                        loss = original(module, batch, *args, **kwargs)
-                else:
-                    loss = original(module, batch, *args, **kwargs)
-            finally:
-                running_step.reset(token)
+            watch = (samples or prepares) and run.first_step
+            with during(running_step, step), _watched(module, watch) as calls:
+                loss = original(module, batch, *args, **kwargs)
             if samples and not step.sampler_called:
                 raise unused(module, f"ended without calling {SAMPLER}")
-            if calls:
+            if watch:
                 check_decoder_input(step, batch, calls, samples=samples)
             if journal is not None:
                 loss = journal.record(loss, training)
@@ -70,10 +63,7 @@ def wrap_step(host: Host, original: Callable[..., Any], kind: AdapterType) -> Ca
                 # A copy: nothing that a plugin does to it reaches the training.
                 note(step, loss=loss.detach().clone())
                 host.registry.call("acestep_step_finished", step=step)
-        except Refusal as refusal:
-            host.refusal = refusal
-            raise
-        return loss
+            return loss
 
     return training_step
 
@@ -82,45 +72,43 @@ def _evaluated(
     host: Host, original: Callable[..., Any], run: Run, module: Any, batch: Mapping[str, Any], *, prepares: bool
 ) -> Any:
     """A step of a validation: upstream's own, at a given t with given noise. Nothing records or counts it."""
-    point = evaluating.get()
-    assert point is not None
     import torch
 
+    point = evaluating.get()
+    assert point is not None
     step = Step(run, module, False, torch.device(module.device), module.dtype)
     prepared = _prepared(host, step, batch) if prepares else dict(batch)
     if not point.condition:
         prepared |= without_condition(step, prepared)
     point.seed_noise(step.device)
-    token = running_step.set(step)
-    try:
-        watch: AbstractContextManager[list[Given]] = watched_decoder(module) if point.check else nullcontext([])
-        with watch as calls:
-            loss = original(module, prepared)
-    finally:
-        running_step.reset(token)
+    with during(running_step, step), _watched(module, point.check) as calls:
+        loss = original(module, prepared)
     if not step.sampler_called:
         raise unused(module, f"ended without calling {SAMPLER}")
     check_decoder_input(step, prepared, calls, samples=True)
     return loss
 
 
+def _watched(module: Any, watch: bool) -> AbstractContextManager[list[Given]]:
+    return watched_decoder(module) if watch else nullcontext([])
+
+
 def _prepared(host: Host, step: Step, batch: Mapping[str, Any]) -> dict[str, Any]:
     prepared = dict(batch)
     tensors = counted(batch)
     written = writes(tensors)
-    for name, caller in host.registry.callers("acestep_prepare_batch"):
-        asked = {"step": step, "batch": MappingProxyType(prepared)}
-        answers = host.registry.ask(name, caller, "acestep_prepare_batch", asked)
+    hook = "acestep_prepare_batch"
+    for name, caller in host.registry.callers(hook):
+        answers = host.registry.ask(name, caller, hook, {"step": step, "batch": MappingProxyType(prepared)})
         if written != writes(tensors):
             raise PluginError(
-                f"Plugin {name!r} wrote into the batch's tensors in acestep_prepare_batch. They belong to "
+                f"Plugin {name!r} wrote into the batch's tensors in {hook}. They belong to "
                 "upstream: return new tensors."
             )
         for replaced in answers:
             if not isinstance(replaced, Mapping):
                 raise PluginError(
-                    f"Plugin {name!r} returned {described(replaced)}, expected a mapping of batch entries, from "
-                    "acestep_prepare_batch."
+                    f"Plugin {name!r} returned {described(replaced)}, expected a mapping of batch entries, from {hook}."
                 )
             check_replaced(name, prepared, replaced, step.device)
             prepared = {**prepared, **replaced}

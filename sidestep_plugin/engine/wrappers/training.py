@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import PluginError, Refusal
+from ...errors import Refusal, unusable_answer
 from ...run import AdapterType, ProcessPlan, ResumePoint, Run
 from ...songs.dataset import songs_in
-from ..answers import described
-from ..current import Training, command_line, running_training
-from ..ending import saved_after, summed_up
-from ..epochs import began, ended
-from ..holding_out import held_out
+from ..answers import described, held_out
+from ..current import Training, command_line, during, running_training
+from ..epochs import began, ended, saved_after, summed_up
 from ..journal import Journal
 from ..processes import (
     SharedState,
@@ -28,14 +26,7 @@ from ..processes import (
     plan_of,
     wait_for_all,
 )
-from ..sameness import (
-    of_the_loaded_model,
-    of_the_options,
-    of_the_plugins,
-    of_the_settings,
-    of_the_songs,
-    of_the_trainer,
-)
+from ..sameness import of_the_loaded_model, of_the_training
 from ..services import Services
 
 if TYPE_CHECKING:
@@ -112,7 +103,11 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     elif training.state is None and host.keeps_journal:
         training.state = {}  # with which a plugin ends it
     host.ask_and_announce("engine_opening", run=run)
-    run.held_out = _held_out(host, run)
+    if line is None:
+        songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
+        run.held_out = held_out(host.registry, songs, host.options, run.training_config)
+    else:  # decided there already
+        run.held_out = line.held_out
     host.start(run)
     point = _point(host, training, resume_from) if resume_from and host.resumes else None
     training.journal = _journal(host, training, point)
@@ -125,26 +120,15 @@ def _prepare(host: Host, training: Training, resume_from: str | Path | None) -> 
     return point
 
 
-def _held_out(host: Host, run: Run) -> tuple[Path, ...]:
-    """The songs that are not trained on: decided on the command line already, or here. Raises Refusal."""
-    if (line := command_line.get()) is not None:
-        return line.held_out
-    songs = [] if run.tensor_dir is None else songs_in(run.tensor_dir)
-    return held_out(host.registry, songs, host.options, run.training_config)
-
-
 def _same_everywhere(host: Host, run: Run, point: ResumePoint | None, plan: ProcessPlan) -> dict[str, Any]:
     """What all processes of a training must have in common."""
+    configs = (run.adapter_config, run.training_config)
     return {
-        **of_the_trainer(host.trainer),
+        **of_the_training(
+            host.trainer, host.registry, run.options, plan.own, run.adapter_type, *configs, run.tensor_dir
+        ),
         **of_the_loaded_model(run.model),
-        **of_the_songs(run.tensor_dir),
-        **of_the_plugins(host.registry),
         "list of held-out songs": sorted(song.name for song in run.held_out),
-        "adapter type": run.adapter_type,
-        "adapter's settings": repr(run.adapter_config),
-        **of_the_settings(run.training_config),
-        **of_the_options(run.options, plan.own),
         "checkpoint": None if point is None else (point.epochs, point.steps, point.save_number),
     }
 
@@ -170,38 +154,37 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
     """Yield what upstream reports. A run that is stopped or fails is saved."""
     run, journal = training.run, training.journal
     step, loss = 0, 0.0
+
+    def told(lines: Sequence[str]) -> Iterator[tuple[int, float, str]]:
+        return ((step, loss, line) for line in _noted(host, training, lines))
+
     try:
         # The generator may outlive the block of attach(); from then on it would be upstream's own training.
         while host.attached:
-            token = running_training.set(training)
             try:
-                report = next(running, None)
-                if getattr(training.trainer, "fabric", None) is None:  # the engine tells by its log
-                    ended(host, training)
+                with during(running_training, training):
+                    report = next(running, None)
+                    if getattr(training.trainer, "fabric", None) is None:  # the engine tells by its log
+                        ended(host, training)
             except Exception as error:  # upstream reports what is raised within its own loop
-                told = str(error) if isinstance(error, Refusal) else f"Training failed: {type(error).__name__}: {error}"
-                report = (step, loss, f"❌ {told}")
+                failed = "" if isinstance(error, Refusal) else f"Training failed: {type(error).__name__}: "
+                report = (step, loss, f"❌ {failed}{error}")
                 running.close()
-            finally:
-                running_training.reset(token)
             if journal is None:
                 if report is None:
                     return
                 yield report
                 continue
             while journal.lines:
-                yield step, loss, *_noted(host, training, [journal.lines.pop(0)])
+                yield from told([journal.lines.pop(0)])
             if report is None:
                 break
             step, loss, text = report
             if journal.finished:
-                for line in _noted(host, training, summed_up(host, training, "finished")):
-                    yield step, loss, line
+                yield from told(summed_up(host, training, "finished"))
             if text.startswith("❌"):
                 lines = [*summed_up(host, training, "failed"), *saved_after(host, training, failed=True)]
-                lines.append(_with_advice(host, text, run))
-                for line in _noted(host, training, lines):
-                    yield step, loss, line
+                yield from told([*lines, _with_advice(host, text, run)])
             elif journal.unsaved and text.startswith("💾"):
                 journal.unsaved = False  # upstream reports a checkpoint that could not be saved
             elif not journal.walking:
@@ -212,13 +195,11 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             yield 0, 0.0, f"❌ {_DETACHED}"
             return
         if training.ending is not None:
-            lines = [*_finished(training, training.ending), *summed_up(host, training, "finished")]
-            for line in _noted(host, training, lines):
-                yield step, loss, line
+            with during(running_training, training):
+                saved = training.ending()
+            yield from told([*saved, *summed_up(host, training, "finished")])
         elif _stopped(training.state):
-            lines = [*summed_up(host, training, "stopped"), *saved_after(host, training)]
-            for line in _noted(host, training, lines):
-                yield step, loss, line
+            yield from told([*summed_up(host, training, "stopped"), *saved_after(host, training)])
             if run.ranks.several:
                 wait_for_all()  # the first process saves, and must not be ended because another one has left
     except GeneratorExit:  # the caller stopped listening
@@ -232,15 +213,6 @@ def _followed(host: Host, training: Training, running: Generator[Any, Any, None]
             training.state["should_stop"] = False  # in the app it says that somebody has pressed stop
         if journal is not None:
             journal.scheduler = journal.holds = None  # they reference the optimizer and so every trained tensor
-
-
-def _finished(training: Training, ending: Callable[[], Sequence[str]]) -> Sequence[str]:
-    """Save the finished adapter of a training that a plugin has ended. Returns lines for the user."""
-    token = running_training.set(training)
-    try:
-        return ending()
-    finally:
-        running_training.reset(token)
 
 
 def _noted(host: Host, training: Training, lines: Sequence[str]) -> Sequence[str]:
@@ -266,9 +238,7 @@ def _point(host: Host, training: Training, folder: str | Path) -> ResumePoint | 
     training.resumed_from = Path(folder)
     for plugin, point in host.registry.call("engine_resume", run=training.run, folder=training.resumed_from):
         if not isinstance(point, ResumePoint):
-            raise PluginError(
-                f"Plugin {plugin!r} returned {described(point)} from engine_resume, expected a ResumePoint."
-            )
+            raise unusable_answer(plugin, "engine_resume", described(point), "a ResumePoint")
         for line in point.lines:
             host.announce(line)
         return point

@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-__all__ = ["AceStepConfig"]
-
 
 class AceStepConfig(PretrainedConfig):
     """As upstream's class does, it calls every model "turbo" by default and knows no `is_turbo`.

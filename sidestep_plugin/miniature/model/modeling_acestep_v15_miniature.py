@@ -15,8 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_acestep_v15 import AceStepConfig
 
-__all__ = ["AceStepConditionGenerationModel", "AceStepConfig", "sample_t_r"]
-
 _MASKED = -1e4  # added to an attention score; finite, and small enough for half precision
 
 
@@ -101,14 +99,7 @@ class _Layer(GradientCheckpointingLayer):
             nn.Linear(width, config.intermediate_size), nn.SiLU(), nn.Linear(config.intermediate_size, width)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        bias: Tensor,
-        condition: Tensor,
-        condition_bias: Tensor,
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, bias: Tensor, condition: Tensor, condition_bias: Tensor) -> Tensor:
         shift, scale, gate = (self.modulation + time).unsqueeze(2).unbind(1)
         modulated = self.norm(x) * (1.0 + scale) + shift
         x = x + gate * self.self_attn(modulated, modulated, bias)

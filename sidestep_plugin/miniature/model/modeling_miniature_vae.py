@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["MiniatureVAE", "MiniatureVAEConfig"]
-
 _CHANNELS = 64
 
 

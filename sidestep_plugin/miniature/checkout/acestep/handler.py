@@ -10,8 +10,6 @@ import torch
 
 from acestep.constants import DEFAULT_DIT_INSTRUCTION, PROMPT
 
-__all__ = ["AceStepHandler"]
-
 _SAMPLES = 1920  # of a frame
 _FEWEST_FRAMES = 128
 
@@ -119,14 +117,6 @@ class AceStepHandler:
             self.silence_latent[:, :750].expand(rows, -1, -1),
             torch.arange(rows, device=device),
             chunk,
-            None,
-            torch.zeros(rows, dtype=torch.bool, device=device),
-            None,
-            lyrics,
-            None,
-            None,
-            None,
-            None,
         )
 
     @torch.no_grad()

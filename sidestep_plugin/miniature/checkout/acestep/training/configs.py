@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LoKRConfig", "LoRAConfig", "TrainingConfig"]
-
 
 def _attention_projections() -> list[str]:
     return [f"{letter}_proj" for letter in "qkvo"]

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from acestep.training.log import logger
 from acestep.training.path_safety import safe_path
 
-__all__ = ["PreprocessedDataModule", "PreprocessedTensorDataset", "collate_preprocessed_batch"]
-
 TENSORS = (
     "target_latents",  # [T, 64]
     "attention_mask",  # [T]
@@ -93,10 +91,7 @@ class PreprocessedDataModule:
             "collate_fn": collate_preprocessed_batch,
         }
         if num_workers > 0:  # DataLoader refuses both settings without workers
-            self._loader_options |= {
-                "prefetch_factor": prefetch_factor,
-                "persistent_workers": persistent_workers,
-            }
+            self._loader_options |= {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers}
         if pin_memory_device:
             self._loader_options["pin_memory_device"] = pin_memory_device
 

@@ -18,8 +18,6 @@ from acestep.training.dataset_builder_modules.preprocess_text import build_text_
 from acestep.training.dataset_builder_modules.preprocess_vae import tiled_vae_encode
 from acestep.training.log import logger
 
-__all__ = ["AudioSample", "DatasetBuilder"]
-
 
 class DatasetBuilder:
     """A list of songs."""

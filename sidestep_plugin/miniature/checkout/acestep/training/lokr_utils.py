@@ -19,14 +19,6 @@ try:
 except ImportError:
     LYCORIS_AVAILABLE = False
 
-__all__ = [
-    "check_lycoris_available",
-    "inject_lokr_into_dit",
-    "load_lokr_weights",
-    "save_lokr_training_checkpoint",
-    "save_lokr_weights",
-]
-
 
 def check_lycoris_available() -> bool:
     """Whether LoKr can be trained here."""
@@ -60,10 +52,7 @@ def inject_lokr_into_dit(
 
 
 def save_lokr_weights(
-    lycoris_net: Any,
-    output_dir: str,
-    dtype: torch.dtype | None = None,
-    metadata: dict[str, Any] | None = None,
+    lycoris_net: Any, output_dir: str, dtype: torch.dtype | None = None, metadata: dict[str, Any] | None = None
 ) -> str:
     """Write `output_dir/lokr_weights.safetensors`; what is not a string goes into its header as JSON."""
     folder: str = safe_path(output_dir)

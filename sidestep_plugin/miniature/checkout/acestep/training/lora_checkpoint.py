@@ -12,8 +12,6 @@ from acestep.training.configs import LoRAConfig
 from acestep.training.log import logger
 from acestep.training.path_safety import safe_path
 
-__all__ = ["load_lora_weights", "load_training_checkpoint", "save_lora_weights", "save_training_checkpoint"]
-
 
 def save_lora_weights(model: Any, output_dir: str, save_full_model: bool = False) -> str:
     """Write the decoder's adapter to `output_dir/adapter`, or a whole model without one; return the path."""
@@ -56,10 +54,7 @@ def save_training_checkpoint(
 
 
 def load_training_checkpoint(
-    checkpoint_dir: str,
-    optimizer: Any = None,
-    scheduler: Any = None,
-    device: torch.device | None = None,
+    checkpoint_dir: str, optimizer: Any = None, scheduler: Any = None, device: torch.device | None = None
 ) -> dict[str, Any]:
     """Say where a checkpoint stands; load optimizer and scheduler, but leave the weights to the caller."""
     found: dict[str, Any] = {"epoch": 0, "global_step": 0, "adapter_path": None}

@@ -9,8 +9,6 @@ from torch import nn
 from acestep.training.configs import LoRAConfig
 from acestep.training.log import logger
 
-__all__ = ["inject_lora_into_dit", "unwrap_fabric"]
-
 
 def unwrap_fabric(module: Any) -> Any:
     """Take off the wrapper that an earlier run with Lightning Fabric left around a module."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["check_peft_available"]
-
 
 def check_peft_available() -> bool:
     """Whether LoRA can be trained here."""

@@ -1,23 +1,10 @@
-"""Keeps training inside one folder: the current directory at import, or what `set_safe_root` names."""
+"""Keeps training inside one folder: the current directory at import."""
 
 from __future__ import annotations
 
 import os
 
-__all__ = ["get_safe_root", "safe_path", "set_safe_root"]
-
 _SAFE_ROOT = os.path.realpath(os.getcwd())
-
-
-def set_safe_root(root: str) -> None:
-    """Allow what lies under `root` instead."""
-    global _SAFE_ROOT
-    _SAFE_ROOT = os.path.realpath(root)
-
-
-def get_safe_root() -> str:
-    """Return the folder that is allowed now."""
-    return _SAFE_ROOT
 
 
 def safe_path(user_path: str, *, base: str | None = None) -> str:

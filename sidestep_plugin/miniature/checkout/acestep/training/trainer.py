@@ -35,11 +35,7 @@ from acestep.training.lokr_utils import (
     save_lokr_training_checkpoint,
     save_lokr_weights,
 )
-from acestep.training.lora_checkpoint import (
-    load_training_checkpoint,
-    save_lora_weights,
-    save_training_checkpoint,
-)
+from acestep.training.lora_checkpoint import load_training_checkpoint, save_lora_weights, save_training_checkpoint
 from acestep.training.lora_injection import inject_lora_into_dit, unwrap_fabric
 from acestep.training.lora_utils import check_peft_available
 from acestep.training.path_safety import safe_path
@@ -71,7 +67,9 @@ class _PreprocessedModule(nn.Module):
 
     model: Any
 
-    def __init__(self, model: Any, training_config: TrainingConfig, device: torch.device | str) -> None:
+    def __init__(
+        self, model: Any, adapter_config: Any, training_config: TrainingConfig, device: Any, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
@@ -84,6 +82,7 @@ class _PreprocessedModule(nn.Module):
         self.timesteps_tensor = torch.tensor(TURBO_SHIFT3_TIMESTEPS, device=self.device, dtype=self.dtype)
         self.training_losses: list[float] = []
         self.force_input_grads_for_checkpointing = False
+        self._inject(adapter_config)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -110,24 +109,15 @@ class _PreprocessedModule(nn.Module):
 class PreprocessedLoRAModule(_PreprocessedModule):
     """A model whose decoder has a LoRA, and its training step."""
 
-    def __init__(
-        self,
-        model: Any,
-        lora_config: LoRAConfig,
-        training_config: TrainingConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, training_config, device)
+    def _inject(self, lora_config: LoRAConfig) -> None:
         self.lora_config = lora_config
-        self.lora_info: dict[str, Any] = {}
         if not check_peft_available():
             logger.warning("PEFT is not installed: training without LoRA")
             return
-        for weight in model.parameters():
+        for weight in self.model.parameters():
             if weight.is_inference():
                 weight.data = weight.data.clone()
-        self.model, self.lora_info = inject_lora_into_dit(model, lora_config)
+        self.model, self.lora_info = inject_lora_into_dit(self.model, lora_config)
 
     def training_step(self, batch: dict[str, Any], record_loss: bool = True) -> Tensor:
         """Return the loss of one batch; validation calls this too, without recording it."""
@@ -145,22 +135,13 @@ class PreprocessedLoRAModule(_PreprocessedModule):
 class PreprocessedLoKRModule(_PreprocessedModule):
     """A model whose decoder has a LoKr, and its training step."""
 
-    def __init__(
-        self,
-        model: Any,
-        lokr_config: LoKRConfig,
-        training_config: TrainingConfig,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, training_config, device)
+    def _inject(self, lokr_config: LoKRConfig) -> None:
         self.lokr_config = lokr_config
-        self.lokr_info: dict[str, Any] = {}
         self.lycoris_net: Any = None
         if not check_lycoris_available():
             logger.warning("LyCORIS is not installed: training without LoKr")
             return
-        self.model, self.lycoris_net, self.lokr_info = inject_lokr_into_dit(model, lokr_config)
+        self.model, self.lycoris_net, self.lokr_info = inject_lokr_into_dit(self.model, lokr_config)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one batch."""
@@ -194,7 +175,10 @@ class _Loop:
 
 
 class _Trainer:
-    """What both trainers do alike; they differ in what they make, save and resume."""
+    """What both trainers do alike.
+
+    They differ in `_make_module`, `_train_with_fabric`, `_save_checkpoint` and `_save_final`.
+    """
 
     kind = ""
 
@@ -214,18 +198,6 @@ class _Trainer:
     def _missing(self) -> str:
         """What is not installed and has to be."""
         return ""
-
-    def _make_module(self) -> Any:
-        raise NotImplementedError
-
-    def _save_checkpoint(self, loop: _Loop, folder: str) -> None:
-        raise NotImplementedError
-
-    def _save_final(self, folder: str) -> None:
-        raise NotImplementedError
-
-    def _train_with_fabric(self, data: PreprocessedDataModule, state: TrainingState, *more: Any) -> Progress:
-        raise NotImplementedError
 
     def _train_basic(self, data_module: PreprocessedDataModule, training_state: TrainingState) -> Progress:
         yield 0, 0.0, "🚀 Starting training without Lightning"
@@ -433,10 +405,7 @@ class LoRATrainer(_Trainer):
         yield from self._train(tensor_dir, training_state, resume_from)
 
     def _train_with_fabric(
-        self,
-        data_module: PreprocessedDataModule,
-        training_state: TrainingState,
-        resume_from: str | None = None,
+        self, data_module: PreprocessedDataModule, training_state: TrainingState, resume_from: str | None = None
     ) -> Progress:
         yield self._starting()
         loop = self._loop_with_fabric(data_module)
@@ -516,11 +485,7 @@ class LoKRTrainer(_Trainer):
             if self.dit_handler.model is not None:
                 self.dit_handler.model.decoder = unwrap_fabric(self.dit_handler.model.decoder)
 
-    def _train_with_fabric(
-        self,
-        data_module: PreprocessedDataModule,
-        training_state: TrainingState,
-    ) -> Progress:
+    def _train_with_fabric(self, data_module: PreprocessedDataModule, training_state: TrainingState) -> Progress:
         yield self._starting()
         loop = self._loop_with_fabric(data_module)
         loop.refuse_nonfinite = not _precision(self.module.device_type).endswith("-mixed")

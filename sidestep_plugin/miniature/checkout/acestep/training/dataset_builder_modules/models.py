@@ -5,8 +5,6 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
-__all__ = ["AudioSample"]
-
 
 @dataclass
 class AudioSample:

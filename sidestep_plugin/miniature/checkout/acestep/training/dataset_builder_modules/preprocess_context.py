@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["build_context_latents"]
-
 
 def build_context_latents(
     silence_latent: torch.Tensor,

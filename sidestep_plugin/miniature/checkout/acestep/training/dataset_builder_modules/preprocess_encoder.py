@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_encoder"]
-
 
 def run_encoder(
     model: Any,

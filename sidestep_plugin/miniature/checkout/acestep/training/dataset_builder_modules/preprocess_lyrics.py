@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["encode_lyrics"]
-
 
 def encode_lyrics(
     text_encoder: Any, text_tokenizer: Any, lyrics: str, device: Any, dtype: torch.dtype

@@ -9,8 +9,6 @@ import torch
 from acestep.constants import DEFAULT_DIT_INSTRUCTION, PROMPT
 from acestep.training.dataset_builder_modules.models import AudioSample
 
-__all__ = ["build_text_prompt", "encode_text"]
-
 
 def build_text_prompt(sample: AudioSample, tag_position: str, use_genre: bool) -> str:
     told = (

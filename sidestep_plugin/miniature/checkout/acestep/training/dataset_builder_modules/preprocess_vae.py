@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["tiled_vae_encode"]
-
 _WINDOW = 15 * 48000
 
 
