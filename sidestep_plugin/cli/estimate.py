@@ -15,7 +15,7 @@ from sidestep_plugin.options import FiniteFloat, WholeNumber
 from sidestep_plugin.text import counted
 
 from .commands import OURS, Command, Unusable, chosen, echo_json
-from .terminal import echo
+from .terminal import columns, echo
 from .torch_here import require_torch
 from .training_options import ACESTEP_ROOT, CHECKPOINT_DIR, FOLDER, plugin_option
 
@@ -143,6 +143,24 @@ def estimate(
         echo(line)
 
 
+def _fitted(table: list[str], wide: int) -> list[str]:
+    """A table with each name above its numbers, where both do not fit into a line of the terminal.
+
+    Args:
+        table: its lines.
+        wide: length of the longest name.
+    """
+    room = columns()
+    if room is None or max(map(len, table)) <= room:
+        return table
+    lines = []
+    for line in table:
+        lines += [name] if (name := line[:wide].rstrip()) else []
+        *numbers, last = line[wide:].split()
+        lines.append("".join(f"{cell:>12}" for cell in numbers) + f"{last:>7}")
+    return lines
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What is printed."""
@@ -174,7 +192,7 @@ class _Answer:
             "",
             "GiB at the peak of a training in bf16 on a GPU, computed, not measured; each line keeps the flags above:",
             "",
-            *as_text(self.rows, self.free),
+            *_fitted(as_text(self.rows, self.free), max(len(row.name) for row in self.rows)),
             "",
             self._verdict(),
         ]

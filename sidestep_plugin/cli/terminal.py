@@ -43,7 +43,8 @@ _WARNINGS = ("Warning:", "⚠️", "⚠")
 """What is black on yellow: yellow letters cannot be read on a light ground."""
 
 _IN_ONE_PIECE = re.compile(
-    r"Adapter|Page: |For ComfyUI: |Report: |💾|✅|\s+(\S*[/\\]|acestep-train\b|pip |uv |git |\w+=\S+ )"
+    r"(Adapter|Adapter so far): ([/~]|[A-Za-z]:[/\\])|Page: |For ComfyUI: |Report: |💾|✅"
+    r"|\s+(\S*[/\\]|acestep-train\b|pip |uv |git |\w+=\S+ )"
 )
 """What lines begin with that hold a command or a path, which somebody may copy."""
 

@@ -93,3 +93,17 @@ def test_a_damaged_song_is_left_out_and_named(estimate, checkout, tmp_path):
     words = ("--model", "base", "--dataset-dir", str(tmp_path / "songs"), "--memory", "8GB", "--json")
     (note,) = json.loads(estimate(*words))["notes"]
     assert note.startswith(f"{file.name} cannot be read") and note.endswith("a training refuses it.")
+
+
+def test_the_table_fits_a_narrow_terminal(monkeypatch):
+    from sidestep_plugin.cli import estimate as command
+
+    line = ["estimate", "--model=base", "--seconds=60", "--memory=6GB"]
+    wide = CliRunner().invoke(cli, line).stdout.splitlines()
+    monkeypatch.setattr(command, "columns", lambda: 79)
+    narrow = CliRunner().invoke(cli, line).stdout.splitlines()
+    (head,) = (number for number, text in enumerate(wide) if text.split()[:2] == ["weights", "adapter"])
+    again = next(number for number, text in enumerate(narrow) if text.split()[:2] == ["weights", "adapter"])
+    assert len(wide[head]) > 79 >= max(len(text) for text in narrow[again : again + 3])
+    name, numbers = narrow[again + 1 : again + 3]
+    assert wide[head + 1].split() == [*name.split(), *numbers.split()] and len(numbers) == len(narrow[again])

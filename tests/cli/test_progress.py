@@ -272,6 +272,8 @@ def test_a_path_that_fits_gets_a_line_of_its_own(terminal):
         "    /home/somebody/out/interrupted",
     ]
     assert "\n" not in seen(f"Page: /home/{'x' * 60}/index.html", terminal, 60)
+    told = "Adapter: LoRA of rank 64 on q_proj, k_proj, v_proj, o_proj, 44,040,192 parameters"
+    assert seen(told, terminal, 80).endswith("44,040,192\n    parameters\x1b[0m")
 
 
 def test_commands_print_by_what_wraps():
