@@ -100,11 +100,11 @@ def compare(
     facts = ModelFacts.from_folder(folder)
     models.check_weights(folder, facts)
     treatment = decide_treatment(facts, variant=variant)
-    shapes = models.decoder_shapes(folder)
+    known_shapes = models.decoder_shapes(folder)
     reports = []
     for path in adapters:
         reports.append(_inspected(path))
-        check_applicable(reports[-1].adapter, shapes, facts.name, strengths=strengths)
+        check_applicable(reports[-1].adapter, known_shapes, facts.name, strengths=strengths)
     models.restrict_gpus(device)
     where = models.pick_device(device)
     dataset = inspect_dataset(dataset_dir.absolute(), allow_duplicates=None)
