@@ -57,6 +57,7 @@ from ..errors import Refusal
 from ..ranks import ranks
 from ..recommended import SETTINGS, batches_for, recommended
 from ..registry import Registry
+from ..resuming.checkpoints import finished_epochs, limits_of
 from ..resuming.lock import OutputLock
 from ..resuming.overwriting import Overwriting
 from ..resuming.starting import settings_to_start_from
@@ -190,7 +191,7 @@ def prepare(
         resumed = told_by_first(lambda: _check_output(request, lock, registry, say))
         request = dataclasses.replace(request, resume_from=resumed)
         if resumed is not None:
-            of_checkpoint = told_by_first(lambda: dict(kept(resumed, request.adapter_type)))
+            of_checkpoint = told_by_first(lambda: {**kept(resumed, request.adapter_type), **_its_end(asked)})
             request = dataclasses.replace(request, settings={**of_checkpoint, **request.settings})
         elif (start := options.get("init_from")) is not None:
             settings = told_by_first(lambda: _settings_to_start_from(start, request, kept))
@@ -240,6 +241,14 @@ class _Upstream:
     trainer_class: Any
     adapter_config: Any
     training_config: Any
+
+
+def _its_end(request: Request) -> dict[str, int]:
+    """The epochs of a finished training whose newest checkpoint is asked for: an older one may have meant more."""
+    output = request.output_dir.absolute()
+    if request.resume_from != LATEST or limits_of(output) or (epochs := finished_epochs(output)) is None:
+        return {}
+    return {"epochs": epochs}
 
 
 def _settings_to_start_from(

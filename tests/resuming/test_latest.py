@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import time
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from sidestep_plugin import Refusal
 from sidestep_plugin.cli import cli, quiet
+from sidestep_plugin.launch.launch import Launch
 from sidestep_plugin.resuming import checkpoints
 from sidestep_plugin.resuming.checkpoints import STATE_FILE, newest_checkpoint, read_checkpoint
 from sidestep_plugin.run import ResumePoint
@@ -55,7 +57,7 @@ def change(file, **entries):
 
 def resumed_from(result):
     assert result.exit_code == 0, result.output
-    return re.search(r"Resuming from .*(epoch_\d+)", result.output)[1]
+    return re.search(r"Resuming from .*(epoch_\d+|interrupted)", result.output)[1]
 
 
 # -- the clock -------------------------------------------------------------------------------------------------------
@@ -224,6 +226,30 @@ def test_a_finished_training_is_said_to_be_finished(run, tmp_path):
         assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
     assert resumed_from(run("--epochs", 4, *settings, "--resume-from", "latest")) == "epoch_2"
     assert "finished after 4 epochs" in run("--epochs", 4, *settings, "--resume-from", "latest").output
+
+
+@pytest.mark.slow
+def test_a_training_that_was_finished_earlier_than_planned_is_finished(run, tmp_path, monkeypatch):
+    """Its newest checkpoint is that of the stop, which was to have more epochs."""
+    real = Launch.messages
+
+    def pressing_ctrl_c(launch):
+        for message in real(launch):
+            if message[2].startswith("💾"):
+                signal.raise_signal(signal.SIGINT)
+            yield message
+
+    output = tmp_path / "output"
+    with monkeypatch.context() as patched:
+        patched.setattr(Launch, "messages", pressing_ctrl_c)
+        assert run("--epochs", 9, "--save-every", 2).exit_code == 130
+    stopped = resumed_from(run("--epochs", 4, "--save-every", 9, "--resume-from", "latest"))
+    assert stopped == "interrupted"
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    result = run("--resume-from", "latest")
+    assert result.exit_code == 0 and "finished after 4 epochs; nothing was changed" in result.output, result.output
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert resumed_from(run("--epochs", 5, "--resume-from", "latest")) == "interrupted"
 
 
 @pytest.mark.slow
