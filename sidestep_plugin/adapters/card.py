@@ -131,7 +131,7 @@ def _training(facts: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
             rows.append((label, _line(write(value))))
 
     held_out = facts.get("held_out_songs")
-    add("songs", "songs", lambda songs: f"{songs}, {held_out} of them held out" if held_out else songs)
+    add("songs", "songs", lambda songs: f"{songs - held_out} of {songs}, {held_out} held out" if held_out else songs)
     add("epochs", "epoch")
     add("optimizer steps", "global_step")
     add("rank", "rank")

@@ -99,7 +99,7 @@ def _strength(report: Report) -> str:
     if not strengths:
         return f"{rank}, alpha unknown: programs without an alpha use strength 1"
     alphas = {layer.alpha for layer in adapter.layers.values() if layer.alpha is not None}
-    return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')})"
+    return f"{_span(strengths, '', '')} ({rank}, {_span(alphas, 'alpha ', 'alphas ')}), inside the adapter"
 
 
 def _strength_of_lokr(adapter: Adapter, facts: Any) -> str:
@@ -140,8 +140,11 @@ def _size(count: int) -> str:
 def _trained(facts: Any) -> str:
     parts = []
     if "songs" in facts:
-        out = f" ({shown(facts['held_out_songs'])} of them held out)" if facts.get("held_out_songs") else ""
-        parts.append(f"on {counted(shown(facts['songs']), 'song')}{out}")
+        songs, out = facts["songs"], facts.get("held_out_songs")
+        if isinstance(songs, int) and isinstance(out, int) and out:
+            parts.append(f"on {songs - out} of {counted(songs, 'song')} ({out} held out)")
+        else:
+            parts.append(f"on {counted(shown(songs), 'song')}")
     if isinstance(facts.get("validation_change"), int | float):
         parts.append(f"validation loss {100 * facts['validation_change']:+.2f} % vs. no adapter")
     if "training_steps" in facts:

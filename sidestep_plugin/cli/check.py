@@ -72,6 +72,8 @@ def check(
         for seam in fitness.seams:
             if seam.adapter_type == kind:
                 reason = f": {seam.reason}" if seam.reason else ""
+                if seam.optional and seam.status != "found":
+                    reason += f" (without it: no {seam.without})" if seam.without else " (nothing is lost)"
                 echo(f"    {seam.status:<12}{seam.name}{reason}")
     echo(f"Models in {fitness.checkpoint_dir}:" + ("" if fitness.models else " none"))
     for model in fitness.models:

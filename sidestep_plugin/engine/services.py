@@ -150,7 +150,9 @@ class Services:
 
     @property
     def stopping(self) -> bool:
-        """Whether this process was told to stop the training after this step."""
+        """Whether this process was told to stop the training after this step; one that a plugin finishes is not."""
+        if self._training.ending is not None:
+            return False
         state = self._training.state
         return state.pressed if isinstance(state, SharedState) else bool(state and state.get(STOP))
 

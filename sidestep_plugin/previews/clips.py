@@ -64,7 +64,8 @@ def decode_saved(request: ClipRequest, say: Callable[[str], None]) -> Path | Non
     places = (request.path, request.path / FOLDER)
     folder = next((place for place in places if (place / FILE_NAME).is_file()), None)
     table = None if folder is None else read_table(folder)
-    if folder is None or table is None or not table.undecoded or request.dataset_dir is not None:
+    asked = request.dataset_dir is not None or request.prompt is not None or request.songs is not None
+    if folder is None or table is None or not table.undecoded or asked:
         return None
     vae = _vae(request, None)
     if vae is None:

@@ -52,7 +52,7 @@ def acestep_options() -> list[click.Option]:
         option("--preview-prompts", "TOML file of prompts to hear instead of songs.", Place(path_type=Path), "FILE"),
         option(
             "--preview-seconds",
-            "Length of a clip, at most the song's.",
+            "Length of a song's clip, at most the song's.",
             FiniteFloat(0.0, 600.0, min_open=True),
             "S",
             default=SECONDS,

@@ -18,7 +18,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,7 +92,10 @@ def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
         "keyscale": values.get("key", ""),
         "timesignature": values.get("time_signature", ""),
     }
-    return Prompt(name, text_of_song(told, name), seconds)
+    text = text_of_song(told, name)
+    said = f"{where[0].lower()}{where[1:]}"
+    changes = tuple(line.replace(f"({name} itself)", f"({said})") for line in text.changes)
+    return Prompt(name, replace(text, changes=changes), seconds)
 
 
 def read_prompts(file: Path) -> list[Prompt]:

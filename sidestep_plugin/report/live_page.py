@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from ..clock import last_step
@@ -119,10 +120,16 @@ class LivePage:
             "told": [line for line in engine.told if line.strip()],
             "memory": _memory(run),
             "folder": str(engine.folder),
-            "final": str(engine.folder / "final"),
+            "final": str(_final(engine.folder)),
             "saved": str(saved) if saved is not None and state in ("stopped", "failed") else None,
             "commands": [list(pair) for pair in commands(state)] if commands is not None else [],
         }
+
+
+def _final(output: Path) -> Path:
+    """Where programs find the finished adapter: ACE-Step saves a LoRA in a folder of its own below `final`."""
+    inner = output / "final" / "adapter"
+    return inner if inner.is_dir() else inner.parent
 
 
 def _limit(run: Run, steps: int | None) -> str:

@@ -58,12 +58,11 @@ def settings_to_start_from(
     settings = {name: value for name, value in own.items() if value is not None}
     for name in ("rank", "alpha"):
         if name in given and name in settings and given[name] != settings[name]:
-            other = (
-                f"or bring a copy to that rank: acestep-train average --rank {given[name]}" if name == "rank" else ""
-            )
+            copy = f"acestep-train average {adapter} --to-rank {given[name]} --output NEW"
+            other = f", or bring a copy to that rank: {copy}" if name == "rank" else ""
             raise Refusal(
                 f"--init-from {adapter} has {name} {settings[name]}, and --{name} is {given[name]}. Leave --{name} out"
-                f"{', ' + other if other else ''}."
+                f"{other}."
             )
     return settings
 

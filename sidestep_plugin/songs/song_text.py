@@ -137,9 +137,8 @@ def find_texts(
             candidates.insert(0, Found(_FOR_ALL, {"language": language}))
         told[file] = _together(file, candidates, trigger=trigger, general=general, as_typed=as_typed)
     if look.unreadable:
-        raise Refusal(
-            f"Texts that cannot be read in {folder}, expected UTF-8: {' '.join(dict.fromkeys(look.unreadable))}"
-        )
+        lines = " ".join(dict.fromkeys(look.unreadable))
+        raise Refusal(f"Texts that cannot be read in {folder}, expected UTF-8 text or JSON: {lines}")
     return Texts(told, tuple(look.notes(dataset)))
 
 

@@ -178,9 +178,12 @@ def test_what_was_said_is_not_asked(answer, place):
 def test_an_output_folder_that_is_in_use(answer, place):
     first = [(MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, "")]
     assert answer(*first).code == 0
+    other = [(MODEL, "turbo"), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume")]
+    seen = answer(*other, (AGAIN, "again"), (KIND, ""), (EPOCHS, "1"), (RANK, "4"), (START, ""))
+    assert "was trained for acestep-v15-base, and acestep-v15-turbo is chosen" in seen.text and seen.code == 0
     seen = answer((MODEL, ""), (SONGS, "my songs"), (SAVE, "out"), (AGAIN, "resume"), (EPOCHS, "2"), (START, ""))
     assert seen.code == 0, seen.text
-    assert "out holds adapters of another training. Type another folder; resume to go on" in seen.text
+    assert "out holds the adapters of a training. Type another folder; resume to go on" in seen.text
     assert "resumes from epoch_1" in seen.text and "Resumed: " in seen.text
 
 

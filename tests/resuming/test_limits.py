@@ -171,7 +171,7 @@ def test_its_size_is_taken_over_and_another_one_refused(train):
     adapter = train("base", max_epochs=1).output
     assert settings_to_start_from(adapter, "lora", {}, {})["rank"] == 4
     assert settings_to_start_from(adapter, "lora", {"alpha": 8}, {"rank": 4})["alpha"] == 8
-    with pytest.raises(Refusal, match=r"has rank 4, and --rank is 8. Leave --rank out, or .* average --rank 8"):
+    with pytest.raises(Refusal, match=r"has rank 4, and --rank is 8. Leave --rank out, or .* average .* --to-rank 8"):
         settings_to_start_from(adapter, "lora", {}, {"rank": 8})
     with pytest.raises(Refusal, match="has alpha 8, and --alpha is 16. Leave --alpha out."):
         settings_to_start_from(adapter, "lora", {}, {"alpha": 16})

@@ -21,7 +21,7 @@ class Answers:
         asked: names of what was not on the command line.
         models: model folders that were found, in the order of their numbers.
         dataset: the songs, once their folder is known.
-        used: an output folder that was answered and holds adapters of another training.
+        used: an output folder that was answered and holds the adapters of a training.
         checkpoint: the checkpoint that the training resumes from, in words.
     """
 

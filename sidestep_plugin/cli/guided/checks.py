@@ -162,7 +162,7 @@ def output(answers: Answers, text: str) -> list[str]:
     except Refusal:
         answers.used = folder
         raise Refusal(
-            f"{folder} holds adapters of another training. Type another folder; resume to go on with that training; "
+            f"{folder} holds the adapters of a training. Type another folder; resume to go on with that training; "
             "or overwrite to replace it."
         ) from None
     return []
@@ -184,6 +184,12 @@ def resume(answers: Answers) -> list[str]:
         folder = said.absolute()
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts or {}
+    its, chosen = facts.get("model_name"), model_folder(answers).name
+    if its is not None and its != chosen:
+        raise Refusal(
+            f"{folder} was trained for {its}, and {chosen} is chosen. Choose that model (b goes back), or another "
+            "folder."
+        )
     kept = plugins_of(checkpoint.folder) if "plugin" in answers.asked else None
     if kept is not None and kept != answers.request.plugins:
         options = Registry.load(kept, answers.request.wins).resolve_options({})
