@@ -165,6 +165,9 @@ def test_latents_are_decoded_later(tmp_path, checkout, vae):
     nowhere = CliRunner().invoke(cli, [*line, str(checkout.checkpoints)])
     assert nowhere.exit_code == 2 and "there is no VAE" in nowhere.output
     write_tiny_vae(tmp_path / "checkpoints" / "vae")
+    # Whoever asks for another clip gets that, or is told why not.
+    other = CliRunner().invoke(cli, [*line, str(tmp_path / "checkpoints"), "--prompt", "late night jazz"])
+    assert other.exit_code == 2 and "Decoded" not in other.output, other.output
     done = CliRunner().invoke(cli, [*line, str(tmp_path / "checkpoints")])
     assert done.exit_code == 0 and "Decoded 1 clip." in done.output, done.output
     with wave.open(str(tmp_path / "previews" / "epoch_1" / "01_plain.wav")) as clip:
