@@ -38,6 +38,11 @@ def hours(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
+def minutes_and_seconds(seconds: float) -> str:
+    """The length of a song, such as 3:05; the rest of a second is left out."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
 def sentence(text: object) -> str:
     """A text as one line that ends like a sentence: with one full stop, whatever somebody else's text ended with."""
     line = " ".join(str(text).split())

@@ -11,7 +11,7 @@ import click
 
 from sidestep_plugin.errors import Refusal
 from sidestep_plugin.options import Place
-from sidestep_plugin.text import counted, shown
+from sidestep_plugin.text import counted, minutes_and_seconds, shown
 
 from .commands import Command, Unusable, echo_json
 from .terminal import cells, columns, echo
@@ -96,7 +96,7 @@ def _table(shown_songs: tuple[ShownSong, ...]) -> Iterator[str]:
 
     rows = [("song", "length", "conditions", "prompt", "lyrics", "wrong")]
     for song in shown_songs:
-        length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}" if song.making else "-"
+        length = minutes_and_seconds(song.seconds) if song.making else "-"
         made = FORMS[song.making.form] if song.making else "no song"
         prompt = cut(song.text.prompt, 40) if song.text else "-"
         lyrics = first_words(song.text.lyrics) if song.text else "-"

@@ -48,7 +48,7 @@ from ..previews.making import freed
 from ..resuming.lock import OutputLock
 from ..songs.audio import read_audio
 from ..songs.one_song import frames_in, load_song
-from ..text import counted, hours, shown
+from ..text import counted, hours, minutes_and_seconds, shown
 from .planning import ALL, CONDITIONS, NOTHING, Plan, Song, decide, plan
 from .request import Places, PrepareRequest, Say, find_places, offline
 
@@ -270,7 +270,7 @@ class _Clock:
         left = ""
         if self._done and self._number < self._all:
             left = f", about {hours(self._spent / self._done * self._rest)} left"
-        length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
+        length = minutes_and_seconds(song.seconds)
         self._say(f"{self._number}/{self._all} {shown(song.name, 80)}{self._what}: {length}, {took:.1f} s{left}")
         for line in told:
             self._say(f"  Note: {line}.")

@@ -9,7 +9,7 @@ from ..engine import song_encoding
 from ..engine.song_files import UPSTREAM, words_of
 from ..songs.dataset import FRAMES_A_SECOND
 from ..songs.song_text import DEFAULT
-from ..text import counted, shown
+from ..text import counted, minutes_and_seconds, shown
 from .planning import Song, plan
 from .request import PrepareRequest, find_places, offline
 
@@ -84,7 +84,7 @@ def _frames(song: Song) -> int:
 
 
 def _about(song: Song, told: song_encoding.Told | None) -> Iterator[str]:
-    length = f"{int(song.seconds) // 60}:{int(song.seconds) % 60:02}"
+    length = minutes_and_seconds(song.seconds)
     yield f"{shown(song.name)} -> {shown(song.file.name)}, {length}"
     if told is None:
         yield f"  cannot be used: {song.unusable}"
